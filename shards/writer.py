@@ -1,0 +1,312 @@
+"""Writes a shard set: deterministic USTAR tars, their DALI index files, index.parquet, and the manifest last.
+
+Everything is written into a folder beside the final one (`.NAME.partial`), flushed to the disk, and swapped into place
+in one rename, so a crash at any moment leaves either the old set or the new one, whole.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from shards.errors import DataError, UsageError
+from shards.format import (
+    CLASSES,
+    FORMAT_VERSION,
+    INDEX,
+    INDEX_TYPES,
+    MANIFEST,
+    EncodeSpec,
+    Manifest,
+    ShardInfo,
+    index_schema,
+)
+
+_BLOCK = 512
+_SUFFIX = {"jpg": "jpg", "raw": "npy"}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSample:
+    """One encoded image with its metadata, ready to be written.
+
+    payload: a JPEG file, or a `.npy` file of (height, width, 3) uint8 RGB. metadata: the index's columns from
+    `image_id` to `dataset`, `label` left out (it follows from `dx`).
+    """
+
+    payload: bytes
+    encoding: str
+    height: int
+    width: int
+    split: str
+    metadata: dict[str, Any]
+
+
+def _member(name: str, content: bytes) -> tuple[bytes, bytes]:
+    """One tar member: its header block, and its content padded to whole blocks. No time, user or machine in it."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = len(content), 0, 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"), content + b"\0" * (-len(content) % _BLOCK)
+
+
+class _Shard:
+    """One tar being written, with DALI's index of it (v1.2: `extension offset size name` for each member)."""
+
+    def __init__(self, folder: Path, number: int, split: str) -> None:
+        self.path, self.split, self.number = folder / f"shard-{number:05d}.tar", split, number
+        self.samples = self.position = 0
+        self._file: IO[bytes] = self.path.open("wb")
+        self._sha = hashlib.sha256()
+        self._lines: list[str] = []
+
+    def _write(self, block: bytes) -> None:
+        self._file.write(block)
+        self._sha.update(block)
+        self.position += len(block)
+
+    def add(self, image_id: str, members: list[tuple[str, bytes]]) -> int:
+        """Append one sample; returns the offset of its first member's content in the tar."""
+        offsets = []
+        entries = []
+        for suffix, content in members:
+            header, body = _member(f"{image_id}.{suffix}", content)
+            self._write(header)
+            offsets.append(self.position)
+            entries.append(f"{suffix} {self.position} {len(content)} {image_id}.{suffix}")
+            self._write(body)
+        self._lines.append(" ".join(entries))
+        self.samples += 1
+        return offsets[0]
+
+    def finish(self) -> ShardInfo:
+        """End the archive with two zero blocks, write the .idx, and flush both to the disk."""
+        self._write(b"\0" * (2 * _BLOCK))
+        _flush(self._file)
+        index = "\n".join([f"v1.2 {self.samples}", *self._lines]) + "\n"
+        write_durably(self.path.with_suffix(".idx"), index.encode())
+        return ShardInfo(self.path.name, self.split, self.samples, self.position, self._sha.hexdigest())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file aside, flush it to the disk, and rename it into place."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap_into_place(new: Path, final: Path) -> None:
+    """Make `new` the folder `final`; an older `final` goes away only after that. Atomic where Linux's renameat2 is had."""
+    if not final.exists():
+        new.rename(final)
+        sync_folder(final.parent)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    exchanged = False
+    if hasattr(libc, "renameat2"):
+        at_fdcwd, rename_exchange = -100, 2
+        code = libc.renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(final), rename_exchange)
+        exchanged = code == 0
+        if not exchanged and ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(final))
+    if exchanged:
+        old = new
+    else:  # a file system without the exchange: two renames; the old set stays whole beside it in between
+        old = final.with_name(f".{final.name}.old")
+        final.rename(old)
+        new.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(old)
+
+
+class ShardSetWriter:
+    """Writes samples, in the order they come, to a new shard set. A context manager; without `finish` nothing stays.
+
+    Samples of one split must come together: every shard holds one split only, so that a plain tar reader can train on
+    the training shards alone.
+    """
+
+    def __init__(self, out: Path, encode: EncodeSpec, shard_bytes: int, overwrite: bool = False) -> None:
+        """Open `out` for writing.
+
+        Raises UsageError when `shard_bytes` is under 1 MiB, DataError when `out` already holds something and
+        `overwrite` is False, or when `out` is a folder that is no shard set, or when another packing to it is running.
+        """
+        if shard_bytes < 1 << 20:
+            raise UsageError(f"shard size {shard_bytes} bytes is under 1 MiB")
+        self.out, self.encode, self.shard_bytes = out, encode, shard_bytes
+        self._partial = out.with_name(f".{out.name}.partial")
+        self._shard: _Shard | None = None
+        self._infos: list[ShardInfo] = []
+        self._columns: dict[str, list[Any]] = {name: [] for name in INDEX_TYPES}
+        self._seen: set[str] = set()
+        self._splits: list[str] = []
+        refuse_occupied(out, overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = out.with_name(f".{out.name}.lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise DataError(f"{out}: another process is packing to this folder; wait for it or choose another") from None
+        if self._partial.exists():  # left by a packing that was killed
+            shutil.rmtree(self._partial)
+        self._partial.mkdir()
+
+    def __enter__(self) -> "ShardSetWriter":
+        """Enter the context."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Remove whatever was not finished."""
+        if self._shard is not None:
+            self._shard.close()
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
+
+    def add(self, sample: PackedSample) -> None:
+        """Append one sample. Raises DataError for an image_id that is unusable or already there."""
+        image_id = sample.metadata["image_id"]
+        check_image_id(image_id)
+        if image_id in self._seen:
+            raise DataError(f"{image_id}: stands twice in the source; every image_id must be unique")
+        self._seen.add(image_id)
+        label = CLASSES.index(sample.metadata["dx"])
+        record = {**sample.metadata, "label": label, "split": sample.split}
+        members = [
+            (_SUFFIX[sample.encoding], sample.payload),
+            ("cls", str(label).encode()),
+            ("json", json.dumps(record, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()),
+        ]
+        shard = self._shard_for(sample.split, sum(len(content) + 2 * _BLOCK for _, content in members))
+        offset = shard.add(image_id, members)
+        record |= {
+            "shard": shard.number,
+            "offset": offset,
+            "length": len(sample.payload),
+            "encoding": sample.encoding,
+            "height": sample.height,
+            "width": sample.width,
+            "xxh3": xxhash.xxh3_64_intdigest(sample.payload),
+        }
+        for name, column in self._columns.items():
+            column.append(record[name])
+
+    def _shard_for(self, split: str, size: int) -> _Shard:
+        """The shard that the next sample of `split` goes to: the open one, unless it is full or of another split."""
+        shard = self._shard
+        if shard is not None and shard.split == split and shard.position + size <= self.shard_bytes:
+            return shard
+        if shard is None or shard.split != split:
+            if split in self._splits:
+                raise ValueError(f"samples of split '{split}' must come together")
+            self._splits.append(split)
+        if shard is not None:
+            self._infos.append(shard.finish())
+        self._shard = _Shard(self._partial, len(self._infos), split)
+        return self._shard
+
+    def finish(
+        self,
+        *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        split: dict[str, Any],
+        source: dict[str, Any],
+        citation: str,
+        licence: str,
+        versions: dict[str, str],
+    ) -> Manifest:
+        """Close the last shard, write the index and the manifest, and swap the folder into place."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._shard is None:
+            raise DataError("no image was packed: the source is empty, or every image was left out")
+        self._infos.append(self._shard.finish())
+        self._shard = None
+        index = self._partial / INDEX
+        table = pa.table(self._columns, schema=index_schema())
+        pq.write_table(table, index, compression="zstd", write_statistics=False)
+        with index.open("rb") as file:
+            os.fsync(file.fileno())
+        counts = {
+            name: {dx: 0 for dx in CLASSES} for name in self._splits
+        }
+        for name, dx in zip(self._columns["split"], self._columns["dx"], strict=True):
+            counts[name][dx] += 1
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            classes=CLASSES,
+            encode=self.encode,
+            split=split,
+            mean=mean,
+            std=std,
+            counts=counts,
+            source=source,
+            citation=citation,
+            licence=licence,
+            versions=versions,
+            shards=tuple(self._infos),
+            index_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
+        )
+        write_durably(self._partial / MANIFEST, manifest.to_json().encode())
+        _swap_into_place(self._partial, self.out)
+        return manifest
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raise DataError where `out` cannot become a shard set: a file, a foreign folder, or a set and no `overwrite`."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out}: is a file; choose a folder")
+    if not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).exists():
+        raise DataError(f"{out}: holds other files and no shard set; choose an empty or a new folder")
+    if not overwrite:
+        raise DataError(f"{out}: already holds a shard set; add --overwrite to replace it, or choose another folder")
+
+
+def check_image_id(image_id: str) -> None:
+    """Raise DataError for an image_id that a tar member or a webdataset key cannot be."""
+    if not image_id or not image_id.isascii() or not image_id.isprintable() or set(image_id) & set("./\\ "):
+        raise DataError(
+            f"image_id '{image_id}': must be printable ASCII without '.', '/', '\\' or spaces "
+            "(webdataset cuts keys at the first dot, tar at the slash)"
+        )
+    if len(image_id) > 90:
+        raise DataError(f"image_id '{image_id[:20]}…': {len(image_id)} characters, and a tar member's name holds 90")

@@ -1,0 +1,1 @@
+"""From raw HAM10000, downloaded or synthetic, to a packed shard set."""

@@ -1,0 +1,232 @@
+"""A HAM10000-shaped folder of procedural lesions, for the demo, the tests and studies whose truth is known.
+
+    python -m preprocess.synthetic --out data/synthetic --images 700 --seed 0 --difficulty 0.5
+
+Writes 600×450 JPEGs (quality 100, 4:4:4 and about 260 KB each, as the official files are) in the official layout, with
+HAM10000's class imbalance and several views of about a quarter of the lesions. Nobody's skin: every pixel is computed.
+The same settings and library versions give the same files byte for byte, whatever the number of workers.
+"""
+
+import os
+import shutil
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shards import cli
+from shards.errors import DataError, UsageError
+from shards.format import CLASSES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
+METADATA = "HAM10000_metadata.csv"
+COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization", "dataset")
+
+_IMAGES = {"akiec": 327, "bcc": 514, "bkl": 1099, "df": 115, "mel": 1113, "nv": 6705, "vasc": 142}
+_LESIONS = {"akiec": 228, "bcc": 327, "bkl": 727, "df": 73, "mel": 614, "nv": 5403, "vasc": 98}
+"""Images and lesions per class in HAM10000 (counted in its metadata)."""
+
+_PATIENTS = {  # age: mean and standard deviation; share of men; also counted in HAM10000's metadata
+    "akiec": (66.5, 11.5, 0.68),
+    "bcc": (66.8, 13.7, 0.62),
+    "bkl": (64.3, 14.1, 0.57),
+    "df": (53.0, 13.6, 0.55),
+    "mel": (60.7, 15.2, 0.62),
+    "nv": (46.5, 15.2, 0.51),
+    "vasc": (51.4, 21.6, 0.49),
+}
+_DX_TYPES = {
+    "akiec": {"histo": 1.0},
+    "bcc": {"histo": 1.0},
+    "bkl": {"histo": 0.7, "consensus": 0.24, "confocal": 0.06},
+    "df": {"consensus": 0.52, "histo": 0.48},
+    "mel": {"histo": 1.0},
+    "nv": {"follow_up": 0.55, "histo": 0.37, "consensus": 0.08},
+    "vasc": {"consensus": 0.53, "histo": 0.47},
+}
+_SITES = {"back": 0.23, "lower extremity": 0.21, "trunk": 0.15, "upper extremity": 0.12, "abdomen": 0.11, "face": 0.08,
+          "chest": 0.04, "foot": 0.03, "unknown": 0.03}  # fmt: skip
+_MOST_VIEWS = 6  # as in HAM10000
+_LEAST_LESIONS = 3
+LEAST_IMAGES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLesion:
+    """One lesion before it is painted: its rows of the metadata, one a view, and its number, which seeds its looks."""
+
+    number: int
+    dx: str
+    rows: tuple[dict[str, str], ...]
+
+
+def class_counts(images: int) -> dict[str, tuple[int, int]]:
+    """Lesions and images per class, summing to `images`: HAM10000's shares, but no class too small to be split.
+
+    Every class has at least 10 lesions (fewer below 140 images, never under 3), so that a 70/10/20 split by lesion has
+    every class in every part; nv gives the images for it. Raises UsageError below 40 images.
+    """
+    if images < LEAST_IMAGES:
+        raise UsageError(
+            f"--images {images}: at least {LEAST_IMAGES} are needed for every split to hold every one of the "
+            f"{len(CLASSES)} classes"
+        )
+    least = max(_LEAST_LESIONS, min(10, images // 14))
+    total = sum(_IMAGES.values())
+    counts: dict[str, tuple[int, int]] = {}
+    for dx in CLASSES:
+        views = _IMAGES[dx] / _LESIONS[dx]
+        count = max(round(images * _IMAGES[dx] / total), round(least * views))
+        counts[dx] = (min(count, max(least, round(count / views))), count)
+    others = sum(count for dx, (_, count) in counts.items() if dx != "nv")
+    nv = images - others
+    counts["nv"] = (min(nv, max(least, round(nv * _LESIONS["nv"] / _IMAGES["nv"]))), nv)
+    return counts
+
+
+def plan(images: int, seed: int) -> list[PlannedLesion]:
+    """Every lesion of the folder with its views and metadata, a pure function of its arguments."""
+    import numpy as np
+
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    views: list[tuple[str, int]] = []
+    for dx, (lesions, count) in class_counts(images).items():
+        each = [1] * lesions
+        while sum(each) < count:  # few rounds: at most 1.9 views a lesion on average
+            open_ones = [i for i, v in enumerate(each) if v < _MOST_VIEWS]
+            for i in rng.choice(open_ones, size=min(len(open_ones), count - sum(each)), replace=False):
+                each[i] += int(rng.random() < 0.5)
+        views += [(dx, v) for v in each]
+    order = rng.permutation(len(views))
+    names = iter((rng.permutation(images) + 1).tolist())
+    lesions = []
+    for number, place in enumerate(order.tolist(), start=1):
+        dx, count = views[place]
+        about = _patient(rng, dx) | {"lesion_id": f"SYN_L{number:07d}", "dx": dx, "dataset": "synthetic"}
+        rows = tuple(about | {"image_id": f"SYN_{next(names):07d}"} for _ in range(count))
+        lesions.append(PlannedLesion(number, dx, rows))
+    return lesions
+
+
+def _patient(rng: "np.random.Generator", dx: str) -> dict[str, str]:
+    """What the metadata says of a lesion's owner: age in steps of 5, empty or unknown at times, as in HAM10000."""
+    mean, deviation, men = _PATIENTS[dx]
+    age = min(85.0, max(0.0, round(rng.normal(mean, deviation) / 5) * 5.0))
+    sex = "male" if rng.random() < men else "female"
+    site = str(rng.choice(list(_SITES), p=list(_SITES.values())))
+    dx_type = str(rng.choice(list(_DX_TYPES[dx]), p=list(_DX_TYPES[dx].values())))
+    known_age, known_sex = rng.random(2) > 0.006
+    return {
+        "dx_type": dx_type,
+        "age": str(age) if known_age else "",
+        "sex": sex if known_sex else "unknown",
+        "localization": site,
+    }
+
+
+def _write_lesion(lesion: PlannedLesion, folders: dict[str, Path], seed: int, difficulty: float) -> int:
+    """Paint one lesion and write its views; returns how many. All its chance follows from seed and lesion number."""
+    import numpy as np
+    import simplejpeg
+
+    from preprocess.phantom import draw_lesion
+    from preprocess.phantom_paint import paint_lesion, photograph
+
+    def stream(*key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, lesion.number, *key])))
+
+    drawn = draw_lesion(stream(0), lesion.dx, difficulty)
+    canvas = paint_lesion(drawn)
+    for view, row in enumerate(lesion.rows, start=1):
+        picture = photograph(drawn, canvas, stream(view))
+        content = simplejpeg.encode_jpeg(picture, quality=100, colorsubsampling="444")
+        with (folders[row["image_id"]] / f"{row['image_id']}.jpg").open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    return len(lesion.rows)
+
+
+def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: int) -> list[PlannedLesion]:
+    """Write the folder `out`, aside first and renamed when whole; returns what it holds.
+
+    Raises DataError when `out` holds something already or another process is writing it, UsageError for too few images.
+    """
+    import cv2
+
+    from preprocess.locking import exclusive
+    from preprocess.progress import Progress
+    from shards.writer import sync_folder, write_durably
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: is there already and not empty; choose another --out, or remove it first")
+    lesions = plan(images, seed)
+    rows = sorted((row for lesion in lesions for row in lesion.rows), key=lambda row: row["image_id"])
+    aside = out.with_name(f".{out.name}.partial")
+    with exclusive(aside, f"writing {out}"):
+        for left in aside.iterdir():  # by a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for part in PARTS:
+            (aside / part).mkdir()
+        half = (len(rows) + 1) // 2
+        folders = {row["image_id"]: aside / PARTS[place >= half] for place, row in enumerate(rows)}
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(0)  # one lesion a worker; OpenCV's own threads would only get in their way
+        pool = ThreadPoolExecutor(workers)
+        try:
+            jobs = [pool.submit(_write_lesion, lesion, folders, seed, difficulty) for lesion in lesions]
+            with Progress("painting lesions", images, "images") as bar:
+                for job in as_completed(jobs):
+                    bar.advance(job.result())
+            lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in rows)]
+            write_durably(aside / METADATA, ("\n".join(lines) + "\n").encode())
+            for part in PARTS:
+                sync_folder(aside / part)
+            aside.rename(out)  # replaces `out` only where that is an empty folder
+            sync_folder(out.parent)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            if aside.exists():
+                shutil.rmtree(aside)
+            raise
+        finally:
+            pool.shutdown()
+            cv2.setNumThreads(threads)
+    return lesions
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New or empty folder to write.")
+@click.option("--images", type=int, default=700, help=f"How many, at least {LEAST_IMAGES}.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed makes other lesions.")
+@click.option(
+    "--difficulty",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    help="0: classes look clearly different; 1: most lesions lean towards another class, and light varies most.",
+)
+@click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: the cores]")
+def main(out: Path, images: int, seed: int, difficulty: float, workers: int | None) -> None:
+    """Write a HAM10000-shaped folder of computed skin lesions, for trying things out without the real data."""
+    started = time.monotonic()
+    lesions = write_folder(out, images, seed, difficulty, workers or len(os.sched_getaffinity(0)))
+    seconds = time.monotonic() - started
+    click.echo(f"{'class':8}{'lesions':>9}{'images':>9}")
+    of_class = Counter(lesion.dx for lesion in lesions)
+    pictures = Counter(row["dx"] for lesion in lesions for row in lesion.rows)
+    for dx in CLASSES:
+        click.echo(f"{dx:8}{of_class[dx]:9,}{pictures[dx]:9,}")
+    click.echo(f"{'all':8}{len(lesions):9,}{images:9,}")
+    click.echo(f"{images:,} synthetic images in {out}, {seconds:.1f} s, {images / seconds:.0f} images/s")
+    click.echo(f"Pack them: python -m preprocess.shard --source {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

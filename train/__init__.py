@@ -1,0 +1,1 @@
+"""Shards to trained models to the study."""

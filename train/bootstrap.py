@@ -1,0 +1,151 @@
+"""Resamples of lesions as weights of images, intervals from them, and the refusal of all but test samples."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import DataError
+
+CONFIDENCE = 0.95
+CHUNK = 128
+"""Resamples computed at once: 2,000 images × 128 float64 weights are 2 MB, which stays in a cache."""
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def refuse_unfit(
+    split: Sequence[str] | NDArray[Any],
+    *,
+    image_id: Sequence[str] | NDArray[Any] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    wanted: str = "test",
+) -> None:
+    """Raise DataError unless every sample is a real one of the wanted split, counted once.
+
+    split: (N,) names of splits. image_id: (N,) ids; one that comes twice is a padded sample or a double count.
+    mask: (N,) bool, False where the loader padded the last batch.
+    """
+    names = np.asarray(split, dtype=object)
+    if names.size == 0:
+        raise DataError(f"no sample to compute statistics on: the '{wanted}' split is empty")
+    foreign = np.flatnonzero(names != wanted)
+    if foreign.size:
+        where = f", first at row {foreign[0]}" if image_id is None else f", first {np.asarray(image_id)[foreign[0]]}"
+        raise DataError(
+            f"{foreign.size} of {names.size} samples are not of the '{wanted}' split "
+            f"('{names[foreign[0]]}'{where}): statistics are computed on '{wanted}' samples only"
+        )
+    if mask is not None:
+        real = np.asarray(mask, dtype=bool)
+        if real.shape != names.shape:
+            raise DataError(f"the mask has shape {real.shape}, and there are {names.size} samples")
+        if not real.all():
+            raise DataError(f"{int((~real).sum())} of {names.size} samples are padding: drop them by the batch's mask")
+    if image_id is not None:
+        ids, counts = np.unique(np.asarray(image_id).astype(str), return_counts=True)
+        if len(np.asarray(image_id)) != names.size:
+            raise DataError(f"{len(np.asarray(image_id))} image ids for {names.size} samples")
+        if (counts > 1).any():
+            twice = ids[counts > 1]
+            raise DataError(f"{twice.size} images come more than once, first {twice[0]}: each may be counted only once")
+
+
+def lesion_codes(lesions: Sequence[Any] | NDArray[Any] | None, labels: Ints) -> Ints:
+    """(N,) int64 numbers of the lesions, 0 up. None, or a null id, makes an image a lesion of its own.
+
+    Raises DataError when a lesion has images of two classes, because lesions are drawn within their class.
+    """
+    count = labels.size
+    if lesions is None:
+        return np.arange(count, dtype=np.int64)
+    ids = np.asarray(lesions, dtype=object)
+    if ids.shape != (count,):
+        raise DataError(f"lesion ids have shape {ids.shape}, and there are {count} samples")
+    known = np.array([x is not None and x == x and str(x) not in ("", "<NA>") for x in ids], dtype=bool)
+    codes = np.empty(count, dtype=np.int64)
+    names, codes[known] = np.unique(ids[known].astype(str), return_inverse=True)
+    codes[~known] = names.size + np.arange(int((~known).sum()))
+    first = np.full(int(codes.max(initial=-1)) + 1, -1, dtype=np.int64)
+    first[codes[::-1]] = labels[::-1]
+    mixed = np.flatnonzero(first[codes] != labels)
+    if mixed.size:
+        raise DataError(f"lesion {ids[mixed[0]]} has images of two classes: a lesion has one diagnosis")
+    return codes
+
+
+class Groups:
+    """Sums of weights by group, for rows sorted once. No BLAS: its threads cost more than they bring at this size."""
+
+    def __init__(self, group: Ints, count: int):
+        """group: (N,) numbers, 0 to count − 1."""
+        self.count = count
+        self.order = np.argsort(group, kind="stable")
+        self.present, self.starts = np.unique(group[self.order], return_index=True)
+
+    def sums(self, weights: Floats) -> Floats:
+        """(count, R) sums of (N, R) weights; 0 for a group without rows."""
+        found = np.zeros((self.count, weights.shape[1]))
+        if self.present.size:
+            found[self.present] = np.add.reduceat(weights[self.order], self.starts, axis=0)
+        return found
+
+
+class LesionBootstrap:
+    """Resamples of the lesions of a test set, class by class, as weights of its images.
+
+    Of the n lesions of a class n − 1 are drawn with replacement, and each draw weighs n / (n − 1) (Rao & Wu 1988,
+    "Resampling inference with complex survey data", J. Am. Stat. Assoc. 83:231–241): the resamples then vary as much as
+    the sample does, where n draws of n vary too little, by (n − 1) / n. A class with one lesion cannot be resampled: it
+    keeps weight 1 and adds nothing to an interval (`single`).
+
+    The same (labels, lesions, seed) give the same resamples, so two runs on one test set are resampled as pairs.
+    """
+
+    def __init__(self, labels: Ints, lesions: Sequence[Any] | NDArray[Any] | None, *, resamples: int, seed: int):
+        """labels: (N,) class numbers; lesions: (N,) ids or None; resamples ≥ 0. Raises DataError (lesion_codes)."""
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.codes = lesion_codes(lesions, self.labels)
+        self.resamples, self.seed = resamples, seed
+        self.unit = "image" if lesions is None else "lesion"
+        self.lesions = int(self.codes.max(initial=-1)) + 1
+        self.lesion_label = np.zeros(self.lesions, dtype=np.int64)
+        self.lesion_label[self.codes] = self.labels
+        self.single = [int(c) for c in np.unique(self.lesion_label) if (self.lesion_label == c).sum() == 1]
+
+    def weights(self) -> Iterator[Floats]:
+        """Weights of the images, (N, up to CHUNK) a time; the first column of all is ones: the test set itself."""
+        rng = np.random.default_rng(self.seed)
+        members = [np.flatnonzero(self.lesion_label == c) for c in np.unique(self.lesion_label)]
+        left, first = self.resamples, True
+        while left or first:
+            drawn = min(left, CHUNK - first)
+            by_lesion = np.ones((self.lesions, drawn + first))
+            for rows in members:
+                n = rows.size
+                if n > 1:
+                    cells = rng.integers(n, size=(n - 1, drawn)) * drawn + np.arange(drawn)
+                    counts = np.bincount(cells.ravel(), minlength=n * drawn).reshape(n, drawn)
+                    by_lesion[rows, int(first) :] = counts * (n / (n - 1))
+            yield by_lesion[self.codes]
+            left, first = left - drawn, False
+
+
+def interval(replicates: Floats, value: Floats | float, *, kind: str = "percentile") -> tuple[Floats, Floats]:
+    """Low and high ends of the 95 % interval, along the first axis of (R, …); NaN replicates are left out.
+
+    kind: `percentile`, or `basic` (mirrored about the value), which is for biased statistics such as the expected
+    calibration error: its resamples are biased upward as the value is, and percentiles would add the bias twice.
+    """
+    tail = (1 - CONFIDENCE) / 2
+    shape = replicates.shape[1:]
+    empty = np.isnan(replicates).all(axis=0) if len(replicates) else np.ones(shape, dtype=bool)
+    safe = np.where(empty, 0.0, replicates) if len(replicates) else np.zeros((1, *shape))
+    low, high = np.nanquantile(safe, [tail, 1 - tail], axis=0)
+    if kind == "basic":
+        low, high = 2 * value - high, 2 * value - low
+    elif kind != "percentile":
+        raise ValueError(f"kind '{kind}' is neither percentile nor basic")
+    return np.where(empty, np.nan, low), np.where(empty, np.nan, high)

@@ -1,0 +1,195 @@
+"""Timing that can be argued with: warm-up, interleaved rounds, medians with intervals, ratios within each round.
+
+All systems run once per round, A B C A B C …, so that drift of the machine hits all alike; a ratio is taken within a
+round and only then summarised. The interval of a median is that of its order statistics, which assumes nothing about
+the distribution (Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.machine import Environment, Meter
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One timed run of one system.
+
+    count: images (or whatever is counted) done. seconds: wall clock. cpu_s: CPU seconds of the system and its worker
+    processes. other_cpu: share of the machine's CPU time that anything else used meanwhile, 0 to 1, nan if unknown.
+    """
+
+    count: int
+    seconds: float
+    cpu_s: float
+    other_cpu: float = math.nan
+
+    @property
+    def per_s(self) -> float:
+        """Images per second."""
+        return self.count / self.seconds
+
+    @property
+    def cpu_s_per_1000(self) -> float:
+        """CPU seconds per 1,000 images."""
+        return 1000 * self.cpu_s / self.count
+
+
+@dataclass(slots=True)
+class Series:
+    """All timed runs of one system, in the order of the rounds; `failed`: the reason why there are no more of them."""
+
+    samples: list[Sample] = field(default_factory=list)
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A median with its interval. coverage: the probability that the interval holds the true median, 0 to 1."""
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure, as it stands in the CSV."""
+
+    benchmark: str
+    """Which benchmark: `loader`, `pack`, `training`, …"""
+    system: str
+    """What was measured, by the name that every table uses."""
+    metric: str
+    """What the value is: `img_per_s`, `cpu_s_per_1000`, …, or `img_per_s ratio` beside the system of `beside`."""
+    unit: str
+    """Unit of value, low, high and values."""
+    value: float | None
+    """Median over the rounds; None where the system failed."""
+    low: float | None = None
+    """Lower end of the interval of the median; None where there was one run only."""
+    high: float | None = None
+    """Upper end of it."""
+    coverage: float | None = None
+    """Probability that the interval holds the true median; at least 0.95 from 6 repeats on, 0.9375 with 5."""
+    values: tuple[float, ...] = ()
+    """The figure of each round, in order: row i of two systems is the same round."""
+    beside: str = ""
+    """For ratios: the system in the denominator."""
+    packed: str = ""
+    """What is on disk: width×height and encoding of the packed images, or `originals`."""
+    resolution_px: int | None = None
+    """Side of the square images that come out."""
+    batch_size: int | None = None
+    """Images per batch."""
+    workers: int | None = None
+    """Threads or worker processes."""
+    model: str = ""
+    """Model, for training."""
+    precision: str = ""
+    """Arithmetic, for training."""
+    other_cpu: float | None = None
+    """Median share of the machine's CPU time that other processes used during the rounds: how quiet it was."""
+    page_cache: str = ""
+    """`warm`: all files were read before; `cold`: the cache was dropped before every round; empty: it has no part."""
+    note: str = ""
+    """What this system does differently from the others."""
+    failed: str = ""
+    """Why there is no value."""
+    environment: Environment | None = None
+    """The machine and the software."""
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """The median and the narrowest symmetric pair of order statistics that holds the true one with at least `level`.
+
+    Under 6 values no pair reaches 0.95; then it is the whole range, and `coverage` says what that is worth. Raises
+    ValueError when there are no values.
+    """
+    if not values:
+        raise ValueError("the median of no values")
+    ordered = sorted(values)
+    n = len(ordered)
+    middle = ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2
+    rank, coverage = 1, _coverage(n, 1)
+    while rank < (n + 1) // 2 and _coverage(n, rank + 1) >= level:
+        rank += 1
+        coverage = _coverage(n, rank)
+    return Interval(middle, ordered[rank - 1], ordered[n - rank], coverage)
+
+
+def _coverage(n: int, rank: int) -> float:
+    """Probability that the true median lies between the rank-th smallest and the rank-th largest of n values."""
+    return 1 - 2 * sum(math.comb(n, k) for k in range(rank)) / 2**n
+
+
+def interleave(
+    systems: Mapping[str, Callable[[], Sample]],
+    rounds: int,
+    warmup: int = 1,
+    told: Callable[[int, str], None] = lambda round_, name: None,
+) -> dict[str, Series]:
+    """Run every system once per round, in turn; the first `warmup` rounds are thrown away.
+
+    A system that raises is not run again and keeps the reason; the others go on. `told` is called before each run with
+    the round (negative during warm-up) and the system's name.
+    """
+    series = {name: Series() for name in systems}
+    for round_ in range(-warmup, rounds):
+        for name, once in systems.items():
+            if series[name].failed:
+                continue
+            told(round_, name)
+            meter = Meter()
+            try:
+                sample = once()
+            except Exception as error:  # noqa: BLE001 - whatever a peer raises is its row's reason, and the rest goes on
+                series[name].failed = reason(error)
+                continue
+            if round_ >= 0:
+                other = meter.other_cpu(sample.cpu_s) if math.isnan(sample.other_cpu) else sample.other_cpu
+                series[name].samples.append(Sample(sample.count, sample.seconds, sample.cpu_s, other))
+    return series
+
+
+def reason(error: BaseException) -> str:
+    """An exception as one line for a table: its type and text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def summary_row(values: Sequence[float], failed: str = "", **columns: object) -> Row:
+    """A row of the median and interval of `values`, or a failed one. columns: the other fields of Row."""
+    if failed:
+        return Row(value=None, failed=failed, **columns)  # pyright: ignore[reportArgumentType] - names are Row's own
+    found = median_interval(values)
+    spread = len(values) > 1
+    return Row(
+        value=found.median,
+        low=found.low if spread else None,
+        high=found.high if spread else None,
+        coverage=round(found.coverage, 4) if spread else None,
+        values=tuple(values),
+        **columns,  # pyright: ignore[reportArgumentType] - names are Row's own
+    )
+
+
+def series_rows(series: Series, unit: str = "img/s", **columns: object) -> list[Row]:
+    """The rows `img_per_s` and `cpu_s_per_1000` of one system; columns: the other fields of Row."""
+    other = [s.other_cpu for s in series.samples if not math.isnan(s.other_cpu)]
+    columns |= {"other_cpu": round(median_interval(other).median, 4) if other else None}
+    return [
+        summary_row([s.per_s for s in series.samples], series.failed, metric="img_per_s", unit=unit, **columns),
+        summary_row(
+            [s.cpu_s_per_1000 for s in series.samples], series.failed, metric="cpu_s_per_1000", unit="s", **columns
+        ),
+    ]
+
+
+def ratio_row(above: Series, below: Series, **columns: object) -> Row:
+    """Images per second of one system over another's, round by round; failed if either is."""
+    failed = above.failed or (f"the other system failed: {below.failed}" if below.failed else "")
+    ratios = [] if failed else [a.per_s / b.per_s for a, b in zip(above.samples, below.samples, strict=True)]
+    return summary_row(ratios, failed, metric="img_per_s ratio", unit="×", **columns)

@@ -1,0 +1,137 @@
+"""Rows as CSV, and Markdown made from the CSV alone."""
+
+import csv
+import io
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import Environment
+from benchmarks.measure import Row
+from shards.errors import DataError
+from shards.writer import write_durably
+
+_ROW_COLUMNS = tuple(f.name for f in fields(Row) if f.name != "environment")
+_MACHINE_COLUMNS = tuple(f.name for f in fields(Environment))
+COLUMNS = _ROW_COLUMNS + _MACHINE_COLUMNS
+"""Columns of every CSV: the fields of Row, then those of Environment."""
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(_text(v) for v in value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows, whole or not at all. Numbers keep six digits."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        machine = row.environment
+        cells = [_text(getattr(row, name)) for name in _ROW_COLUMNS]
+        writer.writerow(cells + ["" if machine is None else _text(getattr(machine, name)) for name in _MACHINE_COLUMNS])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, out.getvalue().encode())
+
+
+def _parser(kind: Any) -> Callable[[str], Any]:
+    """How the text of a column of this type becomes its value again."""
+    if isinstance(kind, types.UnionType):  # X | None
+        inner = _parser(next(arg for arg in typing.get_args(kind) if arg is not types.NoneType))
+        return lambda text: inner(text) if text else None
+    if typing.get_origin(kind) is tuple:
+        return lambda text: tuple(float(part) for part in text.split())
+    return {str: str, int: int, float: float}[kind]
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Read rows that `write_csv` wrote. Raises DataError naming the file and what is wrong with it."""
+    of_row = {name: _parser(kind) for name, kind in typing.get_type_hints(Row).items() if name in _ROW_COLUMNS}
+    of_machine = {name: _parser(kind) for name, kind in typing.get_type_hints(Environment).items()}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise DataError(f"{path}: its columns are not those of a results table of this release")
+            rows = []
+            for line in reader:
+                machine = None
+                if line["cores"]:
+                    machine = Environment(**{name: parse(line[name]) for name, parse in of_machine.items()})
+                rows.append(Row(**{name: parse(line[name]) for name, parse in of_row.items()}, environment=machine))
+            return rows
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such table; make it with `python -m benchmarks.run`") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: damaged ({error})") from None
+
+
+def figure(value: float | None) -> str:
+    """A number for people: three digits that count, thousands parted by a comma, no exponent."""
+    if value is None:
+        return ""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = 2 if abs(value) < 10 else 1
+    while digits < 6 and abs(value) < 10 ** (1 - digits):
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
+def cell(row: Row | None) -> str:
+    """Median and interval, or why there is none."""
+    if row is None:
+        return ""
+    if row.value is None:
+        return "failed"
+    if row.low is None or row.high is None:
+        return figure(row.value)
+    return f"{figure(row.value)} [{figure(row.low)}, {figure(row.high)}]"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    table = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(_escape(text) for text in line) + " |" for line in table) + "\n"
+
+
+def machine_text(machine: Environment | None) -> str:
+    """The environment as a short Markdown list."""
+    if machine is None:
+        return ""
+    gpu = machine.gpu if machine.gpu == "none" else f"{machine.gpu}, driver {machine.gpu_driver}, {machine.gpu_mhz} MHz"
+    return (
+        f"- Command: `{machine.command}`, {machine.date}, commit {machine.commit or 'unknown'}\n"
+        f"- {machine.cpu}, {machine.cores} cores, {machine.cpu_mhz} MHz, {machine.ram_gib} GiB; GPU: {gpu}\n"
+        f"- {machine.kernel}, Python {machine.python}; {machine.versions}\n"
+    )
+
+
+def pivot(rows: Sequence[Row], across: Sequence[tuple[str, Callable[[Row], bool]]]) -> str:
+    """A Markdown table with a line per system and a column per (title, which rows belong there)."""
+    systems = list(dict.fromkeys(row.system for row in rows))
+    lines = []
+    for system in systems:
+        own = [row for row in rows if row.system == system]
+        lines.append([system, *(cell(next((r for r in own if belongs(r)), None)) for _, belongs in across)])
+    return grid(["system", *(title for title, _ in across)], lines)
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """What failed and why, and what each system does differently, as Markdown lists."""
+    failed = dict.fromkeys(f"- {row.system}: failed, {_escape(row.failed)}" for row in rows if row.failed)
+    differs = dict.fromkeys(f"- {row.system}: {row.note}" for row in rows if row.note and not row.beside)
+    return "\n".join([*failed, *differs]) + "\n" if failed or differs else ""

@@ -1,0 +1,215 @@
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.machine import Meter, environment, tree_cpu_s
+from benchmarks.measure import (
+    Row,
+    Sample,
+    Series,
+    interleave,
+    median_interval,
+    ratio_row,
+    series_rows,
+    summary_row,
+)
+from benchmarks.tables import COLUMNS, cell, figure, notes, pivot, read_csv, write_csv
+from shards.errors import DataError
+
+
+def samples(*per_s: float) -> list[Sample]:
+    return [Sample(count=1000, seconds=1000 / rate, cpu_s=2.0, other_cpu=0.1) for rate in per_s]
+
+
+@pytest.mark.parametrize("n", range(1, 40))
+def test_median_is_the_median_and_lies_inside_its_interval(n):
+    values = list(np.random.default_rng(n).normal(size=n))
+    found = median_interval(values)
+    assert found.median == pytest.approx(statistics.median(values))
+    assert min(values) <= found.low <= found.median <= found.high <= max(values)
+
+
+def test_known_ranks_of_order_statistics():
+    # 1 - 2 P(fewer than `rank` of n fair coins show heads), worked out by hand
+    for n, rank, coverage in ((6, 1, 0.96875), (9, 2, 0.9609375), (15, 4, 0.96484375)):
+        found = median_interval(range(1, n + 1))
+        assert (found.low, found.high) == (rank, n + 1 - rank)
+        assert found.coverage == pytest.approx(coverage)
+
+
+def test_five_repeats_say_that_they_fall_short_of_95_percent():
+    found = median_interval([3, 1, 2, 5, 4])
+    assert (found.low, found.high, found.coverage) == (1, 5, 0.9375)
+
+
+def test_intervals_hold_the_true_median_as_often_as_they_say():
+    random = np.random.default_rng(0)
+    draws = random.exponential(size=(4000, 9))  # skewed: its median is ln 2, its mean 1
+    held = 0
+    for values in draws:
+        found = median_interval(list(values))
+        held += found.low <= math.log(2) <= found.high
+    assert held / len(draws) == pytest.approx(0.9609, abs=0.012)
+
+
+def test_no_values_have_no_median():
+    with pytest.raises(ValueError):
+        median_interval([])
+
+
+def test_systems_run_in_turn_and_warm_up_is_thrown_away():
+    order = []
+
+    def system(name: str):
+        def once() -> Sample:
+            order.append(name)
+            return Sample(count=len(order), seconds=1, cpu_s=0)
+
+        return once
+
+    series = interleave({name: system(name) for name in "ABC"}, rounds=3, warmup=1)
+    assert "".join(order) == "ABC" * 4
+    assert [s.count for s in series["B"].samples] == [5, 8, 11]
+
+
+def test_a_system_that_raises_keeps_its_reason_and_the_others_go_on():
+    calls = []
+
+    def breaks() -> Sample:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the disk\nis gone")
+        return Sample(1, 1, 0)
+
+    series = interleave({"bad": breaks, "good": lambda: Sample(10, 1, 0)}, rounds=5, warmup=1)
+    assert series["bad"].failed == "OSError: the disk is gone"
+    assert len(calls) == 3
+    assert len(series["good"].samples) == 5
+    rows = series_rows(series["bad"], benchmark="loader", system="bad")
+    assert [row.value for row in rows] == [None, None]
+    assert all(row.failed == "OSError: the disk is gone" for row in rows)
+    ratio = ratio_row(series["good"], series["bad"], benchmark="loader", system="good", beside="bad")
+    assert ratio.value is None
+    assert "the disk is gone" in ratio.failed
+
+
+def test_ratios_are_taken_within_rounds_so_drift_cancels():
+    # the machine gets four times slower, A stays exactly 1.5 times as fast as B
+    rates = [400.0, 300, 200, 150, 120, 100]
+    a, b = Series(samples(*(1.5 * r for r in rates))), Series(samples(*rates))
+    row = ratio_row(a, b, benchmark="loader", system="A", beside="B")
+    assert row.value == pytest.approx(1.5)
+    assert row.low == pytest.approx(1.5)
+    assert row.high == pytest.approx(1.5)
+
+
+def test_figures_of_a_series():
+    speed, cpu = series_rows(Series(samples(100, 200, 400)), benchmark="loader", system="A")
+    assert (speed.metric, speed.value, speed.values) == (
+        "img_per_s",
+        pytest.approx(200),
+        pytest.approx((100, 200, 400)),
+    )
+    assert (cpu.metric, cpu.value) == ("cpu_s_per_1000", pytest.approx(2.0))
+    assert speed.other_cpu == pytest.approx(0.1)
+
+
+def test_csv_gives_back_the_rows(tmp_path: Path):
+    machine = environment("python -m benchmarks.run loader --quick")
+    rows = [
+        summary_row([1.5, 2.25, 3], benchmark="loader", system="A, \"quoted\"", metric="img_per_s", unit="img/s",
+                    packed="341x256 jpg", resolution_px=224, batch_size=64, workers=2, environment=machine),
+        summary_row([], failed="ImportError: no ffcv, | pipes", benchmark="loader", system="B", metric="img_per_s",
+                    unit="img/s", environment=machine),
+        Row("pack", "C", "psnr_db", "dB", 41.0),
+    ]  # fmt: skip
+    write_csv(tmp_path / "out" / "loader.csv", rows)
+    assert read_csv(tmp_path / "out" / "loader.csv") == rows
+
+
+def test_csv_of_another_shape_or_with_damage_is_refused(tmp_path: Path):
+    path = tmp_path / "x.csv"
+    with pytest.raises(DataError, match="no such table"):
+        read_csv(path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="columns"):
+        read_csv(path)
+    write_csv(path, [Row("pack", "C", "psnr_db", "dB", 41.0)])
+    path.write_text(path.read_text().replace("41", "forty"))
+    with pytest.raises(DataError, match="damaged"):
+        read_csv(path)
+
+
+def test_every_field_of_a_row_says_what_it_means():
+    import ast
+    import inspect
+
+    from benchmarks import machine, measure
+
+    for module, name in ((measure, "Row"), (machine, "Environment")):
+        tree = ast.parse(inspect.getsource(module))
+        body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name).body
+        for this, following in zip(body, [*body[1:], None], strict=True):
+            if isinstance(this, ast.AnnAssign):
+                assert isinstance(following, ast.Expr), f"{name}.{ast.unparse(this.target)} has no docstring"
+
+
+def test_environment_names_the_machine():
+    machine = environment("x")
+    assert machine.cores >= 1
+    assert machine.ram_gib > 0
+    assert machine.cpu
+    assert "torch " in machine.versions
+
+
+def test_cpu_time_counts_workers_alive_and_dead():
+    import os
+    import subprocess
+    import sys
+
+    burn = """import time
+while time.process_time() < 0.3:
+    pass
+print(1, flush=True)
+input()"""
+    before = tree_cpu_s(os.getpid())
+    with subprocess.Popen(
+        [sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert tree_cpu_s(os.getpid()) - before > 0.25, "a living worker"
+        child.communicate("\n")
+    assert tree_cpu_s(os.getpid()) - before > 0.25, "a worker that ended and was waited for"
+
+
+def test_meter_tells_own_work_from_others():
+    meter = Meter()
+    assert 0 <= meter.other_cpu(0.0) <= 1
+    assert meter.other_cpu(1e9) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12345.6, "12,346"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.01234, "0.012"), (0, "0"), (None, "")],
+)
+def test_figures_for_people(value, text):
+    assert figure(value) == text
+
+
+def test_markdown_shows_failures_with_their_reasons():
+    good = summary_row([1, 2, 3, 4, 5, 6], benchmark="loader", system="A", metric="m", unit="img/s")
+    bad = summary_row([], failed="no | luck", benchmark="loader", system="B", metric="m", unit="img/s", note="differs")
+    table = pivot([good, bad], [("img/s", lambda row: row.metric == "m")])
+    assert "| A | 3.50 [1.00, 6.00] |" in table
+    assert "| B | failed |" in table
+    assert "B: failed, no \\| luck" in notes([good, bad])
+    assert "B: differs" in notes([good, bad])
+    assert cell(None) == ""
+
+
+def test_columns_are_unique():
+    assert len(set(COLUMNS)) == len(COLUMNS)

@@ -178,7 +178,9 @@ class ShardSetWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise DataError(f"{out}: another process is packing to this folder; wait for it or choose another") from None
+            raise DataError(
+                f"{out}: another process is packing to this folder; wait for it or choose another"
+            ) from None
         if self._partial.exists():  # left by a packing that was killed
             shutil.rmtree(self._partial)
         self._partial.mkdir()
@@ -262,9 +264,7 @@ class ShardSetWriter:
         pq.write_table(table, index, compression="zstd", write_statistics=False)
         with index.open("rb") as file:
             os.fsync(file.fileno())
-        counts = {
-            name: {dx: 0 for dx in CLASSES} for name in self._splits
-        }
+        counts = {name: {dx: 0 for dx in CLASSES} for name in self._splits}
         for name, dx in zip(self._columns["split"], self._columns["dx"], strict=True):
             counts[name][dx] += 1
         manifest = Manifest(

@@ -1,0 +1,41 @@
+"""Engines carry out a plan: decode the box, resize it, flip or transpose it, and return uint8.
+
+`native` runs on threads with OpenCV, `dali` on NVIDIA DALI, `resident` gathers from device memory. All take the same
+`Work` and give the same images; `shards/loader.py` chooses one.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+ENGINES = ("native", "dali", "resident")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch to load. samples: (n,) int64 sample numbers; boxes: (n, 4) int32 y, x, h, w; symmetry: (n,) uint8."""
+
+    samples: np.ndarray
+    boxes: np.ndarray
+    symmetry: np.ndarray
+
+
+class Engine(Protocol):
+    """What every engine offers."""
+
+    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
+        """The images of each piece of work, in order: (n, 3, resolution, resolution) uint8, channels-last, on the device.
+
+        A tensor stays valid for as long as the caller keeps it. Closing the iterator stops what is under way. Raises
+        DataError naming a damaged sample.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back threads, buffers and device memory."""
+        ...

@@ -1,0 +1,187 @@
+"""The CPU engine: threads that cut, decode, resize and flip straight into a batch's buffer, with OpenCV.
+
+OpenCV and xxHash let go of Python's lock while they work, so threads scale until the Python part of an image (about
+a thirtieth of its decoding) fills one core. Buffers are used again once nobody holds the batch that was made of them.
+"""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import local
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import xxhash
+
+from shards.engines import Work
+from shards.errors import DataError
+from shards.jpeg import cut_region
+from shards.shardset import ShardSet
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK = 8  # images a task: fewer cost more hand-overs, more leave cores idle at the end of a batch
+_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def decode_whole(payload: memoryview, encoding: str, height: int, width: int) -> np.ndarray:
+    """A payload as (height, width, 3) uint8 RGB; a raw one as a view. Raises DataError where it is neither."""
+    if encoding == "raw":
+        return raw_pixels(payload, height, width)
+    image = cv2.imdecode(np.frombuffer(payload, np.uint8), _FLAGS)
+    if image is None or image.shape != (height, width, 3):
+        raise DataError(f"a payload does not decode to {width}x{height} px")
+    return image
+
+
+def raw_pixels(payload: memoryview, height: int, width: int) -> np.ndarray:
+    """The rows of a `.npy` payload as (height, width, 3) uint8: they end the file, whatever its header's length."""
+    return np.frombuffer(payload, np.uint8, height * width * 3, len(payload) - height * width * 3).reshape(
+        height, width, 3
+    )
+
+
+def apply_symmetry(image: np.ndarray, symmetry: int, out: np.ndarray) -> None:
+    """Write one of the eight symmetries of a square (S, S, 3) uint8 image to `out` (`Plan.symmetry` says which)."""
+    if symmetry & 4:
+        if symmetry & 3 == 0:
+            cv2.transpose(image, out)
+        elif symmetry & 3 == 1:
+            cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE, out)
+        elif symmetry & 3 == 2:
+            cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE, out)
+        else:
+            cv2.rotate(cv2.transpose(image), cv2.ROTATE_180, out)
+    else:
+        cv2.flip(image, (1, 0, -1)[(symmetry & 3) - 1], out)
+
+
+class BufferPool:
+    """Batch buffers (n, S, S, 3) uint8, used again when only this pool still refers to them."""
+
+    def __init__(self, allocate: Callable[[tuple[int, ...]], np.ndarray]) -> None:
+        """allocate: makes a buffer of a shape, in ordinary or in page-locked memory."""
+        self._allocate = allocate
+        self._held = [allocate((0,))]
+        self._unused = sys.getrefcount(self._held[0])  # the count where nobody else holds it
+
+    def take(self, shape: tuple[int, int, int, int]) -> np.ndarray:
+        """A buffer of this shape that nobody uses; buffers of other shapes are let go."""
+        self._held = [buffer for buffer in self._held if buffer.shape == shape]
+        for i in range(len(self._held)):
+            if sys.getrefcount(self._held[i]) == self._unused:
+                return self._held[i]
+        self._held.append(self._allocate(shape))
+        return self._held[-1]
+
+
+class NativeEngine:
+    """Loads batches on `threads` threads, `prefetch` batches ahead."""
+
+    def __init__(self, data: ShardSet, device: str = "cpu", threads: int | None = None, prefetch: int = 2) -> None:
+        """Threads default to the cores that this process may use. Sets OpenCV's own threads to none, process-wide."""
+        cv2.setNumThreads(0)
+        self.data, self.device, self.prefetch = data, device, prefetch
+        self.threads = threads or available_cores()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shards-native")
+        if device == "cpu":
+            self._buffers = BufferPool(lambda shape: np.empty(shape, np.uint8))
+        else:
+            from shards.engines.transfer import pinned_buffer
+
+            self._buffers = BufferPool(pinned_buffer)
+        self._scratch = local()
+
+    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
+        """See `Engine.run`. On a CUDA device a batch travels as one asynchronous copy out of pinned memory."""
+        import torch
+
+        if self.device == "cpu":
+            for buffer in self._filled(work, resolution):
+                yield torch.from_numpy(buffer).permute(0, 3, 1, 2)
+        else:
+            from shards.engines.transfer import to_device
+
+            yield from to_device(self._filled(work, resolution), self.device)
+
+    def _filled(self, work: Iterable[Work], resolution: int) -> Iterator[np.ndarray]:
+        """Buffers (n, resolution, resolution, 3) uint8 in the order of the work."""
+        pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
+        source = iter(work)
+        try:
+            while True:
+                while len(pending) <= self.prefetch and (item := next(source, None)) is not None:
+                    buffer = self._buffers.take((len(item.samples), resolution, resolution, 3))
+                    pending.append((buffer, self._submit(item, buffer)))
+                if not pending:
+                    return
+                buffer, futures = pending.popleft()
+                for future in futures:
+                    future.result()
+                del futures
+                yield buffer
+                del buffer  # so that the pool can tell when the caller has let go of it
+        finally:
+            for _, futures in pending:
+                for future in futures:
+                    future.cancel()
+            for _, futures in pending:
+                for future in futures:
+                    if not future.cancelled():
+                        future.exception()  # wait: the buffers must not be written to any more
+
+    def _submit(self, item: Work, buffer: np.ndarray) -> list["Future[None]"]:
+        data, rows = self.data, item.samples
+        fields = [data.column(name)[rows].tolist() for name in ("shard", "offset", "length", "height", "width", "xxh3")]
+        raw = (data.column("encoding")[rows] == "raw").tolist()
+        columns = [rows.tolist(), *fields, raw, item.boxes.tolist(), item.symmetry.tolist()]
+        samples = list(zip(*columns, strict=True))
+        return [
+            self._pool.submit(self._fill, samples[start : start + _CHUNK], buffer[start : start + _CHUNK])
+            for start in range(0, len(samples), _CHUNK)
+        ]
+
+    def _fill(self, samples: list[tuple], out: np.ndarray) -> None:
+        """Load some samples into `out` (len(samples), S, S, 3)."""
+        data, scratch = self.data, self._scratch
+        size = (out.shape[2], out.shape[1])
+        square = getattr(scratch, "square", None)
+        if square is None or square.shape != out.shape[1:]:
+            square = scratch.square = np.empty(out.shape[1:], np.uint8)
+        for row, (sample, shard, offset, length, height, width, xxh3, raw, (y, x, h, w), symmetry) in enumerate(
+            samples
+        ):
+            payload = data.shard(shard)[offset : offset + length]
+            if xxhash.xxh3_64_intdigest(payload) != xxh3:
+                raise data.damaged(sample)
+            if raw:
+                crop = raw_pixels(payload, height, width)[y : y + h, x : x + w]
+            else:
+                part = cut_region(payload, height, width, y, x, h, w)
+                if part is None:
+                    image = cv2.imdecode(np.frombuffer(payload, np.uint8), _FLAGS)
+                    top = left = 0
+                else:
+                    encoded, top, left = part
+                    image = cv2.imdecode(encoded, _FLAGS)
+                if image is None:
+                    raise data.damaged(sample)
+                crop = image[y - top : y - top + h, x - left : x - left + w]
+            if symmetry:
+                cv2.resize(crop, size, square, interpolation=cv2.INTER_LINEAR)
+                apply_symmetry(square, symmetry, out[row])
+            else:
+                cv2.resize(crop, size, out[row], interpolation=cv2.INTER_LINEAR)
+
+    def close(self) -> None:
+        """Stop the threads. Batches that were handed over stay valid."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

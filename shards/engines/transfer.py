@@ -1,0 +1,44 @@
+"""Host to device: one asynchronous copy of uint8 a batch, straight out of the pinned memory that threads decode into."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+
+def pinned_buffer(shape: tuple[int, ...]) -> np.ndarray:
+    """Page-locked host memory as a uint8 array, from which CUDA copies without waiting."""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def to_device(buffers: Iterable[np.ndarray], device: str) -> Iterator[torch.Tensor]:
+    """Copy pinned (n, S, S, 3) uint8 buffers to `device` on a stream of their own; yields (n, 3, S, S) channels-last.
+
+    The copy of a batch is started one batch before it is handed over, so that it runs beside the step before. The
+    consumer's stream waits for it on the device; the host never does. A buffer is held until its copy is done.
+    """
+    copies = torch.cuda.Stream(device)
+    busy: deque[tuple[np.ndarray, torch.cuda.Event]] = deque()
+    waiting: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+    for buffer in buffers:
+        while busy and busy[0][1].query():
+            busy.popleft()
+        with torch.cuda.stream(copies):
+            images = torch.from_numpy(buffer).to(device, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(copies)
+        busy.append((buffer, done))
+        waiting.append((images, done))
+        if len(waiting) > 1:
+            yield _hand_over(*waiting.popleft(), device)
+    while waiting:
+        yield _hand_over(*waiting.popleft(), device)
+
+
+def _hand_over(images: torch.Tensor, done: torch.cuda.Event, device: str) -> torch.Tensor:
+    """Make the consumer's stream wait for the copy, and tell the allocator that this stream uses the memory."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(done)
+    images.record_stream(stream)
+    return images.permute(0, 3, 1, 2)

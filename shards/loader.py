@@ -1,0 +1,195 @@
+"""Loader: a Selection as batches, the same ones from every engine, in any number of processes, after any restart."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xxhash
+
+from shards.engines import Work
+from shards.engines.choose import make_engine
+from shards.errors import UsageError
+from shards.order import batch_count, check_seed, epoch_order, evaluation_batch, rank_slice
+from shards.plan import Augment, Plan, evaluation_plan, training_plan
+
+if TYPE_CHECKING:
+    from shards.shardset import Selection
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch; n samples, n the same for every batch of an epoch.
+
+    images: (n, 3, S, S) uint8, 0 to 255, RGB, channels-last. labels: (n,) int64. samples: (n,) int64, row numbers of
+    the index. colour: (n, 3, 4) float32, the colour map that `train/head.py` applies (identity in evaluation). mask:
+    (n,) bool, False where a sample only fills up the last batch of an evaluation. All on the loader's device.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    samples: torch.Tensor
+    colour: torch.Tensor
+    mask: torch.Tensor
+
+
+class Loader:
+    """Batches of a Selection, epoch by epoch. An iterable with `set_epoch`, `state_dict` and `load_state_dict`.
+
+    Training shuffles, augments and drops the last, incomplete batch; evaluation keeps the selection's order and fills
+    the last batch up. Batches depend on (selection, batch_size, resolution, seed, epoch) alone: not on the engine, the
+    number of processes, threads, or on where a restart was. A state holds a position, so resuming costs nothing.
+    """
+
+    def __init__(
+        self,
+        selection: "Selection",
+        *,
+        batch_size: int,
+        resolution: int = 224,
+        train: bool = True,
+        seed: int = 0,
+        engine: str = "auto",
+        device: str | torch.device = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int | None = None,
+        prefetch: int = 2,
+        augment: Augment | None = None,
+    ) -> None:
+        """Set up; nothing is read before the first batch.
+
+        batch_size: of the global batch, which `world_size` ranks share. resolution: side of the images in px. engine:
+        `auto`, `native`, `dali` or `resident`. threads: default, the cores this process may use. prefetch: batches
+        loaded ahead. Raises UsageError for a value outside its range, naming the limit.
+        """
+        if batch_size < 1:
+            raise UsageError(f"batch size {batch_size} is below 1")
+        if train and batch_size > len(selection):
+            raise UsageError(
+                f"batch size {batch_size} is larger than the training set of {len(selection)} images: "
+                "choose a smaller batch or a larger fraction"
+            )
+        if not 1 <= resolution <= 4096:
+            raise UsageError(f"resolution {resolution} px is outside 1 to 4096")
+        if prefetch < 1 or (threads is not None and threads < 1):
+            raise UsageError(f"prefetch {prefetch} and threads {threads}: both must be at least 1")
+        check_seed(seed, 0)
+        self.selection, self.batch_size, self.resolution, self.train = selection, batch_size, resolution, train
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.augment = augment or Augment()
+        self.device = torch.device(device)
+        self.epoch = 0
+        self._part = rank_slice(batch_size, rank, world_size)
+        self._position = 0  # global batches of this epoch that were handed over
+        self._resume = 0  # where the next iteration starts
+        self._engine, self.engine_name, self.engine_reason = make_engine(
+            engine, selection, device=self.device, threads=threads, prefetch=prefetch
+        )
+        data, rows = selection.data, selection.samples
+        self._heights, self._widths = data.column("height")[rows], data.column("width")[rows]
+
+    def __len__(self) -> int:
+        """Global batches in an epoch."""
+        return batch_count(len(self.selection), self.batch_size, self.train)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration. Naming the epoch of a loaded state keeps its position."""
+        check_seed(self.seed, epoch)
+        if epoch != self.epoch:
+            self.epoch, self._resume, self._position = epoch, 0, 0
+
+    def set_resolution(self, resolution: int) -> None:
+        """Choose the side of the images, in px, from the next iteration on."""
+        if not 1 <= resolution <= 4096:
+            raise UsageError(f"resolution {resolution} px is outside 1 to 4096")
+        self.resolution = resolution
+
+    def plan(self) -> tuple[np.ndarray, Plan]:
+        """The epoch in hand: the order as positions in the selection, (N,) int64, and the plan of each position."""
+        if not self.train:
+            return np.arange(len(self.selection)), evaluation_plan(self._heights, self._widths, self.augment)
+        order = epoch_order(len(self.selection), self.seed, self.epoch)
+        samples = self.selection.samples
+        return order, training_plan(self.seed, self.epoch, samples, self._heights, self._widths, self.augment)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The epoch's batches from its start, or from where a loaded state stood.
+
+        After its last batch a training loader stands at the start of the next epoch.
+        """
+        start, self._resume = self._resume, 0
+        self._position = start
+        order, plan = self.plan()
+        count = len(self)
+        parts = [self._positions(order, number) for number in range(start, count)]
+        samples, labels = self.selection.samples, self.selection.labels
+        work = (Work(samples[p], plan.boxes[p], plan.symmetry[p]) for p, _ in parts)
+        images = self._engine.run(work, self.resolution)
+        try:
+            for number, (positions, mask) in enumerate(parts, start):
+                pixels = next(images)
+                batch = Batch(
+                    images=pixels,
+                    labels=self._to_device(labels[positions]),
+                    samples=self._to_device(samples[positions]),
+                    colour=self._to_device(plan.colour[positions]),
+                    mask=self._to_device(mask),
+                )
+                self._position = number + 1
+                if self.train and number + 1 == count:
+                    self.epoch, self._position = self.epoch + 1, 0
+                yield batch
+                del batch, pixels
+        finally:
+            images.close()  # type: ignore[attr-defined]  # engines are generators
+
+    def _positions(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's part of a global batch: positions in the selection, and the mask."""
+        if self.train:
+            whole = order[number * self.batch_size : (number + 1) * self.batch_size]
+            return whole[self._part], np.ones(self._part.stop - self._part.start, bool)
+        positions, mask = evaluation_batch(len(order), self.batch_size, number)
+        return positions[self._part], mask[self._part]
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        """A small array as a tensor on the loader's device, without waiting for it."""
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a position means nothing without."""
+        return {
+            "shard_set": self.selection.data.manifest.index_sha256,
+            "selection": f"{xxhash.xxh3_64_hexdigest(self.selection.samples.tobytes())}",
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "train": self.train,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, as a small dictionary of plain values (torchdata's Stateful protocol).
+
+        The number of processes is not in it: a state saved by four ranks can be loaded by one.
+        """
+        return {"version": 1, "epoch": self.epoch, "batch": self._position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the batch after the last one that was handed over when `state` was taken.
+
+        Raises UsageError where the state is of another set, selection, seed or batch size, naming the difference.
+        """
+        if state.get("version") != 1:
+            raise UsageError(f"loader state version {state.get('version')}, and this release reads version 1")
+        different = [f"{k} {state.get(k)} → {v}" for k, v in self._identity().items() if state.get(k) != v]
+        if different:
+            raise UsageError(f"the loader state is of another loader: {', '.join(different)}")
+        self.epoch = state["epoch"]
+        self._position = self._resume = state["batch"]
+
+    def close(self) -> None:
+        """Give back the engine's threads and memory. Batches that were handed over stay valid."""
+        self._engine.close()

@@ -1,0 +1,53 @@
+"""Which sample comes when: a pure function of (seed, epoch, rank, world size). No state, so resume is a position.
+
+Permutations come from sorted keys of a counter-based generator's raw stream (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011), which numpy promises to keep the same across versions; its shuffles it does not.
+"""
+
+import numpy as np
+
+from shards.errors import UsageError
+
+_STREAM = 1  # the last word of Philox's counter; plan.py uses another, so the two share no numbers
+
+
+def check_seed(seed: int, epoch: int) -> None:
+    """Raise UsageError for a seed or an epoch that is not in 0 … 2**63 - 1."""
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if not 0 <= value < 1 << 63:
+            raise UsageError(f"{name} {value} is outside 0 to 2**63 - 1")
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0 … count - 1, int64, that depends on (count, seed, epoch) alone."""
+    check_seed(seed, epoch)
+    keys = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, _STREAM]).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+def batch_count(count: int, batch_size: int, train: bool) -> int:
+    """Global batches in an epoch: whole ones only in training, all samples in evaluation."""
+    return count // batch_size if train else -(-count // batch_size)
+
+
+def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """The part of every global batch that is this rank's; the parts differ by at most one sample and cover the batch.
+
+    Raises UsageError where a rank would get nothing or does not exist.
+    """
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank {rank} is outside 0 to {world_size - 1}")
+    if batch_size < world_size:
+        raise UsageError(f"batch size {batch_size} is smaller than the {world_size} processes that share it")
+    return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
+def evaluation_batch(count: int, batch_size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Global batch `number` of an evaluation: positions (batch_size,) int64 and mask (batch_size,) bool.
+
+    Samples come in their own order. The last batch is filled up with position 0 where the mask is False, so that
+    every batch has one shape and each sample counts once.
+    """
+    positions = np.arange(number * batch_size, (number + 1) * batch_size)
+    mask = positions < count
+    return np.where(mask, positions, 0), mask

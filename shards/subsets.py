@@ -1,0 +1,91 @@
+"""Which lesions go to which split, and in which order fractions take them: pure functions of labels, lesions and a seed.
+
+A lesion is never divided. Every choice hangs on a keyed hash of the lesion's name, not on the order of the rows, so
+the same lesions come out whichever way the metadata is sorted.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+
+from shards.errors import UsageError
+from shards.format import SPLITS
+
+
+def _keys(names: Sequence[str], seed: int, use: str) -> np.ndarray:
+    """One uint64 a name: XXH3 of the name, keyed by seed and use."""
+    return np.array([xxhash.xxh3_64_intdigest(f"{use}/{seed}/{name}".encode()) for name in names], np.uint64)
+
+
+class _Lesions:
+    """The lesions of a set of images: their names, sizes (images) and classes, in the order of their names."""
+
+    def __init__(self, labels: np.ndarray, lesions: Sequence[str]) -> None:
+        self.names, first, self.of_image, self.sizes = np.unique(
+            np.asarray(lesions, dtype=object).astype(str), return_index=True, return_inverse=True, return_counts=True
+        )
+        self.labels = np.asarray(labels)[first]
+
+
+def split_lesions(
+    labels: np.ndarray,
+    lesions: Sequence[str],
+    ratio: tuple[int, int, int] = (70, 10, 20),
+    seed: int = 0,
+) -> np.ndarray:
+    """Assign each image to a split, by lesion and stratified by class.
+
+    labels: (N,) class of each image. lesions: (N,) lesion name of each image; an image without one has a name of its
+    own. ratio: images to train, val and test, in any unit. Returns (N,) split names. In every class the lesions are
+    dealt, in hashed order, to the split that is furthest below its share; a class with at least as many lesions as
+    splits has one in each. Raises UsageError for a ratio without training images or with a negative part.
+    """
+    if len(ratio) != 3 or ratio[0] <= 0 or min(ratio) < 0:
+        raise UsageError(f"split {'/'.join(map(str, ratio))}: give train/val/test as three numbers, train above 0")
+    groups = _Lesions(labels, lesions)
+    keys = _keys(groups.names.tolist(), seed, "split")
+    shares = np.array(ratio, np.float64) / sum(ratio)
+    wanted = [s for s in range(3) if ratio[s] > 0]
+    choice = np.zeros(len(groups.names), np.int64)
+    for label in np.unique(groups.labels):
+        members = np.flatnonzero(groups.labels == label)
+        members = members[np.argsort(keys[members], kind="stable")]
+        target = shares * groups.sizes[members].sum()
+        given = np.zeros(3)
+        for i, lesion in enumerate(members):
+            if i < len(wanted) <= len(members):
+                split = wanted[i]
+            else:
+                split = max(wanted, key=lambda s: target[s] - given[s])
+            choice[lesion] = split
+            given[split] += groups.sizes[lesion]
+    return np.array(SPLITS, dtype=object)[choice][groups.of_image]
+
+
+def nested_subset(labels: np.ndarray, lesions: Sequence[str], fraction: float, seed: int = 0) -> np.ndarray:
+    """The images of the first `fraction` of an order of the lesions; a larger fraction contains every smaller one.
+
+    labels, lesions: (N,) of the training images. Returns sorted positions, int64. The order puts one lesion of each
+    class first, then every lesion where its middle stands in its class (0 to 1), so that each prefix is close to
+    class-proportional; the prefix ends with the lesion that brings it to `fraction` of the images. Another seed
+    orders the lesions of each class otherwise. Raises UsageError for a fraction outside (0, 1].
+    """
+    if not 0.0 < fraction <= 1.0:
+        raise UsageError(f"fraction {fraction} is outside (0, 1]")
+    groups = _Lesions(labels, lesions)
+    keys = _keys(groups.names.tolist(), seed, "fraction")
+    place = np.zeros(len(groups.names))
+    for label in np.unique(groups.labels):
+        members = np.flatnonzero(groups.labels == label)
+        members = members[np.argsort(keys[members], kind="stable")]
+        ends = np.cumsum(groups.sizes[members])
+        place[members] = (ends - groups.sizes[members] / 2) / ends[-1]
+        place[members[0]] = -1.0
+    order = np.lexsort((keys, place))
+    images = np.cumsum(groups.sizes[order])
+    count = int(np.searchsorted(images, fraction * images[-1] - 1e-9)) + 1
+    count = max(count, len(np.unique(groups.labels)))
+    taken = np.zeros(len(groups.names), bool)
+    taken[order[:count]] = True
+    return np.flatnonzero(taken[groups.of_image])

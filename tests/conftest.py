@@ -1,0 +1,94 @@
+"""Shared fixtures: a tiny shard set made on the spot, and the folder of real images where there is one."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.format import CLASSES, EncodeSpec
+from shards.jpeg import encode_jpeg
+from shards.shardset import ShardSet
+from shards.writer import PackedSample, ShardSetWriter
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The folder of real HAM10000 images, from the environment variable HAM10000_SAMPLE."""
+    folder = os.environ.get("HAM10000_SAMPLE")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("HAM10000_SAMPLE names no folder of real images")
+    return Path(folder)
+
+
+def picture(rng: np.random.Generator, label: int, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8 RGB: smooth texture, a blob whose colour hangs on the label, and some noise."""
+    yy, xx = np.mgrid[0:height, 0:width].astype(np.float32)
+    cy, cx = rng.uniform(0.4, 0.6) * height, rng.uniform(0.4, 0.6) * width
+    blob = np.exp(-(((yy - cy) / (0.25 * height)) ** 2 + ((xx - cx) / (0.25 * width)) ** 2))[..., None]
+    skin = (
+        np.array([210, 160, 140], np.float32)
+        + 20 * np.sin(xx / rng.uniform(5, 20) + yy / rng.uniform(5, 20))[..., None]
+    )
+    lesion = np.array([(37 * label) % 150, (61 * label) % 150, (23 * label) % 150], np.float32)
+    noise = rng.normal(0, 6, (height, width, 3)).astype(np.float32)
+    return np.clip(skin * (1 - blob) + lesion * blob + noise, 0, 255).astype(np.uint8)
+
+
+def write_set(out: Path, encoding: str = "jpg", images: int = 120, size: tuple[int, int] | None = (72, 96)) -> Path:
+    """Write a set of `images` pictures, seven classes, lesions of one to three views. encoding: jpg, raw or mixed."""
+    rng = np.random.default_rng(0)
+    with ShardSetWriter(out, EncodeSpec(write_mode="jpg" if encoding == "jpg" else "raw"), 1 << 20) as writer:
+        number = 0
+        for split, share in (("train", 0.6), ("val", 0.2), ("test", 0.2)):
+            for i in range(int(images * share)):
+                label = i % 7
+                height, width = size or (int(rng.integers(40, 120)), int(rng.integers(40, 120)))
+                image = picture(rng, label, height, width)
+                kind = encoding if encoding != "mixed" else ("jpg", "raw")[number % 2]
+                payload = encode_jpeg(image) if kind == "jpg" else npy_bytes(image)
+                metadata = {
+                    "image_id": f"IMG_{number:05d}",
+                    "lesion_id": f"LES_{split}_{i % 7}_{i // 21}",
+                    "dx": CLASSES[label],
+                    "dx_type": "histo",
+                    "age": None if number % 9 == 0 else float(20 + number % 60),
+                    "sex": "unknown",
+                    "localization": "back",
+                    "dataset": "test",
+                }
+                writer.add(PackedSample(payload, kind, height, width, split, metadata))
+                number += 1
+        writer.finish(
+            mean=(0.7, 0.55, 0.5),
+            std=(0.2, 0.2, 0.2),
+            split={"ratio": [60, 20, 20], "seed": 0, "unit": "lesion"},
+            source={"name": "test pictures"},
+            citation="none",
+            licence="none",
+            versions={},
+        )
+    return out
+
+
+def npy_bytes(image: np.ndarray) -> bytes:
+    """The bytes of a .npy file."""
+    import io
+
+    file = io.BytesIO()
+    np.save(file, image)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JPEG set of 120 pictures, 96x72 px, in train, val and test."""
+    return write_set(tmp_path_factory.mktemp("sets") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shard_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet]:
+    """jpg, raw and mixed sets of one size, and `sizes`: a mixed set whose pictures all differ in size."""
+    folder = tmp_path_factory.mktemp("sets")
+    sets = {kind: ShardSet(write_set(folder / kind, kind)) for kind in ("jpg", "raw", "mixed")}
+    return sets | {"sizes": ShardSet(write_set(folder / "sizes", "mixed", size=None))}

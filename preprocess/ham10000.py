@@ -1,0 +1,132 @@
+"""HAM10000's official folder → records, with every check of the raw data that needs no decoding.
+
+The layout: `HAM10000_metadata.csv` and the images as `<image_id>.jpg`, in one or more `HAM10000_images*` folders or
+beside the metadata (Tschandl, Rosendahl & Kittler, Sci. Data 5:180161, 2018; data set doi:10.7910/DVN/DBW86T).
+"""
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+from preprocess.records import COLUMNS, Record, Rejected, Source, list_images, read_table, record_from, sha256_of
+from shards.errors import DataError
+from shards.format import CLASSES
+
+METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
+CITATION = (
+    "Tschandl, P., Rosendahl, C. & Kittler, H. The HAM10000 dataset, a large collection of multi-source dermatoscopic "
+    "images of common pigmented skin lesions. Sci. Data 5, 180161 (2018). doi:10.1038/sdata.2018.161; "
+    "data: doi:10.7910/DVN/DBW86T"
+)
+LICENCE = "CC BY-NC 4.0"
+_MANY_VIEWS = 50
+"""Images of one lesion above which a CSV looks augmented: in HAM10000 no lesion has more than 6."""
+
+
+def read_source(folder: Path) -> Source:
+    """Read a raw folder.
+
+    What is wrong with single images or rows is in `rejected` of the result. Raises DataError when there is no folder,
+    no metadata, a needed column is missing, or nothing is left.
+    """
+    how = (
+        "get HAM10000 with `python -m preprocess.download`, "
+        f"or write a synthetic set with `python -m preprocess.synthetic --out {folder}`"
+    )
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {how}")
+    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if table is None:
+        raise DataError(f"{folder}: holds no {METADATA[0]}; {how}")
+    source = Source(folder, CITATION, LICENCE)
+    folders = [folder, *sorted(p for p in folder.glob("HAM10000_images*") if p.is_dir())]
+    images = list_images(folder, folders, source.rejected)
+    if not images and not source.rejected:
+        raise DataError(f"{folder}: no images in it or in its HAM10000_images* folders; {how}")
+    source.records = read_metadata(table, images, source.rejected, known=())
+    if not source.records:
+        first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
+        raise DataError(f"{table}: lists no image that can be packed{first}")
+    source.warnings = _warnings(source.records)
+    synthetic = {record.dataset for record in source.records} == {"synthetic"}
+    if synthetic:
+        source.citation, source.licence = "computed images (preprocess.synthetic), no patients", "Apache-2.0"
+    source.about = {"dataset": "synthetic" if synthetic else "HAM10000", "metadata_sha256": sha256_of(table)}
+    return source
+
+
+def read_metadata(
+    table: Path, images: dict[str, str], rejected: list[Rejected], known: Collection[str], dataset: str | None = None
+) -> list[Record]:
+    """Match the rows of a table in HAM10000's format with the image files; what does not fit goes to `rejected`.
+
+    images: image_id → file. known: image_ids that are passed over in silence. dataset: the default of that column.
+    Returns the records in the order of the table.
+    """
+    records: dict[str, Record] = {}
+    lines: dict[str, int] = {}
+    contradicted = set()
+    for line, row in read_table(table, COLUMNS):
+        image_id = row.get("image_id", "")
+        if image_id in known:
+            continue
+        try:
+            record = record_from(row, images.get(image_id, ""), dataset)
+        except ValueError as error:
+            rejected.append(Rejected(image_id, table.name, f"line {line}: {error}"))
+            lines.setdefault(image_id, line)
+            continue
+        if image_id in lines:
+            rejected.append(
+                Rejected(image_id, table.name, f"line {line}: image_id {image_id} stands on line {lines[image_id]} too")
+            )
+            if records.get(image_id) != record:
+                contradicted.add(image_id)
+            continue
+        records[image_id], lines[image_id] = record, line
+    for image_id in sorted(contradicted & records.keys()):
+        del records[image_id]
+        reason = f"line {lines[image_id]}: another line says otherwise of image_id {image_id}"
+        rejected.append(Rejected(image_id, table.name, reason))
+    _drop_torn_lesions(records, lines, table, rejected)
+    elsewhere = {r.image_id for r in rejected}
+    for image_id in [i for i, record in records.items() if not record.file]:
+        del records[image_id]
+        if image_id not in elsewhere:
+            rejected.append(Rejected(image_id, f"{image_id}.jpg", f"is missing, and {table.name} lists it"))
+    for image_id, file in images.items():
+        if image_id not in lines and image_id not in known:
+            rejected.append(Rejected(image_id, file, f"is not listed in {table.name}"))
+    return list(records.values())
+
+
+def _drop_torn_lesions(
+    records: dict[str, Record], lines: dict[str, int], table: Path, rejected: list[Rejected]
+) -> None:
+    """Remove every image of a lesion that has two diagnoses."""
+    diagnoses: dict[str | None, set[str]] = {}
+    for record in records.values():
+        diagnoses.setdefault(record.lesion_id, set()).add(record.dx)
+    for image_id, record in list(records.items()):
+        torn = diagnoses[record.lesion_id]
+        if len(torn) > 1:
+            del records[image_id]
+            reason = f"line {lines[image_id]}: lesion {record.lesion_id} has the dx {' and '.join(sorted(torn))}"
+            rejected.append(Rejected(image_id, table.name, reason))
+
+
+def _warnings(records: list[Record]) -> list[str]:
+    """What is allowed but unlikely to be meant."""
+    lesion, views = Counter(record.lesion_id for record in records).most_common(1)[0]
+    warnings = []
+    if views > _MANY_VIEWS:
+        warnings.append(
+            f"lesion {lesion} owns {views:,} images, and in HAM10000 none has more than 6: this looks like an "
+            "augmented CSV, whose copies make every result look better than it is; use the official metadata"
+        )
+    absent = sorted(set(CLASSES) - {record.dx for record in records})
+    if absent:
+        warnings.append(
+            f"the source has no image of {', '.join(absent)}: a model trained on it cannot know these classes"
+        )
+    return warnings

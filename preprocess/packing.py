@@ -1,0 +1,253 @@
+"""Records → a shard set: who goes to which split, in which order, encoded on every core, written in order.
+
+The order of the samples, and so every byte of the set, follows from the records and the settings alone. Workers are
+threads (decoder, encoder and resize release Python's lock); the samples being worked on are bounded, so memory holds
+the records and the index, and no more images the more there are.
+"""
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+import xxhash
+
+from preprocess.encode import BadImageError, Encoded, encode_image
+from preprocess.progress import Progress
+from preprocess.records import Record, Rejected, Source, quarantine_csv
+from shards.errors import DataError
+from shards.format import CLASSES, SPLITS, EncodeSpec, Manifest
+from shards.subsets import split_lesions
+from shards.writer import PackedSample, ShardSetWriter
+
+QUARANTINE = "quarantine.csv"
+_WINDOW = 16
+"""Samples under way per worker: enough to keep every worker busy while a finished shard is flushed to the disk."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a shard set beside the source; `workers`, `overwrite` and `skip_bad` change no byte of a good one.
+
+    ratio: images to train, val and test. unit: `lesion`, or `image` (which puts views of one lesion on both sides).
+    """
+
+    encode: EncodeSpec = field(default_factory=EncodeSpec)
+    ratio: tuple[int, int, int] = (70, 10, 20)
+    seed: int = 0
+    unit: str = "lesion"
+    shard_bytes: int = 64 << 20
+    workers: int = 1
+    skip_bad: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What came of it: the manifest, everything that was left out, and the seconds that packing took."""
+
+    manifest: Manifest
+    rejected: list[Rejected]
+    warnings: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    source: Source
+    record: Record
+    split: str
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What is counted while packing: per source, and over the pixels of the training split."""
+
+    images: dict[str, int] = field(default_factory=dict)
+    lesions: dict[str, set[str]] = field(default_factory=dict)
+    sums: list[int] = field(default_factory=lambda: [0] * 6)
+    pixels: int = 0
+
+    def count(self, job: _Job, encoded: Encoded) -> None:
+        name = job.source.about["dataset"]
+        self.images[name] = self.images.get(name, 0) + 1
+        if job.record.lesion_id is not None:
+            self.lesions.setdefault(name, set()).add(job.record.lesion_id)
+        if job.split == "train":
+            self.sums = [a + b for a, b in zip(self.sums, encoded.sums, strict=True)]
+            self.pixels += encoded.height * encoded.width
+
+    def moments(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation per channel, 0 to 1, from integers: no order of summing can change them."""
+        n = self.pixels
+        mean = [s / n / 255 for s in self.sums[:3]]
+        std = [(n * squares - s * s) ** 0.5 / n / 255 for s, squares in zip(self.sums[:3], self.sums[3:], strict=True)]
+        return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+    def about(self, source: Source) -> dict[str, Any]:
+        name = source.about["dataset"]
+        lesions = len(self.lesions[name]) if name in self.lesions else None
+        return source.about | {"images": self.images.get(name, 0), "lesions": lesions}
+
+
+def pack(source: Source, out: Path, settings: Settings, test: Source | None = None) -> Packed:
+    """Write the shard set `out` from `source`; with `test`, that source is the test split and `source` the other two.
+
+    Raises DataError for the first image that cannot be packed, unless `settings.skip_bad`; nothing is left then.
+    """
+    started = time.monotonic()
+    sources = [source] if test is None else [source, test]
+    if test is not None:
+        _drop_seen(source, test)
+    if not settings.skip_bad:
+        for each in sources:
+            if each.rejected:
+                raise each.error(each.rejected[0])
+    jobs = _in_order(source, test, settings)
+    rejected = [r for each in sources for r in each.rejected]
+    tally = _Tally()
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # one image a worker; OpenCV's own threads would only get in their way
+    try:
+        with (
+            ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite) as writer,
+            Progress("packing", len(jobs), "images") as bar,
+        ):
+            for job, encoded in _in_parallel(lambda job: _encode(job, settings.encode), jobs, settings.workers):
+                bar.advance(1)
+                if isinstance(encoded, Rejected):
+                    if not settings.skip_bad:
+                        raise job.source.error(encoded)
+                    rejected.append(encoded)
+                else:
+                    writer.add(_sample(job, encoded))
+                    tally.count(job, encoded)
+            if not tally.pixels:
+                raise DataError(f"{source.folder}: no training image could be packed ({len(rejected)} were left out)")
+            if rejected:
+                writer.attach(QUARANTINE, quarantine_csv(rejected))
+            mean, std = tally.moments()
+            split = {"ratio": list(settings.ratio), "seed": settings.seed, "unit": settings.unit}
+            about = tally.about(source) | {"quarantined": len(rejected)}
+            manifest = writer.finish(
+                mean=mean,
+                std=std,
+                split=split | {"test_source": test.about["dataset"] if test else None},
+                source=about | {"test": tally.about(test) if test else None},
+                citation="; ".join(dict.fromkeys(each.citation for each in sources)),
+                licence="; ".join(dict.fromkeys(each.licence for each in sources)),
+                versions=library_versions(),
+            )
+    finally:
+        cv2.setNumThreads(threads)
+    return Packed(manifest, rejected, _absent(manifest), time.monotonic() - started)
+
+
+def _drop_seen(source: Source, test: Source) -> None:
+    """Reject test images that the training source knows, or whose lesion it knows: they would not be unseen."""
+    images = {record.image_id for record in source.records}
+    lesions = {record.lesion_id for record in source.records}
+    kept = []
+    for record in test.records:
+        if record.image_id in images:
+            test.rejected.append(Rejected(record.image_id, record.file, "is in the training source too"))
+        elif record.lesion_id is not None and record.lesion_id in lesions:
+            reason = f"shows lesion {record.lesion_id}, which is in the training source too"
+            test.rejected.append(Rejected(record.image_id, record.file, reason))
+        else:
+            kept.append(record)
+    test.records = kept
+
+
+def _in_order(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
+    """Every image with its split, in packed order: train, val, test, each in the order of a keyed hash of the image_id.
+
+    The hash mixes the classes, so that a reader that only goes through the tars in order sees all of them early.
+    """
+    ratio = settings.ratio if test is None else (*settings.ratio[:2], 0)
+    labels = [CLASSES.index(record.dx) for record in source.records]
+    by_image = settings.unit == "image"
+    lesions = [
+        f"image {record.image_id}" if by_image or record.lesion_id is None else record.lesion_id
+        for record in source.records
+    ]
+    splits = split_lesions(np.array(labels), lesions, ratio, settings.seed).tolist()
+    jobs = [_Job(source, record, split) for record, split in zip(source.records, splits, strict=True)]
+    if test is not None:
+        jobs += [_Job(test, record, "test") for record in test.records]
+
+    def place(job: _Job) -> tuple[int, int, str]:
+        image_id = job.record.image_id
+        return SPLITS.index(job.split), xxhash.xxh3_64_intdigest(f"order/{settings.seed}/{image_id}".encode()), image_id
+
+    return sorted(jobs, key=place)
+
+
+def _encode(job: _Job, spec: EncodeSpec) -> Encoded | Rejected:
+    """Read and encode one image, in a worker thread."""
+    image_id, file = job.record.image_id, job.record.file
+    try:
+        return encode_image((job.source.folder / file).read_bytes(), image_id, spec)
+    except BadImageError as error:
+        return Rejected(image_id, file, str(error))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        return Rejected(image_id, file, f"cannot be read ({error.strerror})")
+
+
+def _in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[T, R]]:
+    """`work` of each item with the item, in order, done by `workers` threads, never more than a window ahead."""
+    pending: deque[tuple[T, Future[R]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+    try:
+        for item in items:
+            pending.append((item, pool.submit(work, item)))
+            if len(pending) >= _WINDOW * workers:
+                first, result = pending.popleft()
+                yield first, result.result()
+        while pending:
+            first, result = pending.popleft()
+            yield first, result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _sample(job: _Job, encoded: Encoded) -> PackedSample:
+    return PackedSample(
+        encoded.payload, encoded.encoding, encoded.height, encoded.width, job.split, job.record.metadata()
+    )
+
+
+def _absent(manifest: Manifest) -> list[str]:
+    """A warning for each split without images of a class that the set has."""
+    present = {dx for counts in manifest.counts.values() for dx, count in counts.items() if count}
+    warnings = []
+    for split, counts in manifest.counts.items():
+        missing = sorted(dx for dx in present if not counts[dx])
+        if missing:
+            warnings.append(f"the {split} split has no image of {', '.join(missing)}: too few lesions to share out")
+    return warnings
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide the bytes, and of this project."""
+    versions = {}
+    names = {"opencv": "opencv-python-headless"} | {n: n for n in ("simplejpeg", "numpy", "pyarrow", "dermscale")}
+    for name, package in names.items():
+        try:
+            versions[name] = version(package)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    versions["opencv"] = cv2.__version__
+    turbo = re.search(r"libjpeg-turbo \(ver ([\d.]+)", cv2.getBuildInformation())
+    versions["libjpeg-turbo"] = turbo[1] if turbo else "unknown"
+    return versions

@@ -1,0 +1,182 @@
+"""What raw data comes to: records of usable images, and a line with the reason for each one that is not."""
+
+import csv
+import filecmp
+import hashlib
+import io
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shards.errors import DataError
+from shards.format import CLASSES
+from shards.writer import check_image_id
+
+COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
+"""The columns that HAM10000's metadata must have; `dataset` is optional (older copies lack it)."""
+
+_PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One usable image. file: relative to the source folder. None where the source says nothing."""
+
+    image_id: str
+    file: str
+    lesion_id: str | None
+    dx: str
+    dx_type: str | None = None
+    age: float | None = None
+    sex: str | None = None
+    localization: str | None = None
+    dataset: str | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """The index's columns that come from the source."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "file"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One line of quarantine.csv: an image (or a row) that cannot be packed, the file that is at fault, and why."""
+
+    image_id: str
+    file: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Source:
+    """A raw folder that was read: what can be packed, what cannot, and what the user should know.
+
+    citation, licence, about (names and hashes; no path of the machine): for the manifest.
+    """
+
+    folder: Path
+    citation: str
+    licence: str
+    records: list[Record] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def error(self, rejected: Rejected) -> DataError:
+        """The error that ends a packing which leaves nothing out."""
+        others = len(self.rejected) - 1
+        more = f" (and {others} more problem{'s' if others > 1 else ''} like this or other)" if others > 0 else ""
+        return DataError(
+            f"{self.folder / rejected.file}: {rejected.reason}{more}; mend the source, "
+            "or add --on-bad skip to pack the rest and list what was left out in quarantine.csv"
+        )
+
+
+def quarantine_csv(rejected: Iterable[Rejected]) -> bytes:
+    """quarantine.csv: `image_id,file,reason`, one line for everything that was left out."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["image_id", "file", "reason"])
+    rows.writerows([r.image_id, r.file, r.reason] for r in rejected)
+    return text.getvalue().encode()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def table_columns(path: Path) -> tuple[list[str], str]:
+    """Names of the columns of a CSV or tab-separated file, and its delimiter. Raises DataError when it has none."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            head = file.readline()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text; use the official CSV") from None
+    if not head.strip():
+        raise DataError(f"{path}: is empty; use the official CSV")
+    delimiter = "\t" if "\t" in head else ","
+    return [name.strip() for name in next(csv.reader([head], delimiter=delimiter))], delimiter
+
+
+def read_table(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV or tab-separated file, with their line numbers; values are stripped of spaces.
+
+    A row with too many or too few fields comes without the ones that are missing. Raises DataError for a needed column
+    that is not there, and for a file that is no table.
+    """
+    columns, delimiter = table_columns(path)
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise DataError(
+            f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}); use the official metadata"
+        )
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            next(rows)
+            for row in rows:
+                if row:
+                    yield rows.line_num, dict(zip(columns, (value.strip() for value in row), strict=False))
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text; use the official CSV") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: line {rows.line_num} cannot be read ({error}); use the official CSV") from None
+
+
+def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -> dict[str, str]:
+    """Picture files in `folders` (not below them): name without suffix → path relative to `root`.
+
+    Hidden files are ignored (archives made on a Mac carry `._ISIC_….jpg`). One image in two places is added to
+    `rejected`; where the two files differ, neither is returned.
+    """
+    found: dict[str, str] = {}
+    differing = set()
+    for folder in folders:
+        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.name.startswith(".")):
+            name = path.relative_to(root).as_posix()
+            first = found.setdefault(path.stem, name)
+            if first == name or not path.is_file():
+                continue
+            same = filecmp.cmp(root / first, path, shallow=False)
+            if not same:
+                differing.add(path.stem)
+            rejected.append(
+                Rejected(path.stem, name, f"stands a second time; {first} {'is the same' if same else 'differs'}")
+            )
+    rejected += [Rejected(i, found.pop(i), "another file of this name differs") for i in sorted(differing)]
+    return found
+
+
+def record_from(row: dict[str, str], file: str, dataset: str | None) -> Record:
+    """A record from a row of HAM10000's metadata. Raises ValueError with the reason for a row that is wrong."""
+    short = [name for name in COLUMNS if name not in row]
+    if short:
+        raise ValueError(f"the row ends before {short[0]}")
+    try:
+        check_image_id(row["image_id"])
+    except DataError as error:
+        raise ValueError(str(error)) from None
+    if not row["lesion_id"]:
+        raise ValueError("lesion_id is empty, and splits are made by lesion")
+    if row["dx"] not in CLASSES:
+        raise ValueError(f"dx '{row['dx']}' is unknown (known: {', '.join(CLASSES)})")
+    try:
+        age = float(row["age"]) if row["age"] else None
+    except ValueError:
+        age = math.nan
+    if age is not None and not 0 <= age <= 130:
+        raise ValueError(f"age '{row['age']}' is not a number from 0 to 130 (empty means unknown)")
+    return Record(
+        row["image_id"],
+        file,
+        row["lesion_id"],
+        row["dx"],
+        row["dx_type"] or None,
+        age,
+        row["sex"] or None,
+        row["localization"] or None,
+        row.get("dataset") or dataset,
+    )

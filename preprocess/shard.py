@@ -1,0 +1,157 @@
+"""Raw HAM10000 → a packed shard set.
+
+    python -m preprocess.shard --source data/ham10000 --out data/shards
+
+Reads the official layout, splits by lesion, decodes every image strictly, reduces it to 400 px and writes tar shards of
+64 MiB with an index and a manifest. The same source and settings give the same set byte for byte, whatever the number
+of workers.
+"""
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shards import cli
+from shards.errors import DermscaleError, UsageError
+from shards.format import CLASSES, WRITE_MODES, EncodeSpec
+
+if TYPE_CHECKING:
+    from preprocess.packing import Packed
+
+
+class _TerminatedError(DermscaleError):
+    exit_code = 143
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _TerminatedError("terminated; nothing was written")
+
+
+class Ratio(click.ParamType):
+    """`70/10/20`: images to train, val and test."""
+
+    name = "train/val/test"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        """Parse and check. Wrong usage ends in exit code 2."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split("/")
+        if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts) or int(parts[0]) == 0:
+            self.fail(
+                f"'{value}': give train/val/test as three whole numbers, train above 0, as in 70/10/20", param, ctx
+            )
+        return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--source", type=click.Path(path_type=Path), default=Path("data/ham10000"), help="Raw HAM10000 folder.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards"), help="Shard set to write.")
+@click.option(
+    "--test-source",
+    type=click.Path(path_type=Path),
+    help="Official ISIC 2018 Task 3 test images and labels; they become the test split.",
+)
+@click.option("--write-mode", type=click.Choice(WRITE_MODES), default="jpg", help="As FFCV means them.")
+@click.option("--max-resolution", type=int, default=400, help="Longer side in px; larger images are reduced to it.")
+@click.option("--jpeg-quality", type=int, default=90, help="1 to 100.")
+@click.option("--subsampling", type=click.Choice(("420", "422", "444")), default="420", help="Chroma of the JPEGs.")
+@click.option(
+    "--restart/--no-restart", default=True, help="Restart table, for decoding of regions (about 2 % more bytes)."
+)
+@click.option("--compress-probability", type=float, default=0.5, help="proportion: share of JPEGs; the rest is raw.")
+@click.option("--smart-threshold", type=int, default=500_000, help="smart: JPEG above this many raw bytes.")
+@click.option("--shard-mb", type=int, default=64, help="Largest size of a tar, MiB.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: the cores]")
+@click.option("--split", type=Ratio(), default="70/10/20", help="Images to each split, in any unit.")
+@click.option(
+    "--split-unit", type=click.Choice(("lesion", "image")), default="lesion", help="image leaks: for comparison only."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed makes another split.")
+@click.option(
+    "--on-bad", type=click.Choice(("stop", "skip")), default="stop", help="What an image that cannot be packed does."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the set in --out, once the new one is whole.")
+def main(
+    source: Path,
+    out: Path,
+    test_source: Path | None,
+    shard_mb: int,
+    workers: int | None,
+    split: tuple[int, int, int],
+    split_unit: str,
+    seed: int,
+    on_bad: str,
+    overwrite: bool,
+    **encode: Any,
+) -> None:
+    """Pack a raw HAM10000 folder into shards."""
+    spec = EncodeSpec(**encode)
+    if shard_mb < 1:
+        raise UsageError(f"--shard-mb {shard_mb}: at least 1")
+    signal.signal(signal.SIGTERM, _terminate)
+
+    from preprocess.ham10000 import read_source
+    from preprocess.isic2018 import read_test_source
+    from preprocess.packing import QUARANTINE, Settings, pack
+    from shards.writer import refuse_occupied
+
+    refuse_occupied(out, overwrite)
+    raw = read_source(source)
+    test = read_test_source(test_source) if test_source else None
+    for warning in raw.warnings + (test.warnings if test else []):
+        _warn(warning)
+    if split_unit == "image":
+        _warn(
+            "SPLITTING BY IMAGE: views of one lesion land in training and test, and results look better than they are; "
+            "only for measuring that effect"
+        )
+    settings = Settings(
+        encode=spec,
+        ratio=split,
+        seed=seed,
+        unit=split_unit,
+        shard_bytes=shard_mb << 20,
+        workers=workers or len(os.sched_getaffinity(0)),
+        skip_bad=on_bad == "skip",
+        overwrite=overwrite,
+    )
+    packed = pack(raw, out, settings, test)
+    for warning in packed.warnings:
+        _warn(warning)
+    click.echo(table(packed))
+    if test is not None and test.about["known_missing"]:
+        click.echo(f"{', '.join(test.about['known_missing'])}: left out, as the official test archive and scoring do")
+    if packed.rejected:
+        click.echo(f"{len(packed.rejected)} left out, listed with reasons in {out / QUARANTINE}")
+    seconds = packed.seconds
+    images = sum(shard.samples for shard in packed.manifest.shards)
+    click.echo(f"{images:,} images packed in {out}, {seconds:.1f} s, {images / seconds:.0f} images/s")
+
+
+def _warn(text: str) -> None:
+    click.echo(f"warning: {text}", err=True)
+
+
+def table(packed: "Packed") -> str:
+    """Samples per split and class and the megabytes of the shards, as text."""
+    lines = [f"{'split':6}" + "".join(f"{dx:>7}" for dx in CLASSES) + f"{'images':>9}{'MB':>9}"]
+    shards = packed.manifest.shards
+    total: dict[str, int] = dict.fromkeys(CLASSES, 0)
+    for split, counts in packed.manifest.counts.items():
+        size = sum(shard.bytes for shard in shards if shard.split == split)
+        lines.append(_row(split, counts, size))
+        total = {dx: total[dx] + counts[dx] for dx in CLASSES}
+    lines.append(_row("all", total, sum(shard.bytes for shard in shards)))
+    return "\n".join(lines)
+
+
+def _row(name: str, counts: dict[str, int], size: int) -> str:
+    return f"{name:6}" + "".join(f"{counts[dx]:7,}" for dx in CLASSES) + f"{sum(counts.values()):9,}{size / 1e6:9.1f}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

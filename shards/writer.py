@@ -126,7 +126,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _swap_into_place(new: Path, final: Path) -> None:
-    """Make `new` the folder `final`; an older `final` goes away only after that. Atomic where Linux's renameat2 is had."""
+    """Make `new` the folder `final`; an older `final` goes away only after that. Atomic where renameat2 is had."""
     if not final.exists():
         new.rename(final)
         sync_folder(final.parent)
@@ -190,13 +190,22 @@ class ShardSetWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Remove whatever was not finished."""
-        if self._shard is not None:
-            self._shard.close()
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        Path(self._lock.name).unlink(missing_ok=True)
-        self._lock.close()
+        """Remove whatever was not finished, even where closing the open file fails because the disk is full."""
+        try:
+            if self._shard is not None:
+                self._shard.close()
+        except OSError:
+            if not any(exc):
+                raise
+        finally:
+            if self._partial.exists():
+                shutil.rmtree(self._partial)
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+
+    def attach(self, name: str, content: bytes) -> None:
+        """Put one more file into the folder, beside the shards; it is no part of the format."""
+        write_durably(self._partial / name, content)
 
     def add(self, sample: PackedSample) -> None:
         """Append one sample. Raises DataError for an image_id that is unusable or already there."""

@@ -60,7 +60,7 @@ class EncodeSpec:
 
     write_mode: `jpg`, `raw` (uint8 rows), `proportion` (jpg with probability `compress_probability`, else raw) or
         `smart` (jpg where the raw image would be larger than `smart_threshold` bytes).
-    max_resolution: the longer side is reduced to this many pixels if it is longer (area interpolation, aspect ratio kept).
+    max_resolution: a longer side is reduced to this many pixels (area interpolation, aspect ratio kept).
     jpeg_quality: 1 to 100, libjpeg's scale. subsampling: chroma, `420`, `422` or `444`.
     restart: True writes a JPEG restart marker every few blocks and their lengths in an APP15 segment, which is what
         makes decoding of a region possible (FORMAT.md, "Restart table").

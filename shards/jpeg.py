@@ -18,7 +18,8 @@ TAG = b"DSRST1\0"
 
 _FIELDS = struct.Struct(">BBHHH")
 """After the tag: block height and width in pixels; blocks a run; offsets of the frame header (SOF0) and of the scan,
-both counted from the end of this segment. Then the length of each run in bytes, the marker behind it included, as little-endian uint16."""
+both counted from the end of this segment. Then the length of each run in bytes, the marker behind it included, as
+little-endian uint16."""
 
 _APP15, _SOF0, _SOS = 0xEF, 0xC0, 0xDA
 _APP0_END = 20  # SOI and the 18 bytes of the JFIF segment: the restart table follows

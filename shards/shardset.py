@@ -181,22 +181,29 @@ class ShardSet:
         height, width = int(self.column("height")[sample]), int(self.column("width")[sample])
         return decode_whole(self.read(sample), str(self.column("encoding")[sample]), height, width)
 
-    def verify(self) -> Iterator[tuple[str, str | None]]:
-        """Read every byte: yields (file, None) for each whole shard or (file, what is wrong), then checks each sample.
+    def verify(self) -> Iterator[tuple[str, list[str]]]:
+        """Read every byte, a shard at a time: yields (file name, what is wrong with it or with its samples).
 
-        The index was checked when the set was opened.
+        The index was checked against the manifest when the set was opened.
         """
-        for info in self.manifest.shards:
-            digest = hashlib.sha256()
+        shards, offsets, lengths = (self.column(name) for name in ("shard", "offset", "length"))
+        for number, info in enumerate(self.manifest.shards):
+            wrong = []
             with (self.path / info.file).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            yield info.file, None if digest.hexdigest() == info.sha256 else "its SHA-256 is not the manifest's"
-        for sample in range(len(self)):
-            try:
-                self.read(sample)
-            except DataError as error:
-                yield str(self.column("image_id")[sample]), str(error)
+                if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
+                    wrong.append("its SHA-256 is not the manifest's")
+            rows = np.flatnonzero(shards == number)
+            for sample in rows:
+                try:
+                    self.read(sample)
+                except DataError as error:
+                    wrong.append(str(error))
+            idx = (self.path / info.file).with_suffix(".idx")
+            lines = idx.read_text().splitlines()[1:] if idx.is_file() else []
+            spans = [line.split()[1:3] for line in lines]
+            if spans != [[str(o), str(n)] for o, n in zip(offsets[rows], lengths[rows], strict=True)]:
+                wrong.append(f"{idx.name} is missing or points elsewhere")
+            yield info.file, wrong
 
 
 def _objects(table: "pa.Table", name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which lesions go to which split, and in which order fractions take them: pure functions of labels, lesions and a seed.
+"""Which lesions go to which split, and in which order fractions take them: pure functions of names and a seed.
 
 A lesion is never divided. Every choice hangs on a keyed hash of the lesion's name, not on the order of the rows, so
 the same lesions come out whichever way the metadata is sorted.

@@ -29,10 +29,11 @@ class Engine(Protocol):
     """What every engine offers."""
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
-        """The images of each piece of work, in order: (n, 3, resolution, resolution) uint8, channels-last, on the device.
+        """The images of each piece of work, in order.
 
-        A tensor stays valid for as long as the caller keeps it. Closing the iterator stops what is under way. Raises
-        DataError naming a damaged sample.
+        (n, 3, resolution, resolution) uint8, 0 to 255, RGB, channels-last, on the loader's device. A tensor stays
+        valid for as long as the caller keeps it. Closing the iterator stops what is under way. Raises DataError naming
+        a damaged sample.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Host to device: one asynchronous copy of uint8 a batch, straight out of the pinned memory that threads decode into."""
+"""Host to device: one asynchronous copy of uint8 a batch, out of the pinned memory that threads decode into."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator

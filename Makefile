@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all that a new user needs; both install first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= data/demo
+RUNS ?= runs/demo
+
+.PHONY: help install demo test test-fast test-gpu gpu-check lint format peers clean
+
+help: ## list what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(BIN)/.installed ## create .venv and install everything, in the tested versions
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=python3.11 or newer" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install ## synthetic lesions → shards → a 2 × 2 study → report, under 4 minutes on 2 cores
+	rm -rf $(DEMO) $(RUNS)
+	$(BIN)/python -m preprocess.synthetic --out $(DEMO)/raw --images 700
+	$(BIN)/python -m preprocess.shard --source $(DEMO)/raw --out $(DEMO)/shards --max-resolution 128
+	$(BIN)/python -m train.grid --data $(DEMO)/shards --out $(RUNS) --models resnet18,alexnet --fractions 0.25,1 --seeds 0 --epochs 8 --resolution 64 --batch-size 32
+
+test: install ## every test that runs without a GPU, under 8 minutes on 2 cores
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-fast: install ## without those marked slow
+	$(BIN)/python -m pytest -m 'not gpu and not slow'
+
+test-gpu: install ## only those that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: install ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the demo made
+	rm -rf $(DEMO) $(RUNS)

@@ -1,0 +1,71 @@
+"""What the parts may know of each other, read from their imports; and that --help never waits."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "shards": set(),
+    "preprocess": {"shards"},
+    "train": {"shards"},
+    "benchmarks": {"shards", "preprocess", "train"},
+}
+ENTRIES = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for package in MAY_IMPORT
+    for file in (ROOT / package).rglob("*.py")
+    if '__name__ == "__main__"' in file.read_text()
+)
+
+
+def imports(file: Path, top_only: bool = False) -> set[str]:
+    """The modules that a file imports; `top_only`, those it imports at import time."""
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_data_flows_one_way(package):
+    for file in (ROOT / package).rglob("*.py"):
+        others = {name.split(".")[0] for name in imports(file)} & set(MAY_IMPORT) - {package}
+        assert others <= MAY_IMPORT[package], f"{file} imports {others}"
+
+
+def test_dali_stands_in_one_file_of_the_library():
+    files = [f for f in (ROOT / "shards").rglob("*.py") if any("nvidia.dali" in name for name in imports(f))]
+    assert [f.name for f in files] == ["dali.py"]
+
+
+def test_cuda_is_named_in_one_file_of_training():
+    files = [f.name for f in (ROOT / "train").rglob("*.py") if "torch.cuda" in f.read_text()]
+    assert set(files) <= {"device.py"}
+
+
+def test_every_entry_is_known():
+    assert {"shards", "preprocess.shard", "preprocess.synthetic", "preprocess.download", "train.run"} <= set(ENTRIES)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_help_answers_at_once(entry):
+    seconds = []
+    for _ in range(5):  # the best of a few: the machine may be busy, a heavy import is there every time
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", entry, "--help"], capture_output=True, text=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "Usage" in done.stdout and "--help" in done.stdout
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5

@@ -1,18 +1,17 @@
-"""Paints a procedural lesion (`preprocess.phantom`) and photographs it: one canvas a lesion, one picture a view.
+"""Paints the canvas of a procedural lesion (`preprocess.phantom`); `preprocess.phantom_camera` takes pictures of it.
 
-A function of its arguments alone. RGB throughout. What is broad is painted at half the canvas's resolution, what is fine only where
-the lesion is, and channels meet in one matrix (`cv2.transform`): a picture takes a few tens of milliseconds.
+A function of its arguments alone. RGB throughout. What is broad is painted at half the canvas's resolution, what is
+fine only where the lesion is, and the absorbers meet in one matrix (`cv2.transform`): about 20 ms a lesion on one core.
 """
 
 import cv2
 import numpy as np
 
-from preprocess.phantom import Lesion
+from preprocess.phantom import HEIGHT_PX, Lesion
 
-WIDTH_PX, HEIGHT_PX = 600, 450
-_SCALE = 0.8  # canvas pixels per picture pixel: dermatoscopes are about that soft
-_SIDE = 512  # the canvas, square
-_HALF = _SIDE // 2
+SCALE = 0.8  # canvas pixels per picture pixel: dermatoscopes are about that soft
+SIDE = 512  # the canvas, square
+_HALF = SIDE // 2
 
 _BROWN = (0.50, 0.93, 1.15)
 _BLUE = (1.15, 0.85, 0.62)
@@ -39,7 +38,7 @@ def _fractal(rng: np.random.Generator, bump_px: float, octaves: int, size: Size)
     return total
 
 
-def _step(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def smooth_step(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Smooth step: 0 at and beyond `low`, 1 at and beyond `high` (which may be the smaller one)."""
     t = (values - np.float32(low)) * np.float32(1 / (high - low))
     np.clip(t, 0, 1, out=t)
@@ -65,7 +64,7 @@ def _cells(rng: np.random.Generator, spacing_px: float, keep: float, size: Size)
     return cv2.distanceTransform(empty, cv2.DIST_L2, cv2.DIST_MASK_5) * np.float32(1 / spacing_px)
 
 
-def _curve(paint: np.ndarray, path: np.ndarray, shade: int, width: int) -> None:
+def draw_curve(paint: np.ndarray, path: np.ndarray, shade: int, width: int) -> None:
     """Draw a smooth line through (n, 2) points x, y, in place, to a sixteenth of a pixel."""
     cv2.polylines(paint, [(path * 16).round().astype(np.int32)], False, shade, width, cv2.LINE_AA, 4)
 
@@ -85,7 +84,7 @@ def _vessels(rng: np.random.Generator, radius_px: float, branches: int, size: Si
         steps = max(4, int(length / 6))
         angles = angle + np.cumsum(rng.normal(0, 0.24, steps))
         path = start + np.cumsum(np.stack([np.cos(angles), np.sin(angles)], 1) * 6, 0)
-        _curve(paint, path, 255, max(1, round(width)))
+        draw_curve(paint, path, 255, max(1, round(width)))
         if width > 1.1:
             for _ in range(int(rng.integers(2, 4))):
                 at = int(rng.integers(steps // 3, steps))
@@ -114,7 +113,7 @@ class _Shape:
         inside = np.float32(1) - cv2.magnitude(across, along)
         core = np.float32(1) - cv2.magnitude(across + np.float32(rng.normal(0, 0.2)), along)
         fade = np.exp(_field(rng, 1.5 * radius_px, half) * np.float32(0.6)) * np.float32(max(0.03, look.soft))
-        body = _step(inside / fade, -0.4, 0.8)
+        body = smooth_step(inside / fade, -0.4, 0.8)
         left, top, width, height = cv2.boundingRect((body > 0).astype(np.uint8))
         self.window = (slice(top, top + height), slice(left, left + width))
         self.fine_window = (slice(2 * top, 2 * (top + height)), slice(2 * left, 2 * (left + width)))
@@ -123,7 +122,7 @@ class _Shape:
 
 
 def _broad(lesion: Lesion, shape: _Shape, rng: np.random.Generator) -> tuple[list[np.ndarray], list[Cover]]:
-    """What is broad in a lesion, in its window: amounts of brown, blue and red, and (opacity, colour) of what covers."""
+    """What is broad in a lesion, in its window: amounts of brown, blue and red; (opacity, colour) of what covers."""
     look, core, size = lesion.look, shape.core, shape.size
 
     def noise(bump_px: float, octaves: int = 1) -> np.ndarray:
@@ -131,34 +130,36 @@ def _broad(lesion: Lesion, shape: _Shape, rng: np.random.Generator) -> tuple[lis
 
     patches = noise(0.45 * max(shape.radius_px, 24), 4)
     brown = np.float32(look.brown_flat) * (1 + np.float32(0.25) * patches)
-    brown += np.float32(look.brown_patch * 1.3) * _step(patches, -0.3, 1.2)
-    brown += np.float32(look.brown_core) * _step(core, 0.0, 0.9)
+    brown += np.float32(look.brown_patch * 1.3) * smooth_step(patches, -0.3, 1.2)
+    brown += np.float32(look.brown_core) * smooth_step(core, 0.0, 0.9)
     blue = np.zeros_like(brown)
     if look.blue_veil > 0.02:
-        blue += np.float32(look.blue_veil) * _step(noise(42, 3) + np.float32(0.8) * core, 0.3, 1.4)
+        blue += np.float32(look.blue_veil) * smooth_step(noise(42, 3) + np.float32(0.8) * core, 0.3, 1.4)
     if look.blue_nests > 0.02:
         seeds = _cells(rng, rng.uniform(12, 21), 0.3, size) + np.float32(0.09) * noise(10, 2)
-        nests = _step(seeds, 0.38, 0.12) * _step(noise(40), -0.3, 0.7) * np.float32(look.blue_nests)
+        nests = smooth_step(seeds, 0.38, 0.12) * smooth_step(noise(40), -0.3, 0.7) * np.float32(look.blue_nests)
         blue += nests
         brown += np.float32(0.3) * nests
     red = np.float32(look.red_flat) * (1 + np.float32(0.4) * noise(36, 3))
     covers: list[Cover] = []
     if look.red_mesh + look.yellow_follicles > 0.04:
         follicles = _cells(rng, rng.uniform(7, 11), 0.8, size) + np.float32(0.12) * noise(6, 2)
-        uneven = _step(noise(28), -0.9, 0.6)
-        red += np.float32(look.red_mesh) * _step(follicles, 0.2, 0.6) * uneven
-        covers.append((np.float32(look.yellow_follicles) * _step(follicles, 0.3, 0.05) * uneven, _YELLOW))
+        uneven = smooth_step(noise(28), -0.9, 0.6)
+        red += np.float32(look.red_mesh) * smooth_step(follicles, 0.2, 0.6) * uneven
+        covers.append((np.float32(look.yellow_follicles) * smooth_step(follicles, 0.3, 0.05) * uneven, _YELLOW))
     if look.red_lacunae > 0.02:
         seeds = _cells(rng, rng.uniform(10, 18), 0.75, size) + np.float32(0.05) * noise(5)
-        filled = _step(seeds, 0.7, 0.35) * np.float32(look.red_lacunae)
+        filled = smooth_step(seeds, 0.7, 0.35) * np.float32(look.red_lacunae)
         red += filled * (np.float32(0.8) + np.float32(0.3) * noise(21))
-        blue += np.float32(0.25) * filled * _step(noise(42), 0.2, 0.9)
+        blue += np.float32(0.25) * filled * smooth_step(noise(42), 0.2, 0.9)
     if look.white_scar > 0.02:
-        covers.append((np.float32(look.white_scar) * _step(core + np.float32(0.25) * noise(28, 3), 0.3, 1.05), _WHITE))
+        covers.append(
+            (np.float32(look.white_scar) * smooth_step(core + np.float32(0.25) * noise(28, 3), 0.3, 1.05), _WHITE)
+        )
     if look.white_scale > 0.02:
-        covers.append((np.float32(look.white_scale) * _step(noise(14, 3), 0.4, 1.5), _WHITE))
+        covers.append((np.float32(look.white_scale) * smooth_step(noise(14, 3), 0.4, 1.5), _WHITE))
     if look.white_milia > 0.02:
-        milia = _step(_cells(rng, rng.uniform(9, 14), 0.4, size), 0.22, 0.05)
+        milia = smooth_step(_cells(rng, rng.uniform(9, 14), 0.4, size), 0.22, 0.05)
         covers.append((np.float32(look.white_milia) * milia, _WHITE))
     if look.yellow_flat > 0.02:
         covers.append((np.full(size, 0.55 * look.yellow_flat, np.float32), _YELLOW))
@@ -172,8 +173,8 @@ def _fine(lesion: Lesion, shape: _Shape, rng: np.random.Generator) -> tuple[np.n
     height, width = size = (2 * shape.size[0], 2 * shape.size[1])
     brown = np.zeros(size, np.float32)
     if look.brown_network + look.brown_rim > 0.02:
-        rim = cv2.resize(_step(shape.inside, 0.55, 0.15), (width, height))
-        mesh = _step(
+        rim = cv2.resize(smooth_step(shape.inside, 0.55, 0.15), (width, height))
+        mesh = smooth_step(
             _cells(rng, rng.uniform(6.5, 10.5), 0.95, size) + np.float32(0.05) * _field(rng, 7, size), 0.25, 0.68
         )
         mesh *= np.float32(1) + np.float32(0.6) * _field(rng, 64, size)
@@ -183,7 +184,9 @@ def _fine(lesion: Lesion, shape: _Shape, rng: np.random.Generator) -> tuple[np.n
     if look.brown_globules > 0.02:
         dots = _cells(rng, rng.uniform(9.5, 16), 0.35, size) + np.float32(0.04) * _field(rng, 6, size)
         brown += (
-            _step(dots, 0.32, 0.12) * _step(_field(rng, 73, size), -0.2, 0.7) * np.float32(1.1 * look.brown_globules)
+            smooth_step(dots, 0.32, 0.12)
+            * smooth_step(_field(rng, 73, size), -0.2, 0.7)
+            * np.float32(1.1 * look.brown_globules)
         )
     red = np.zeros(size, np.float32)
     if look.red_vessels > 0.03:
@@ -194,23 +197,23 @@ def _fine(lesion: Lesion, shape: _Shape, rng: np.random.Generator) -> tuple[np.n
 
 
 def paint_lesion(lesion: Lesion) -> np.ndarray:
-    """The canvas of a lesion, which is in its middle: (512, 512, 3) float32, RGB 0–255, 0.8 pixels to one of a picture."""
+    """The canvas with the lesion in its middle: (512, 512, 3) float32, RGB 0–255, 0.8 pixels to one of a picture."""
     rng = np.random.Generator(np.random.Philox(lesion.texture_seed))
-    half, full = (_HALF, _HALF), (_SIDE, _SIDE)
+    half, full = (_HALF, _HALF), (SIDE, SIDE)
 
     # Bare skin: mottled, with freckles; then furrows, two crossing families of fine lines.
     red = _fractal(rng, 64, 3, half) * np.float32(0.03 + 0.02 * lesion.difficulty)
     red += _fractal(rng, 6, 2, half) * np.float32(rng.uniform(0.015, 0.05))
     brown = _fractal(rng, 36, 2, half) * np.float32(0.02)
     if lesion.freckles > 0:
-        brown += _step(_field(rng, 8, half), 0.6, 2.2) * np.float32(0.3 * lesion.freckles)
+        brown += smooth_step(_field(rng, 8, half), 0.6, 2.2) * np.float32(0.3 * lesion.freckles)
     blue = np.zeros(half, np.float32)
     furrows = np.zeros(full, np.float32)
     for grain in ((80, 240), (230, 85)):
         furrows += cv2.resize(rng.standard_normal(grain, dtype=np.float32), full)
     furrows *= np.float32(rng.uniform(0.008, 0.02))
 
-    shape = _Shape(lesion, lesion.look.radius * HEIGHT_PX * _SCALE / 2, rng)
+    shape = _Shape(lesion, lesion.look.radius * HEIGHT_PX * SCALE / 2, rng)
     amounts, covers = _broad(lesion, shape, rng)
     for amount, more in zip((brown, blue, red), amounts, strict=True):
         amount[shape.window] += more
@@ -237,76 +240,3 @@ def _cover(region: np.ndarray, covers: list[Cover]) -> None:
         for channel in range(3):
             region[..., channel] *= keep
             region[..., channel] += light * colour[channel]
-
-
-def _hairs(rng: np.random.Generator, number: int) -> np.ndarray:
-    """Hairs across a picture: (450, 600) float32, the share of light that they let through."""
-    paint = np.zeros((HEIGHT_PX, WIDTH_PX), np.uint8)
-    t = np.linspace(0, 1, 24)[:, None]
-    main, stubble, darkness = rng.uniform(0, np.pi), rng.random() < 0.25, rng.uniform(0.6, 1.0)
-    for _ in range(number):
-        angle = main + rng.normal(0, 0.45)
-        length = rng.uniform(15, 45) if stubble else rng.uniform(90, 420)
-        start = rng.uniform((0, 0), (WIDTH_PX, HEIGHT_PX))
-        along = np.array([np.cos(angle), np.sin(angle)]) * length
-        bow = np.array([-along[1], along[0]]) * rng.normal(0, 0.2)
-        path = start + 2 * t * (1 - t) * (along / 2 + bow) + t**2 * along  # a quadratic Bézier curve
-        _curve(paint, path, int(darkness * rng.uniform(130, 235)), int(rng.choice((1, 2, 3), p=(0.45, 0.4, 0.15))))
-    blurred = cv2.GaussianBlur(paint, (0, 0), 0.7)
-    return np.float32(1) - blurred.astype(np.float32) * np.float32(1 / 255)
-
-
-def _light(rng: np.random.Generator) -> np.ndarray:
-    """The light of one picture: (450, 600) float32 factor; uneven, darker in the corners, at times a round field."""
-    y, x = np.mgrid[0 : HEIGHT_PX // 2, 0 : WIDTH_PX // 2].astype(np.float32)
-    x, y = 2 * x - np.float32(WIDTH_PX / 2), 2 * y - np.float32(HEIGHT_PX / 2)
-    away = cv2.magnitude(x - np.float32(rng.normal(0, 22)), y - np.float32(rng.normal(0, 18)))
-    corner = away * np.float32(1 / 375)
-    light = np.float32(1) - np.float32(rng.uniform(0.04, 0.3)) * corner * corner * corner
-    light += x * np.float32(rng.normal(0, 0.00012))
-    if rng.random() < 0.2:
-        field_px = rng.uniform(275, 350)
-        light *= np.float32(0.06) + np.float32(0.94) * _step(away, field_px + rng.uniform(6, 40), field_px)
-    return cv2.resize(np.maximum(light, 0), (WIDTH_PX, HEIGHT_PX))
-
-
-def _marks(rng: np.random.Generator, light: np.ndarray) -> None:
-    """What lies on the glass, in place on the light: a millimetre scale, gel bubbles; each on some pictures only."""
-    if rng.random() < 0.12:
-        spacing, start, foot = rng.uniform(16, 26), rng.uniform(0, 200), HEIGHT_PX - rng.uniform(20, 50)
-        for tick in range(int(rng.integers(8, 16))):
-            at = start + tick * spacing
-            cv2.line(light, (int(at), int(foot)), (int(at), int(foot - (16 if tick % 5 == 0 else 9))), 0.25, 1)
-    if rng.random() < 0.18:
-        for _ in range(int(rng.integers(2, 14))):
-            x, y, radius_px = int(rng.integers(WIDTH_PX)), int(rng.integers(HEIGHT_PX)), int(rng.integers(3, 12))
-            cv2.circle(light, (x, y), radius_px, 1.25, 1)
-            cv2.circle(light, (x - radius_px // 3, y - radius_px // 3), 1, 1.9, -1)
-
-
-def photograph(lesion: Lesion, canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One view of a lesion: its canvas shifted, turned, flipped, zoomed and lit anew; (450, 600, 3) uint8 RGB."""
-    angle, zoom = rng.uniform(0, 2 * np.pi), float(np.exp(rng.normal(0, 0.12))) / _SCALE
-    flip = 1 if rng.random() < 0.5 else -1
-    shift = np.clip(rng.normal(0, 1, 2), -2, 2) * (34, 24)
-    cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
-    turn = np.array([[cos * flip, -sin], [sin * flip, cos]])
-    move = np.array([WIDTH_PX, HEIGHT_PX]) / 2 + shift - turn @ np.full(2, _SIDE / 2)
-    matrix, size = np.column_stack([turn, move]), (WIDTH_PX, HEIGHT_PX)
-    picture = cv2.warpAffine(canvas, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-    if rng.random() < 0.3:
-        picture = cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.5, 1.2)))
-    light = _light(rng)
-    number = int(rng.poisson(lesion.hair)) if lesion.hair else 0
-    if number:
-        light *= _hairs(rng, number)
-    _marks(rng, light)
-    # White balance drifts between orange and purple, hardly towards green; exposure drifts too.
-    warm, pink = rng.normal(0, 0.02 + 0.05 * lesion.difficulty, 2)
-    light *= np.float32(np.exp(rng.normal(0, 0.03 + 0.05 * lesion.difficulty)))
-    camera = (1 + 0.5 * warm, 1 - 0.3 * pink, 1 - warm + 0.3 * pink)
-    picture = cv2.multiply(picture, cv2.merge([light * np.float32(gain) for gain in camera]))
-    # Sensor noise: the sum of two uniform bytes is near enough to normal, and a tenth of its cost.
-    grains = rng.integers(0, 256, (2, HEIGHT_PX, WIDTH_PX), dtype=np.uint8).astype(np.float32).sum(0)
-    noise = (grains - np.float32(255)) * np.float32(rng.uniform(2.0, 5.0) / 104)
-    return cv2.add(picture, cv2.merge([noise] * 3), dtype=cv2.CV_8U)  # rounds and saturates

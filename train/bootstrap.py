@@ -133,19 +133,73 @@ class LesionBootstrap:
             left, first = left - drawn, False
 
 
-def interval(replicates: Floats, value: Floats | float, *, kind: str = "percentile") -> tuple[Floats, Floats]:
+def _quantiles(ordered: Floats, counts: Ints, levels: Floats) -> Floats:
+    """Linear quantiles of the first `counts` of each column of (R, K) sorted replicates, at (K,) levels."""
+    columns = np.arange(ordered.shape[1])
+    place = levels * np.maximum(counts - 1, 0)
+    below = np.floor(place).astype(np.int64)
+    above = np.minimum(below + 1, np.maximum(counts - 1, 0))
+    left, right = ordered[below, columns], ordered[above, columns]
+    return left + (place - below) * (right - left)
+
+
+def bend(replicates: Floats, value: Floats) -> tuple[Floats, Floats]:
+    """Bias correction z0 and acceleration a of the BCa interval for (R, K) replicates of (K,) values.
+
+    Efron 1987, "Better bootstrap confidence intervals", J. Am. Stat. Assoc. 82:171–185. The acceleration, a sixth of
+    the skewness of the linear part, is taken from the skewness of the replicates: a jackknife over the lesions would
+    cost as much as the bootstrap.
+    """
+    from scipy.special import ndtri
+
+    count = np.maximum((~np.isnan(replicates)).sum(axis=0), 1)
+    share = ((replicates < value).sum(axis=0) + (replicates <= value).sum(axis=0)) / (2 * count)
+    away = replicates - np.nansum(replicates, axis=0) / count
+    second, third = np.nansum(away**2, axis=0) / count, np.nansum(away**3, axis=0) / count
+    spread = second > 1e-24
+    skew = np.divide(third, second**1.5, out=np.zeros_like(third), where=spread)
+    z0 = np.where(spread, np.clip(ndtri(np.clip(share, 1e-9, 1 - 1e-9)), -1.0, 1.0), 0.0)
+    return z0, np.clip(skew / 6, -0.2, 0.2)
+
+
+def interval(replicates: Floats, value: Floats | float, *, kind: str = "bca") -> tuple[Floats, Floats]:
     """Low and high ends of the 95 % interval, along the first axis of (R, …); NaN replicates are left out.
 
-    kind: `percentile`, or `basic` (mirrored about the value), which is for biased statistics such as the expected
-    calibration error: its resamples are biased upward as the value is, and percentiles would add the bias twice.
+    kind: `bca` (percentiles corrected for bias and skewness), `percentile`, or `basic` (percentiles mirrored about the
+    value), which is for statistics as biased as the expected calibration error: resamples add the bias once more.
     """
-    tail = (1 - CONFIDENCE) / 2
+    from scipy.special import ndtr, ndtri
+
+    if kind not in ("bca", "percentile", "basic"):
+        raise ValueError(f"kind '{kind}' is none of bca, percentile, basic")
     shape = replicates.shape[1:]
-    empty = np.isnan(replicates).all(axis=0) if len(replicates) else np.ones(shape, dtype=bool)
-    safe = np.where(empty, 0.0, replicates) if len(replicates) else np.zeros((1, *shape))
-    low, high = np.nanquantile(safe, [tail, 1 - tail], axis=0)
+    flat, middle = replicates.reshape(len(replicates), -1), np.broadcast_to(value, shape).reshape(-1)
+    empty = np.isnan(flat).all(axis=0) | np.isnan(middle)
+    if not len(flat) or empty.all():
+        return np.full(shape, np.nan), np.full(shape, np.nan)
+    tail = (1 - CONFIDENCE) / 2
+    levels = np.array([[tail], [1 - tail]]) + np.zeros(middle.size)
+    if kind == "bca":
+        z0, a = bend(flat, middle)
+        shifted = z0 + ndtri(levels)
+        levels = ndtr(z0 + shifted / (1 - a * shifted))
+    ordered, counts = np.sort(flat, axis=0), (~np.isnan(flat)).sum(axis=0)
+    low, high = (_quantiles(ordered, counts, level) for level in levels)
     if kind == "basic":
-        low, high = 2 * value - high, 2 * value - low
-    elif kind != "percentile":
-        raise ValueError(f"kind '{kind}' is neither percentile nor basic")
-    return np.where(empty, np.nan, low), np.where(empty, np.nan, high)
+        low, high = 2 * middle - high, 2 * middle - low
+    return np.where(empty, np.nan, low).reshape(shape), np.where(empty, np.nan, high).reshape(shape)
+
+
+def two_sided_p(replicates: Floats, value: float, *, null: float = 0.0) -> float:
+    """p of the hypothesis that a difference is `null`: 1 − the confidence of the BCa interval that just reaches it.
+
+    replicates: (R,), value: the difference itself. At least 2 / (R + 1): no resample can speak for less.
+    """
+    from scipy.special import ndtr, ndtri
+
+    known = replicates[~np.isnan(replicates)]
+    share = (0.5 + (known < null).sum() + 0.5 * (known == null).sum()) / (known.size + 1)
+    z0, a = (float(x[0]) for x in bend(known[:, None], np.array([value])))
+    away = float(ndtri(share)) - z0
+    z = away / (1 + a * away) - z0 if 1 + a * away > 0 else np.copysign(np.inf, away)
+    return float(np.clip(2 * min(ndtr(z), ndtr(-z)), 2 / (known.size + 1), 1.0))

@@ -101,9 +101,7 @@ def number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def estimate(
-    replicates: Floats, *, kind: str = "percentile", limits: tuple[float, float] = (0.0, 1.0)
-) -> dict[str, Any]:
+def estimate(replicates: Floats, *, kind: str = "bca", limits: tuple[float, float] = (0.0, 1.0)) -> dict[str, Any]:
     """{"value", "low", "high"} of (R + 1,) replicates whose first is the value; None where undefined."""
     if not np.isfinite(replicates[0]):
         return {"value": None, "low": None, "high": None}
@@ -188,7 +186,7 @@ def evaluate(
         "absent_classes": [name for name, n in zip(classes, images, strict=True) if n == 0],
         "classes_of_one_lesion": [classes[c] for c in bootstrap.single],
     }
-    result |= {key: estimate(found[key], kind=kinds.get(key, "percentile")) for key in SCALARS}
+    result |= {key: estimate(found[key], kind=kinds.get(key, "bca")) for key in SCALARS}
     result["per_class"] = {
         name: {"images": int(images[c]), "lesions": int(groups[c]) if lesions is not None else None}
         | {key: estimate(found[key][:, c]) for key in CLASS_SCALARS}

@@ -1,0 +1,326 @@
+"""Learning curves `y = a − b·n^−c`: fitted, with intervals, and with a plain word where the data cannot tell.
+
+    curve = fit_curve(n_train, balanced_accuracy)
+    curve.c                    # {"value": 0.42, "low": 0.31, "high": 0.55}
+    curve.at(4000)             # {"n": 4000, "value": 0.61, "low": 0.60, "high": 0.62}
+    hold_out_largest(n_train, balanced_accuracy)["inside"]
+
+The intervals say how much seeds and training subsets move the result on the test set as it is. They take the runs as
+independent; runs of one subset seed share training images, so a spread shared by all sizes is not in them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import DataError, UsageError
+from train.bootstrap import CONFIDENCE
+from train.profile import (
+    C_MAX,
+    C_MIN,
+    VARIANCE_POWERS,
+    Lines,
+    Quantity,
+    power_weights,
+    size_groups,
+    variance_power,
+)
+
+EXTRAPOLATION = 2.0
+ROUNDING = 1.05
+"""Lesions stay whole, so half of a training set is half of its images only to within a few percent."""
+
+MIN_SIZES = 4
+GRID = 160
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Estimate = dict[str, float | None]
+
+
+@dataclass
+class LearningCurve:
+    """A fitted curve. Estimates are {"value", "low", "high"}, 95 %; an open end is None.
+
+    a: the score with endless data, b and c: how far below it and how fast it rises. identifiable: False where the
+    data do not bound them, and `reasons` says why; values between the measured sizes are good all the same.
+    noise_sd: standard deviation of a run at the largest size; noise_power: its variance falls as n^−noise_power.
+    lack_of_fit_p: small where the means of the sizes lie farther from the curve than their runs from each other.
+    """
+
+    a: Estimate
+    b: Estimate
+    c: Estimate
+    identifiable: bool
+    reasons: list[str]
+    runs: int
+    sizes: int
+    n_min: float
+    n_max: float
+    noise_sd: float | None
+    noise_power: float | None
+    lack_of_fit_p: float | None
+    _fit: "_Fit | None" = field(repr=False, default=None)
+
+    def at(self, n: float) -> dict[str, float]:
+        """Expected score at n training images with its 95 % interval: {"n", "value", "low", "high"}.
+
+        Raises UsageError where n lies more than a factor of 2 outside the measured sizes, or where no curve was fitted.
+        """
+        if self._fit is None:
+            raise UsageError(f"no learning curve: {'; '.join(self.reasons)}")
+        check_reach(n, self.n_min, self.n_max)
+        value, low, high = self._fit.value_at(float(n))
+        return {"n": float(n), "value": value, "low": low, "high": high}
+
+    def band(self, points: int = 40) -> list[dict[str, float]]:
+        """`at` for sizes evenly spaced in log n, from the smallest to twice the largest. Empty without a fit."""
+        if self._fit is None:
+            return []
+        return [self.at(float(n)) for n in np.geomspace(self.n_min, EXTRAPOLATION * self.n_max, points)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the fit itself, for JSON."""
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+
+def check_reach(n: float, n_min: float, n_max: float) -> None:
+    """Raise UsageError for an n more than a factor of EXTRAPOLATION (and rounding) outside the measured sizes."""
+    reach = EXTRAPOLATION * ROUNDING
+    if not (math.isfinite(n) and n_min / reach <= n <= n_max * reach):
+        raise UsageError(
+            f"{n:.0f} training images lie more than {EXTRAPOLATION:.0f}× outside the measured {n_min:.0f} to "
+            f"{n_max:.0f}: a fitted curve says nothing there; train at more sizes"
+        )
+
+
+class _Fit:
+    """The fit of one set of runs, and of sets drawn from it, which tell how far a true value may lie off."""
+
+    def __init__(self, n: Floats, y: Floats, *, ceiling: float, resamples: int, seed: int):
+        self.n, self.ceiling = n, ceiling
+        self.groups = size_groups(n)
+        powers, self.power_error = variance_power(n, y[:, None], self.groups)
+        self.power = float(powers[0])
+        self.weights = power_weights(n, np.array([self.power]))[:, 0]
+        coarse = np.geomspace(C_MIN, C_MAX, 80)
+        self.grid = self._refined(coarse, Lines(n, y[:, None], self.weights[:, None], coarse, ceiling))
+        self.a, self.b, self.c = self._least_squares(y)
+        self.grid = np.unique(np.append(self.grid, self.c))
+        self.lines = Lines(n, y[:, None], self.weights[:, None], self.grid, ceiling)
+        self.sd = math.sqrt(float(self.lines.variance[0]))
+        # Runs drawn from the curve, with weights estimated anew from each set: the F distribution does not know that
+        # weights are estimates, and with it 95 % intervals cover 91 %.
+        rng = np.random.default_rng(seed)
+        expected = self.a - self.b * (n / n.max()) ** -self.c
+        true_power = np.clip(self.power + self.power_error * rng.normal(size=resamples), *VARIANCE_POWERS)
+        noise = self.sd / np.sqrt(power_weights(n, true_power))
+        drawn = expected[:, None] + noise * rng.normal(size=(n.size, resamples))
+        self.drawn_power, _ = variance_power(n, drawn, self.groups)
+        self.drawn_weights = power_weights(n, self.drawn_power)
+        self.drawn = Lines(n, drawn, self.drawn_weights, self.grid, ceiling)
+        self.luck = rng.normal(size=resamples)
+
+    def _refined(self, coarse: Floats, lines: Lines) -> Floats:
+        """A grid that is fine where c may lie, as far as four times the usual limit."""
+        inside = coarse[lines.rss[:, 0] <= lines.least[0] + 16 * max(float(lines.variance[0]), 1e-12)]
+        return np.union1d(coarse, np.geomspace(max(inside[0] / 1.05, C_MIN), min(inside[-1] * 1.05, C_MAX), GRID))
+
+    def _least_squares(self, y: Floats) -> tuple[float, float, float]:
+        """a, b (for n in units of the largest) and c of least weighted squares, by scipy, from the best of the grid."""
+        from scipy.optimize import curve_fit
+
+        lines = Lines(self.n, y[:, None], self.weights[:, None], self.grid, self.ceiling)
+        i = int(lines.best[0])
+        start = (float(lines.asymptote[i, 0]), max(-float(lines.slope[i, 0]), 1e-9), float(self.grid[i]))
+        bounds = ([-np.inf, 0.0, C_MIN], [self.ceiling, np.inf, C_MAX])
+        start = tuple(np.clip(start, np.array(bounds[0]) + 1e-12, np.array(bounds[1]) - 1e-12))
+        found, _ = curve_fit(
+            lambda x, a, b, c: a - b * x**-c,
+            self.n / self.n.max(),
+            y,
+            p0=start,
+            sigma=1 / np.sqrt(self.weights),
+            bounds=bounds,
+            xtol=1e-12,
+            ftol=1e-12,
+        )
+        return float(found[0]), float(found[1]), float(found[2])
+
+    def _critical(self, distances: Floats) -> float:
+        """The distance that a true value exceeds in 5 % of the drawn sets; never below the F distribution's."""
+        from scipy.stats import f
+
+        freedom = self.lines.freedom
+        return max(float(np.quantile(distances, CONFIDENCE)), float(f.ppf(CONFIDENCE, 1, freedom)))
+
+    def interval(self, p: float, q: Floats, value: float) -> tuple[float, float]:
+        """95 % interval of the quantity p·a + q·s (see Quantity); `value` is what it is on the fitted curve."""
+        quantity = Quantity(p, q)
+        return self.lines.limits(quantity, self._critical(self.drawn.distance(quantity, value)))
+
+    def exponent_interval(self) -> tuple[float, float]:
+        """95 % interval of c."""
+        index = int(np.searchsorted(self.grid, self.c))
+        return self.lines.exponent_limits(self.grid, self._critical(self.drawn.distance_of_exponent(index)))
+
+    def value_at(self, n: float) -> tuple[float, float, float]:
+        """Curve at n and its 95 % interval."""
+        value = self.a - self.b * float(n / self.n.max()) ** -self.c
+        low, high = self.interval(1.0, (n / self.n.max()) ** -self.grid, value)
+        return value, low, min(high, self.ceiling)
+
+    def new_mean_at(self, n: float, runs: int) -> tuple[float, float, float]:
+        """Curve at n and the interval that holds the mean of so many new runs there in 95 % of cases."""
+        x = n / self.n.max()
+        last = int(self.n.argmax())
+
+        def noise(power: Floats, weights: Floats) -> Floats:
+            return 1 / (x**power * weights[last] * runs)
+
+        q = x**-self.grid
+        mine = noise(np.array([self.power]), self.weights[:, None])
+        value = self.a - self.b * float(x) ** -self.c
+        met = value + self.sd * math.sqrt(float(mine[0])) * self.luck
+        distances = self.drawn.distance(Quantity(1.0, q, noise(self.drawn_power, self.drawn_weights)), met)
+        low, high = self.lines.limits(Quantity(1.0, q, mine), self._critical(distances))
+        return value, low, high
+
+    def lack_of_fit(self, y: Floats) -> float | None:
+        """p of the F test of the size means against the curve; None without repeated sizes or spare sizes."""
+        from scipy.stats import f
+
+        sizes = np.unique(self.groups)
+        spare, repeats = sizes.size - 3, y.size - sizes.size
+        pure = 0.0
+        for g in sizes:
+            rows = self.groups == g
+            pure += float((self.weights[rows] * (y[rows] - np.average(y[rows], weights=self.weights[rows])) ** 2).sum())
+        if spare < 1 or repeats < 1 or pure <= 0:
+            return None
+        return float(f.sf(max(float(self.lines.least[0]) - pure, 0.0) / spare / (pure / repeats), spare, repeats))
+
+
+def _checked(n_train: Any, scores: Any) -> tuple[Floats, Floats]:
+    """Sizes and scores as (m,) float64. Raises DataError for wrong ones."""
+    n, y = np.asarray(n_train, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    if n.ndim != 1 or n.shape != y.shape or n.size == 0:
+        raise DataError(f"{n.size} sizes and {y.size} scores: a learning curve needs one score for each run's size")
+    if not (np.isfinite(n).all() and (n > 0).all() and np.isfinite(y).all()):
+        raise DataError("a learning curve needs positive sizes and finite scores: leave out runs without a result")
+    return n, y
+
+
+def fit_curve(
+    n_train: Sequence[float] | NDArray[Any],
+    scores: Sequence[float] | NDArray[Any],
+    *,
+    ceiling: float = 1.0,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> LearningCurve:
+    """Fit `score = a − b·n^−c`, a ≤ ceiling, b ≥ 0, C_MIN ≤ c ≤ C_MAX, to one score a run.
+
+    n_train: (m,) training images; scores: (m,). Runs weigh by the inverse of a noise variance that falls as a power of
+    n, estimated from the runs of each size. The point is scipy's `curve_fit`; intervals are profiles (`train.profile`)
+    whose limit is calibrated on `resamples` sets of runs drawn from the fitted curve.
+    COVERAGE
+
+    Not identifiable (a, b, c then have open ends, None): fewer than MIN_SIZES sizes, no spare runs, an interval of c
+    that reaches the end of its range, or one of a that reaches the ceiling. Raises DataError for unusable numbers.
+    """
+    n, y = _checked(n_train, scores)
+    groups = size_groups(n)
+    sizes = int(groups.max()) + 1
+    common: dict[str, Any] = {
+        "runs": int(n.size),
+        "sizes": sizes,
+        "n_min": float(n[groups == 0].mean()),
+        "n_max": float(n[groups == sizes - 1].mean()),
+    }
+    reasons: list[str] = []
+    if sizes < MIN_SIZES:
+        reasons.append(f"{sizes} sizes, and three parameters need at least {MIN_SIZES}")
+    elif n.size < MIN_SIZES:
+        reasons.append(f"{n.size} runs, and three parameters need at least {MIN_SIZES}")
+    elif np.ptp(y) < 1e-9:
+        reasons.append("every run has the same score")
+    if reasons:
+        nothing: Estimate = {"value": None, "low": None, "high": None}
+        return LearningCurve(
+            **common, a=nothing, b=nothing, c=nothing, identifiable=False, reasons=reasons,
+            noise_sd=None, noise_power=None, lack_of_fit_p=None,
+        )  # fmt: skip
+    fit = _Fit(n, y, ceiling=ceiling, resamples=resamples, seed=seed)
+    none = np.zeros_like(fit.grid)
+    c_low, c_high = fit.exponent_interval()
+    a_low, a_high = fit.interval(1.0, none, fit.a)
+    scale = float(n.max()) ** fit.c
+    b_low, b_high = fit.interval(0.0, -(n.max() ** fit.grid), fit.b * scale)
+    if c_low <= C_MIN:
+        reasons.append(
+            f"c may be {C_MIN} or less: within these sizes the rise is as good as logarithmic, without an end"
+        )
+    if c_high >= C_MAX:
+        reasons.append(f"c may be {C_MAX} or more: only the smallest size tells of a rise")
+    if a_high >= ceiling:
+        reasons.append(f"a may be the highest possible score, {ceiling:g}")
+    if b_low <= 0:
+        reasons.append("b may be 0: the score may not depend on the number of training images at all")
+    return LearningCurve(
+        **common,
+        a={"value": fit.a, "low": a_low if c_low > C_MIN else None, "high": a_high if a_high < ceiling else None},
+        b={
+            "value": fit.b * scale,
+            "low": max(b_low, 0.0),
+            "high": b_high if c_low > C_MIN and c_high < C_MAX else None,
+        },
+        c={"value": fit.c, "low": c_low if c_low > C_MIN else None, "high": c_high if c_high < C_MAX else None},
+        identifiable=not reasons,
+        reasons=reasons,
+        noise_sd=fit.sd / math.sqrt(float(fit.weights[groups == sizes - 1].mean())),
+        noise_power=fit.power,
+        lack_of_fit_p=fit.lack_of_fit(y),
+        _fit=fit,
+    )
+
+
+def hold_out_largest(
+    n_train: Sequence[float] | NDArray[Any],
+    scores: Sequence[float] | NDArray[Any],
+    *,
+    ceiling: float = 1.0,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Fit without the largest size, predict the mean of its runs, and say whether it came true.
+
+    Returns {"n", "runs", "observed", "predicted", "low", "high", "inside", "reason"}; low to high holds the mean of so
+    many runs in 95 % of cases if the curve is right. Where no prediction is made, the last five are None and a reason.
+    """
+    n, y = _checked(n_train, scores)
+    groups = size_groups(n)
+    last = groups == groups.max()
+    told = {"n": float(n[last].mean()), "runs": int(last.sum()), "observed": float(y[last].mean())}
+    refused = {"predicted": None, "low": None, "high": None, "inside": None}
+    if not (~last).any():
+        return told | refused | {"reason": "one size only"}
+    curve = fit_curve(n[~last], y[~last], ceiling=ceiling, resamples=resamples, seed=seed)
+    if curve._fit is None:
+        return told | refused | {"reason": "without the largest size: " + "; ".join(curve.reasons)}
+    try:
+        check_reach(told["n"], curve.n_min, curve.n_max)
+    except UsageError as error:
+        return told | refused | {"reason": str(error)}
+    value, low, high = curve._fit.new_mean_at(told["n"], told["runs"])
+    return told | {
+        "predicted": value,
+        "low": low,
+        "high": high,
+        "inside": bool(low <= told["observed"] <= high),
+        "reason": None,
+    }

@@ -17,8 +17,9 @@ if command -v pkg-config >/dev/null; then
     pkg-config --exists opencv4 || missing+=(libopencv-dev)
     pkg-config --exists libturbojpeg || missing+=(libturbojpeg0-dev)
 fi
+command -v ffmpeg >/dev/null || missing+=(ffmpeg)  # SPDL loads FFmpeg's shared libraries
 if ((${#missing[@]})); then
-    echo "error: FFCV cannot be built without ${missing[*]}; install them, on Debian or Ubuntu with:" \
+    echo "error: the peers need ${missing[*]} from the system; install them, on Debian or Ubuntu with:" \
         "apt-get install -y --no-install-recommends ${missing[*]}" >&2
     exit 1
 fi

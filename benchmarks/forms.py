@@ -1,0 +1,234 @@
+"""The same images in every system's own format, made once with that system's own writer and kept.
+
+Every form of one (source, copies, packed_px) holds the same pixels: the originals reduced by area interpolation to the
+same size, JPEG quality 90 and 4:2:0 chroma where JPEG; only `originals` are the source's own files.
+"""
+
+# pyright: reportMissingImports=false
+# The peers live in an environment of their own (benchmarks/install_peers.sh).
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.work import QUALITY, Work
+from shards.errors import DataError
+from shards.format import CLASSES
+
+_PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
+
+
+def prepared(form: str, work: Work) -> Path:
+    """The path of a form, made now if it is not there. Raises DataError where the source is not what it should be."""
+    name = form if form in ("source", "originals") else f"{form}-{work.packed_px}"
+    folder = work.cache / _key(work) / name
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            FORMS[form](work, partial)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _key(work: Work) -> str:
+    """Another source or number of copies is another data set."""
+    import xxhash
+
+    names = "\n".join(f"{path.name} {path.stat().st_size}" for path, _, _ in originals(work))
+    return f"{xxhash.xxh3_64_hexdigest(names.encode())[:8]}-x{work.copies}"
+
+
+def originals(work: Work) -> list[tuple[Path, int, dict[str, str]]]:
+    """The original files of the source: path, label, and row of the metadata, sorted by name. Raises DataError."""
+    table = work.source / "HAM10000_metadata.csv"
+    if not table.is_file():
+        raise DataError(f"{table}: missing; --source must be a HAM10000-shaped folder of original images")
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = {row["image_id"]: row for row in csv.DictReader(file)}
+    files = sorted(path for part in _PARTS for path in (work.source / part).glob("*.jpg"))
+    found = [(path, CLASSES.index(rows[path.stem]["dx"]), rows[path.stem]) for path in files if path.stem in rows]
+    if not found:
+        raise DataError(f"{work.source}: holds no image that its HAM10000_metadata.csv lists")
+    return found
+
+
+def names(work: Work) -> list[tuple[str, Path, int]]:
+    """Every sample: its name, the original that it is, and its label."""
+    return [(f"{path.stem}c{copy}", path, label) for copy in range(work.copies) for path, label, _ in originals(work)]
+
+
+def packed_pixels(path: Path, packed_px: int) -> np.ndarray:
+    """An original reduced to the packed size: (H, W, 3) uint8 RGB. By area interpolation, as in FFCV's writer."""
+    import cv2
+
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise DataError(f"{path}: cannot be decoded")
+    height, width = packed_size(image.shape[0], image.shape[1], packed_px)
+    if (height, width) == image.shape[:2]:
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def packed_size(height: int, width: int, packed_px: int) -> tuple[int, int]:
+    """Height and width after reduction of the longer side to `packed_px`, the shorter one rounded."""
+    longer = max(height, width)
+    if longer <= packed_px:
+        return height, width
+    return round(height * packed_px / longer), round(width * packed_px / longer)
+
+
+def _source(work: Work, folder: Path) -> None:
+    """A HAM10000-shaped folder in which every original stands under several names, as links."""
+    images = folder / _PARTS[0]
+    images.mkdir()
+    rows = []
+    for copy in range(work.copies):
+        for path, _, row in originals(work):
+            name = f"{path.stem}c{copy}"
+            (images / f"{name}.jpg").symlink_to(path.resolve())
+            rows.append({**row, "image_id": name, "lesion_id": f"{row['lesion_id']}c{copy}"})
+    with (folder / "HAM10000_metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _originals(work: Work, folder: Path) -> None:
+    """A folder per class with links to the originals, as torchvision's ImageFolder wants it."""
+    for name, path, label in names(work):
+        (folder / CLASSES[label]).mkdir(exist_ok=True)
+        (folder / CLASSES[label] / f"{name}.jpg").symlink_to(path.resolve())
+
+
+def _packed(work: Work, folder: Path) -> None:
+    """A folder per class of packed JPEG files, and stats.json with their size and channel means (RGB, 0 to 255)."""
+    import cv2
+
+    totals, sizes = np.zeros(3), set()
+    for path, label, _ in originals(work):
+        pixels = packed_pixels(path, work.packed_px)
+        totals += pixels.reshape(-1, 3).mean(axis=0)
+        sizes.add(pixels.shape[1::-1])
+        options = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
+        done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
+        if not done:
+            raise DataError(f"{path}: cannot be encoded")
+        home = folder / CLASSES[label]
+        home.mkdir(exist_ok=True)
+        first = home / f"{path.stem}c0.jpg"
+        first.write_bytes(data.tobytes())
+        for copy in range(1, work.copies):
+            (home / f"{path.stem}c{copy}.jpg").write_bytes(data.tobytes())
+    count = len(originals(work))
+    stats = {"mean": (totals / count).tolist(), "sizes": sorted(f"{w}x{h}" for w, h in sizes)}
+    (folder / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
+
+
+def packed_files(work: Work) -> list[tuple[Path, int]]:
+    """The packed JPEG files with their labels, in the order of `names`."""
+    folder = prepared("packed", work)
+    return [(folder / CLASSES[label] / f"{name}.jpg", label) for name, _, label in names(work)]
+
+
+def stats(work: Work) -> tuple[tuple[float, float, float], str]:
+    """Channel means of the packed images (RGB, 0 to 255), and their size as text, `341x256`."""
+    found = json.loads((prepared("packed", work) / "stats.json").read_text(encoding="utf-8"))
+    return tuple(found["mean"]), ", ".join(found["sizes"])
+
+
+def _shards(write_mode: str) -> Callable[[Work, Path], None]:
+    """This project's own format, by its own command."""
+
+    def write(work: Work, folder: Path) -> None:
+        command = [sys.executable, "-m", "preprocess.shard", "--source", str(prepared("source", work))]
+        command += ["--out", str(folder / "set"), "--write-mode", write_mode, "--split", "100/0/0"]
+        command += ["--max-resolution", str(work.packed_px), "--jpeg-quality", str(QUALITY)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise DataError(f"packing with `preprocess.shard --write-mode {write_mode}` failed: {last}")
+
+    return write
+
+
+def _tars(work: Work, folder: Path) -> None:
+    """16 tars of the packed JPEG files, by webdataset's ShardWriter: enough to deal out among workers evenly."""
+    from webdataset.writer import ShardWriter
+
+    each = -(-len(names(work)) // 16)
+    with ShardWriter(f"file:{folder}/%05d.tar", maxcount=each, verbose=0) as sink:
+        for path, label in packed_files(work):
+            sink.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": str(label)})
+
+
+def _mds(work: Work, folder: Path) -> None:
+    """MosaicML's MDS, the packed JPEG bytes as they are, by its MDSWriter."""
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder / "set"), columns={"image": "jpeg", "label": "int"}) as out:
+        from PIL import Image
+
+        for path, label in packed_files(work):
+            with Image.open(path) as image:
+                out.write({"image": image, "label": label})
+
+
+def _litdata_sample(item: tuple[str, int]) -> dict:
+    """One sample for LitData; its JPEG serializer keeps an opened file's bytes as they are."""
+    from PIL import Image
+
+    return {"image": Image.open(item[0]), "label": item[1]}
+
+
+def _litdata(work: Work, folder: Path) -> None:
+    """LitData's chunks of 64 MB, by its `optimize`."""
+    import litdata
+
+    items = [(str(path), label) for path, label in packed_files(work)]
+    litdata.optimize(
+        fn=_litdata_sample,
+        inputs=items,
+        output_dir=str(folder / "set"),
+        chunk_bytes="64MB",
+        num_workers=1,
+        verbose=False,
+    )
+
+
+def _beton(write_mode: str) -> Callable[[Work, Path], None]:
+    def write(work: Work, folder: Path) -> None:
+        from benchmarks.peers_ffcv import write_beton
+
+        write_beton(work, folder / "set.beton", write_mode)
+
+    return write
+
+
+FORMS: dict[str, Callable[[Work, Path], None]] = {
+    "source": _source,
+    "originals": _originals,
+    "packed": _packed,
+    "shards-jpg": _shards("jpg"),
+    "shards-raw": _shards("raw"),
+    "shards-proportion": _shards("proportion"),
+    "tars": _tars,
+    "mds": _mds,
+    "litdata": _litdata,
+    "beton-jpg": _beton("jpg"),
+    "beton-raw": _beton("raw"),
+    "beton-proportion": _beton("proportion"),
+}
+"""Name of each form → what writes it into a folder."""

@@ -1,0 +1,132 @@
+"""The `loader` benchmark: images per second and CPU seconds of every loader at equal work, beside the ceilings."""
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from benchmarks.forms import stats
+from benchmarks.machine import Environment
+from benchmarks.measure import Row, Sample, Series, interleave, ratio_row, series_rows
+from benchmarks.tables import grid, machine_text, notes, pivot
+from benchmarks.work import System, Work
+from benchmarks.worker import SystemFailedError, Worker, start_server
+
+Told = Callable[[str], None]
+
+RATIOS = (
+    ("dermscale native jpg", "FFCV jpg"),
+    ("dermscale native raw", "FFCV raw"),
+    ("dermscale native proportion", "FFCV proportion"),
+    ("dermscale native jpg", "torchvision ImageFolder"),
+    ("dermscale native jpg", "webdataset"),
+    ("dermscale native jpg", "DALI webdataset reader"),
+    ("dermscale native jpg", "MosaicML streaming"),
+    ("dermscale native jpg", "LitData"),
+    ("dermscale native jpg", "SPDL"),
+    ("dermscale native jpg", "ceiling: bare loop jpg"),
+    ("dermscale native raw", "ceiling: bare loop raw"),
+    ("dermscale native jpg", "ceiling: decode only"),
+    ("dermscale native raw", "ceiling: memory copy only"),
+)
+"""Pairs whose ratio of images per second is in the table."""
+
+
+def measure_loaders(
+    systems: Sequence[System], work: Work, environment: Environment, *, rounds: int, seconds: float, told: Told
+) -> list[Row]:
+    """Time the systems in turn on one job. seconds: least length of a timed round. told: is given each step's name.
+
+    Every system is set up, its output checked, and run for a round that is thrown away; then `rounds` rounds count.
+    A system that cannot be set up, gives wrong images, fails or hangs has rows that say so.
+    """
+    (work.cache / "logs").mkdir(parents=True, exist_ok=True)
+    _, size = stats(work)
+    context = start_server()
+    series: dict[str, Series] = {}
+    with ExitStack() as stack:
+        running: dict[str, Callable[[], Sample]] = {}
+        for system in systems:
+            told(f"set up {system.name}")
+            worker = stack.enter_context(Worker(context, system.name, work, limit_s=600 + 20 * seconds))
+            try:
+                worker.ready()
+            except SystemFailedError as error:
+                series[system.name] = Series(failed=str(error))
+                continue
+            running[system.name] = lambda worker=worker: worker.run(seconds)
+        series |= interleave(running, rounds, told=lambda round_, name: told(f"{_round(round_, rounds)}: {name}"))
+    rows: list[Row] = []
+    for system in systems:
+        rows += series_rows(series[system.name], note=system.note, **_columns(system, work, size, environment))
+    known = {system.name: system for system in systems}
+    for above, below in RATIOS:
+        if above in known and below in known:
+            columns = _columns(known[above], work, size, environment)
+            rows.append(ratio_row(series[above], series[below], beside=below, **columns))
+    return rows
+
+
+def _round(round_: int, rounds: int) -> str:
+    return f"round {round_ + 1} of {rounds}" if round_ >= 0 else "warm-up"
+
+
+def _columns(system: System, work: Work, size: str, environment: Environment) -> dict:
+    packed = {"originals": "originals", "none": ""}.get(system.encoding, f"{size} {system.encoding}")
+    return {
+        "benchmark": "loader",
+        "system": system.name,
+        "packed": packed,
+        "resolution_px": work.resolution_px,
+        "batch_size": work.batch_size,
+        "workers": work.workers,
+        "page_cache": "" if system.ceiling else "warm",
+        "environment": environment,
+    }
+
+
+def jobs(work: Work, packed_px: Sequence[int], resolutions_px: Sequence[int]) -> list[Work]:
+    """One job per packed size and resolution."""
+    return [replace(work, packed_px=p, resolution_px=r) for p in packed_px for r in resolutions_px]
+
+
+def loader_text(rows: Sequence[Row]) -> str:
+    """The rows as Markdown: a table per packed size and workers, the ratios, then notes and the machine."""
+    own = [row for row in rows if row.benchmark == "loader"]
+    parts = ["## Loader\n"]
+    for size in dict.fromkeys(_size(row) for row in own if _size(row)):
+        part = [row for row in own if _size(row) in (size, "")]
+        resolutions = sorted({row.resolution_px for row in part if row.resolution_px}, reverse=True)
+        parts.append(f"### Packed at {size}\n")
+        parts.append("Images per second and CPU seconds per 1,000 images: median [interval].\n")
+        across = []
+        for px in resolutions:
+            for metric, title in (("img_per_s", "img/s"), ("cpu_s_per_1000", "CPU s / 1,000")):
+                across.append((f"{px} px, {title}", _is(px, metric)))
+        parts.append(pivot([row for row in part if not row.beside], across))
+        ratios = [row for row in part if row.beside]
+        if ratios:
+            parts.append("Ratios of images per second, taken within each round:\n")
+            pairs = dict.fromkeys((row.system, row.beside) for row in ratios)
+            lines = []
+            for above, below in pairs:
+                of_pair = [row for row in ratios if (row.system, row.beside) == (above, below)]
+                found = pivot(of_pair, [(f"{px} px", _is(px, "img_per_s ratio")) for px in resolutions])
+                lines.append([f"{above} / {below}", *_last_cells(found)])
+            parts.append(grid(["ratio", *(f"{px} px" for px in resolutions)], lines))
+    parts.append(notes(own))
+    parts.append(machine_text(own[0].environment if own else None))
+    return "\n".join(part for part in parts if part)
+
+
+def _is(px: int, metric: str) -> Callable[[Row], bool]:
+    return lambda row: row.resolution_px == px and row.metric == metric
+
+
+def _size(row: Row) -> str:
+    found = re.match(r"\d+x\d+", row.packed)
+    return found.group() if found else ""
+
+
+def _last_cells(table: str) -> list[str]:
+    return [text.strip() for text in table.strip().splitlines()[-1].strip("|").split("|")[1:]]

@@ -1,0 +1,167 @@
+"""This project's engines, and the ceilings that no engine can pass: the bare calls, without a loader around them."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.work import Batch, Epoch, System, Work
+
+
+def _engine(engine: str) -> Callable[[Work, Path], Epoch]:
+    def open_(work: Work, folder: Path) -> Epoch:
+        from shards import Loader, ShardSet
+
+        loader = Loader(
+            ShardSet(folder / "set").select("train"),
+            batch_size=work.batch_size,
+            resolution=work.resolution_px,
+            train=True,
+            seed=0,
+            engine=engine,
+            device="cpu",
+            threads=work.workers,
+        )
+
+        def epoch() -> Iterator[Batch]:
+            for batch in loader:
+                yield batch.images, batch.labels
+
+        return epoch
+
+    return open_
+
+
+def _on_threads(work: Work, count: int, do: Callable[[range], Any]) -> list[Any]:
+    """Call `do` on one equal part of range(count) per worker, each on a thread of its own."""
+    parts = [range(count * i // work.workers, count * (i + 1) // work.workers) for i in range(work.workers)]
+    with ThreadPoolExecutor(work.workers) as pool:
+        return list(pool.map(do, parts))
+
+
+def _decode_only(work: Work, folder: Path) -> Epoch:
+    """`cv2.imdecode` of whole packed JPEG files that are in memory already."""
+    import cv2
+
+    from benchmarks.forms import packed_files
+
+    cv2.setNumThreads(0)
+    data = [np.frombuffer(path.read_bytes(), np.uint8) for path, _ in packed_files(work)]
+
+    def part(numbers: range) -> None:
+        for number in numbers:
+            cv2.imdecode(data[number], cv2.IMREAD_COLOR_RGB)
+
+    def epoch() -> Iterator[Batch]:
+        _on_threads(work, len(data), part)
+        yield data, None
+
+    return epoch
+
+
+def _bare_loop(work: Work, folder: Path) -> Epoch:
+    """The calls of the native engine on each image, over an epoch that was planned and read before the clock starts."""
+    import cv2
+
+    from shards import Loader, ShardSet
+    from shards.engines.native import apply_symmetry, raw_pixels
+    from shards.jpeg import cut_region
+
+    cv2.setNumThreads(0)
+    data = ShardSet(folder / "set")
+    train = data.select("train")
+    order, plan = Loader(train, batch_size=work.batch_size, resolution=work.resolution_px, engine="native").plan()
+    rows = train.samples[order]
+    payloads = [data.read(int(row)) for row in rows]
+    heights, widths = data.column("height")[rows].tolist(), data.column("width")[rows].tolist()
+    raw = (data.column("encoding")[rows] == "raw").tolist()
+    boxes, symmetries = plan.boxes[order].tolist(), plan.symmetry[order].tolist()
+    side, flags = work.resolution_px, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    out = np.empty((work.batch_size, side, side, 3), np.uint8)
+
+    def part(numbers: range) -> None:
+        square = np.empty((side, side, 3), np.uint8)
+        for number in numbers:
+            y, x, h, w = boxes[number]
+            top = left = 0
+            if raw[number]:
+                image = raw_pixels(payloads[number], heights[number], widths[number])
+            else:
+                region = cut_region(payloads[number], heights[number], widths[number], y, x, h, w)
+                if region is None:
+                    image = cv2.imdecode(np.frombuffer(payloads[number], np.uint8), flags)
+                else:
+                    encoded, top, left = region
+                    image = cv2.imdecode(encoded, flags)
+            assert image is not None  # checked by the engine's own run of the same files
+            crop = image[y - top : y - top + h, x - left : x - left + w]
+            target = out[number % len(out)]
+            if symmetries[number]:
+                cv2.resize(crop, (side, side), square, interpolation=cv2.INTER_LINEAR)
+                apply_symmetry(square, symmetries[number], target)
+            else:
+                cv2.resize(crop, (side, side), target, interpolation=cv2.INTER_LINEAR)
+
+    def epoch() -> Iterator[Batch]:
+        _on_threads(work, len(rows), part)
+        yield rows, None
+
+    return epoch
+
+
+def _copy_only(work: Work, folder: Path) -> Epoch:
+    """Memory copies of finished images, (S, S, 3) uint8 each, as many as an epoch has, from more than caches hold."""
+    from benchmarks.forms import names
+
+    side, count = work.resolution_px, len(names(work))
+    source = np.random.default_rng(0).integers(0, 256, (min(count, 1024), side, side, 3), np.uint8)
+    out = np.empty((work.batch_size * 4, side, side, 3), np.uint8)
+
+    def part(numbers: range) -> None:
+        for number in numbers:
+            np.copyto(out[number % len(out)], source[number % len(source)])
+
+    def epoch() -> Iterator[Batch]:
+        _on_threads(work, count, part)
+        yield range(count), None
+
+    return epoch
+
+
+_NATIVE_NOTE = (
+    "decodes only the blocks that the crop shows where a restart table is packed; bilinear without antialias; all "
+    "eight symmetries; plans the colour change too; verifies every payload's checksum"
+)
+OURS = tuple(
+    System(f"dermscale native {mode}", f"shards-{mode}", _engine("native"), note=note, encoding=mode)
+    for mode, note in (("jpg", _NATIVE_NOTE), ("raw", ""), ("proportion", "half of the images are JPEG, half raw"))
+)
+
+CEILINGS = (
+    System(
+        "ceiling: bare loop jpg",
+        "shards-jpg",
+        _bare_loop,
+        note="the native engine's calls (cut, decode, resize, flip) on threads with nothing around them: no checksum, "
+        "no batches, no order, payloads and plan ready in memory",
+        ceiling=True,
+    ),
+    System("ceiling: bare loop raw", "shards-raw", _bare_loop, ceiling=True, encoding="raw"),
+    System(
+        "ceiling: decode only",
+        "packed",
+        _decode_only,
+        note="cv2.imdecode of the whole packed JPEG files, in memory; no crop, no resize",
+        ceiling=True,
+    ),
+    System(
+        "ceiling: memory copy only",
+        "packed",
+        _copy_only,
+        note="copies finished (S, S, 3) images",
+        ceiling=True,
+        encoding="none",
+    ),
+)

@@ -1,0 +1,152 @@
+"""The loaders that people use, each behind the same small protocol, set up as its own documentation shows.
+
+All get the same job (`work.Work`): random-resized crops of a quarter to the whole of the image, a mirror image with
+probability one half, uint8 batches, shuffled, the last incomplete batch dropped, two workers where they have any.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# The peers live in an environment of their own (benchmarks/install_peers.sh); webdataset's names are made
+# at run time.
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ours import CEILINGS, OURS
+from benchmarks.peers_dali import DALI
+from benchmarks.peers_ffcv import FFCV
+from benchmarks.peers_spdl import SPDL
+from benchmarks.work import RATIO, SCALE, Batch, Epoch, System, Work
+
+
+def _transform(work: Work) -> Any:
+    """PIL image → (3, S, S) uint8, as torchvision's reference recipe crops and flips."""
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(work.resolution_px, scale=SCALE, ratio=RATIO),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def _pairs(loader: Any) -> Iterator[Batch]:
+    for batch in loader:
+        yield (batch["image"], batch["label"]) if isinstance(batch, dict) else (batch[0], batch[1])
+
+
+def _image_folder(work: Work, folder: Path) -> Epoch:
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    loader = DataLoader(
+        ImageFolder(str(folder), _transform(work)),
+        batch_size=work.batch_size,
+        shuffle=True,
+        num_workers=work.workers,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    return lambda: _pairs(loader)
+
+
+def _webdataset(work: Work, folder: Path) -> Epoch:
+    import webdataset as wds
+
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    transform = _transform(work)
+    data = (
+        wds.WebDataset(tars, shardshuffle=len(tars), nodesplitter=wds.split_by_node, workersplitter=wds.split_by_worker)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transform, int)
+        .batched(work.batch_size, partial=False)
+    )
+    loader = wds.WebLoader(data, batch_size=None, num_workers=work.workers, persistent_workers=True)
+    return lambda: _pairs(loader)
+
+
+def _streaming(work: Work, folder: Path) -> Epoch:
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+    from torch.utils.data import DataLoader
+
+    clean_stale_shared_memory()
+    transform = _transform(work)
+
+    class Images(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            sample = super().__getitem__(at)
+            return transform(sample["image"]), sample["label"]
+
+    data = Images(local=str(folder / "set"), shuffle=True, batch_size=work.batch_size)
+    loader = DataLoader(
+        data, batch_size=work.batch_size, num_workers=work.workers, drop_last=True, persistent_workers=True
+    )
+    return lambda: _pairs(loader)
+
+
+def _litdata(work: Work, folder: Path) -> Epoch:
+    from litdata import StreamingDataLoader, StreamingDataset
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(work.resolution_px, scale=SCALE, ratio=RATIO, antialias=True)
+    flip = v2.RandomHorizontalFlip()
+
+    def transform(sample: Any) -> Any:
+        return flip(crop(sample["image"])), sample["label"]
+
+    data = StreamingDataset(str(folder / "set"), shuffle=True, drop_last=True, transform=transform)
+    loader = StreamingDataLoader(
+        data, batch_size=work.batch_size, num_workers=work.workers, drop_last=True, persistent_workers=True
+    )
+    return lambda: _pairs(loader)
+
+
+_PIL_NOTE = "decodes whole images with Pillow and resizes with its antialiased bilinear filter, in worker processes"
+
+TORCH = (
+    System(
+        "webdataset",
+        "tars",
+        _webdataset,
+        ("webdataset",),
+        f"{_PIL_NOTE}; shuffles within a buffer of 1,000; each worker reads its own tars and drops its own last batch",
+    ),
+    System(
+        "torchvision ImageFolder",
+        "originals",
+        _image_folder,
+        ("torchvision",),
+        f"reads the originals (600×450, quality 100), not packed ones, as its users do; {_PIL_NOTE}",
+        encoding="originals",
+    ),
+    System("MosaicML streaming", "mds", _streaming, ("mosaicml-streaming",), _PIL_NOTE),
+    System(
+        "LitData",
+        "litdata",
+        _litdata,
+        ("litdata",),
+        "decodes whole images with torchvision's decode_jpeg and crops and resizes tensors, in worker processes",
+    ),
+)
+
+SYSTEMS: dict[str, System] = {s.name: s for s in (*OURS, *FFCV, *DALI, *TORCH, *SPDL, *CEILINGS)}
+"""Every system by its name, in the order of the tables."""
+
+
+def missing(system: System) -> str:
+    """Why a system cannot run here: what is not installed, and how to get it; empty if nothing is."""
+    absent = []
+    for package in system.packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(package)
+    if not absent:
+        return ""
+    return f"{', '.join(absent)} not installed: run `make peers`, then this with .venv-peers/bin/python"

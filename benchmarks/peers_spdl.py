@@ -1,0 +1,69 @@
+"""SPDL: a pipeline of threads that decodes, crops and resizes with FFmpeg, as its image example does."""
+
+# pyright: reportMissingImports=false
+# The peers live in an environment of their own (benchmarks/install_peers.sh).
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.work import RATIO, SCALE, Batch, Epoch, System, Work
+
+
+def _open(work: Work, folder: Path) -> Epoch:
+    import random
+
+    import spdl.io
+    import torch
+    from spdl.pipeline import PipelineBuilder
+    from torchvision.transforms import RandomResizedCrop
+
+    from benchmarks.forms import packed_files
+
+    files = packed_files(work)
+    side = work.resolution_px
+
+    def load(item: tuple[Path, int, tuple[int, int]]) -> tuple[object, int]:
+        path, label, (height, width) = item
+        top, left, h, w = RandomResizedCrop.get_params(torch.empty(1, height, width), list(SCALE), list(RATIO))
+        mirror = "hflip," if random.random() < 0.5 else ""
+        filters = f"crop={w}:{h}:{left}:{top},scale={side}:{side}:flags=bilinear,{mirror}format=pix_fmts=rgb24"
+        return spdl.io.decode_packets(spdl.io.demux_image(str(path)), filter_desc=filters), label
+
+    def collate(items: list[tuple[object, int]]) -> Batch:
+        frames = spdl.io.convert_frames([frame for frame, _ in items])  # type: ignore[arg-type]
+        return spdl.io.to_torch(frames), torch.tensor([label for _, label in items])
+
+    from PIL import Image
+
+    sized = []
+    for path, label in files:
+        with Image.open(path) as image:
+            sized.append((path, label, image.size[::-1]))
+
+    def epoch() -> Iterator[Batch]:
+        random.shuffle(sized)
+        pipeline = (
+            PipelineBuilder()
+            .add_source(sized)
+            .pipe(load, concurrency=work.workers)
+            .aggregate(work.batch_size, drop_last=True)
+            .pipe(collate)
+            .add_sink(3)
+            .build(num_threads=work.workers, max_failures=0)
+        )
+        with pipeline.auto_stop():
+            yield from pipeline
+
+    return epoch
+
+
+SPDL = (
+    System(
+        "SPDL",
+        "packed",
+        _open,
+        ("spdl",),
+        "has no format of its own: reads the packed JPEG files; decodes whole images with FFmpeg, whose crop filter "
+        "snaps boxes to even pixels; mirrors left-right only; a new pipeline per epoch; uint8 (N, S, S, 3)",
+    ),
+)

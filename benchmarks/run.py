@@ -1,0 +1,121 @@
+"""ENTRY: measure this project beside its peers.
+
+    .venv-peers/bin/python -m benchmarks.run loader --source data/ham10000 --quick
+
+Each benchmark writes one CSV under --out and the Markdown made from it. The peers need `make peers` and its
+interpreter; with another one their rows say so.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from shards import cli
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+def _shared(command: Callable) -> Callable:
+    """The options that all benchmarks on images have."""
+    for option in (
+        click.option("--quick", is_flag=True, help="Two minutes: fewer images, one job, shorter rounds."),
+        click.option("--out", type=_FOLDER, default="benchmarks/results", show_default=True, help="Where tables go."),
+        click.option("--cache", type=_FOLDER, default="data/bench", show_default=True, help="Keeps prepared data."),
+        click.option(
+            "--source",
+            type=_FOLDER,
+            envvar="HAM10000_SAMPLE",
+            default="data/ham10000",
+            show_default=True,
+            help="HAM10000-shaped folder of originals, or one that has it in originals/ [env HAM10000_SAMPLE].",
+        ),
+        click.option("--rounds", type=click.IntRange(5), help="Timed rounds per system.  [default: 9, quick 6]"),
+        click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads or processes."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group()
+def main() -> None:
+    """Measure this project beside its peers: interleaved rounds, medians with intervals, the machine in every row."""
+
+
+@main.command()
+@_shared
+@click.option("--only", multiple=True, help="Only systems whose name contains this; may be given several times.")
+@click.option(
+    "--packed", "packed_px", type=int, multiple=True, help="Longer side packed.  [default: 341 400, quick 341]"
+)
+@click.option(
+    "--resolution", "resolutions_px", type=int, multiple=True, help="Output side.  [default: 224 128, quick 224]"
+)
+def loader(
+    quick: bool,
+    out: Path,
+    cache: Path,
+    source: Path,
+    rounds: int | None,
+    workers: int,
+    only: tuple[str, ...],
+    packed_px: tuple[int, ...],
+    resolutions_px: tuple[int, ...],
+) -> None:
+    """Images per second and CPU seconds of loaders at equal work."""
+    from benchmarks.loaders import jobs, loader_text, measure_loaders
+    from benchmarks.machine import environment
+    from benchmarks.peers import SYSTEMS
+    from benchmarks.work import Work
+    from shards.errors import UsageError
+
+    chosen = [s for s in SYSTEMS.values() if not only or any(text.lower() in s.name.lower() for text in only)]
+    if not chosen:
+        raise UsageError(f"no system is called like {', '.join(only)}: the systems are {', '.join(SYSTEMS)}")
+    work = Work(_images(source), cache, workers=workers, copies=2 if quick else 8)
+    machine = environment(_command())
+    rows = []
+    for job in jobs(
+        work, packed_px or ((341,) if quick else (341, 400)), resolutions_px or ((224,) if quick else (224, 128))
+    ):
+        title = f"packed {job.packed_px} px, out {job.resolution_px} px"
+        rows += measure_loaders(
+            chosen,
+            job,
+            machine,
+            rounds=rounds or (6 if quick else 9),
+            seconds=0.5 if quick else 2.0,
+            told=lambda step, title=title: click.echo(f"{title}: {step}", err=True),
+        )
+    _publish(out, "loader-quick" if quick else "loader", rows, loader_text)
+
+
+def _images(source: Path) -> Path:
+    """The folder of originals: the source itself, or its `originals` part."""
+    inner = source / "originals"
+    return inner if inner.is_dir() else source
+
+
+def _command() -> str:
+    """The command line as a user would type it, without the machine's own paths."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", "benchmarks.run", *words])
+
+
+def _publish(out: Path, name: str, rows: list, text: Callable[[list], str]) -> None:
+    """Write the CSV, and the Markdown from the CSV as it was read back; show the Markdown."""
+    from benchmarks.tables import read_csv, write_csv
+    from shards.writer import write_durably
+
+    table = out / f"{name}.csv"
+    write_csv(table, rows)
+    markdown = text(read_csv(table))
+    write_durably(out / f"{name}.md", markdown.encode())
+    click.echo(markdown)
+    click.echo(f"wrote {table} and {table.with_suffix('.md')}", err=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,7 +1,9 @@
 """The Loader on the native engine: pixels against a plain reading, the same batches whatever the ranks and restarts."""
 
 import gc
+import os
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -187,3 +189,23 @@ def test_augment_is_obeyed(tiny_shards):
     batch = next(iter(Loader(selection, batch_size=8, resolution=32, augment=plain)))
     identity = torch.eye(3, 4).expand(8, 3, 4)
     assert torch.allclose(batch.colour, identity, atol=1e-6)
+
+
+def test_memory_stays_constant_over_twenty_epochs(shard_sets):
+    """Resident memory grows by no more than the prefetch buffers."""
+
+    def resident_bytes() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    for kind in ("jpg", "raw"):
+        loader = Loader(shard_sets[kind].select("train"), batch_size=8, resolution=160, threads=2, prefetch=2)
+        batch_bytes = 8 * 160 * 160 * 3
+        sizes = []
+        for epoch in range(22):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                assert len(batch.images) == 8
+            gc.collect()
+            sizes.append(resident_bytes())
+        assert sizes[-1] - sizes[1] <= (2 + 2) * batch_bytes, kind

@@ -50,6 +50,12 @@ class Progress:
             share = 100 * self.done / max(1, self.total)
             click.echo(f"{self.what}: {self._amount()}, {share:.0f} %, {self._spoken - self._started:.0f} s", err=True)
 
+    def resize(self, total: int) -> None:
+        """Set what the whole is, where that is learnt late."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
     def _amount(self) -> str:
         if self.unit == "bytes":
             return f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"

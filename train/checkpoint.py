@@ -1,0 +1,124 @@
+"""One file from which an interrupted run goes on as if nothing had happened: the old one or the new one, whole."""
+
+import os
+import pickle
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+
+from shards.errors import DataError
+from shards.writer import sync_folder
+from train import device as devices
+
+FILE = "checkpoint.pt"
+VERSION = 1
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Times are in seconds, summed over restarts.
+
+    step: optimizer steps done. epoch: epochs done, their evaluation included; epoch_…: of the one that is under way.
+    images: seen in training. train_s, wait_s: of training, and the part of it spent waiting for data. seconds: of what
+    is not training.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    epoch_loss: float = 0.0
+    epoch_train_s: float = 0.0
+    epoch_wait_s: float = 0.0
+    images: int = 0
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    loss: float | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("start", "compile", "eval", "save"), 0.0))
+
+    def end_epoch(self, images: int) -> None:
+        """Add the epoch under way, of `images` images, to the sums."""
+        self.loss = self.epoch_loss / self.epoch_step
+        self.images += images
+        self.train_s += self.epoch_train_s
+        self.wait_s += self.epoch_wait_s
+        self.epoch += 1
+        self.epoch_step, self.epoch_loss, self.epoch_train_s, self.epoch_wait_s = 0, 0.0, 0.0, 0.0
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, text, lists, dicts) to checkpoint.pt: aside, flushed to the disk, renamed."""
+    path = folder / FILE
+    aside = folder / f".{FILE}.partial"
+    with aside.open("wb") as file:
+        torch.save({"version": VERSION, **state}, cast(IO[bytes], _Plain(file)))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(folder)
+
+
+class _Plain:
+    """A file for torch.save that hands on the operating system's own error (a full disk) instead of torch's."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The state of a run folder on the CPU, or None where there is none yet.
+
+    Read with `weights_only`: a checkpoint cannot run code. Raises DataError where it is damaged or of another version.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{path}: damaged ({reason}); delete it to start the run from its beginning") from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise DataError(f"{path}: of another release; delete it to start the run from its beginning")
+    return state
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The generators of torch, numpy and Python, in plain types."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": devices.random_state(device),
+        "numpy": [name, [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(device: torch.device, states: list[dict[str, Any]], rank: int, position: tuple[int, int]) -> None:
+    """Put back what `random_state` gave on this rank.
+
+    A rank that was not there then is seeded from the position, (seed, step), so that its draws are new and known.
+    """
+    if rank >= len(states):
+        seed_everything((position[0] << 32) + position[1], rank)
+        return
+    devices.set_random_state(device, states[rank]["torch"])
+    name, keys, *rest = states[rank]["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(states[rank]["python"])
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed torch (all devices), numpy and Python. Ranks differ, so that their dropout masks do; rank 0 has the seed."""
+    own = (seed + rank * 0x9E3779B97F4A7C15) % 2**64
+    torch.manual_seed(own - 2**64 if own >= 2**63 else own)
+    np.random.seed(own % 2**32)
+    random.seed(own)

@@ -1,0 +1,92 @@
+"""Whether `torch.compile` pays for itself in a run, and the compiling itself, done and timed before the first step."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from train import device as devices
+from train.device import Decision
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""images (N, 3, H, W) uint8, colour (N, 3, 4) float32, labels (N,) int64."""
+
+FAILURES = (RuntimeError, OSError)
+"""What compiling can end in: TorchDynamo's and Inductor's errors are RuntimeErrors, a missing compiler an OSError."""
+
+SPEED_UP = {"batchnorm": 1.0, "layernorm": 1.0, "alexnet": 1.0}
+COST_S_PER_LAYER = 3.5
+
+
+def decide(
+    wanted: str, family: str, layers: int, device: torch.device, precision: str, eager_run_s: Callable[[], float]
+) -> Decision:
+    """`on` or `off`, and why. wanted: `auto`, `on` or `off`. eager_run_s: estimates the training time without."""
+    if wanted == "off":
+        return Decision("off", "asked for")
+    if compiler() is None:
+        return Decision("off", "no C++ compiler found (g++, c++ or clang++ on PATH, or CXX)")
+    if wanted == "on":
+        return Decision("on", "asked for")
+    return Decision("off", "TODO")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that `torch.compile` would use, None where there is none."""
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    return None
+
+
+def example(count: int, px: int, device: torch.device) -> Batch:
+    """A batch of noise in the loader's shapes and layout."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, px, px, 3), dtype=torch.uint8, generator=generator).to(device)
+    colour = torch.eye(3, 4).repeat(count, 1, 1).to(device)
+    return images.permute(0, 3, 1, 2), colour, (torch.arange(count) % 7).to(device)
+
+
+@contextmanager
+def leaving_no_trace(net: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put back the random numbers and the buffers of `net` (running means), and drop its gradients, on leaving."""
+    random_state = devices.random_state(device)
+    buffers = [buffer.clone() for buffer in net.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(net.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        for parameter in net.parameters():
+            parameter.grad = None
+        devices.set_random_state(device, random_state)
+
+
+def step_s(net: nn.Module, step: Callable[[Batch], Tensor], count: int, px: int, device: torch.device) -> float:
+    """Seconds of one forward and backward pass of a batch of `count` images of `px`; `net` stays as it is.
+
+    On a CPU, where a batch's time grows with its size, at most eight images are timed and the result is scaled.
+    """
+    timed = min(count, 8) if device.type == "cpu" else count
+    batch = example(timed, px, device)
+    seconds = []
+    with leaving_no_trace(net, device):
+        for _ in range(3):
+            devices.synchronize(device)
+            start = time.perf_counter()
+            step(batch)
+            devices.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds) * count / timed
+
+
+def warm_up(net: nn.Module, step: Callable[[Batch], Tensor], count: int, px: int, device: torch.device) -> None:
+    """Compile `step`, forward and backward, for batches of `count` images of `px`; `net` stays as it is."""
+    with leaving_no_trace(net, device):
+        step(example(count, px, device))
+        devices.synchronize(device)

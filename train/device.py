@@ -1,0 +1,183 @@
+"""What depends on the device: the only file of train/ that names CUDA, so that CPU tests run every other line."""
+
+import os
+import resource
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shards.errors import UsageError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was taken, and why: kept in the log, the run record and the checkpoint."""
+
+    value: str
+    reason: str
+
+
+# ------------------------------------------------------------------ which device
+
+
+def choose(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+
+    local_rank: position of this process among those of its machine; it picks the GPU. Raises UsageError for a device
+    that is unknown or not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name != "auto" and name != "cuda" and not (name.startswith("cuda:") and name[5:].isdecimal()):
+        raise UsageError(f"--device '{name}' is unknown: use auto, cpu, cuda or cuda:N")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(name[5:]) if name.startswith("cuda:") else local_rank
+    if number >= found:
+        raise UsageError(f"--device {name}: GPU {number} was asked for and PyTorch sees {found}; use --device cpu")
+    return torch.device("cuda", number)
+
+
+def prepare(device: torch.device) -> None:
+    """Settings of the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def describe(device: torch.device) -> str:
+    """The device's name for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What of the device and its software belongs into a run's record."""
+    found: dict[str, Any] = {"device": str(device), "device_name": describe(device), "cuda": torch.version.cuda}
+    if device.type == "cuda":
+        found["capability"] = list(torch.cuda.get_device_capability(device))
+        found["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        found["cudnn"] = torch.backends.cudnn.version()
+    return found
+
+
+def process_group_backend(device: torch.device) -> str:
+    """Gloo for tensors on the CPU (flags, predictions) and, on a GPU, NCCL for the gradients."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+# ------------------------------------------------------------------ precision
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("amx_tile"))
+
+
+def precision(device: torch.device, wanted: str) -> Decision:
+    """The number format of the matrix products: `fp32`, `bf16` or `fp16`.
+
+    Raises UsageError where the device cannot compute in the wanted one.
+    """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        where = f"GPU of compute capability {capability[0]}.{capability[1]}"
+        if wanted == "bf16" and capability < (8, 0):
+            raise UsageError(f"--precision bf16: a {where} has no bfloat16 units (8.0 is needed); use fp16 or fp32")
+        if wanted != "auto":
+            return Decision(wanted, "asked for")
+        best = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+        return Decision(best, f"the best that a {where} does in hardware")
+    if wanted == "fp16":
+        raise UsageError("--precision fp16: needs a GPU; use fp32, or bf16 where the CPU has it")
+    if wanted != "auto":
+        return Decision(wanted, "asked for")
+    return Decision("fp32", "the default on a CPU")
+
+
+def autocast(device: torch.device, name: str) -> AbstractContextManager[Any]:
+    """The context in which the forward pass and the loss run."""
+    return torch.autocast(device.type, dtype=_DTYPES.get(name), enabled=name in _DTYPES)
+
+
+def scaler(device: torch.device, name: str) -> torch.amp.GradScaler:
+    """The loss scaler that fp16 needs; in any other precision it passes everything through."""
+    return torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+
+# ------------------------------------------------------------------ optimizer
+
+
+def optimizer(groups: Iterable[dict[str, Any]], name: str, lr: float) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW, in one fused kernel (which needs no host sync for the loss scaler)."""
+    if name == "sgd-nesterov":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    raise UsageError(f"optimizer '{name}' is unknown: use sgd-nesterov or adamw")
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
+    """Shorten the gradient to a norm of `largest` where it is longer; no host sync."""
+    torch.nn.utils.clip_grad_norm_(parameters, largest, error_if_nonfinite=False)
+
+
+# ------------------------------------------------------------------ time, memory, random state
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of the peak memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory since `reset_peak_memory`: allocated on the GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Torch's generators as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(device: torch.device, state: dict[str, torch.Tensor]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

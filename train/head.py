@@ -1,0 +1,36 @@
+"""The input head: the model's first layer, which turns the engines' bytes into normalised floats."""
+
+import torch
+from torch import Tensor, nn
+
+
+class InputHead(nn.Module):
+    """uint8 pixels and a colour map per image → floats of mean 0 and deviation 1 per channel.
+
+    Division by 255, the colour matrix (written for values of 0 to 1) and the normalisation are all affine, so they are
+    one 3×4 map per image: A = M / (255·std), b = (m − mean) / std for the colour map (M | m). Nothing is clamped. Under
+    `torch.compile` it is fused with the cast into one pass over the pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """mean, std: RGB, of pixels of 0 to 1. Raises ValueError where std is not positive."""
+        super().__init__()
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0.0:
+            raise ValueError(f"mean {mean} and std {std} must be three numbers each, the latter positive")
+        # not part of the state: model files hold the network alone, and name mean and std in their metadata
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+
+    def forward(self, images: Tensor, colour: Tensor) -> Tensor:
+        """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → (N, 3, H, W) float32; both channels-last."""
+        scale = colour[:, :, :3] / (255.0 * self.std)[:, None]
+        shift = ((colour[:, :, 3] - self.mean) / self.std)[:, :, None, None]
+        pixels = images.float()
+        out = shift
+        for channel in range(3):
+            # elementwise and in float32 on purpose: a matrix product would fall under TF32 and autocast
+            out = torch.addcmul(out, pixels[:, channel, None], scale[:, :, channel, None, None])
+        return out.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,243 @@
+"""One run, from the shard set to result.json, to be read from top to bottom."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shards.errors import DermscaleError
+from train import checkpoint, models
+from train import device as devices
+from train.checkpoint import Progress
+from train.config import Config, learning_rate, resolved
+from train.console import Console, Silent
+from train.distributed import World
+from train.evaluation import Answers, answers
+from train.metrics import balanced_accuracy
+from train.prepare import choose_data, compile_and_distribute, decisions, prepare
+from train.record import ENVIRONMENT, RunFolder, environment, read_result
+from train.result import finish
+from train.workspace import Workspace
+
+if TYPE_CHECKING:
+    from shards import Loader
+    from shards.loader import Batch
+
+LOG_STEPS = 50
+"""Losses stay on the device for so many steps before they are fetched, checked and recorded."""
+
+
+class Stopped(DermscaleError):  # noqa: N818 (what happened, not a fault)
+    """The run was asked to stop and has written a checkpoint."""
+
+    exit_code = 143
+
+
+def train_once(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    world: World | None = None,
+    workspace: Workspace | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    console: Console | None = None,
+    started: float | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate one model, write the run folder `out`, and return its result (empty on ranks after the first).
+
+    resume: go on from the folder's checkpoint, if it has one. workspace: kept by a caller that trains many runs in one
+    process; the result is the same. stop: asked at every step; when true, a checkpoint is written and Stopped raised.
+    started: `time.perf_counter()` when the process began, to count what came before. Raises UsageError, DataError, or
+    DermscaleError when the loss is not a number or the device's memory is full, each with one line for the user.
+    """
+    started = time.perf_counter() if started is None else started
+    world, workspace, console = world or World(), workspace or Workspace(), console or Silent()
+    with ExitStack() as stack:
+        try:
+            return _train(config, out, resume, world, workspace, stop, console, started, stack)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise DermscaleError(
+                f"{config.model} at {config.resolution} px with batch size {config.batch_size} does not fit into the "
+                "memory; choose a smaller --batch-size or --resolution"
+            ) from None
+
+
+def _train(
+    config: Config,
+    out: Path,
+    resume: bool,
+    world: World,
+    workspace: Workspace,
+    stop: Callable[[], bool],
+    console: Console,
+    started: float,
+    stack: ExitStack,
+) -> dict[str, Any]:
+    # ------------------------------------------------------------------ settings, data, folder, earlier state
+
+    device = world.device
+    devices.reset_peak_memory(device)
+    models.check_resolution(config.model, config.resolution, config.start_resolution)
+    family = models.family(config.model)
+    config = resolved(config, family)
+    selections = choose_data(config, workspace.open(config.data), family, world)
+    folder: RunFolder | None = None  # the first rank's alone
+
+    def open_folder() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        nonlocal folder
+        folder = stack.enter_context(RunFolder(out, config, resume))
+        return read_result(out), checkpoint.load(out)
+
+    result, state = world.from_first(open_folder)
+    if result is not None:
+        console.say(f"{out}: this run is finished")
+        return result if world.first else {}
+
+    def say(text: str) -> None:
+        console.say(text)
+        if folder is not None:
+            folder.log(text)
+
+    # ------------------------------------------------------------------ network, decisions, compiling
+
+    progress = Progress(**state["progress"]) if state else Progress()
+    run = prepare(config, family, world, workspace, selections, state, stack)
+    progress.seconds["start"] += time.perf_counter() - started
+    compile_and_distribute(run, workspace, progress, console)
+    if state:
+        run.load(state)
+        checkpoint.set_random_states(device, state["random"], world.rank, (config.seed, progress.step))
+        say(f"{out}: going on at step {progress.step} of {run.total}")
+    if folder is not None:
+        folder.rewind(state["metrics_bytes"] if state else 0, progress.step)
+        folder.write(ENVIRONMENT, environment(run.data, devices.environment(device), decisions(run), world.size))
+    for name, taken in run.decided.items():
+        say(f"{name}: {taken.value} ({taken.reason})")
+    sizes = ", ".join(f"{split} {len(selection)}" for split, selection in selections.items())
+    say(f"images: {sizes}; {len(run.sizes)} epochs, {run.total} steps of {config.batch_size} images")
+
+    # ------------------------------------------------------------------ what happens now and then
+
+    losses = torch.zeros(LOG_STEPS, device=device)
+    rates: list[float] = []  # learning rates of the steps whose losses are still on the device
+    saved = time.monotonic()
+
+    def fetch() -> None:
+        """Fetch the losses since the last time, the only host sync of training; check and record them."""
+        values = world.sum(losses[: len(rates)].clone()).tolist()
+        for step, (value, lr) in enumerate(zip(values, rates, strict=True), progress.step - len(rates)):
+            if not math.isfinite(value):
+                raise DermscaleError(
+                    f"the loss is {value} at step {step} (epoch {progress.epoch + 1}, learning rate {lr:.3g}): "
+                    f"use a lower --lr{'' if run.precision == 'fp32' else ' or --precision fp32'}"
+                )
+            progress.epoch_loss += value
+            if folder is not None:
+                folder.step(step, progress.epoch, value, lr)
+        rates.clear()
+
+    def save() -> None:
+        """Write a checkpoint of this moment. Every rank takes part."""
+        nonlocal saved
+        began = time.perf_counter()
+        random_states = world.gather(checkpoint.random_state(device))
+        if folder is not None:
+            kept = {"random": random_states, "metrics_bytes": folder.metrics_bytes(), "progress": asdict(progress)}
+            checkpoint.save(folder.path, kept | run.state())
+        saved = time.monotonic()
+        progress.seconds["save"] += time.perf_counter() - began
+
+    def stopped() -> Stopped:
+        return Stopped(f"{out}: stopped at step {progress.step} of {run.total}; go on with --resume")
+
+    def between(split: str, done: int) -> None:
+        """Between two batches of an evaluation: show it, and stop where any rank was asked to."""
+        console.at(split, done, len(run.loaders[split]))
+        if world.agree(stop(), False)[0]:
+            save()
+            raise stopped()
+
+    def evaluate(split: str, precision: str) -> Answers | None:
+        began = time.perf_counter()
+        found = answers(run.reported, run.loaders[split], precision, world, functools.partial(between, split))
+        progress.seconds["eval"] += time.perf_counter() - began
+        return found
+
+    # ------------------------------------------------------------------ train
+
+    loader = run.loaders["train"]
+    for epoch, px in list(enumerate(run.sizes))[progress.epoch :]:
+        steps = min(len(loader), run.total - epoch * len(loader))
+        mark = time.perf_counter()
+        for batch in _batches(loader, epoch, px, steps, progress):
+            lr = learning_rate(config, progress.step, run.total)
+            losses[len(rates)] = run.backward((batch.images, batch.colour, batch.labels))
+            run.update(progress.step, lr)
+            rates.append(lr)
+            progress.step += 1
+            progress.epoch_step += 1
+            console.at(f"epoch {epoch + 1}/{len(run.sizes)}", progress.epoch_step, steps)
+            due = world.first and time.monotonic() - saved >= config.checkpoint_s
+            stopping, saving = world.agree(stop(), due)
+            if stopping or saving or len(rates) == LOG_STEPS or progress.epoch_step == steps:
+                fetch()
+                progress.epoch_train_s += time.perf_counter() - mark
+                if stopping or saving:
+                    save()
+                if stopping:
+                    raise stopped()
+                mark = time.perf_counter()
+
+        # -------------------------------------------------------------- end of the epoch: one line
+
+        numbers: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "loss": progress.epoch_loss / steps,
+            "img_per_s": steps * config.batch_size / progress.epoch_train_s,
+            "data_wait_fraction": progress.epoch_wait_s / progress.epoch_train_s,
+            "resolution_px": px,
+        }
+        line = f"epoch {epoch + 1:3d}/{len(run.sizes)}  loss {numbers['loss']:.4f}"
+        due = (epoch + 1) % config.eval_epochs == 0 or epoch + 1 == len(run.sizes)
+        if due and (seen := evaluate("val", run.precision)):
+            numbers["val_balanced_accuracy"] = balanced_accuracy(seen.logits, selections["val"].labels)
+            line += f"  val balanced accuracy {numbers['val_balanced_accuracy']:.3f}"
+        line += f"  {numbers['img_per_s']:.1f} img/s  data wait {100 * numbers['data_wait_fraction']:.1f} %"
+        say(line + (f"  {px} px" if config.start_resolution else ""))
+        if folder is not None:
+            folder.epoch(progress.step, numbers)
+        progress.end_epoch(steps * config.batch_size)
+
+    # ------------------------------------------------------------------ the weights of the last step, measured
+
+    save()
+    found = {split: evaluate(split, "fp32") for split in ("val", "test")}
+    world.settle()
+    if folder is None:
+        return {}
+    result = finish(run, folder, progress, found)
+    say(result["summary"])
+    return result
+
+
+def _batches(loader: "Loader", epoch: int, px: int, steps: int, progress: Progress) -> "Iterator[Batch]":
+    """What is left of an epoch of `steps` steps, with the time spent waiting for each batch counted."""
+    if progress.epoch_step >= steps:
+        return
+    loader.set_resolution(px)
+    loader.set_epoch(epoch)
+    with closing(iter(loader)) as batches:  # pyright: ignore[reportArgumentType]  # a generator
+        while progress.epoch_step < steps:
+            began = time.perf_counter()
+            batch = next(batches)
+            progress.epoch_wait_s += time.perf_counter() - began
+            yield batch

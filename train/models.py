@@ -1,0 +1,245 @@
+"""The networks: eight by short names, any other of timm by its own, each built for the size and number of classes."""
+
+import difflib
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shards.errors import UsageError
+from train.head import InputHead
+from train.weights import Norm, Weights, downloading, first_line, load_fitting, read_weights
+
+
+@dataclass(frozen=True)
+class Known:
+    """One of the eight. timm: its name there, None for torchvision's. least_px, multiple_px: limits of the size."""
+
+    timm: str | None
+    family: str
+    least_px: int = 32
+    multiple_px: int = 1
+
+
+MODELS = {
+    "alexnet": Known(None, "alexnet", least_px=63),  # below, its last pooling has nothing left to pool
+    "resnet18": Known("resnet18", "batchnorm"),
+    "resnet34": Known("resnet34", "batchnorm"),
+    "resnet50": Known("resnet50", "batchnorm"),
+    "resnet101": Known("resnet101", "batchnorm"),
+    "resnet152": Known("resnet152", "batchnorm"),
+    "vit_b16": Known("vit_base_patch16_224", "layernorm", least_px=16, multiple_px=16),
+    "mixer_b16": Known("mixer_b16_224", "layernorm", least_px=16, multiple_px=16),
+}
+
+IMAGENET_NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation that torchvision's weights are trained with (torchvision's `transforms._presets`)."""
+
+
+class Classifier(nn.Module):
+    """Input head and network: bytes and colour maps to logits."""
+
+    def __init__(self, head: InputHead, body: nn.Module) -> None:
+        """body: (N, 3, H, W) float32 → (N, classes)."""
+        super().__init__()
+        self.head = head
+        self.body = body
+
+    def forward(self, images: Tensor, colour: Tensor) -> Tensor:
+        """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → logits (N, classes) float32."""
+        return self.body(self.head(images, colour)).float()
+
+
+# ------------------------------------------------------------------ what a name stands for
+
+
+def timm_name(name: str) -> str | None:
+    """The name that timm knows a model by, None for AlexNet. Raises UsageError for an unknown one, with the known."""
+    if name in MODELS:
+        return MODELS[name].timm
+    import timm
+
+    if timm.is_model(name):
+        return name
+    near = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise UsageError(
+        f"model '{name}' is unknown: use {', '.join(MODELS)}, or the name of any other model of timm "
+        f"{timm.__version__}{hint}"
+    )
+
+
+def family(name: str) -> str:
+    """The family that decides the recipe (`config.RECIPES`): `alexnet`, `batchnorm` or `layernorm`."""
+    if name in MODELS:
+        return MODELS[name].family
+    layers = _skeleton(name, None).modules()
+    return "batchnorm" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in layers) else "layernorm"
+
+
+def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
+    """Raise UsageError where a model cannot train at `px`, or along a ramp from `start_px` to it."""
+    least = px if start_px is None else min(start_px, px)
+    if start_px is not None and start_px != px and name not in MODELS:
+        fixed = _fixed_size(name)
+        if fixed and not _is_dynamic(name):
+            raise UsageError(f"--start-resolution: the size of {name} is fixed once it is built; leave it out")
+    if name == "mixer_b16" and start_px is not None and start_px != px:
+        raise UsageError(
+            "--start-resolution: the size of mixer_b16 is fixed once it is built (its token mixing has a weight for "
+            "every pair of patches); leave it out"
+        )
+    if name in MODELS:
+        known = MODELS[name]
+        if least < known.least_px:
+            raise UsageError(f"{name} at {least} px: it needs {known.least_px} px or more")
+        for size in (px, least):
+            if size % known.multiple_px:
+                raise UsageError(
+                    f"{name} at {size} px: it takes multiples of {known.multiple_px} px, its patch; "
+                    f"use {max(size // known.multiple_px, 1) * known.multiple_px}"
+                )
+        return
+    for size in {px, least}:
+        body = _skeleton(name, px).eval()
+        try:
+            body(torch.empty(1, 3, size, size, device="meta"))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UsageError(f"{name} at {size} px: it cannot take this size ({first_line(error)})") from None
+
+
+def _fixed_size(name: str) -> bool:
+    from timm.models import get_pretrained_cfg
+
+    found = get_pretrained_cfg(name)
+    return bool(found is not None and found.fixed_input_size)
+
+
+def _is_dynamic(name: str) -> bool:
+    """Whether a model of timm takes `dynamic_img_size`: the plain ViTs."""
+    from timm.models import model_entrypoint
+
+    return model_entrypoint(name).__module__ in ("timm.models.vision_transformer", "timm.models.deit")
+
+
+def _size_arguments(name: str, px: int | None, ramp: bool) -> dict[str, Any]:
+    """The arguments with which timm builds a model for `px`."""
+    arguments: dict[str, Any] = {}
+    if px is not None and _fixed_size(name):
+        arguments["img_size"] = px
+        if ramp and _is_dynamic(name):
+            arguments["dynamic_img_size"] = True
+    return arguments
+
+
+def _skeleton(name: str, px: int | None) -> nn.Module:
+    """A model of timm without memory for its weights."""
+    import timm
+
+    with torch.device("meta"):
+        try:
+            return timm.create_model(name, num_classes=2, **_size_arguments(name, px, ramp=True))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            raise UsageError(f"{name}: timm cannot build it for {px} px ({first_line(error)})") from None
+
+
+# ------------------------------------------------------------------ building one
+
+
+def build(
+    name: str,
+    resolution: int,
+    classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    start_resolution: int | None = None,
+    pretrained: bool = False,
+    weights: Path | None = None,
+) -> Classifier:
+    """A model on the CPU in channels-last layout, its random weights drawn from torch's global generator.
+
+    mean, std: RGB, 0 to 1, of the training images; given weights bring their own, where they name them. Raises
+    UsageError for an unknown model or an impossible size, DataError for weights that are missing or do not fit.
+    """
+    timm_model = timm_name(name)
+    check_resolution(name, resolution, start_resolution)
+    found = read_weights(weights) if weights is not None else None
+    if timm_model is None:
+        body, norm = _alexnet(classes, pretrained, found)
+    else:
+        sizes = _size_arguments(timm_model, resolution, ramp=start_resolution not in (None, resolution))
+        body, norm = _from_timm(name, timm_model, classes, sizes, pretrained, found)
+    head = InputHead(*(norm or (tuple(mean), tuple(std))))
+    return Classifier(head, body).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> tuple[nn.Module, Norm | None]:
+    import torchvision
+
+    body = torchvision.models.alexnet(num_classes=classes)
+    if pretrained:
+        with downloading("alexnet"):
+            state = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        found = Weights("torchvision's AlexNet weights", dict(state), IMAGENET_NORM)
+    if found is None:
+        return body, None
+    load_fitting(body, found, "classifier.6")
+    return body, found.norm
+
+
+def _from_timm(
+    name: str, timm_model: str, classes: int, sizes: dict[str, Any], pretrained: bool, found: Weights | None
+) -> tuple[nn.Module, Norm | None]:
+    import timm
+
+    if pretrained:
+        with downloading(name):
+            body = timm.create_model(timm_model, pretrained=True, num_classes=classes, **sizes)
+        return body, (tuple(_settings(body)["mean"]), tuple(_settings(body)["std"]))
+    body = timm.create_model(timm_model, num_classes=classes, **sizes)
+    if found is None:
+        return body, None
+    adapt = getattr(import_module(type(body).__module__), "checkpoint_filter_fn", None)
+    if adapt is not None:  # timm's own renaming, and resampling of position embeddings
+        found.state = dict(adapt(found.state, body))
+    head = _settings(body).get("classifier", "")
+    load_fitting(body, found, head if isinstance(head, str) else "")
+    return body, found.norm
+
+
+def _settings(body: nn.Module) -> dict[str, Any]:
+    """What timm knows of a model's given weights: their normalisation, the name of the classifier."""
+    found: Any = body.pretrained_cfg
+    return found
+
+
+# ------------------------------------------------------------------ what the optimizer and the reports ask of one
+
+
+def parameter_groups(net: Classifier, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with weight decay, and without: biases, normalisation, ViT's class token and positions."""
+    from timm.optim._param_groups import param_groups_weight_decay
+
+    exempt = net.body.no_weight_decay() if hasattr(net.body, "no_weight_decay") else ()  # pyright: ignore
+    return param_groups_weight_decay(net.body, weight_decay, no_weight_decay_list=exempt)
+
+
+def depth(net: nn.Module) -> int:
+    """Number of convolutions and linear layers: what the time to compile grows with."""
+    return sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in net.modules())
+
+
+def cost(name: str, resolution: int, classes: int) -> tuple[int, int]:
+    """Parameters, and floating point operations of an image's forward pass (a multiply-add is two); runs nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net = build(name, resolution, classes, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).eval()
+        images = torch.empty(1, 3, resolution, resolution, dtype=torch.uint8)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(images, torch.empty(1, 3, 4))
+    return sum(parameter.numel() for parameter in net.parameters()), counter.get_total_flops()

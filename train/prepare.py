@@ -1,0 +1,255 @@
+"""What a run needs before its first step: data, network, optimizer, and every decision that `auto` leaves open."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shards import Loader, Selection, ShardSet
+from shards.errors import UsageError
+from shards.order import rank_slice
+from train import checkpoint, compiling, models
+from train import device as devices
+from train.averaging import Average
+from train.checkpoint import Progress
+from train.config import Config, resolution_of
+from train.console import Console
+from train.device import Decision
+from train.distributed import World
+from train.loss import Loss
+from train.weights import first_line
+from train.workspace import Workspace
+
+if TYPE_CHECKING:
+    from train.models import Classifier
+
+
+@dataclass
+class Run:
+    """Everything that takes part in one run.
+
+    selections, loaders: by split. net: the network, in whose memory the weights are; model: what is called in training,
+    the same network compiled, distributed, or both. total: optimizer steps of the whole run. sizes: resolution of each
+    epoch, px. class_counts: training images of each class. decided: by name (`compile`, `engine`, `precision`,
+    `threads`).
+    """
+
+    config: Config
+    world: World
+    data: ShardSet
+    selections: dict[str, Selection]
+    loaders: dict[str, Loader]
+    class_counts: list[int]
+    net: "Classifier"
+    model: Callable[..., Tensor]
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: Average | None
+    precision: str
+    total: int
+    sizes: list[int]
+    decided: dict[str, Decision]
+
+    @property
+    def reported(self) -> "Classifier":
+        """The network with the weights that are evaluated and kept: the averaged ones where there are any."""
+        return self.average.net if self.average is not None else self.net
+
+    def backward(self, batch: tuple[Tensor, Tensor, Tensor], model: Any = None, world: World | None = None) -> Tensor:
+        """Gradients of this rank's share of the global batch's mean loss; returns that share, on the device.
+
+        batch: images, colour, labels as in `shards.Batch`. No host sync.
+        """
+        world = world or self.world
+        images, colour, labels = batch
+        with devices.autocast(world.device, self.precision):
+            logits = (model or self.model)(images, colour)
+        part, weight = self.loss(logits, labels)
+        share = part / (self.config.batch_size if weight is None else world.sum(weight.detach()))
+        # times the number of ranks, because DistributedDataParallel takes the mean of their gradients
+        self.scaler.scale(share * world.size).backward()
+        return share.detach()
+
+    def update(self, step: int, lr: float) -> None:
+        """One optimizer step with the gradients in hand. No host sync."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.config.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            devices.clip_gradients(self.net.parameters(), self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it. The model's names are plain: neither the compiler's nor DDP's prefix."""
+        return {
+            "decisions": {name: (taken.value, taken.reason) for name, taken in self.decided.items()},
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.net.state_dict() if self.average is not None else None,
+            "loader": self.loaders["train"].state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.net.load_state_dict(state["average"])
+        self.loaders["train"].load_state_dict(state["loader"])
+
+
+def choose_data(config: Config, data: ShardSet, family: str, world: World) -> dict[str, Selection]:
+    """The selections of a run by split. Raises UsageError for a batch that images or ranks cannot fill."""
+    found = {
+        "train": data.select("train", config.fraction, config.subset_seed),
+        "val": data.select("val"),
+        "test": data.select("test"),
+    }
+    images = len(found["train"])
+    if config.batch_size > images:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is larger than the training set of {images} images "
+            f"(--fraction {config.fraction:g}): choose {images} or less"
+        )
+    least = (2 if family == "batchnorm" else 1) * world.size
+    if config.batch_size < least:
+        why = "batch norm needs 2 images in each process" if family == "batchnorm" else "each process needs an image"
+        raise UsageError(f"--batch-size {config.batch_size} with {world.size} processes: {why}; choose {least} or more")
+    return found
+
+
+def prepare(
+    config: Config,
+    family: str,
+    world: World,
+    workspace: Workspace,
+    selections: dict[str, Selection],
+    state: dict[str, Any] | None,
+    stack: ExitStack,
+) -> Run:
+    """Build a run, not yet compiled or distributed. state: of a checkpoint, whose decisions are kept.
+
+    stack: closes the loaders. Raises UsageError or DataError as the parts do.
+    """
+    device, data = world.device, selections["train"].data
+    decided = {name: Decision(*taken) for name, taken in state["decisions"].items()} if state else {}
+    if "threads" in decided:
+        torch.set_num_threads(int(decided["threads"].value))
+    precision = decided.get("precision") or devices.precision(device, config.precision)
+    net = workspace.network(config, data, world)
+    optimizer = devices.optimizer(
+        models.parameter_groups(net, config.weight_decay or 0.0), config.optimizer or "", config.lr or 0.0
+    )
+    counts = torch.from_numpy(selections["train"].labels).bincount(minlength=len(data.manifest.classes)).tolist()
+    loaders: dict[str, Loader] = {}
+    engine = decided["engine"].value if decided else config.engine
+    for split, selection in selections.items():
+        loaders[split] = Loader(
+            selection,
+            batch_size=config.batch_size,
+            resolution=config.resolution,
+            train=split == "train",
+            seed=config.seed,
+            engine=engine,
+            device=device,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        stack.callback(loaders[split].close)
+        engine = loaders[split].engine_name
+    length = len(loaders["train"])
+    total = config.steps or config.epochs * length
+    epochs = math.ceil(total / length)
+    run = Run(
+        config=config,
+        world=world,
+        data=data,
+        selections=selections,
+        loaders=loaders,
+        class_counts=counts,
+        net=net,
+        model=net,
+        loss=Loss(config.loss, counts, device),
+        optimizer=optimizer,
+        scaler=devices.scaler(device, precision.value),
+        average=Average(net, config.ema) if config.ema else None,
+        precision=precision.value,
+        total=total,
+        sizes=[resolution_of(config, epoch, epochs) for epoch in range(epochs)],
+        decided=decided,
+    )
+    if not decided:
+        run.decided = {
+            "engine": Decision(loaders["train"].engine_name, loaders["train"].engine_reason),
+            "precision": precision,
+            "threads": Decision(str(torch.get_num_threads()), "PyTorch's own choice"),
+            "compile": world.from_first(lambda: _decide_to_compile(run, family)),
+        }
+    return run
+
+
+def _rank_images(run: Run) -> int:
+    """Images of each batch that are this rank's."""
+    share = rank_slice(run.config.batch_size, run.world.rank, run.world.size)
+    return share.stop - share.start
+
+
+def _decide_to_compile(run: Run, family: str) -> Decision:
+    """`torch.compile` or not, from what this run would take without."""
+    work = run.total * sum((px / run.config.resolution) ** 2 for px in run.sizes) / len(run.sizes)
+    device = run.world.device
+
+    def eager_run_s() -> float:
+        step = functools.partial(run.backward, model=run.net, world=World(device=device))
+        return work * compiling.step_s(run.net, step, _rank_images(run), run.config.resolution, device)
+
+    return compiling.decide(run.config.compile, family, models.depth(run.net), device, run.precision, eager_run_s)
+
+
+def compile_and_distribute(run: Run, workspace: Workspace, progress: Progress, console: Console) -> None:
+    """Make `run.model` what training calls. Compiling is done here, and timed, for every size that is still to come.
+
+    Falls back to the eager network, with a warning, where the compiler fails.
+    """
+    device, began = run.world.device, time.perf_counter()
+    if run.config.compile == "on" and run.decided["compile"].value == "off":
+        console.warn(f"training without torch.compile: {run.decided['compile'].reason}")
+    if run.decided["compile"].value == "on" and progress.epoch < len(run.sizes):
+        count = _rank_images(run)
+        sizes = sorted(set(run.sizes[progress.epoch :]))
+        try:
+            model = workspace.compiled(len(sizes))
+            for px in sizes:
+                console.at(f"compiling for {px} px", 0, 1)
+                if (count, px, run.precision) not in workspace.warm:
+                    step = functools.partial(run.backward, model=model, world=World(device=device))
+                    compiling.warm_up(run.net, step, count, px, device)
+                    workspace.warm.add((count, px, run.precision))
+            run.model = model
+        except compiling.FAILURES as error:
+            if devices.is_out_of_memory(error):
+                raise
+            run.decided["compile"] = Decision("off", f"compiling failed: {first_line(error)[:200]}")
+            console.warn(f"training without torch.compile: {run.decided['compile'].reason}")
+        progress.seconds["compile"] += time.perf_counter() - began
+    run.model = run.world.wrap(run.model)
+    # so that what was drawn for the decisions and by the compiler does not count
+    checkpoint.seed_everything(run.config.seed, run.world.rank)
+
+
+def decisions(run: Run) -> dict[str, dict[str, str]]:
+    """What `auto` chose, and why, as JSON can hold it."""
+    return {name: asdict(taken) for name, taken in run.decided.items()}

@@ -1,0 +1,191 @@
+"""The run folder: everything that explains a run without its author. Only the first rank writes.
+
+config.json          the settings, resolved        environment.json  machine, versions, data, and what `auto` chose
+metrics.jsonl        one line a step and an epoch  events.out.*      the same for TensorBoard
+checkpoint.pt        to go on from                 log.txt           what was shown
+model.safetensors    the reported weights          predictions.parquet  logits and probabilities, val and test
+result.json          written last: a run without it is not finished
+"""
+
+import fcntl
+import io
+import json
+import os
+import platform
+import socket
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from shards.errors import DataError, UsageError
+from shards.format import CLASSES
+from shards.writer import write_durably
+from train.config import Config, differences, read_config
+
+if TYPE_CHECKING:
+    from shards.shardset import ShardSet
+
+CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
+METRICS, PREDICTIONS, WEIGHTS, LOG = "metrics.jsonl", "predictions.parquet", "model.safetensors", "log.txt"
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "nvidia-dali-cuda120", "dermscale")
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """JSON as this project writes it: two spaces, no NaN, one final newline."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run, None where it is not finished. Raises DataError where the file is damaged."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); delete it and start again with --resume") from None
+
+
+class RunFolder:
+    """One run's files. A context manager: it holds the folder's lock, so that two runs cannot share it."""
+
+    def __init__(self, out: Path, config: Config, resume: bool) -> None:
+        """Open a new folder for `config`, or, to `resume`, an old one that was made with the same settings.
+
+        Raises DataError where the folder is in use or holds something else, UsageError where its settings differ.
+        """
+        self.path = out
+        self._board: Any = None
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out}: is a file; choose a folder with --out")
+        held = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
+        if held and not (out / CONFIG).exists():
+            raise DataError(f"{out}: holds other files and no run; choose an empty or a new folder with --out")
+        if held and not resume:
+            raise DataError(f"{out}: already holds a run; go on with it with --resume, or choose another --out")
+        if held and (changed := differences(read_config(out / CONFIG), config)):
+            raise UsageError(
+                f"{out}: was started with other settings ({'; '.join(changed)}); keep them, or another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        self._lock: IO[bytes] = (out / ".lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise DataError(
+                f"{out}: another process is training in this folder; wait for it or choose another"
+            ) from None
+        if not held:
+            write_durably(out / CONFIG, to_json(config.to_dict()))
+        self._metrics = (out / METRICS).open("ab")
+        self._log = (out / LOG).open("a", encoding="utf-8")
+
+    def __enter__(self) -> "RunFolder":
+        """Enter the context."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close the files and give the folder back."""
+        try:
+            if self._board is not None:
+                self._board.close()
+            self._metrics.close()
+            self._log.close()
+        finally:
+            self._lock.close()
+
+    def rewind(self, metrics_bytes: int, step: int) -> None:
+        """Start recording, forgetting what came after a checkpoint: metrics beyond `metrics_bytes`, events from `step`."""
+        self._metrics.truncate(metrics_bytes)
+        self._metrics.seek(0, os.SEEK_END)
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._board = SummaryWriter(str(self.path), purge_step=step)
+
+    def metrics_bytes(self) -> int:
+        """Flush metrics.jsonl to the disk; its size, which a checkpoint keeps."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def step(self, step: int, epoch: int, loss: float, lr: float) -> None:
+        """Record one optimizer step (0 the first)."""
+        self._line({"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr})
+        self._scalars({"loss/step": loss, "lr": lr}, step)
+
+    def epoch(self, step: int, numbers: dict[str, Any]) -> None:
+        """Record one epoch; `step` is the number of steps done by its end."""
+        self._line({"kind": "epoch", "step": step, **numbers})
+        self._scalars({f"epoch/{k}": v for k, v in numbers.items() if isinstance(v, float)}, step)
+        self._metrics.flush()
+
+    def _line(self, record: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+    def _scalars(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def log(self, text: str) -> None:
+        """Add a line with the time to log.txt."""
+        self._log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        self._log.flush()
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of the folder."""
+        write_durably(self.path / name, to_json(content))
+
+
+def environment(data: "ShardSet", device: dict[str, Any], decisions: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Where and on what a run took place."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        **device,
+        "versions": versions,
+        "shard_set": {
+            "path": str(data.path),
+            "index_sha256": data.manifest.index_sha256,
+            "split": data.manifest.split,
+            "source": data.manifest.source,
+        },
+        "world_size": world_size,
+        "decisions": decisions,
+    }
+
+
+def write_predictions(
+    folder: Path,
+    data: "ShardSet",
+    parts: dict[str, tuple[np.ndarray, np.ndarray]],
+    probabilities: dict[str, np.ndarray],
+) -> None:
+    """predictions.parquet: image_id, lesion_id, split, label, `logit_<dx>` and `prob_<dx>`, one row an image.
+
+    parts[split]: sample numbers (N,) int64 and logits (N, 7) float32; probabilities[split]: (N, 7) float64.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    samples = np.concatenate([rows for rows, _ in parts.values()])
+    logits = np.concatenate([values for _, values in parts.values()]).astype(np.float32)
+    shares = np.concatenate([probabilities[split] for split in parts]).astype(np.float32)
+    columns = {name: data.column(name)[samples] for name in ("image_id", "lesion_id", "split", "label")}
+    columns |= {f"logit_{dx}": logits[:, c] for c, dx in enumerate(CLASSES)}
+    columns |= {f"prob_{dx}": shares[:, c] for c, dx in enumerate(CLASSES)}
+    content = io.BytesIO()
+    pq.write_table(pa.table(columns), content)
+    write_durably(folder / PREDICTIONS, content.getvalue())

@@ -1,0 +1,101 @@
+"""The end of a run: the metrics of its last weights, its predictions, and result.json."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from shards.format import CLASSES
+from train import device as devices
+from train import models
+from train.calibration import at_prior, softmax
+from train.checkpoint import Progress
+from train.evaluation import Answers
+from train.loss import LOGITS_PRIOR
+from train.metrics import balanced_accuracy, evaluate
+from train.prepare import Run, decisions
+from train.record import RESULT, WEIGHTS, RunFolder, write_predictions
+from train.weights import write_weights
+
+
+def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Answers | None]) -> dict[str, Any]:
+    """Write model.safetensors, predictions.parquet and, last, result.json; return the latter's content.
+
+    found: answers on `val` and `test`, in float32 whatever the training precision, so that anyone can repeat them.
+    """
+    config, prior = run.config, LOGITS_PRIOR[run.config.loss]
+    parts = {split: one for split, one in found.items() if one is not None}
+    labels = {split: run.selections[split].labels for split in parts}
+    shares = {
+        split: softmax(at_prior(one.logits, estimated=prior, wanted=prior, training_prior=run.class_counts))
+        for split, one in parts.items()
+    }
+    write_predictions(folder.path, run.data, {s: (one.samples, one.logits) for s, one in parts.items()}, shares)
+    test, rows = run.selections["test"], parts["test"].samples
+    no_lesions = all(lesion is None for lesion in run.data.column("lesion_id")[rows])
+    metrics = evaluate(
+        parts["test"].logits,
+        labels["test"],
+        None if no_lesions else test.lesion_ids,
+        split=run.data.column("split")[rows],
+        image_id=test.image_ids,
+        prior=prior,
+        logits_prior=prior,
+        training_prior=run.class_counts,
+        val_logits=parts["val"].logits,
+        val_labels=labels["val"],
+    )
+    write_weights(folder.path / WEIGHTS, run.reported.body, _metadata(run, prior))
+    parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
+    score = metrics["balanced_accuracy"]
+    seconds = {"train": progress.train_s, **progress.seconds}
+    result = {
+        "summary": (
+            f"test: balanced accuracy {_number(score['value'])} "
+            f"(95 % interval {_number(score['low'])} to {_number(score['high'])}), "
+            f"macro AUC {_number(metrics['macro_auc']['value'])}, {len(test)} images; "
+            f"{sum(seconds.values()):.0f} s in all; {folder.path}"
+        ),
+        "model": config.model,
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "subset_seed": config.subset_seed,
+        "images": {split: len(selection) for split, selection in run.selections.items()},
+        "lesions": {split: len(np.unique(selection.lesion_ids)) for split, selection in run.selections.items()},
+        "training_images_per_class": dict(zip(CLASSES, run.class_counts, strict=True)),
+        "epochs": len(run.sizes),
+        "steps": progress.step,
+        "test": metrics,
+        "val": {"balanced_accuracy": balanced_accuracy(parts["val"].logits, labels["val"])},
+        "train_loss": progress.loss,
+        "weights": f"average with decay {config.ema}" if config.ema else "of the last step",
+        "parameters": parameters,
+        "flops_per_image": flops,
+        "img_per_s": progress.images / progress.train_s,
+        "data_wait_fraction": progress.wait_s / progress.train_s,
+        "seconds": seconds,
+        "peak_memory_bytes": devices.peak_memory_bytes(run.world.device),
+        "device": devices.describe(run.world.device),
+        "world_size": run.world.size,
+        "decisions": decisions(run),
+        "shard_set_sha256": run.data.manifest.index_sha256,
+    }
+    folder.write(RESULT, result)
+    return result
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _metadata(run: Run, prior: str) -> dict[str, str]:
+    """What someone who has model.safetensors alone needs to use it; safetensors keeps text only."""
+    return {
+        "model": run.config.model,
+        "resolution": str(run.config.resolution),
+        "classes": json.dumps(CLASSES),
+        "mean": json.dumps(run.reported.head.mean.tolist()),
+        "std": json.dumps(run.reported.head.std.tolist()),
+        "logits_prior": prior,
+        "training_images_per_class": json.dumps(run.class_counts),
+    }

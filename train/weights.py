@@ -1,0 +1,144 @@
+"""Weights in files: read safely, fitted into a network, downloaded, and written."""
+
+import json
+import logging
+import os
+import pickle
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from shards.errors import DataError, DermscaleError
+from shards.writer import write_durably
+
+Norm = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation, RGB, of pixels of 0 to 1."""
+
+_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+_PREFIXES = ("_orig_mod.", "module.")
+
+
+@dataclass
+class Weights:
+    """Tensors by name as a file holds them, where they are from, and the normalisation they expect, if it says."""
+
+    source: str
+    state: dict[str, Tensor]
+    norm: Norm | None = None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_weights(path: Path) -> Weights:
+    """A .safetensors file, or a PyTorch file read with `weights_only`, so that neither can run code.
+
+    Raises DataError naming the file where it is missing, damaged, or holds something else than tensors.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (--weights)")
+    norm = None
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if "mean" in metadata and "std" in metadata:
+                norm = (tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"])))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path}: no readable weights ({first_line(error)[:160]})") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise DataError(f"{path}: no readable weights ({first_line(error)[:160]})") from None
+    for wrapper in _WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+            break
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"{path}: holds no state dict (names and tensors)")
+    for prefix in _PREFIXES:
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return Weights(str(path), state, norm)
+
+
+def load_fitting(body: nn.Module, weights: Weights, classifier: str) -> None:
+    """Load weights into a network; a classifier for another number of classes stays random.
+
+    classifier: the name of the last layer. Raises DataError naming the first tensors that do not fit.
+    """
+    own, state = body.state_dict(), dict(weights.state)
+    for name in (f"{classifier}.weight", f"{classifier}.bias"):
+        if name in state and name in own and state[name].shape != own[name].shape:
+            state[name] = own[name]
+    missing = [name for name in own if name not in state]
+    foreign = [name for name in state if name not in own]
+    wrong = [
+        f"{name} is {tuple(state[name].shape)} and must be {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    for what, names in (("lacks", missing), ("has no place for", foreign), ("does not fit:", wrong)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise DataError(f"{weights.source}: the weights of another model or size; it {what} {names[0]}{more}")
+    body.load_state_dict(state)
+
+
+def write_weights(path: Path, body: nn.Module | dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a network's tensors as safetensors under their plain names: aside, flushed, renamed."""
+    from safetensors.torch import save
+
+    state = body.state_dict() if isinstance(body, nn.Module) else body
+    plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write_durably(path, save(plain, metadata=metadata))
+
+
+@contextmanager
+def downloading(name: str) -> Iterator[None]:
+    """Turn a failed download of a model's weights into one line (DataError), at once where there is no network."""
+    from huggingface_hub import constants
+
+    quiet, offline = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    if not _network():
+        constants.HF_HUB_OFFLINE = True  # the cache alone: the hub's client would try again for 47 s
+    try:
+        yield
+    except DermscaleError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"--pretrained: the weights of {name} could not be had ({first_line(error)[:160]}); fetch them on "
+            "a machine with a network and name the file with --weights"
+        ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        quiet.setLevel(level)
+
+
+def _network() -> bool:
+    """Whether the weights' host has an address, or a proxy would look it up."""
+    from huggingface_hub import constants
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True

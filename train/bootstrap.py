@@ -28,6 +28,8 @@ def refuse_unfit(
     split: (N,) names of splits. image_id: (N,) ids; one that comes twice is a padded sample or a double count.
     mask: (N,) bool, False where the loader padded the last batch.
     """
+    if wanted == "train":
+        raise DataError("no statistic is computed on training samples: the model has seen them")
     names = np.asarray(split, dtype=object)
     if names.size == 0:
         raise DataError(f"no sample to compute statistics on: the '{wanted}' split is empty")

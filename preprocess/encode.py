@@ -169,10 +169,14 @@ def choose_encoding(spec: EncodeSpec, image_id: str, raw_bytes: int) -> str:
 
 
 def channel_sums(image: np.ndarray) -> tuple[int, int, int, int, int, int]:
-    """Exact sums and sums of squares of the three channels of (H, W, 3) uint8."""
+    """Exact sums and sums of squares of the three channels of (H, W, 3) uint8.
+
+    The fastest exact way that was found: 0.06 ms at 400×300, histograms take 0.18. OpenCV may square a square root to
+    get its L2SQR, so the result is rounded; below 2⁵¹, a hundred times what the largest image has, that is exact.
+    """
     sums = cv2.sumElems(image)[:3]
     squares = (cv2.norm(channel, cv2.NORM_L2SQR) for channel in cv2.split(image))
-    red, green, blue, *rest = (int(value) for value in (*sums, *squares))
+    red, green, blue, *rest = (round(value) for value in (*sums, *squares))
     return red, green, blue, rest[0], rest[1], rest[2]
 
 

@@ -7,19 +7,19 @@ the records and the index, and no more images the more there are.
 
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
 import xxhash
 
 from preprocess.encode import BadImageError, Encoded, encode_image
+from preprocess.parallel import in_order, keep_freed_memory
 from preprocess.progress import Progress
 from preprocess.records import Record, Rejected, Source, quarantine_csv
 from shards.errors import DataError
@@ -28,11 +28,6 @@ from shards.subsets import split_lesions
 from shards.writer import PackedSample, ShardSetWriter
 
 QUARANTINE = "quarantine.csv"
-_WINDOW = 16
-"""Samples under way per worker: enough to keep every worker busy while a finished shard is flushed to the disk."""
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -113,17 +108,20 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
         for each in sources:
             if each.rejected:
                 raise each.error(each.rejected[0])
-    jobs = _in_order(source, test, settings)
+    keep_freed_memory()
+    jobs = _planned(source, test, settings)
     rejected = [r for each in sources for r in each.rejected]
     tally = _Tally()
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # one image a worker; OpenCV's own threads would only get in their way
     try:
+        files = (job.source.folder / job.record.file for job in jobs)
         with (
             ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite) as writer,
             Progress("packing", len(jobs), "images") as bar,
+            closing(in_order(partial(_encode, spec=settings.encode), jobs, files, settings.workers)) as encoded_jobs,
         ):
-            for job, encoded in _in_parallel(lambda job: _encode(job, settings.encode), jobs, settings.workers):
+            for job, encoded in encoded_jobs:
                 bar.advance(1)
                 if isinstance(encoded, Rejected):
                     if not settings.skip_bad:
@@ -169,7 +167,7 @@ def _drop_seen(source: Source, test: Source) -> None:
     test.records = kept
 
 
-def _in_order(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
+def _planned(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
     """Every image with its split, in packed order: train, val, test, each in the order of a keyed hash of the image_id.
 
     The hash mixes the classes, so that a reader that only goes through the tars in order sees all of them early.
@@ -202,23 +200,6 @@ def _encode(job: _Job, spec: EncodeSpec) -> Encoded | Rejected:
         return Rejected(image_id, file, str(error))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         return Rejected(image_id, file, f"cannot be read ({error.strerror})")
-
-
-def _in_parallel(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[T, R]]:
-    """`work` of each item with the item, in order, done by `workers` threads, never more than a window ahead."""
-    pending: deque[tuple[T, Future[R]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-    try:
-        for item in items:
-            pending.append((item, pool.submit(work, item)))
-            if len(pending) >= _WINDOW * workers:
-                first, result = pending.popleft()
-                yield first, result.result()
-        while pending:
-            first, result = pending.popleft()
-            yield first, result.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _sample(job: _Job, encoded: Encoded) -> PackedSample:

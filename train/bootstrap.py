@@ -175,7 +175,8 @@ def interval(replicates: Floats, value: Floats | float, *, kind: str = "bca") ->
     if kind not in ("bca", "percentile", "basic"):
         raise ValueError(f"kind '{kind}' is none of bca, percentile, basic")
     shape = replicates.shape[1:]
-    flat, middle = replicates.reshape(len(replicates), -1), np.broadcast_to(value, shape).reshape(-1)
+    middle = np.broadcast_to(value, shape).reshape(-1)
+    flat = replicates.reshape(len(replicates), middle.size)
     empty = np.isnan(flat).all(axis=0) | np.isnan(middle)
     if not len(flat) or empty.all():
         return np.full(shape, np.nan), np.full(shape, np.nan)

@@ -73,7 +73,8 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
     """Shares of SOURCES in the variance of a metric over the runs, each {"value", "low", "high"}; they sum to 1.
 
     table: one row a run with `model`, `n_train` (sizes within a fifth are one), optionally `fraction`, and the metric;
-    rows without it are left out. Sums of squares are statsmodels' `anova_lm` (type II). A share is the unbiased part
+    rows without it are left out. Sums of squares are of type II, differences of statsmodels' nested fits (`anova_lm`
+    itself errs where a cell of the grid has no run). A share is the unbiased part
     (SS − df·MS of the seeds) / N over the sum of these (ω²; Olejnik & Algina 2003, Psychol. Methods 8:434–447): plain
     SS shares credit every source with some of the noise. Seed is what runs of one model and size differ by, training
     subset included. Intervals are percentiles over `resamples` sets of runs drawn with the estimated effects and noise.
@@ -83,7 +84,6 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
     """
     import pandas as pd
     from statsmodels.formula.api import ols
-    from statsmodels.stats.anova import anova_lm
 
     runs = table.dropna(subset=[metric])
     model, names = pd.factorize(runs["model"], sort=True)
@@ -101,13 +101,13 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
     design = _Design(model.astype(np.int64), size.astype(np.int64), repeated=repeated)
     if design.freedom[3] < 1:
         raise DataError(f"variance shares need more runs than the {cells} cells of models and sizes")
-    frame = pd.DataFrame({"y": y, "model": model, "size": size})
-    interaction = repeated and design.freedom[2] > 0
-    fitted = ols(f"y ~ C(model) {'*' if interaction else '+'} C(size)", frame).fit()
-    found = anova_lm(fitted, typ=2)["sum_sq"]
-    sums = np.array(
-        [found["C(model)"], found["C(size)"], found["C(model):C(size)"] if interaction else 0.0, found["Residual"]]
+    frame = pd.DataFrame({"y": y, "model": model, "size": size, "cell": model * 1000 + size})
+    by_model, by_size, both, full = (
+        float(ols(f"y ~ {terms}", frame).fit().ssr)
+        for terms in ("C(model)", "C(size)", "C(model) + C(size)", "C(cell)" if repeated else "C(model) + C(size)")
     )
+    sums = np.maximum([by_size - both, by_model - both, both - full, full], 0.0)
+    interaction = repeated and design.freedom[2] > 0
     rng = np.random.default_rng(seed)
     noise = np.sqrt(sums[3] / design.freedom[3])
     drawn = design.shrunk(y, sums)[:, None] + noise * rng.normal(size=(y.size, resamples))

@@ -1,0 +1,80 @@
+"""Intervals against scipy's bootstrap, and p values against the intervals they belong to."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from shards.errors import DataError
+from train.bootstrap import Groups, interval, refuse_unfit, two_sided_p
+
+
+def means_of(sample, resamples=20_000, seed=0):
+    rng = np.random.default_rng(seed)
+    return sample[rng.integers(sample.size, size=(resamples, sample.size))].mean(axis=1)
+
+
+@pytest.mark.parametrize("kind", ["percentile", "basic", "bca"])
+def test_intervals_equal_scipys(kind):
+    """A skewed sample, so that the three kinds differ; scipy takes BCa's acceleration from a jackknife."""
+    sample = np.random.default_rng(1).exponential(size=30)
+    found = stats.bootstrap(
+        (sample,), np.mean, n_resamples=20_000, method="BCa" if kind == "bca" else kind, rng=np.random.default_rng(2)
+    ).confidence_interval
+    low, high = interval(means_of(sample), sample.mean(), kind=kind)
+    spread = sample.std() / np.sqrt(sample.size)
+    assert abs(low - found.low) < 0.08 * spread and abs(high - found.high) < 0.08 * spread
+    assert abs(found.high - interval(means_of(sample), sample.mean(), kind="percentile")[1]) > 0.1 * spread or (
+        kind == "percentile"
+    )
+
+
+def test_columns_are_computed_one_by_one_and_nan_replicates_are_left_out():
+    rng = np.random.default_rng(0)
+    replicates = rng.normal(size=(501, 2, 3))
+    replicates[rng.random(replicates.shape) < 0.2] = np.nan
+    replicates[:, 1, 2] = np.nan
+    value = np.zeros((2, 3))
+    low, high = interval(replicates, value)
+    for i in range(2):
+        for j in range(3):
+            column = replicates[:, i, j]
+            alone = interval(column[~np.isnan(column)], 0.0)
+            np.testing.assert_allclose([low[i, j], high[i, j]], alone)
+    assert np.isnan(low[1, 2]) and np.isfinite(low[0]).all()
+    percentiles = np.nanquantile(replicates[:, 0, 0], [0.025, 0.975])
+    np.testing.assert_allclose([e[0, 0] for e in interval(replicates, value, kind="percentile")], percentiles)
+
+
+def test_replicates_without_spread_give_the_value():
+    assert interval(np.ones(100), 1.0) == (1.0, 1.0)
+    assert all(np.isnan(interval(np.zeros(0), 1.0)))
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.3, 1.2, 2.1, 2.6])
+def test_p_is_small_exactly_where_the_interval_leaves_out_zero(value):
+    replicates = value + np.random.default_rng(3).gamma(40, size=20_001) / 6 - 40 / 6
+    low, high = interval(replicates, value)
+    p = two_sided_p(replicates, value)
+    assert (p < 0.05) == bool(low > 0 or high < 0)
+    # p = 5 % exactly where an end of the interval is.
+    for end in (low, high):
+        assert two_sided_p(replicates, value, null=float(end)) == pytest.approx(0.05, abs=0.002)
+
+
+def test_p_is_never_below_what_the_resamples_can_tell():
+    assert two_sided_p(5 + np.random.default_rng(0).normal(size=999) * 0.1, 5.0) == pytest.approx(2 / 1000)
+    assert two_sided_p(np.zeros(999), 0.0) == 1.0
+
+
+def test_group_sums_are_numpys():
+    rng = np.random.default_rng(0)
+    group, weights = rng.choice([0, 2, 3, 6], 50), rng.random((50, 4))
+    expected = np.zeros((8, 4))
+    np.add.at(expected, group, weights)
+    np.testing.assert_allclose(Groups(group, 8).sums(weights), expected)
+    assert (Groups(group[:0], 3).sums(weights[:0]) == 0).all()
+
+
+def test_no_statistic_of_the_training_split():
+    with pytest.raises(DataError, match="the model has seen them"):
+        refuse_unfit(["train"] * 3, wanted="train")

@@ -1,0 +1,89 @@
+"""Variance shares against statsmodels and hand-made designs."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+
+from shards.errors import DataError
+from train.variance import SOURCES, _Design, variance_shares
+
+
+def grid(models=3, sizes=4, runs=3, *, noise=0.01, interaction=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [
+        (
+            f"m{m}",
+            size / sizes,
+            100 * 2**size,
+            s,
+            0.5 + 0.05 * m + 0.1 * size + interaction * m * size + noise * rng.normal(),
+        )
+        for m in range(models)
+        for size in range(1, sizes + 1)
+        for s in range(runs)
+    ]
+    return pd.DataFrame(rows, columns=["model", "fraction", "n_train", "seed", "score"])
+
+
+@pytest.mark.parametrize("dropped", [[], [0, 5, 7, 20]])
+def test_the_vectorised_sums_of_squares_are_statsmodels(dropped):
+    table = grid(interaction=0.02, noise=0.05).drop(index=dropped)
+    table["size"] = table["fraction"]
+    found = anova_lm(ols("score ~ C(model) * C(size)", table).fit(), typ=2)["sum_sq"].to_numpy()
+    design = _Design(pd.factorize(table["model"])[0], pd.factorize(table["size"])[0], repeated=True)
+    np.testing.assert_allclose(design.sums(table["score"].to_numpy()[:, None])[:, 0], found, rtol=1e-9)
+    noise = found[3] / design.freedom[3]
+    parts = np.append(np.maximum(found[:3] - design.freedom[:3] * noise, 0) / len(table), noise)
+    told = variance_shares(table, "score", resamples=10)["shares"]
+    np.testing.assert_allclose([told[name]["value"] for name in SOURCES], parts / parts.sum())
+
+
+def test_shares_sum_to_one_and_name_the_cause():
+    told = variance_shares(grid(noise=0.001), "score", resamples=100)["shares"]
+    assert sum(told[name]["value"] for name in SOURCES) == pytest.approx(1)
+    # Size steps of 0.1 over four, model steps of 0.05 over three: variances 0.0125 and 0.00167.
+    assert told["size"]["value"] == pytest.approx(0.0125 / (0.0125 + 0.0025 * 2 / 3), abs=0.003)
+    assert told["interaction"]["value"] < 0.001 and told["seed"]["value"] < 0.001
+    alone = grid(noise=0.001)
+    alone["score"] = np.random.default_rng(1).normal(size=len(alone))
+    assert variance_shares(alone, "score", resamples=100)["shares"]["seed"]["value"] > 0.7
+
+
+def test_sizes_are_grouped_without_a_fraction_column():
+    table = grid()
+    by_fraction = variance_shares(table, "score", resamples=20)
+    table["n_train"] += table["seed"]  # lesions are whole: other subsets have a few images more
+    by_size = variance_shares(table.drop(columns="fraction"), "score", resamples=20)
+    for name in SOURCES:
+        assert by_size["shares"][name]["value"] == pytest.approx(by_fraction["shares"][name]["value"])
+
+
+def test_without_repeats_the_interaction_is_not_made_up():
+    told = variance_shares(grid(runs=1), "score", resamples=50)
+    assert told["shares"]["interaction"] == {"value": None, "low": None, "high": None}
+    assert any("cannot be told from the seed" in note for note in told["notes"])
+    assert sum(told["shares"][name]["value"] for name in ("model", "size", "seed")) == pytest.approx(1)
+
+
+def test_gaps_in_the_grid_are_told():
+    table = grid(noise=1e-5)
+    table = table[~((table["model"] == "m1") & (table["fraction"] == 0.25))]
+    told = variance_shares(table.iloc[:-1], "score", resamples=20)
+    notes = told["notes"]
+    assert told["shares"]["interaction"]["value"] < 1e-4  # there is none, and the gap does not make one up
+    assert any("1 cells of the grid have no run" in note for note in notes)
+    assert any("different numbers of runs" in note for note in notes)
+
+
+def test_too_little_to_share_out_is_refused():
+    with pytest.raises(DataError, match="at least two models and two sizes, and there are 1 and 4"):
+        variance_shares(grid(models=1), "score")
+    empty = grid()
+    empty["score"] = np.nan
+    with pytest.raises(DataError, match="there are 0 and 0"):
+        variance_shares(empty, "score")
+    two = grid(models=2, sizes=2, runs=1)
+    with pytest.raises(DataError, match="more runs"):
+        variance_shares(two[~((two["model"] == "m1") & (two["fraction"] == 1.0))], "score")

@@ -99,7 +99,7 @@ class RunFolder:
             self._lock.close()
 
     def rewind(self, metrics_bytes: int, step: int) -> None:
-        """Start recording, forgetting what came after a checkpoint: metrics beyond `metrics_bytes`, events from `step`."""
+        """Start recording; forget what came after a checkpoint: metrics beyond `metrics_bytes`, events from `step`."""
         self._metrics.truncate(metrics_bytes)
         self._metrics.seek(0, os.SEEK_END)
         from torch.utils.tensorboard.writer import SummaryWriter

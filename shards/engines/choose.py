@@ -1,5 +1,6 @@
 """Which engine carries out the plan, and why."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from shards.engines import ENGINES, Engine
@@ -10,14 +11,80 @@ if TYPE_CHECKING:
 
     from shards.shardset import Selection
 
+_log = logging.getLogger(__name__)
+
 
 def make_engine(
     name: str, selection: "Selection", *, device: "torch.device", threads: int | None, prefetch: int
 ) -> tuple[Engine, str, str]:
-    """Returns the engine, its name and the reason for the choice. Raises UsageError for an unknown name."""
+    """Returns the engine, its name and the reason for the choice.
+
+    `auto` is native on a CPU; on CUDA it is dali where a check in another process shows that it works
+    (`selfcheck.py`), else native. Raises UsageError for an unknown name, a device that is not there, an engine that
+    is not installed or does not work here, and a selection that does not fit the device's memory.
+    """
     if name not in ("auto", *ENGINES):
         raise UsageError(f"engine '{name}' is unknown: use auto, {', '.join(ENGINES)}")
-    from shards.engines.native import NativeEngine
+    _check_device(device)
+    choice, variant, reason = _choose(name, selection, device)
+    _log.info("engine %s on %s: %s", choice, device, reason)
+    if choice == "native":
+        from shards.engines.native import NativeEngine
 
-    reason = "asked for" if name == "native" else "the device is a CPU"
-    return NativeEngine(selection.data, str(device), threads, prefetch), "native", reason
+        return NativeEngine(selection.data, str(device), threads, prefetch), choice, reason
+    if choice == "resident":
+        from shards.engines.resident import ResidentEngine
+
+        return ResidentEngine(selection, str(device), threads), choice, reason
+    from shards.engines.dali import DaliEngine
+    from shards.engines.selfcheck import contents
+
+    kinds = contents(selection.data, selection.samples)
+    engine = DaliEngine(selection.data, str(device), threads, prefetch, contents=kinds, variant=variant)
+    return engine, choice, reason
+
+
+def _choose(name: str, selection: "Selection", device: "torch.device") -> tuple[str, str, str]:
+    """The engine, the variant of dali's graph, and the reason."""
+    if name in ("native", "resident"):
+        return name, "", "asked for"
+    if name == "auto" and device.type == "cpu":
+        return "native", "", "the device is a CPU"
+    if not _dali_installed():
+        if name == "dali":
+            raise UsageError("engine 'dali' needs the package nvidia-dali-cuda120: install it or use --engine native")
+        _log.warning("DALI is not installed: images are decoded on the CPU by the native engine")
+        return "native", "", "DALI is not installed"
+    if device.type == "cpu":
+        return "dali", "region", "asked for"
+    from shards.engines.selfcheck import best_variant
+
+    variant, reason = best_variant(selection, device)
+    if variant is not None:
+        return "dali", variant, f"{'asked for; ' if name == 'dali' else ''}{reason}"
+    if name == "dali":
+        raise UsageError(f"engine 'dali' does not work on {device}: {reason}; use --engine native")
+    _log.warning("dali does not work on %s: images are decoded on the CPU by the native engine", device)
+    return "native", "", reason
+
+
+def _dali_installed() -> bool:
+    """Whether DALI can be imported, without importing it."""
+    from importlib.util import find_spec
+
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _check_device(device: "torch.device") -> None:
+    """Raises UsageError where the device is not a CPU or a GPU that PyTorch sees."""
+    import torch
+
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{device}' is unknown: use cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise UsageError(f"device '{device}' was asked for and PyTorch sees {found} GPUs: use --device cpu")

@@ -1,0 +1,260 @@
+"""The DALI engine: NVIDIA's decoders carry out the plan, on a GPU or on the CPU. The only file that imports DALI.
+
+Python reads a sample's bytes, checks them and hands them over with the plan's numbers; DALI decodes the box, resizes
+it, flips it and transposes it. The graph is the same function on both devices, so that the CPU's tests cover it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shards.engines import Work
+from shards.engines.dali_feed import INPUTS, Fed, Reader, Source
+from shards.engines.native import available_cores
+from shards.errors import DataError
+from shards.shardset import ShardSet
+
+if TYPE_CHECKING:
+    import torch
+    from nvidia.dali.pipeline import Pipeline
+
+VARIANTS = ("region", "whole")
+"""How a JPEG is cut: `region` decodes the box alone (`decoders.image_slice`), `whole` slices after decoding."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What decides the graph.
+
+    contents: `jpg`, `raw` or `mixed`. variant: one of VARIANTS. device_id: the GPU, None for the CPU. threads: of
+    DALI's. prefetch: batches that DALI works on ahead. hw_decoder_load: share of the JPEGs that go to the GPU's
+    hardware decoder where it has one, the rest to its general cores (0.65 is DALI's own default; not measured here).
+    """
+
+    contents: str
+    variant: str = "region"
+    device_id: int | None = None
+    threads: int = 1
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65
+
+
+def build_graph(source: Callable[[], list], graph: Graph, max_batch: int) -> "Pipeline":
+    """The pipeline, defined and not yet built: definition needs no GPU, and refuses unknown arguments.
+
+    source: gives a batch as `INPUTS` says, or raises StopIteration. One output: (n, S, S, 3) uint8 RGB.
+    """
+    from nvidia import dali as module
+
+    dali: Any = module  # its stubs know neither conditionals nor its enumerations
+    fn, types = dali.fn, dali.types
+
+    def decode(payload: Any, start: Any, shape: Any) -> Any:
+        """A JPEG's box. Fancy upsampling is what libjpeg does; orientation was applied when packing."""
+        options: dict[str, Any] = {"adjust_orientation": False, "output_type": types.RGB}
+        if graph.device_id is not None:
+            options |= {"device": "mixed", "hw_decoder_load": graph.hw_decoder_load, "jpeg_fancy_upsampling": True}
+        if graph.variant == "region":
+            return fn.decoders.image_slice(payload, start=start, shape=shape, axes=[0, 1], **options)
+        return fn.slice(fn.decoders.image(payload, **options), start=start, shape=shape, axes=[0, 1])
+
+    def rows(payload: Any, shape: Any) -> Any:
+        """The pixels of a raw sample's box, which was cut on the CPU, so that only it travels."""
+        image = fn.reshape(payload, shape=fn.cat(shape, np.array([3], np.int32)), layout="HWC")
+        return image if graph.device_id is None else image.gpu()
+
+    @dali.pipeline_def(
+        batch_size=max_batch,
+        num_threads=graph.threads,
+        device_id=graph.device_id,
+        prefetch_queue_depth=graph.prefetch,
+        exec_dynamic=True,
+        enable_conditionals=True,
+    )
+    def define() -> Any:
+        kinds = {"payload": (types.UINT8, 1), "start": (types.INT32, 1), "shape": (types.INT32, 1)}
+        kinds |= {"size": (types.FLOAT, 1), "transposed": (types.BOOL, 0), "raw": (types.BOOL, 0)}
+        names = INPUTS[graph.contents]
+        outputs: Any = fn.external_source(
+            source,
+            num_outputs=len(names),
+            batch=True,
+            parallel=False,
+            dtype=[kinds[name][0] for name in names],
+            ndim=[kinds[name][1] for name in names],
+        )
+        given = {name: outputs[i] for i, name in enumerate(names)}
+        payload, shape = given["payload"], given["shape"]
+        if graph.contents == "jpg":
+            image = decode(payload, given["start"], shape)
+        elif graph.contents == "raw":
+            image = rows(payload, shape)
+        else:
+            if given["raw"]:
+                image = rows(payload, shape)
+            else:
+                image = decode(payload, given["start"], shape)
+        image = fn.resize(image, size=given["size"], antialias=False, interp_type=types.INTERP_LINEAR)
+        if given["transposed"]:
+            image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
+        return image
+
+    return define()
+
+
+class _Pipeline:
+    """A built pipeline, used again from run to run, since building one takes longer than a batch."""
+
+    def __init__(self, graph: Graph, max_batch: int) -> None:
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+        self.max_batch = max_batch
+        self.source = Source(max_batch)
+        pipeline = build_graph(self.source.take, graph, max_batch)
+        self._outputs = DALIGenericIterator(pipeline, ["images"], prepare_first_batch=False)
+        self._used = False
+
+    def run(self, batches: Iterator[Fed]) -> "Iterator[torch.Tensor]":
+        """(n, S, S, 3) uint8 of each batch, up to the end, a damaged sample, or a batch that is too large."""
+        self.source.open(batches)
+        if self._used:
+            self._outputs.reset()
+        self._used = True
+        while True:
+            try:
+                images = next(self._outputs)[0]["images"]
+            except StopIteration:
+                return
+            self.source.under_way.popleft()
+            yield images
+
+    def drained(self) -> bool:
+        """Give up what is under way, so that the next run starts afresh. False where that failed."""
+        self.source.open(iter(()))
+        try:
+            for _ in self._outputs:
+                pass
+        except RuntimeError:  # of a batch that nobody waits for
+            return False
+        return True
+
+
+class DaliEngine:
+    """Loads batches through DALI, `prefetch` batches ahead, and reads the bytes of as many more."""
+
+    def __init__(
+        self,
+        data: ShardSet,
+        device: str = "cpu",
+        threads: int | None = None,
+        prefetch: int = 2,
+        *,
+        contents: str = "mixed",
+        variant: str = "region",
+        hw_decoder_load: float = 0.65,
+    ) -> None:
+        """device: `cpu`, `cuda` or `cuda:N`. contents: `jpg` or `raw` where the samples are all of one kind.
+
+        threads: default, the cores this process may use. Raises ValueError for an unknown variant or contents.
+        """
+        if variant not in VARIANTS or contents not in INPUTS:
+            raise ValueError(f"variant '{variant}' of {VARIANTS}, contents '{contents}' of {tuple(INPUTS)}")
+        self.data, self.device = data, device
+        self.graph = Graph(
+            contents, variant, _device_id(device), threads or available_cores(), prefetch, hw_decoder_load
+        )
+        self._reader = Reader(data, contents, prefetch)
+        self._idle: list[_Pipeline] = []
+
+    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
+        """See `Engine.run`."""
+        images = self._images(work, resolution)
+        batches = images if self.graph.device_id is None else _owned(images)
+        try:
+            for batch in batches:
+                yield batch.permute(0, 3, 1, 2)
+                del batch
+        finally:
+            batches.close()
+            images.close()
+
+    def _images(self, work: Iterable[Work], resolution: int) -> "Generator[torch.Tensor, None, None]":
+        """(n, S, S, 3) uint8 in memory of DALI's."""
+        batches = self._reader.batches(work, resolution)
+        try:
+            first = next(batches, None)
+            while first is not None:
+                pipeline, source = self._take_pipeline(len(first.samples)), chain([first], batches)
+                del first  # its bytes need not wait for the end of the epoch
+                try:
+                    yield from pipeline.run(source)
+                except GeneratorExit:
+                    if pipeline.drained():
+                        self._idle.append(pipeline)
+                    raise
+                except RuntimeError as error:  # DALI's; the pipeline is of no more use
+                    self._name_undecodable(pipeline.source.under_way, error)
+                    raise
+                self._idle.append(pipeline)
+                if pipeline.source.error is not None:
+                    raise pipeline.source.error
+                first = pipeline.source.too_large
+        finally:
+            batches.close()
+
+    def _take_pipeline(self, batch: int) -> _Pipeline:
+        """An idle pipeline that holds a batch of this size, or a new one in the place of those that do not."""
+        self._idle = [pipeline for pipeline in self._idle if pipeline.max_batch >= batch]
+        return self._idle.pop() if self._idle else _Pipeline(self.graph, batch)
+
+    def _name_undecodable(self, under_way: Iterable[np.ndarray], error: RuntimeError) -> None:
+        """Raise DataError naming the sample that made DALI stop, if one of those under way cannot be decoded."""
+        for sample in np.concatenate([np.empty(0, np.int64), *under_way]).tolist():
+            try:
+                self.data.pixels(sample)
+            except DataError:
+                raise self.data.damaged(sample) from error
+
+    def close(self) -> None:
+        """Give back threads, pipelines and their memory. Batches that were handed over stay valid."""
+        self._reader.close()
+        self._idle.clear()
+
+
+def _device_id(device: str) -> int | None:
+    """The GPU's number, None for the CPU."""
+    if device == "cpu":
+        return None
+    import torch
+
+    index = torch.device(device).index
+    return torch.cuda.current_device() if index is None else index
+
+
+def _owned(batches: "Iterable[torch.Tensor]") -> "Generator[torch.Tensor, None, None]":
+    """Copies in PyTorch's memory of batches on a GPU, (n, S, S, 3) uint8.
+
+    DLPack tells DALI when a tensor was dropped, not when the kernels that read it are done. So the consumer gets a
+    copy, made on its own stream, and DALI gets its memory back when that copy is done: one copy within the device.
+    """
+    import torch
+
+    copying: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+    try:
+        for batch in batches:
+            while copying and copying[0][1].query():
+                copying.popleft()
+            own = batch.clone()
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(batch.device))
+            copying.append((batch, done))
+            del batch
+            yield own
+            del own
+    finally:
+        for _, done in copying:
+            done.synchronize()

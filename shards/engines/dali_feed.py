@@ -1,0 +1,117 @@
+"""What the DALI engine is fed: the bytes of a batch, read and checked on threads, and the plan's numbers as arrays."""
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.engines import Work
+from shards.engines.native import raw_pixels
+from shards.errors import DataError
+from shards.shardset import ShardSet
+
+INPUTS = {
+    "jpg": ("payload", "start", "shape", "size", "transposed"),
+    "raw": ("payload", "shape", "size", "transposed"),
+    "mixed": ("payload", "start", "shape", "size", "transposed", "raw"),
+}
+"""What a graph is fed, by what the samples are. For a batch of n: payload, n arrays (bytes,) uint8; start and shape,
+(n, 2) int32 y, x and h, w; size, (n, 2) float32 height and width of the output, negative where it is mirrored;
+transposed and raw, (n,) bool."""
+
+_READERS = 2  # threads that read and check: a batch each, and the rest of the work is DALI's own
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A batch as the graph's INPUTS, in order; and its samples, (n,) int64, to name one that DALI cannot decode."""
+
+    samples: np.ndarray
+    arrays: list
+
+
+class Reader:
+    """Reads batches on `_READERS` threads, `ahead` of them before they are asked for."""
+
+    def __init__(self, data: ShardSet, contents: str, ahead: int) -> None:
+        """contents: a key of INPUTS."""
+        self.data, self.contents, self.ahead = data, contents, ahead
+        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="shards-dali")
+
+    def batches(self, work: Iterable[Work], resolution: int) -> "Generator[Fed, None, None]":
+        """The work's bytes, read and checked on other threads, a few batches ahead."""
+        pending: deque[Future[Fed]] = deque()
+        source = iter(work)
+        try:
+            while True:
+                while len(pending) <= self.ahead and (item := next(source, None)) is not None:
+                    pending.append(self._threads.submit(self._read, item, resolution))
+                if not pending:
+                    return
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _read(self, item: Work, resolution: int) -> Fed:
+        """Read and check a batch's bytes. Raises DataError naming a damaged sample."""
+        data, boxes, symmetry = self.data, item.boxes, item.symmetry
+        raw = (data.column("encoding")[item.samples] == "raw").astype(bool)
+        payloads = []
+        for sample, is_raw, (y, x, h, w) in zip(item.samples.tolist(), raw.tolist(), boxes.tolist(), strict=True):
+            payload = data.read(sample)
+            if is_raw:
+                height, width = int(data.column("height")[sample]), int(data.column("width")[sample])
+                crop = raw_pixels(payload, height, width)[y : y + h, x : x + w]
+                payloads.append(np.ascontiguousarray(crop).reshape(-1))
+            else:
+                payloads.append(np.frombuffer(payload, np.uint8))
+        transposed = (symmetry & 4) != 0
+        # A negative size mirrors. The graph mirrors before it transposes, the plan after: the axes change places.
+        mirrors = np.stack([symmetry & 2, symmetry & 1], axis=1) != 0
+        mirrors = np.where(transposed[:, None], mirrors[:, ::-1], mirrors)
+        size = np.where(mirrors, -resolution, resolution).astype(np.float32)
+        start, shape = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
+        given = {
+            "payload": payloads,
+            "start": start,
+            "shape": shape,
+            "size": size,
+            "transposed": transposed,
+            "raw": raw,
+        }
+        return Fed(item.samples, [given[name] for name in INPUTS[self.contents]])
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+class Source:
+    """What a pipeline reads from: another iterator in each run."""
+
+    def __init__(self, max_batch: int) -> None:
+        self.max_batch = max_batch
+        self.open(iter(()))
+
+    def open(self, batches: Iterator[Fed]) -> None:
+        """Read from `batches` next."""
+        self._batches = batches
+        self.error: DataError | None = None
+        self.too_large: Fed | None = None
+        self.under_way: deque[np.ndarray] = deque()
+
+    def take(self) -> list:
+        """The next batch. Ends, rather than fails, at a damaged sample: the batches before it are still good."""
+        try:
+            batch = next(self._batches)
+        except DataError as error:
+            self.error = error
+            raise StopIteration from None
+        if len(batch.samples) > self.max_batch:
+            self.too_large = batch
+            raise StopIteration
+        self.under_way.append(batch.samples)
+        return batch.arrays

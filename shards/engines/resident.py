@@ -1,0 +1,233 @@
+"""The resident engine: the selection stays decoded in the device's memory, and a batch is one gather out of it.
+
+Everything is integers, so every device computes the same bits: where a pixel of the output falls in the box is a
+fraction with a known denominator, its weights have 11 bits, and products fit 32. Weights and roundings are those that
+OpenCV's INTER_LINEAR shows for uint8, so that the native engine's pixels come out, but for a difference of 1 in fewer
+than one value in 10,000, where OpenCV's weight is a rounded tie. On a CPU the native engine is faster; `resident` is
+for a GPU.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shards.engines import Work
+from shards.engines.memory import free_bytes
+from shards.engines.native import available_cores, decode_whole
+from shards.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from shards.shardset import Selection
+
+_log = logging.getLogger(__name__)
+
+_BITS = 11  # of a weight, as in OpenCV
+_SPARE = 0.1  # the share of the free memory that is left to the model and its activations
+_CHUNK_BYTES = 64 << 20  # decoded before each copy to a GPU
+_EAGER_PIXELS = 1 << 20  # output pixels at a time where nothing fuses the steps, to stay near the caches
+
+
+class ResidentEngine:
+    """Holds a selection's pixels on the device: (pixels, 3) uint8, image after image, of whatever sizes."""
+
+    def __init__(
+        self, selection: "Selection", device: str = "cpu", threads: int | None = None, *, compiled: bool | None = None
+    ) -> None:
+        """compiled: fuse the gather with `torch.compile`; default, on CUDA only. threads decode, once.
+
+        Nothing is decoded before the first batch. Raises UsageError where the memory does not suffice, saying how
+        much is needed and free.
+        """
+        self.selection, self.device = selection, device
+        self.threads = threads or available_cores()
+        self.compiled = device != "cpu" if compiled is None else compiled
+        data, rows = selection.data, selection.samples
+        heights, widths = (data.column(name)[rows].astype(np.int64) for name in ("height", "width"))
+        self._starts = np.concatenate([[0], np.cumsum(heights * widths)])  # in pixels
+        self._widths = widths
+        self._pixels: torch.Tensor | None = None
+        self._gather: Callable[..., torch.Tensor] = _gather_in_parts
+        self._check_memory()
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the pixels take."""
+        return int(self._starts[-1]) * 3
+
+    def _check_memory(self) -> None:
+        free = free_bytes(self.device)
+        if self.needed_bytes > free * (1 - _SPARE):
+            count, mean = len(self.selection), self._starts[-1] / len(self.selection)
+            raise UsageError(
+                f"engine 'resident' needs {self.needed_bytes / 1e9:.3g} GB on {self.device} for {count:,} images of "
+                f"{mean:,.0f} px on average, and of the {free / 1e9:.3g} GB free it leaves a tenth to the model: use "
+                "another engine, a smaller fraction, or pack with a smaller --max-resolution"
+            )
+
+    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
+        """See `Engine.run`. The first run decodes the selection."""
+        import torch
+
+        if self._pixels is None:
+            self._check_memory()  # again: another engine may have filled it since
+            self._pixels = self._load()
+            if self.compiled:
+                self._gather = _compiled(self.device)
+        for item in work:
+            table = torch.from_numpy(self._table(item))
+            if self.device != "cpu":
+                table = table.pin_memory().to(self.device, non_blocking=True)
+            yield self._gather(self._pixels, table, resolution).permute(0, 3, 1, 2)
+
+    def _table(self, item: Work) -> np.ndarray:
+        """(n, 7) int64: first pixel of the image, its width, box y, x, h, w, and symmetry."""
+        positions = np.searchsorted(self.selection.samples, item.samples)
+        known = self.selection.samples[np.minimum(positions, len(self.selection) - 1)] == item.samples
+        if not known.all():
+            raise ValueError(f"sample {item.samples[~known][0]} is not in the selection that the engine holds")
+        return np.column_stack([self._starts[positions], self._widths[positions], item.boxes, item.symmetry])
+
+    def _load(self) -> "torch.Tensor":
+        """Decode the selection: (pixels, 3) uint8 on the device. Raises DataError naming a damaged sample."""
+        import torch
+
+        began = time.monotonic()
+        size = f"{len(self.selection):,} images, {self.needed_bytes / 1e9:.3g} GB"
+        _log.info("resident: decoding %s onto %s", size, self.device)
+        pixels = torch.empty((int(self._starts[-1]), 3), dtype=torch.uint8, device=self.device)
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="shards-resident") as pool:
+            for first, last in self._chunks():
+                start, end = int(self._starts[first]), int(self._starts[last])
+                part = pixels[start:end]
+                host = part if self.device == "cpu" else _pinned(end - start)
+                rows = host.numpy()
+                for done in [pool.submit(self._decode, position, rows, start) for position in range(first, last)]:
+                    done.result()
+                if host is not part:
+                    part.copy_(host)
+        _log.info("resident: decoded %s in %.1f s", size, time.monotonic() - began)
+        return pixels
+
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        """Runs of positions in the selection, of about `_CHUNK_BYTES` decoded."""
+        first = 0
+        while first < len(self.selection):
+            limit = self._starts[first] + _CHUNK_BYTES // 3
+            last = max(int(np.searchsorted(self._starts, limit, "right")) - 1, first + 1)
+            yield first, last
+            first = last
+
+    def _decode(self, position: int, out: np.ndarray, origin: int) -> None:
+        """Decode one image into `out` (pixels, 3), which begins with pixel `origin` of all."""
+        data, sample = self.selection.data, int(self.selection.samples[position])
+        height, width = int(data.column("height")[sample]), int(data.column("width")[sample])
+        payload = data.read(sample)
+        try:
+            image = decode_whole(payload, str(data.column("encoding")[sample]), height, width)
+        except DataError:
+            raise data.damaged(sample) from None
+        start = int(self._starts[position]) - origin
+        out[start : start + height * width] = image.reshape(-1, 3)
+
+    def close(self) -> None:
+        """Give back the device's memory. Batches that were handed over stay valid."""
+        self._pixels = None
+
+
+def _pinned(pixels: int) -> "torch.Tensor":
+    """Page-locked host memory for that many pixels."""
+    import torch
+
+    return torch.empty((pixels, 3), dtype=torch.uint8, pin_memory=True)
+
+
+def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "torch.Tensor":
+    """Crop, resize and turn a batch: (n, S, S, 3) uint8. Bilinear, half-pixel centres, edges clamped to the box.
+
+    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine._table`. Pointwise but for the reads, so that
+    `torch.compile` makes one kernel of it.
+    """
+    import torch
+
+    start, (width, y, x, h, w, symmetry) = table[:, :1, None], table[:, 1:].int()[..., None].unbind(1)
+    transposed = (symmetry & 4) != 0
+    line = torch.arange(resolution, dtype=torch.int32, device=pixels.device)
+    down = torch.where(symmetry & 2 != 0, resolution - 1 - line, line)  # (n, S): places in the resized crop
+    along = torch.where(symmetry & 1 != 0, resolution - 1 - line, line)
+    top, bottom, share_y = _neighbours(torch.where(transposed, along, down), y, h, resolution)
+    left, right, share_x = _neighbours(torch.where(transposed, down, along), x, w, resolution)
+    turned = transposed[..., None]
+
+    def of_rows(values: torch.Tensor) -> torch.Tensor:
+        """(n, S) of the image's y as (n, S, S): the same along the output, or down it where it is transposed."""
+        return torch.where(turned, values[:, None, :], values[:, :, None])
+
+    def of_columns(values: torch.Tensor) -> torch.Tensor:
+        """(n, S) of the image's x as (n, S, S)."""
+        return torch.where(turned, values[:, :, None], values[:, None, :])
+
+    columns = of_columns(left), of_columns(right)
+    share = of_columns(share_x)[..., None]
+
+    def row(places: torch.Tensor) -> torch.Tensor:
+        """(n, S, S, 3) int32: the mix of the left and the right neighbour in these rows, without the lowest 4 bits."""
+        begin = start + of_rows(places * width)
+        near, far = (pixels[begin + column].int() for column in columns)
+        return (near * ((1 << _BITS) - share) + far * share) >> 4
+
+    weight = of_rows(share_y)[..., None]
+    upper, lower = row(top) * ((1 << _BITS) - weight), row(bottom) * weight
+    return (((upper >> 16) + (lower >> 16) + 2) >> 2).to(torch.uint8)
+
+
+def _neighbours(
+    place: "torch.Tensor", start: "torch.Tensor", extent: "torch.Tensor", resolution: int
+) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+    """(n, S) int32 each: the image's lines below and above a place of the resized crop, and the upper one's weight.
+
+    place: (n, S). start, extent: (n, 1), where the box begins and how long it is.
+    """
+    import torch
+
+    double = 2 * resolution
+    numerator = (2 * place + 1) * extent - resolution  # of the place in the box, in 1 / double
+    low = torch.div(numerator, double, rounding_mode="floor")
+    weight = torch.div(((numerator - low * double) << _BITS) + resolution, double, rounding_mode="floor")
+    zero = torch.zeros_like(extent)
+    return start + torch.clamp(low, zero, extent - 1), start + torch.clamp(low + 1, zero, extent - 1), weight
+
+
+def _gather_in_parts(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "torch.Tensor":
+    """`gather` a few images at a time: unfused, each step would write and read the whole batch."""
+    import torch
+
+    part = max(1, _EAGER_PIXELS // resolution**2)
+    return torch.cat([gather(pixels, rows, resolution) for rows in table.split(part)])
+
+
+def _compiled(device: str) -> "Callable[..., torch.Tensor]":
+    """`gather` fused by `torch.compile`; where the compiler fails, the unfused one, with a warning."""
+    import torch
+    from torch._dynamo.exc import TorchDynamoException
+
+    fused = torch.compile(gather)
+    failed = False
+
+    def run(pixels: torch.Tensor, table: torch.Tensor, resolution: int) -> torch.Tensor:
+        nonlocal failed
+        if not failed:
+            try:
+                return fused(pixels, table, resolution)
+            except TorchDynamoException as error:  # no compiler, or one that fails
+                failed = True
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                _log.warning("resident: torch.compile failed on %s, going on without it: %s", device, reason)
+        return _gather_in_parts(pixels, table, resolution)
+
+    return run

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-import tarfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 
+from shards.durable import sync_folder, write_durably
 from shards.errors import DataError, UsageError
 from shards.format import (
     CLASSES,
@@ -30,8 +31,8 @@ from shards.format import (
     ShardInfo,
     index_schema,
 )
+from shards.tar import BLOCK, Shard
 
-_BLOCK = 512
 _SUFFIX = {"jpg": "jpg", "raw": "npy"}
 
 
@@ -49,80 +50,6 @@ class PackedSample:
     width: int
     split: str
     metadata: dict[str, Any]
-
-
-def _member(name: str, content: bytes) -> tuple[bytes, bytes]:
-    """One tar member: its header block, and its content padded to whole blocks. No time, user or machine in it."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mtime, info.mode = len(content), 0, 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"), content + b"\0" * (-len(content) % _BLOCK)
-
-
-class _Shard:
-    """One tar being written, with DALI's index of it (v1.2: `extension offset size name` for each member)."""
-
-    def __init__(self, folder: Path, number: int, split: str) -> None:
-        self.path, self.split, self.number = folder / f"shard-{number:05d}.tar", split, number
-        self.samples = self.position = 0
-        self._file: IO[bytes] = self.path.open("wb")
-        self._sha = hashlib.sha256()
-        self._lines: list[str] = []
-
-    def _write(self, block: bytes) -> None:
-        self._file.write(block)
-        self._sha.update(block)
-        self.position += len(block)
-
-    def add(self, image_id: str, members: list[tuple[str, bytes]]) -> int:
-        """Append one sample; returns the offset of its first member's content in the tar."""
-        offsets = []
-        entries = []
-        for suffix, content in members:
-            header, body = _member(f"{image_id}.{suffix}", content)
-            self._write(header)
-            offsets.append(self.position)
-            entries.append(f"{suffix} {self.position} {len(content)} {image_id}.{suffix}")
-            self._write(body)
-        self._lines.append(" ".join(entries))
-        self.samples += 1
-        return offsets[0]
-
-    def finish(self) -> ShardInfo:
-        """End the archive with two zero blocks, write the .idx, and flush both to the disk."""
-        self._write(b"\0" * (2 * _BLOCK))
-        _flush(self._file)
-        index = "\n".join([f"v1.2 {self.samples}", *self._lines]) + "\n"
-        write_durably(self.path.with_suffix(".idx"), index.encode())
-        return ShardInfo(self.path.name, self.split, self.samples, self.position, self._sha.hexdigest())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file aside, flush it to the disk, and rename it into place."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _swap_into_place(new: Path, final: Path) -> None:
@@ -166,8 +93,10 @@ class ShardSetWriter:
             raise UsageError(f"shard size {shard_bytes} bytes is under 1 MiB")
         self.out, self.encode, self.shard_bytes = out, encode, shard_bytes
         self._partial = out.with_name(f".{out.name}.partial")
-        self._shard: _Shard | None = None
+        self._shard: Shard | None = None
         self._infos: list[ShardInfo] = []
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        self._flush: Future[None] | None = None
         self._columns: dict[str, list[Any]] = {name: [] for name in INDEX_TYPES}
         self._seen: set[str] = set()
         self._splits: list[str] = []
@@ -198,6 +127,7 @@ class ShardSetWriter:
             if not any(exc):
                 raise
         finally:
+            self._flusher.shutdown()
             if self._partial.exists():
                 shutil.rmtree(self._partial)
             Path(self._lock.name).unlink(missing_ok=True)
@@ -221,7 +151,7 @@ class ShardSetWriter:
             ("cls", str(label).encode()),
             ("json", json.dumps(record, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()),
         ]
-        shard = self._shard_for(sample.split, sum(len(content) + 2 * _BLOCK for _, content in members))
+        shard = self._shard_for(sample.split, sum(len(content) + 2 * BLOCK for _, content in members))
         offset = shard.add(image_id, members)
         record |= {
             "shard": shard.number,
@@ -235,19 +165,27 @@ class ShardSetWriter:
         for name, column in self._columns.items():
             column.append(record[name])
 
-    def _shard_for(self, split: str, size: int) -> _Shard:
+    def _shard_for(self, split: str, size: int) -> Shard:
         """The shard that the next sample of `split` goes to: the open one, unless it is full or of another split."""
         shard = self._shard
-        if shard is not None and shard.split == split and shard.position + size <= self.shard_bytes:
+        if shard is not None and shard.split == split and shard.position + size + 2 * BLOCK <= self.shard_bytes:
             return shard
         if shard is None or shard.split != split:
             if split in self._splits:
                 raise ValueError(f"samples of split '{split}' must come together")
             self._splits.append(split)
         if shard is not None:
-            self._infos.append(shard.finish())
-        self._shard = _Shard(self._partial, len(self._infos), split)
+            self._end(shard)
+        self._shard = Shard(self._partial, len(self._infos), split)
         return self._shard
+
+    def _end(self, shard: Shard) -> None:
+        """End a shard and let a thread flush it, so that packing goes on meanwhile; one at a time."""
+        if self._flush is not None:
+            self._flush.result()
+        self._infos.append(shard.end())
+        self._shard = None
+        self._flush = self._flusher.submit(shard.flush)
 
     def finish(
         self,
@@ -266,8 +204,7 @@ class ShardSetWriter:
 
         if self._shard is None:
             raise DataError("no image was packed: the source is empty, or every image was left out")
-        self._infos.append(self._shard.finish())
-        self._shard = None
+        self._end(self._shard)
         index = self._partial / INDEX
         table = pa.table(self._columns, schema=index_schema())
         pq.write_table(table, index, compression="zstd", write_statistics=False)
@@ -291,6 +228,8 @@ class ShardSetWriter:
             shards=tuple(self._infos),
             index_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
         )
+        if self._flush is not None:
+            self._flush.result()
         write_durably(self._partial / MANIFEST, manifest.to_json().encode())
         _swap_into_place(self._partial, self.out)
         return manifest

@@ -1,0 +1,79 @@
+"""One tar of a shard set, the same bytes each time, with DALI's index of it."""
+
+import hashlib
+import os
+import tarfile
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from shards.durable import write_durably
+from shards.format import ShardInfo
+
+BLOCK = 512
+"""Tar's unit: headers have this size, contents are padded to it."""
+
+
+@cache
+def _header_of_nothing() -> tuple[bytes, int]:
+    """The USTAR header of an empty, nameless member, without time, user or machine; and its sum of bytes."""
+    info = tarfile.TarInfo("")
+    info.mtime, info.mode = 0, 0o644
+    header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    return header, sum(header[:148]) + 8 * ord(" ") + sum(header[156:]) - sum(b"00000000000")
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The USTAR header of a member, byte for byte as `tarfile` makes it, in a tenth of the time (three a sample)."""
+    template, total = _header_of_nothing()
+    name_field, size_field = name.encode("ascii"), b"%011o" % size
+    checksum = b"%06o\0 " % (total + sum(name_field) + sum(size_field))
+    return name_field.ljust(100, b"\0") + template[100:124] + size_field + template[135:148] + checksum + template[156:]
+
+
+class Shard:
+    """One tar being written, with DALI's index of it (v1.2: `extension offset size name` for each member)."""
+
+    def __init__(self, folder: Path, number: int, split: str) -> None:
+        self.path, self.split, self.number = folder / f"shard-{number:05d}.tar", split, number
+        self.samples = self.position = 0
+        self._file: IO[bytes] = self.path.open("wb")
+        self._sha = hashlib.sha256()
+        self._lines: list[str] = []
+
+    def _write(self, block: bytes) -> None:
+        self._file.write(block)
+        self._sha.update(block)
+        self.position += len(block)
+
+    def add(self, image_id: str, members: list[tuple[str, bytes]]) -> int:
+        """Append one sample; returns the offset of its first member's content in the tar."""
+        blocks, entries = [], []
+        first = position = self.position + BLOCK
+        for suffix, content in members:
+            name = f"{image_id}.{suffix}"
+            padding = -len(content) % BLOCK
+            blocks += [tar_header(name, len(content)), content, b"\0" * padding]
+            entries.append(f"{suffix} {position} {len(content)} {name}")
+            position += len(content) + padding + BLOCK
+        self._write(b"".join(blocks))
+        self._lines.append(" ".join(entries))
+        self.samples += 1
+        return first
+
+    def end(self) -> ShardInfo:
+        """End the archive with two zero blocks; `flush` comes next."""
+        self._write(b"\0" * (2 * BLOCK))
+        return ShardInfo(self.path.name, self.split, self.samples, self.position, self._sha.hexdigest())
+
+    def flush(self) -> None:
+        """Flush the archive to the disk, close it, and write the .idx."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        index = "\n".join([f"v1.2 {self.samples}", *self._lines]) + "\n"
+        write_durably(self.path.with_suffix(".idx"), index.encode())
+
+    def close(self) -> None:
+        """Close the file of an archive that is given up."""
+        self._file.close()

@@ -2,17 +2,15 @@
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 from benchmarks.forms import stats
 from benchmarks.machine import Environment
-from benchmarks.measure import Row, Sample, Series, interleave, ratio_row, series_rows
+from benchmarks.measure import Row, ratio_row, series_rows
+from benchmarks.peers import set_up
 from benchmarks.tables import grid, machine_text, notes, pivot
 from benchmarks.work import System, Work
-from benchmarks.worker import SystemFailedError, Worker, start_server
-
-Told = Callable[[str], None]
+from benchmarks.worker import Told, take_turns
 
 RATIOS = (
     ("dermscale native jpg", "FFCV jpg"),
@@ -37,25 +35,12 @@ def measure_loaders(
 ) -> list[Row]:
     """Time the systems in turn on one job. seconds: least length of a timed round. told: is given each step's name.
 
-    Every system is set up, its output checked, and run for a round that is thrown away; then `rounds` rounds count.
+    Every system is set up, its output checked over an epoch that is thrown away; then `rounds` rounds count.
     A system that cannot be set up, gives wrong images, fails or hangs has rows that say so.
     """
-    (work.cache / "logs").mkdir(parents=True, exist_ok=True)
     _, size = stats(work)
-    context = start_server()
-    series: dict[str, Series] = {}
-    with ExitStack() as stack:
-        running: dict[str, Callable[[], Sample]] = {}
-        for system in systems:
-            told(f"set up {system.name}")
-            worker = stack.enter_context(Worker(context, system.name, work, limit_s=600 + 20 * seconds))
-            try:
-                worker.ready()
-            except SystemFailedError as error:
-                series[system.name] = Series(failed=str(error))
-                continue
-            running[system.name] = lambda worker=worker: worker.run(seconds)
-        series |= interleave(running, rounds, told=lambda round_, name: told(f"{_round(round_, rounds)}: {name}"))
+    names = [system.name for system in systems]
+    series, _ = take_turns(set_up, names, work, work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
     rows: list[Row] = []
     for system in systems:
         rows += series_rows(series[system.name], note=system.note, **_columns(system, work, size, environment))
@@ -65,10 +50,6 @@ def measure_loaders(
             columns = _columns(known[above], work, size, environment)
             rows.append(ratio_row(series[above], series[below], beside=below, **columns))
     return rows
-
-
-def _round(round_: int, rounds: int) -> str:
-    return f"round {round_ + 1} of {rounds}" if round_ >= 0 else "warm-up"
 
 
 def _columns(system: System, work: Work, size: str, environment: Environment) -> dict:

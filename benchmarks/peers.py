@@ -9,15 +9,27 @@ probability one half, uint8 batches, shuffled, the last incomplete batch dropped
 # at run time.
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.forms import prepared, stats
 from benchmarks.ours import CEILINGS, OURS
 from benchmarks.peers_dali import DALI
 from benchmarks.peers_ffcv import FFCV
 from benchmarks.peers_spdl import SPDL
-from benchmarks.work import RATIO, SCALE, Batch, Epoch, System, Work
+from benchmarks.work import (
+    RATIO,
+    SCALE,
+    Batch,
+    Epoch,
+    MissingPeerError,
+    System,
+    Work,
+    WrongBatchError,
+    check_batch,
+)
+from benchmarks.worker import Running
 
 
 def _transform(work: Work) -> Any:
@@ -139,14 +151,36 @@ SYSTEMS: dict[str, System] = {s.name: s for s in (*OURS, *FFCV, *DALI, *TORCH, *
 """Every system by its name, in the order of the tables."""
 
 
-def missing(system: System) -> str:
-    """Why a system cannot run here: what is not installed, and how to get it; empty if nothing is."""
+def set_up(name: str, work: Work) -> Running:
+    """Make a system's data where it is not there yet, open it, and check what comes out over one whole epoch.
+
+    Raises MissingPeerError naming what is not installed, WrongBatchError where the output is not what was asked for.
+    """
+    system = SYSTEMS[name]
+    need(system.packages)
+    mean, _ = stats(work)
+    epoch = system.open(work, prepared(system.form, work))
+
+    def once() -> int:
+        return sum(len(images) for images, _ in epoch())
+
+    checked = 0
+    for batch in epoch():
+        if not checked and not system.ceiling:
+            check_batch(batch, work, mean)
+        checked += len(batch[0])
+    if not checked:
+        raise WrongBatchError("no batch came")
+    return Running(once)
+
+
+def need(packages: Sequence[str]) -> None:
+    """Raise MissingPeerError where one of these distributions is not installed, saying how to get it."""
     absent = []
-    for package in system.packages:
+    for package in packages:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             absent.append(package)
-    if not absent:
-        return ""
-    return f"{', '.join(absent)} not installed: run `make peers`, then this with .venv-peers/bin/python"
+    if absent:
+        raise MissingPeerError(f"{', '.join(absent)} not installed: run `make peers`, use .venv-peers/bin/python")

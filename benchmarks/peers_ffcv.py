@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 # The peers live in an environment of their own (benchmarks/install_peers.sh).
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,26 @@ def write_beton(work: Work, file: Path, write_mode: str) -> None:
     image = RGBImageField(write_mode=write_mode, max_resolution=limits.pop(), jpeg_quality=QUALITY)  # type: ignore[arg-type]
     writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=work.workers)
     writer.from_indexed_dataset(samples)
+
+
+def beton_payload_bytes(file: Path) -> int:
+    """Bytes of all encoded images of a file, without the unused rest of its pages."""
+    from ffcv.reader import Reader
+
+    return int(Reader(str(file)).alloc_table["size"].sum())
+
+
+def read_beton(file: Path) -> Iterator[np.ndarray]:
+    """The packed images in their order, (H, W, 3) uint8 RGB, as FFCV's own decoder gives them."""
+    from ffcv.fields.decoders import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    pipelines = {"image": [SimpleRGBImageDecoder()], "label": None}
+    loader = Loader(
+        str(file), batch_size=1, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False, pipelines=pipelines
+    )
+    for (images,) in loader:
+        yield np.array(images[0])
 
 
 def _open(work: Work, folder: Path) -> Epoch:

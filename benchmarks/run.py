@@ -10,10 +10,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from shards import cli
+
+if TYPE_CHECKING:
+    from preprocess.progress import Progress
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -33,6 +37,7 @@ def _shared(command: Callable) -> Callable:
             help="HAM10000-shaped folder of originals, or one that has it in originals/ [env HAM10000_SAMPLE].",
         ),
         click.option("--rounds", type=click.IntRange(5), help="Timed rounds per system.  [default: 9, quick 6]"),
+        click.option("--only", multiple=True, help="Only systems whose name contains this; repeatable."),
         click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads or processes."),
     ):
         command = option(command)
@@ -46,7 +51,6 @@ def main() -> None:
 
 @main.command()
 @_shared
-@click.option("--only", multiple=True, help="Only systems whose name contains this; may be given several times.")
 @click.option(
     "--packed", "packed_px", type=int, multiple=True, help="Longer side packed.  [default: 341 400, quick 341]"
 )
@@ -69,27 +73,69 @@ def loader(
     from benchmarks.machine import environment
     from benchmarks.peers import SYSTEMS
     from benchmarks.work import Work
-    from shards.errors import UsageError
+    from preprocess.progress import Progress
 
-    chosen = [s for s in SYSTEMS.values() if not only or any(text.lower() in s.name.lower() for text in only)]
-    if not chosen:
-        raise UsageError(f"no system is called like {', '.join(only)}: the systems are {', '.join(SYSTEMS)}")
+    chosen = _chosen(SYSTEMS, only)
     work = Work(_images(source), cache, workers=workers, copies=2 if quick else 8)
     machine = environment(_command())
+    rounds = rounds or (6 if quick else 9)
+    packed_px = packed_px or ((341,) if quick else (341, 400))
+    todo = jobs(work, packed_px, resolutions_px or ((224,) if quick else (224, 128)))
     rows = []
-    for job in jobs(
-        work, packed_px or ((341,) if quick else (341, 400)), resolutions_px or ((224,) if quick else (224, 128))
-    ):
-        title = f"packed {job.packed_px} px, out {job.resolution_px} px"
-        rows += measure_loaders(
-            chosen,
-            job,
-            machine,
-            rounds=rounds or (6 if quick else 9),
-            seconds=0.5 if quick else 2.0,
-            told=lambda step, title=title: click.echo(f"{title}: {step}", err=True),
-        )
+    with Progress("loader", len(todo) * len(chosen) * (1 + rounds), "runs") as bar:
+        for job in todo:
+            seconds = 0.5 if quick else 2.0
+            told = _advance(bar)
+            rows += measure_loaders(chosen, job, machine, rounds=rounds, seconds=seconds, told=told)
     _publish(out, "loader-quick" if quick else "loader", rows, loader_text)
+
+
+@main.command()
+@_shared
+@click.option("--packed", "packed_px", type=int, multiple=True, help="Longer side packed.  [default: 400]")
+def pack(
+    quick: bool,
+    out: Path,
+    cache: Path,
+    source: Path,
+    rounds: int | None,
+    workers: int,
+    only: tuple[str, ...],
+    packed_px: tuple[int, ...],
+) -> None:
+    """Images per second, bytes and PSNR of writers, by write mode."""
+    from benchmarks.machine import environment
+    from benchmarks.packers import PACKERS
+    from benchmarks.packing import measure_packing, packing_text
+    from benchmarks.work import Work
+    from preprocess.progress import Progress
+
+    chosen = _chosen(PACKERS, only)
+    rounds = rounds or (6 if quick else 9)
+    machine = environment(_command())
+    rows = []
+    with Progress("pack", len(packed_px or (400,)) * len(chosen) * (1 + rounds), "runs") as bar:
+        for px in packed_px or (400,):
+            work = Work(_images(source), cache, workers=workers, packed_px=px, copies=1 if quick else 2)
+            seconds = 0.5 if quick else 2.0
+            told = _advance(bar)
+            rows += measure_packing(chosen, work, machine, rounds=rounds, seconds=seconds, told=told)
+    _publish(out, "pack-quick" if quick else "pack", rows, packing_text)
+
+
+def _chosen(systems: dict, only: tuple[str, ...]) -> list:
+    """The systems that `--only` names, all without it. Raises UsageError where there are none."""
+    from shards.errors import UsageError
+
+    chosen = [s for name, s in systems.items() if not only or any(text.lower() in name.lower() for text in only)]
+    if not chosen:
+        raise UsageError(f"--only {' '.join(only)}: no system is called like that; they are {', '.join(systems)}")
+    return chosen
+
+
+def _advance(bar: "Progress") -> Callable[[str], None]:
+    """Counts a step on the bar when the next one begins."""
+    return lambda step: bar.advance(1)
 
 
 def _images(source: Path) -> Path:

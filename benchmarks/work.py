@@ -61,6 +61,10 @@ class WrongBatchError(Exception):
     """A loader's output is not what was asked for."""
 
 
+class MissingPeerError(Exception):
+    """A system needs something that is not installed."""
+
+
 def to_array(images: Any) -> np.ndarray:
     """Images of a batch as an array, without a copy where that can be had."""
     return images.numpy() if hasattr(images, "numpy") else np.asarray(images)

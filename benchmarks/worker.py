@@ -10,21 +10,46 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import tree_cpu_s
-from benchmarks.measure import Sample, reason
-from benchmarks.work import Epoch, Work, check_batch
+from benchmarks.measure import Sample, Series, interleave, reason
+
+SET_UP_LIMIT_S = 900.0
+"""Making a data set, compiling and starting workers take minutes; more than this is a hang."""
 
 
 class SystemFailedError(Exception):
     """A system could not be set up or run; the text is the reason."""
 
 
-def start_server(preload: Sequence[str] = ("torch", "numpy")) -> BaseContext:
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Running:
+    """A system that is set up. once: one whole pass; returns the number of images. before: untimed, before each round.
+
+    about: figures found while setting up, by metric.
+    """
+
+    once: Callable[[], int]
+    before: Callable[[], None] = _nothing
+    about: dict[str, float] = field(default_factory=dict)
+
+
+SetUp = Callable[[str, Any], Running]
+"""(name of the system, job) → the system, in its process; a function of a module, so that it can be sent there."""
+
+
+def start_server(preload: Sequence[str] = ("torch", "numpy")) -> ForkServerContext:
     """The context whose processes start with `preload` imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
@@ -34,13 +59,20 @@ def start_server(preload: Sequence[str] = ("torch", "numpy")) -> BaseContext:
 class Worker:
     """One system in a process of its own. A context manager: leaving it ends the process and its children."""
 
-    def __init__(self, context: BaseContext, name: str, work: Work, limit_s: float) -> None:
-        """Start the process. limit_s: how long it may take to get ready, or for one round, before it is given up."""
+    def __init__(
+        self, context: ForkServerContext, set_up: SetUp, name: str, job: Any, *, logs: Path, limit_s: float
+    ) -> None:
+        """Start the process.
+
+        logs: folder for what its libraries print. limit_s: how long it may take to get ready, or for one round, before
+        it is given up.
+        """
         self.name, self.limit_s = name, limit_s
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / f"{name.replace(' ', '-').replace(':', '')}.log"
         self._pipe, other = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(other, name, work, multiprocessing.get_start_method()), name=name
-        )  # type: ignore[attr-defined]
+        arguments = (other, set_up, name, job, log, multiprocessing.get_start_method())
+        self._process = context.Process(target=_serve, args=arguments, name=name)
         self._process.start()
         other.close()
 
@@ -52,30 +84,36 @@ class Worker:
         """End the process."""
         self.close()
 
-    def _answer(self) -> object:
+    def _answer(self) -> Any:
         try:
             if not self._pipe.poll(self.limit_s):
                 self.close()
                 raise SystemFailedError(f"no answer within {self.limit_s:.0f} s")
             kind, value = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join(5)
-            raise SystemFailedError(f"its process died with exit code {self._process.exitcode}") from None
+            raise self._died() from None
         if kind == "failed":
             raise SystemFailedError(str(value))
         return value
 
-    def ready(self) -> float:
-        """Wait until the system is set up and its first batch was checked; returns the seconds that took."""
-        return self._answer()  # type: ignore[return-value]
+    def _died(self) -> SystemFailedError:
+        self._process.join(5)
+        return SystemFailedError(f"its process died with exit code {self._process.exitcode}")
+
+    def ready(self) -> dict[str, float]:
+        """Wait until the system is set up; returns the figures found meanwhile, and `set_up_s`, the seconds it took.
+
+        Raises SystemFailedError with the reason.
+        """
+        return self._answer()
 
     def run(self, seconds: float) -> Sample:
-        """Whole epochs until at least `seconds` have passed. Raises SystemFailedError with the reason."""
+        """Whole passes until at least `seconds` have gone by. Raises SystemFailedError with the reason."""
         try:
             self._pipe.send(seconds)
         except (BrokenPipeError, OSError):
-            raise SystemFailedError(f"its process died with exit code {self._process.exitcode}") from None
-        return Sample(*self._answer())  # type: ignore[misc]
+            raise self._died() from None
+        return Sample(*self._answer())
 
     def close(self) -> None:
         """End the process, kindly at first, then with all its children."""
@@ -84,32 +122,62 @@ class Worker:
         if self._process.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # the group is gone when nobody is left in it
                 os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # it may have been too young to have a group of its own
         self._process.join(5)
 
 
-def log_file(name: str, work: Work) -> Path:
-    """Where a system's process writes what its libraries print."""
-    return work.cache / "logs" / f"{name.replace(' ', '-').replace(':', '')}.log"
+Told = Callable[[str], None]
+"""Is given the name of each step when it begins."""
 
 
-def _serve(pipe: Connection, name: str, work: Work, start_method: str) -> None:
+def take_turns(
+    set_up: SetUp, names: Sequence[str], job: Any, logs: Path, *, rounds: int, seconds: float, told: Told
+) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
+    """Set up every system in a process of its own, then run them in turn, `rounds` times.
+
+    seconds: least length of a round. Setting up has to include one pass, which warms up. Returns the timed runs of
+    each system, and the figures found while setting it up. One that fails or hangs keeps the reason.
+    """
+    context = start_server()
+    series: dict[str, Series] = {}
+    about: dict[str, dict[str, float]] = {}
+    with ExitStack() as stack:
+        running: dict[str, Callable[[], Sample]] = {}
+        for name in names:
+            told(f"set up {name}")
+            worker = stack.enter_context(
+                Worker(context, set_up, name, job, logs=logs, limit_s=SET_UP_LIMIT_S + 20 * seconds)
+            )
+            try:
+                about[name] = worker.ready()
+            except SystemFailedError as error:
+                series[name] = Series(failed=str(error))
+                continue
+            running[name] = lambda worker=worker: worker.run(seconds)
+        series |= interleave(
+            running, rounds, warmup=0, told=lambda round_, name: told(f"round {round_ + 1} of {rounds}, {name}")
+        )
+    return series, about
+
+
+def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, start_method: str) -> None:
     """The process: set up, say so, and run a round for every number of seconds that comes."""
     multiprocessing.set_start_method(start_method, force=True)  # for the system's own workers: Python's default
     os.setsid()  # a group of its own, so that its workers can be ended with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    log = os.open(log_file(name, work), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(log, 1)  # what libraries print would land in the middle of the progress display
-    os.dup2(log, 2)
+    with log.open("w", encoding="utf-8") as file:  # what libraries print would land in the progress display
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     try:
         begin = time.perf_counter()
-        epoch = _set_up(name, work)
-        pipe.send(("ready", time.perf_counter() - begin))
+        system = set_up(name, job)
+        pipe.send(("ready", system.about | {"set_up_s": time.perf_counter() - begin}))
         while True:
             seconds = pipe.recv()
-            cpu_s, begin, count = tree_cpu_s(os.getpid()), time.perf_counter(), 0
-            while (passed := time.perf_counter() - begin) < seconds or not count:
-                for images, _ in epoch():
-                    count += len(images)
+            system.before()
+            cpu_s, begin, count, passed = tree_cpu_s(os.getpid()), time.perf_counter(), 0, 0.0
+            while passed < seconds or not count:
+                count += system.once()
                 passed = time.perf_counter() - begin
             pipe.send(("done", (count, passed, tree_cpu_s(os.getpid()) - cpu_s)))
     except EOFError:
@@ -118,23 +186,3 @@ def _serve(pipe: Connection, name: str, work: Work, start_method: str) -> None:
         traceback.print_exc()  # into the log
         with contextlib.suppress(BrokenPipeError):
             pipe.send(("failed", reason(error)))
-
-
-def _set_up(name: str, work: Work) -> Epoch:
-    """Make the system's data, open it, and check what comes out."""
-    from benchmarks.forms import prepared, stats
-    from benchmarks.peers import SYSTEMS, missing
-
-    system = SYSTEMS[name]
-    if absent := missing(system):
-        raise SystemFailedError(absent)
-    mean, _ = stats(work)
-    epoch = system.open(work, prepared(system.form, work))
-    checked = 0
-    for batch in epoch():
-        if not system.ceiling and not checked:
-            check_batch(batch, work, mean)
-        checked += len(batch[0])
-    if not checked:
-        raise SystemFailedError("gave no batch")
-    return epoch

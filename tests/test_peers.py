@@ -1,0 +1,344 @@
+import csv
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from benchmarks.forms import FORMS, originals, packed_size, prepared, stats
+from benchmarks.measure import Series, summary_row
+from benchmarks.packers import PACKERS
+from benchmarks.packing import judge, psnr_db
+from benchmarks.packing import set_up as set_up_packer
+from benchmarks.peers import SYSTEMS, need, set_up
+from benchmarks.peers_ffcv import max_resolution
+from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
+from benchmarks.worker import Running, SystemFailedError, Worker, start_server, take_turns
+from shards import ShardSet
+from shards.errors import DataError
+from shards.format import CLASSES
+
+IMAGES = 40
+
+
+def absent(packages: tuple[str, ...]) -> list[str]:
+    missing = []
+    for package in packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    return missing
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Work:
+    """A job on smooth pictures in the colours of skin, 600×450 like the originals."""
+    source = tmp_path_factory.mktemp("ham")
+    images = source / "HAM10000_images_part_1"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(IMAGES):
+        noise = random.normal(0, 25, (6, 8, 3)).astype(np.float32)
+        picture = cv2.resize(noise, (600, 450), interpolation=cv2.INTER_CUBIC) + np.array([190, 140, 120], np.float32)
+        name = f"ISIC_{i:07d}"
+        pixels = cv2.cvtColor(picture.clip(0, 255).astype(np.uint8), cv2.COLOR_RGB2BGR)
+        cv2.imwrite(str(images / f"{name}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        rows.append([f"HAM_{i:07d}", name, CLASSES[i % 7], "histo", "50", "male", "back"])
+    with (source / "HAM10000_metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"])
+        writer.writerows(rows)
+    return Work(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=64, batch_size=8, copies=2)
+
+
+# ------------------------------------------------------------------ the check of what comes out
+
+
+def photographs(side: int = 48, n: int = 16) -> np.ndarray:
+    random = np.random.default_rng(1)
+    found = [
+        cv2.resize(random.normal(0, 20, (5, 5, 3)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+        for _ in range(n)
+    ]
+    return (np.stack(found) + np.array([190, 140, 120])).clip(0, 255).astype(np.uint8)
+
+
+JOB = Work(Path(), Path(), resolution_px=48, batch_size=16)
+MEAN = (190.0, 140.0, 120.0)
+LABELS = np.arange(16) % 7
+
+
+@pytest.mark.parametrize("layout", ["channels last", "channels first"])
+def test_photographs_pass(layout):
+    images = photographs() if layout == "channels last" else photographs().transpose(0, 3, 1, 2)
+    check_batch((images, LABELS), JOB, MEAN)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda x: x[:15], "shape"),
+        (lambda x: x[:, :40], "shape"),
+        (lambda x: x.astype(np.float32), "type float32"),
+        (lambda x: x[..., ::-1].copy(), "not its RGB"),
+        (lambda x: np.full_like(x, 150), "flat"),
+        (lambda x: np.concatenate([x[:15], np.full_like(x[:1], 150)]), "flat"),
+        (lambda x: np.repeat(x[:2], 8, axis=0), "the same"),
+        (lambda x: np.random.default_rng(0).integers(0, 256, x.shape, dtype=np.uint8), "not a photograph"),
+        (lambda x: x.reshape(16, 3, 48, 48), "not a photograph"),
+        (lambda x: x // 128, "flat"),
+    ],
+)
+def test_anything_else_is_refused(broken, said):
+    with pytest.raises(WrongBatchError, match=said):
+        check_batch((broken(photographs()), LABELS), JOB, MEAN)
+
+
+@pytest.mark.parametrize("labels", [LABELS[:15], LABELS + 1, LABELS - 1, LABELS.astype(np.float32)])
+def test_wrong_labels_are_refused(labels):
+    with pytest.raises(WrongBatchError, match="labels"):
+        check_batch((photographs(), labels), JOB, MEAN)
+
+
+# ------------------------------------------------------------------ equal work
+
+
+def test_every_form_is_read_by_somebody_and_every_system_has_its_form():
+    assert {system.form for system in SYSTEMS.values()} <= set(FORMS)
+    assert set(FORMS) - {system.form for system in SYSTEMS.values()} == {"source"}
+
+
+@pytest.mark.parametrize(
+    ("size", "px", "packed"),
+    [
+        ((450, 600), 341, (256, 341)),
+        ((450, 600), 400, (300, 400)),
+        ((450, 600), 700, (450, 600)),
+        ((600, 450), 341, (341, 256)),
+    ],
+)
+def test_ffcv_is_asked_for_the_size_that_all_pack(size, px, packed):
+    assert packed_size(*size, px) == packed
+    ratio = max_resolution(*size, px) / max(size)  # what FFCV's writer computes with, and cuts to whole pixels
+    if ratio < 1:
+        assert (int(size[0] * ratio), int(size[1] * ratio)) == packed
+    else:
+        assert packed == size
+
+
+def test_our_packer_and_the_forms_agree_on_the_size(work):
+    data = ShardSet(prepared("shards-jpg", work) / "set")
+    assert stats(work)[1] == "160x120"
+    assert set(data.column("height").tolist()) == {120}
+    assert set(data.column("width").tolist()) == {160}
+    assert len(data.select("train")) == IMAGES * 2
+
+
+def test_all_jpeg_forms_hold_the_same_bytes(work):
+    import tarfile
+
+    packed = {path.stem: path.read_bytes() for path in prepared("packed", work).rglob("*.jpg")}
+    assert len(packed) == IMAGES * 2
+    in_tars = {}
+    for tar in prepared("tars", work).glob("*.tar"):
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                if member.name.endswith(".jpg"):
+                    in_tars[Path(member.name).stem] = archive.extractfile(member).read()
+    assert in_tars == packed
+
+
+def test_a_form_is_made_once_and_another_source_is_another(work):
+    folder = prepared("packed", work)
+    made = (folder / "stats.json").stat().st_mtime_ns
+    assert prepared("packed", work) == folder
+    assert (folder / "stats.json").stat().st_mtime_ns == made
+    assert prepared("originals", replace(work, copies=3)) != prepared("originals", work)
+    assert not list(folder.parent.glob(".*partial*"))
+
+
+def test_a_source_without_images_is_refused(tmp_path):
+    with pytest.raises(DataError, match="HAM10000_metadata"):
+        originals(Work(tmp_path, tmp_path))
+    (tmp_path / "HAM10000_metadata.csv").write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\n")
+    with pytest.raises(DataError, match="holds no image"):
+        originals(Work(tmp_path, tmp_path))
+
+
+# ------------------------------------------------------------------ the systems themselves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_system_gives_an_epoch_of_real_images(name, work):
+    if missing := absent(SYSTEMS[name].packages):
+        pytest.skip(f"{', '.join(missing)} not installed: `make peers`, then run with .venv-peers")
+    running = set_up(name, work)  # checks the batches
+    count = running.once()
+    if SYSTEMS[name].ceiling:
+        assert count == IMAGES * 2
+    else:  # full batches of 8; workers that batch on their own may each drop one
+        assert count % 8 == 0
+        assert IMAGES * 2 - 16 <= count <= IMAGES * 2
+
+
+def test_a_missing_peer_says_how_to_get_it():
+    with pytest.raises(MissingPeerError, match=r"no-such-distribution.*make peers"):
+        need(("torch", "no-such-distribution"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKERS)
+def test_packer_writes_what_can_be_read(name, work):
+    if missing := absent(PACKERS[name].packages):
+        pytest.skip(f"{', '.join(missing)} not installed: `make peers`, then run with .venv-peers")
+    running = set_up_packer(name, work)
+    assert running.once() == IMAGES * 2
+    if name.startswith("ceiling"):
+        assert not running.about
+        return
+    assert running.about["psnr_source_db"] > 30
+    assert running.about["psnr_reduced_db"] > 30
+    assert 0 < running.about["bytes_per_image"] <= running.about["file_bytes_per_image"]
+    if PACKERS[name].encoding == "raw":
+        assert 160 * 120 * 3 <= running.about["bytes_per_image"] < 160 * 120 * 3 + 200
+
+
+def test_psnr_of_known_differences(work):
+    flat = np.full((4, 4, 3), 100, np.uint8)
+    assert psnr_db(iter([(flat, flat + 1)])) == pytest.approx(48.13, abs=0.01)
+    assert psnr_db(iter([(flat, flat), (flat, flat + 2)])) == pytest.approx(10 * np.log10(255**2 / 2))
+    assert psnr_db(iter([(flat, flat)])) == float("inf")
+    with pytest.raises(ValueError):
+        psnr_db(iter([]))
+
+
+def test_psnr_falls_with_what_is_lost(work):
+    first = originals(work)[0][0]
+    pixels = cv2.cvtColor(cv2.imread(str(first)), cv2.COLOR_BGR2RGB)
+    small = cv2.resize(pixels, (160, 120), interpolation=cv2.INTER_AREA)
+    worse = cv2.GaussianBlur(small, (0, 0), 5)
+    good, bad = (judge(work, iter([(first.stem, image)])) for image in (small, worse))
+    assert good["psnr_reduced_db"] > 55
+    assert bad["psnr_reduced_db"] < good["psnr_reduced_db"]
+    assert bad["psnr_source_db"] < good["psnr_source_db"]
+
+
+# ------------------------------------------------------------------ the process of a system
+
+
+def well(name: str, job: object) -> Running:
+    def once() -> int:
+        time.sleep(0.02)
+        return 10
+
+    return Running(once, about={"size": 3.0})
+
+
+def sick(name: str, job: object) -> Running:
+    if name == "cannot start":
+        raise OSError("no such\nformat")
+
+    def once() -> int:
+        if name == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if name == "hangs":
+            subprocess.Popen(["sleep", "600"])
+            time.sleep(600)
+        if name == "breaks":
+            raise RuntimeError("broken in the middle")
+        return 10
+
+    return Running(once)
+
+
+def living() -> list[tuple[int, int]]:
+    """Processes that are not zombies, each with its group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            found.append((int(stat.parent.name), int(group)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def context():
+    return start_server(preload=("numpy",))
+
+
+def test_a_worker_runs_whole_passes_for_at_least_the_time_asked(context, tmp_path):
+    with Worker(context, well, "fine", None, logs=tmp_path, limit_s=60) as worker:
+        about = worker.ready()
+        assert about["size"] == 3.0
+        assert about["set_up_s"] >= 0
+        sample = worker.run(0.1)
+    assert sample.seconds >= 0.1
+    assert sample.count % 10 == 0
+    assert sample.count >= 10
+    assert sample.cpu_s < sample.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("dies", "died with exit code -11"), ("hangs", "no answer"), ("breaks", "broken in the middle")]
+)
+def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(context, tmp_path, name, said):
+    with Worker(context, sick, name, None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        worker.limit_s = 2
+        with pytest.raises(SystemFailedError, match=said):
+            worker.run(0.1)
+        group = worker._process.pid
+    time.sleep(0.3)
+    assert not [process for process, its_group in living() if group in (process, its_group)]
+
+
+def test_turns_go_on_without_the_one_that_cannot_start(tmp_path):
+    series, about = take_turns(
+        sick, ["cannot start", "fine"], None, tmp_path, rounds=3, seconds=0.01, told=lambda step: None
+    )
+    assert series["cannot start"] == Series(failed="OSError: no such format")
+    assert len(series["fine"].samples) == 3
+    assert "fine" in about
+    row = summary_row([], series["cannot start"].failed, benchmark="x", system="s", metric="m", unit="u")
+    assert row.failed
+
+
+def test_the_command_says_what_it_knows(tmp_path):
+    from click.testing import CliRunner
+
+    from benchmarks.run import main
+
+    found = CliRunner().invoke(
+        main, ["loader", "--only", "nobody", "--source", str(tmp_path), "--cache", str(tmp_path)]
+    )
+    assert found.exception is not None
+    assert "FFCV jpg" in str(found.exception)
+
+
+def test_the_loader_command_writes_csv_and_markdown(work, tmp_path):
+    from click.testing import CliRunner
+
+    from benchmarks.run import main
+    from benchmarks.tables import read_csv
+
+    options = ["loader", "--quick", "--only", "memory copy", "--source", str(work.source), "--cache", str(work.cache)]
+    found = CliRunner().invoke(main, [*options, "--out", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    rows = read_csv(tmp_path / "loader-quick.csv")
+    assert {row.metric for row in rows} == {"img_per_s", "cpu_s_per_1000"}
+    assert all(row.value and row.environment for row in rows)
+    assert "ceiling: memory copy only" in (tmp_path / "loader-quick.md").read_text()
+    assert json.dumps(str(tmp_path)) not in (tmp_path / "loader-quick.csv").read_text()

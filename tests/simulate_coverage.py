@@ -10,6 +10,7 @@ import numpy as np
 
 from train.bootstrap import Groups, LesionBootstrap, interval, two_sided_p
 from train.curves import fit_curve, hold_out_largest
+from train.metrics import SCALARS, evaluate, prepare
 from train.study import Tested, model_difference
 from train.variance import SOURCES, variance_shares
 
@@ -81,6 +82,36 @@ def equal_models(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS):
         held += bool(low <= 0 <= high)
         small += two_sided_p(gap[1:], float(gap[0])) < 0.05
     return held / repeats, small / repeats
+
+
+def every_metric(repeats, prior="training", sharpness=1.0, resamples=1000, seed=0):
+    """Share of repeats whose interval holds the truth, for each scalar metric of `evaluate`.
+
+    A Gaussian world whose exact posterior is known; a sharpness above 1 makes the model overconfident. The truth is what
+    the model gets on 400 times as many lesions.
+    """
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(7, 6))
+
+    def draw(lesions):
+        label = np.repeat(np.arange(7), lesions)
+        views = rng.choice([1, 2, 3], label.size, p=[0.74, 0.2, 0.06])
+        of_lesion = centres[label] + 0.8 * rng.normal(size=(label.size, 6))
+        labels, ids = np.repeat(label, views), np.repeat(np.arange(label.size), views)
+        x = of_lesion[ids] + 0.6 * rng.normal(size=(labels.size, 6))
+        return sharpness * -((x[:, None] - centres) ** 2).sum(axis=2) / 2, labels, ids
+
+    options = {"prior": prior, "logits_prior": "balanced", "training_prior": LESIONS}
+    logits, labels, _ = draw(400 * LESIONS)
+    whole = prepare(logits, labels, **options).measure(np.ones((labels.size, 1)))
+    truth = {name: float(whole[name][0]) for name in SCALARS}
+    held = dict.fromkeys(SCALARS, 0.0)
+    for i in range(repeats):
+        logits, labels, ids = draw(LESIONS)
+        told = evaluate(logits, labels, ids, split=["test"] * labels.size, resamples=resamples, seed=i, **options)
+        for name in SCALARS:
+            held[name] += holds(told[name], truth[name]) / repeats
+    return held
 
 
 class Answers:
@@ -166,7 +197,7 @@ def variance(repeats, shares=(0.3, 0.5, 0.1, 0.1), resamples=1000, seed=0):
 @click.command()
 @click.option("--repeats", default=2000, show_default=True)
 @click.option("--resamples", default=1000, show_default=True)
-@click.option("--only", type=click.Choice(["balanced-accuracy", "differences", "curves", "variance"]))
+@click.option("--only", type=click.Choice(["balanced-accuracy", "metrics", "differences", "curves", "variance"]))
 def main(repeats: int, resamples: int, only: str | None) -> None:
     """Print the coverage of every kind of interval."""
     if only in (None, "balanced-accuracy"):
@@ -174,6 +205,11 @@ def main(repeats: int, resamples: int, only: str | None) -> None:
             for lesions, label in ((LESIONS, "all"), (LESIONS // 2, "half")):
                 share = balanced_accuracy(recalls, repeats, resamples, lesions=lesions)
                 click.echo(f"balanced accuracy, {name} recalls, {label} lesions: {share:.3f}")
+    if only in (None, "metrics"):
+        for prior in ("balanced", "training"):
+            for sharpness in (1.0, 1.6):
+                for name, share in every_metric(repeats, prior, sharpness, resamples).items():
+                    click.echo(f"{name}, {prior} prior, sharpness {sharpness}: {share:.3f}")
     if only in (None, "differences"):
         for name, recalls in RECALLS.items():
             held, small = equal_models(recalls, repeats, resamples)

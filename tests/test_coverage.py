@@ -16,6 +16,15 @@ def test_balanced_accuracy_intervals_hold_the_truth(recalls):
     near_95(simulate.balanced_accuracy(simulate.RECALLS[recalls], 120, resamples=300), 120)
 
 
+def test_the_intervals_of_every_metric_hold_the_truth():
+    repeats = 60
+    for name, share in simulate.every_metric(repeats, resamples=200).items():
+        if name == "expected_calibration_error":  # of a calibrated model, the low end is 0 in 97.5 % of cases
+            assert share >= 0.9
+        else:
+            near_95(share, repeats)
+
+
 def test_equally_good_models_differ_significantly_once_in_twenty():
     held, small = simulate.equal_models(simulate.RECALLS["middle"], 120, resamples=300)
     near_95(held, 120)

@@ -190,6 +190,7 @@ def test_intervals_hold_their_value_and_the_json_has_no_nan():
     assert row["recall_mel"] == result["per_class"]["mel"]["recall"]["value"]
     assert row["balanced_accuracy_low"] == result["balanced_accuracy"]["low"]
     assert row["expected_calibration_error_scaled"] is not None
+    assert 0 < result["calibration_error_of_chance"] < 0.2
     assert run(logits, labels, lesions, resamples=400, val_logits=logits, val_labels=labels) == result
 
 

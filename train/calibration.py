@@ -125,6 +125,16 @@ class ConfidenceBins:
             accuracy=np.divide(correct, mass, out=nothing, where=mass > 0),
         )
 
+    def of_chance(self, weights: Floats, lesions: Ints, *, draws: int, seed: int) -> Floats:
+        """(draws,) calibration errors that these confidences would show if each were the true chance of being right.
+
+        Bröcker & Smith 2007, "Increasing the reliability of reliability diagrams", Weather Forecast. 22:651–661.
+        weights: (N, 1), summing to 1; lesions: (N,) numbers: images of a lesion share their luck.
+        """
+        luck = np.random.default_rng(seed).random((int(lesions.max(initial=-1)) + 1, draws))[lesions]
+        gaps = self.groups.sums(weights * ((luck < self.confidence) - self.confidence))
+        return np.abs(gaps).sum(axis=0)
+
 
 @dataclass(frozen=True)
 class Temperature:

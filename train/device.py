@@ -37,11 +37,16 @@ def choose(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if name != "auto" and name != "cuda" and not (name.startswith("cuda:") and name[5:].isdecimal()):
         raise UsageError(f"--device '{name}' is unknown: use auto, cpu, cuda or cuda:N")
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = gpu_count()
     number = int(name[5:]) if name.startswith("cuda:") else local_rank
     if number >= found:
         raise UsageError(f"--device {name}: GPU {number} was asked for and PyTorch sees {found}; use --device cpu")
     return torch.device("cuda", number)
+
+
+def gpu_count() -> int:
+    """The GPUs that this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def prepare(device: torch.device) -> None:

@@ -1,0 +1,140 @@
+"""Train models × fractions × seeds: the study, in one command that can be started again.
+
+    python -m train.grid --models resnet18,alexnet --fractions 0.1,0.25,0.5,1 --seeds 0,1,2 --out runs/study
+
+Writes a run folder a cell and results.csv. Cells of one model share a process, so that start-up and compiling are paid
+once. Finished cells are skipped, interrupted ones gone on with, failed ones tried again.
+"""
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shards import cli
+from train.cells import BUDGETS, EIGHT, FRACTIONS
+from train.options import training_options
+
+if TYPE_CHECKING:
+    from shards.shardset import ShardSet
+    from train.cells import Cell
+    from train.config import Config
+    from train.study_folder import StudyFolder
+
+_OF_CELLS = ("model", "fraction", "seed", "subset_seed")
+"""Fields of Config that differ from cell to cell."""
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--models", default="all", help=f"Names, separated by commas; all: {', '.join(EIGHT)}.")
+@click.option(
+    "--fractions",
+    default=",".join(f"{f:g}" for f in FRACTIONS),
+    show_default="1/64,1/32,1/16,1/8,1/4,1/2,1",
+    help="Shares of the training lesions, in (0, 1].",
+)
+@click.option("--seeds", default="0,1,2", help="Seeds of weights, order and augmentation.")
+@click.option(
+    "--subset-seeds",
+    show_default="vary together with --seeds",
+    help="Which lesions a fraction holds; given, every seed meets every one of them.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(BUDGETS),
+    default="epochs",
+    help="Every fraction takes the same epochs, or the optimizer steps that --epochs take on the whole training split.",
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study"), help="Folder of the study.")
+@training_options
+def main(
+    models: str, fractions: str, seeds: str, subset_seeds: str | None, budget: str, out: Path, **options: Any
+) -> int:
+    """Train every model on every fraction with every seed; one run folder a cell, and results.csv.
+
+    Start it again to go on: finished cells are skipped. A batch that is larger than a fraction is made to fit, and the
+    table says so. Ctrl-C and SIGTERM write checkpoints and end.
+    """
+    from shards.shardset import ShardSet
+    from train.cells import parse_fractions, parse_models, parse_seeds, plan
+    from train.config import Config
+    from train.study_folder import StudyFolder
+
+    names = parse_models(models)
+    base = Config(model=names[0], **options)
+    with ShardSet(base.data) as data:
+        cells = plan(
+            base,
+            names,
+            parse_fractions(fractions),
+            parse_seeds(seeds, "--seeds"),
+            None if subset_seeds is None else parse_seeds(subset_seeds, "--subset-seeds"),
+            budget,
+            lambda fraction, seed: len(data.select("train", fraction, seed)),
+        )
+        _check(names, base)
+        study = settings(base, budget, data)
+    with StudyFolder(out, study) as folder:
+        return run(cells, folder, base.device)
+
+
+def settings(base: "Config", budget: str, data: "ShardSet") -> dict[str, Any]:
+    """What all cells of a study share: a study goes on only with the same."""
+    from train.config import DECIDES_NOTHING
+
+    shared = {k: v for k, v in base.to_dict().items() if k not in (*_OF_CELLS, *DECIDES_NOTHING)}
+    split = data.manifest.split
+    return shared | {"budget": budget, "shard_set": data.manifest.index_sha256, "split_unit": split.get("unit")}
+
+
+def _check(names: list[str], base: "Config") -> None:
+    """Raise UsageError for an unknown model or an impossible resolution, before anything is written."""
+    every_one_fits = base.resolution >= 64 and base.resolution % 32 == 0 and base.start_resolution is None
+    if every_one_fits and all(name in EIGHT for name in names):
+        return  # and torch, which takes seconds, stays out of this process
+    from train import models
+
+    for name in names:
+        models.check_resolution(name, base.resolution, base.start_resolution)
+
+
+def run(cells: "list[Cell]", folder: "StudyFolder", device: str) -> int:
+    """Train the cells that are not finished; the exit code: 0 all finished, 1 some failed, 130 or 143 interrupted."""
+    from train.grid_view import Lines, LiveTable
+    from train.pool import Pool, visible_gpus
+    from train.results import RESULTS, read_row, read_rows, write_table
+
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: asked.append(n))
+    rows = read_rows(folder.path)
+    left = [cell for cell in cells if rows.get(cell.name, {}).get("status") != "finished"]
+    done = len(cells) - len(left)
+    gpus = visible_gpus(device)
+
+    def recorded(entry: dict[str, Any]) -> None:
+        row = read_row(folder.path, entry["cell"], entry)
+        if row is not None:
+            rows[entry["cell"]] = row
+            write_table(folder.path, rows)
+
+    with (LiveTable if sys.stderr.isatty() else Lines)(left, done, len(gpus)) as view:
+        if done:
+            view.say(f"{done} of {len(cells)} cells are finished already")
+        failed = Pool(folder, view, gpus, recorded).run(left, lambda: len(asked))
+    write_table(folder.path, rows)
+    if asked:
+        click.echo(f"stopped; the same command goes on ({folder.path})", err=True)
+        return 128 + asked[0]
+    click.echo(f"{len(cells) - len(failed)} of {len(cells)} cells finished; {folder.path / RESULTS}")
+    if failed:
+        some = ", ".join(failed[:5]) + (", …" if len(failed) > 5 else "")
+        click.echo(f"error: {len(failed)} cells failed ({some}); the same command tries them again", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

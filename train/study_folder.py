@@ -1,0 +1,128 @@
+"""The folder of a study: its settings, the run folder of each cell, what happened to them, and results.csv.
+
+study.json    settings that all cells share       results.csv   one row a cell that finished or failed
+cells/NAME/   one run folder a cell               grid.jsonl    one line each time a cell ended
+logs/         what workers and libraries printed
+"""
+
+import fcntl
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from shards.errors import DataError, UsageError
+from shards.writer import write_durably
+from train.cells import Cell
+
+STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
+VERSION = 1
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """The settings of a study. Raises DataError where the folder holds none, or a damaged file."""
+    path = folder / STUDY
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; make a study with `python -m train.grid --out {folder}`")
+    try:
+        study = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder}: not a study (no {STUDY}); make one with `python -m train.grid --out {folder}`"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); start the study in another folder") from None
+    if not isinstance(study, dict) or study.get("version") != VERSION:
+        raise DataError(f"{path}: of another release; start the study in another folder")
+    return study
+
+
+def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
+    """How each cell ended last, by its name (see `StudyFolder.ended`). A line cut short is left out."""
+    path = folder / JOURNAL
+    last: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        return last
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            last[entry["cell"]] = entry
+        except (ValueError, KeyError, TypeError):
+            continue  # the machine stopped while this line was written
+    return last
+
+
+class StudyFolder:
+    """A study that is being run. A context manager: it holds the folder's lock."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Make the folder for `settings`, or open one that was made with the same.
+
+        Raises UsageError with the difference where the settings changed, DataError where the folder is in use or holds
+        something else.
+        """
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise DataError(f"{path}: is a file; choose a folder with --out")
+        held = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
+        if held:
+            old = read_study(path)["settings"]
+            changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
+            if changed:
+                raise UsageError(
+                    f"{path}: this study was started with other settings ({'; '.join(changed)}); keep them, or choose "
+                    "another --out"
+                )
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock: IO[bytes] = (path / ".lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise DataError(f"{path}: another grid is running here; wait for it or choose another --out") from None
+        if not held:
+            text = json.dumps({"version": VERSION, "settings": settings}, indent=2, ensure_ascii=False)
+            write_durably(path / STUDY, text.encode() + b"\n")
+        self._journal = (path / JOURNAL).open("ab")
+        if self._journal.tell() and (path / JOURNAL).read_bytes()[-1:] != b"\n":
+            self._journal.write(b"\n")  # a line that was cut short
+
+    def __enter__(self) -> "StudyFolder":
+        """Enter the context."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Give the folder back."""
+        self._journal.close()
+        self._lock.close()
+
+    def cell(self, name: str) -> Path:
+        """The run folder of a cell."""
+        return self.path / CELLS / name
+
+    def log(self, worker: str) -> Path:
+        """What a worker and its libraries print."""
+        return self.path / LOGS / f"{worker}.log"
+
+    def ended(self, cell: Cell, outcome: str, error: str, wall_s: float) -> dict[str, Any]:
+        """Record how a cell ended; the journal's entry. wall_s: since a worker was given it, seconds."""
+        config = cell.config
+        entry = {
+            "cell": cell.name,
+            "outcome": outcome,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": config.model,
+            "fraction": config.fraction,
+            "seed": config.seed,
+            "subset_seed": config.subset_seed,
+            "batch_size": config.batch_size,
+            "n_train": cell.n_train,
+            "wall_s": wall_s,
+            "note": cell.note,
+            "error": error,
+        }
+        self._journal.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+        return entry

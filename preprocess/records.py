@@ -65,8 +65,8 @@ class Source:
 
     def error(self, rejected: Rejected) -> DataError:
         """The error that ends a packing which leaves nothing out."""
-        others = len(self.rejected) - 1
-        more = f" (and {others} more problem{'s' if others > 1 else ''} like this or other)" if others > 0 else ""
+        found = len(self.rejected)
+        more = f" (the first of {found} problems)" if found > 1 else ""
         return DataError(
             f"{self.folder / rejected.file}: {rejected.reason}{more}; mend the source, "
             "or add --on-bad skip to pack the rest and list what was left out in quarantine.csv"
@@ -135,19 +135,25 @@ def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -
     found: dict[str, str] = {}
     differing = set()
     for folder in folders:
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.name.startswith(".")):
-            name = path.relative_to(root).as_posix()
-            first = found.setdefault(path.stem, name)
-            if first == name or not path.is_file():
+        inside = folder.relative_to(root)
+        pictures = (path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+        for file in sorted(path.name for path in pictures if not path.name.startswith(".")):
+            stem, name = Path(file).stem, str(inside / file)
+            first = found.setdefault(stem, name)
+            if first == name:
                 continue
-            same = filecmp.cmp(root / first, path, shallow=False)
+            same = _same_content(root / first, root / name)
             if not same:
-                differing.add(path.stem)
+                differing.add(stem)
             rejected.append(
-                Rejected(path.stem, name, f"stands a second time; {first} {'is the same' if same else 'differs'}")
+                Rejected(stem, name, f"stands a second time; {first} {'is the same' if same else 'differs'}")
             )
     rejected += [Rejected(i, found.pop(i), "another file of this name differs") for i in sorted(differing)]
     return found
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def record_from(row: dict[str, str], file: str, dataset: str | None) -> Record:

@@ -9,6 +9,8 @@ of workers.
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,18 @@ class _TerminatedError(DermscaleError):
     exit_code = 143
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise _TerminatedError("terminated; nothing was written")
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM clean up and end in one line, as Ctrl-C does."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _TerminatedError("terminated")
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Ratio(click.ParamType):
@@ -92,7 +104,6 @@ def main(
     spec = EncodeSpec(**encode)
     if shard_mb < 1:
         raise UsageError(f"--shard-mb {shard_mb}: at least 1")
-    signal.signal(signal.SIGTERM, _terminate)
 
     from preprocess.ham10000 import read_source
     from preprocess.isic2018 import read_test_source
@@ -119,7 +130,8 @@ def main(
         skip_bad=on_bad == "skip",
         overwrite=overwrite,
     )
-    packed = pack(raw, out, settings, test)
+    with _terminable():
+        packed = pack(raw, out, settings, test)
     for warning in packed.warnings:
         _warn(warning)
     click.echo(table(packed))
@@ -137,8 +149,8 @@ def _warn(text: str) -> None:
 
 
 def table(packed: "Packed") -> str:
-    """Samples per split and class and the megabytes of the shards, as text."""
-    lines = [f"{'split':6}" + "".join(f"{dx:>7}" for dx in CLASSES) + f"{'images':>9}{'MB':>9}"]
+    """Samples per split and class and the bytes of the shards, as text."""
+    lines = [f"{'split':6}" + "".join(f"{dx:>7}" for dx in CLASSES) + f"{'images':>9}{'bytes':>15}"]
     shards = packed.manifest.shards
     total: dict[str, int] = dict.fromkeys(CLASSES, 0)
     for split, counts in packed.manifest.counts.items():
@@ -150,7 +162,7 @@ def table(packed: "Packed") -> str:
 
 
 def _row(name: str, counts: dict[str, int], size: int) -> str:
-    return f"{name:6}" + "".join(f"{counts[dx]:7,}" for dx in CLASSES) + f"{sum(counts.values()):9,}{size / 1e6:9.1f}"
+    return f"{name:6}" + "".join(f"{counts[dx]:7,}" for dx in CLASSES) + f"{sum(counts.values()):9,}{size:15,}"
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ class ShardSetWriter:
         self._lock = out.with_name(f".{out.name}.lock").open("wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if os.fstat(self._lock.fileno()).st_ino != Path(self._lock.name).stat().st_ino:
+                raise BlockingIOError  # the other process removed this file after it was opened here
+        except (BlockingIOError, FileNotFoundError):
             self._lock.close()
             raise DataError(
                 f"{out}: another process is packing to this folder; wait for it or choose another"
@@ -237,6 +239,9 @@ class ShardSetWriter:
 
 def refuse_occupied(out: Path, overwrite: bool) -> None:
     """Raise DataError where `out` cannot become a shard set: a file, a foreign folder, or a set and no `overwrite`."""
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise DataError(f"{out}: cannot be made, because {above} is a file; choose another folder")
     if not out.exists():
         return
     if not out.is_dir():

@@ -16,10 +16,10 @@ import pytest
 import simplejpeg
 
 from preprocess import shard
-from preprocess.encode import decode_strictly, shrink
 from preprocess.ham10000 import read_source
 from preprocess.packing import Settings, pack
 from shards import ShardSet, cli
+from shards.encode import decode_strictly, shrink
 from shards.errors import DataError
 from shards.format import CLASSES, EncodeSpec
 from tests.rawdata import jpeg, rows, write_raw, write_table
@@ -117,12 +117,11 @@ def test_the_table_and_the_summary(raw, tmp_path, monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "set", "--workers", 2)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].split() == ["split", *CLASSES, "images", "MB"]
-    table = {line.split()[0]: list(map(float, line.split()[1:])) for line in lines[1:5]}
+    assert lines[0].split() == ["split", *CLASSES, "images", "bytes"]
+    table = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:]] for line in lines[1:5]}
     assert list(table) == ["train", "val", "test", "all"]
     assert table["all"][7] == 150 == sum(table["all"][:7]) == sum(table[s][7] for s in ("train", "val", "test"))
-    size = sum(file.stat().st_size for file in (tmp_path / "set").glob("*.tar")) / 1e6
-    assert abs(table["all"][8] - size) < 0.1
+    assert table["all"][8] == sum(file.stat().st_size for file in (tmp_path / "set").glob("*.tar"))
     assert re.fullmatch(r"150 images packed in .*set, [\d.]+ s, \d+ images/s", lines[5])
 
 
@@ -138,6 +137,12 @@ def test_an_old_set_is_kept_without_overwrite_and_until_the_new_one_is_whole(raw
     assert code == 1 and digest(out) == before and [p.name for p in tmp_path.iterdir() if p.name[0] == "."] == []
     assert run(monkeypatch, capsys, "--source", raw, "--out", out, "--overwrite")[0] == 0
     assert digest(out) != before
+
+
+def test_an_output_below_a_file_is_one_line(raw, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "file" / "set")
+    assert code == 1 and "file is a file; choose another folder" in err and err.count("\n") == 1
 
 
 def test_a_foreign_folder_is_never_replaced(raw, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""`python -m shards info|verify DIR`: what a shard set holds, and whether every byte of it is whole.
+"""`python -m shards info|verify|show DIR`: what a shard set holds, whether it is whole, and how a batch looks.
 
 $ python -m shards verify data/shards
 data/shards: 6 shards and 10,015 samples are whole
@@ -69,6 +69,48 @@ def verify(folder: Path) -> None:
         if damage:
             raise DataError(f"{folder}: {len(damage)} of its parts are damaged (above); pack the set again")
         click.echo(f"{folder}: {files} shards and {len(data):,} samples are whole")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", default="batch.png", show_default=True, type=click.Path(path_type=Path), help="PNG to write.")
+@click.option("--images", default=24, show_default=True, help="How many.")
+@click.option("--resolution", default=128, show_default=True, help="Side of each in px.")
+@click.option("--eval", "evaluation", is_flag=True, help="As evaluation sees them, not augmented.")
+@click.option("--seed", default=0, show_default=True, help="Seed of order and augmentation.")
+def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool, seed: int) -> None:
+    """Write a picture of the first training batch of the set in FOLDER, colour included, each with its diagnosis."""
+    import cv2
+    import numpy as np
+
+    from shards.loader import Loader
+    from shards.shardset import ShardSet
+    from shards.writer import write_durably
+
+    with ShardSet(folder) as data:
+        selection = data.select("train")
+        options = {"batch_size": images, "resolution": resolution, "train": not evaluation, "seed": seed}
+        loader = Loader(selection, engine="native", **options)
+        batch = next(iter(loader))
+        loader.close()
+        rgb = batch.images.permute(0, 2, 3, 1).numpy() / 255
+        colour = batch.colour.numpy()
+        shown = np.einsum("ncd,nhwd->nhwc", colour[:, :, :3], rgb) + colour[:, None, None, :, 3]
+        tiles = np.clip(np.rint(shown * 255), 0, 255).astype(np.uint8)
+        for tile, label in zip(tiles, batch.labels.tolist(), strict=True):
+            name, scale = data.manifest.classes[label], resolution / 300
+            for ink, width in ((0, 4), (255, 1)):
+                place = (resolution // 24, resolution - resolution // 16)
+                cv2.putText(tile, name, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (ink,) * 3, width, cv2.LINE_AA)
+    columns = min(images, 8)
+    blank = np.zeros((-images % columns, resolution, resolution, 3), np.uint8)
+    rows = np.concatenate([tiles, blank]).reshape(-1, columns, resolution, resolution, 3)
+    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    done, png = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise DataError(f"{out}: OpenCV could not encode a picture of {sheet.shape[1]}x{sheet.shape[0]} px")
+    write_durably(out, png.tobytes())
+    click.echo(f"{out}: {images} images, {sheet.shape[1]}x{sheet.shape[0]} px")
 
 
 if __name__ == "__main__":

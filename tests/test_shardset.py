@@ -277,3 +277,15 @@ def test_info_and_verify_answer(tmp_path):
     missing = command("info", str(tmp_path / "none"))
     assert missing.returncode == 1 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
     assert command("inform").returncode == 2
+
+
+def test_show_draws_a_batch(tiny_shards, tmp_path):
+    import cv2
+
+    done = command("show", str(tiny_shards), "--out", str(tmp_path / "b.png"), "--images", "10", "--resolution", "48")
+    assert done.returncode == 0, done.stderr
+    sheet = cv2.imread(str(tmp_path / "b.png"))
+    assert sheet is not None and sheet.shape == (96, 8 * 48, 3)
+    assert sheet[:48].std() > 10 and not sheet[48:, 2 * 48 :].any()
+    wrong = command("show", str(tiny_shards), "--out", str(tmp_path / "b.png"), "--images", "1000")
+    assert wrong.returncode == 2 and "larger than the training set" in wrong.stderr

@@ -18,10 +18,10 @@ import cv2
 import numpy as np
 import xxhash
 
-from preprocess.encode import BadImageError, Encoded, encode_image
 from preprocess.parallel import in_order, keep_freed_memory
 from preprocess.progress import Progress
 from preprocess.records import Record, Rejected, Source, quarantine_csv
+from shards.encode import BadImageError, Encoded, encode_image
 from shards.errors import DataError
 from shards.format import CLASSES, SPLITS, EncodeSpec, Manifest
 from shards.subsets import split_lesions

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from preprocess.encode import (
+from shards.encode import (
     BadImageError,
     area_shrink,
     channel_sums,

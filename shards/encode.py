@@ -1,0 +1,202 @@
+"""The bytes of one raw image → the payload that is packed: decode strictly, turn upright, shrink, encode.
+
+Packing writes these payloads, and prediction sends a foreign image through the same steps, so that a model meets it as
+it met its training images: hence it stands in `shards`, which both may import.
+
+Each step was chosen by measurement on HAM10000's own files (600×450, 4:4:4, quality 100, about 260 KB): the strict
+libjpeg-turbo decode takes about two thirds of the time, the encoder a tenth. See `area_shrink` for the rest.
+"""
+
+import struct
+from dataclasses import dataclass
+from functools import cache
+
+import cv2
+import numpy as np
+import simplejpeg
+import xxhash
+
+from shards.format import EncodeSpec
+from shards.jpeg import encode_jpeg
+
+MOST_PIXELS = 100_000_000
+"""Refused above this: a damaged header can claim 65,535 × 65,535 px, 12.9 GB once decoded."""
+_FEW_PHASES = 8
+
+
+class BadImageError(Exception):
+    """An image that cannot be used; the text is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One payload. encoding: `jpg` or `raw`. height, width: of the packed image, px.
+
+    sums: per channel (RGB) the sum of the packed pixels, then the sum of their squares, exact; of the pixels that went
+    into the encoder.
+    """
+
+    payload: bytes
+    encoding: str
+    height: int
+    width: int
+    sums: tuple[int, int, int, int, int, int]
+
+
+def encode_image(data: bytes, image_id: str, spec: EncodeSpec) -> Encoded:
+    """Turn a raw JPEG file into a payload; a pure function of its arguments. Raises BadImageError."""
+    return encode_pixels(decode_upright(data), image_id, spec)
+
+
+def encode_pixels(rgb: np.ndarray, image_id: str, spec: EncodeSpec) -> Encoded:
+    """Turn an upright image, (H, W, 3) uint8 RGB, into a payload; a pure function of its arguments."""
+    rgb = shrink(rgb, spec.max_resolution)
+    encoding = choose_encoding(spec, image_id, rgb.nbytes)
+    if encoding == "jpg":
+        payload = encode_jpeg(rgb, spec.jpeg_quality, spec.subsampling, spec.restart)
+    else:
+        payload = _npy_header(rgb.shape) + rgb.tobytes()
+    return Encoded(payload, encoding, rgb.shape[0], rgb.shape[1], channel_sums(rgb))
+
+
+def decode_upright(data: bytes) -> np.ndarray:
+    """Decode a JPEG file to (H, W, 3) uint8 RGB, turned as its EXIF data say. Raises BadImageError."""
+    rgb = decode_strictly(data)
+    orientation = exif_orientation(data)
+    return rgb if orientation == 1 else turn_upright(rgb, orientation)
+
+
+def decode_strictly(data: bytes) -> np.ndarray:
+    """Decode a JPEG file to (H, W, 3) uint8 RGB, without turning it.
+
+    Raises BadImageError for whatever libjpeg-turbo warns about: truncated data, a missing end, codes that do not exist,
+    surplus bytes in the scan. Errors that leave a valid stream cannot be seen by any decoder: of 180 tries each on real
+    files, libjpeg-turbo saw 88 % where 512 bytes in a row were zeroed, 29 % where one byte was changed. Greyscale
+    becomes three equal channels; CMYK is refused; bytes behind the end of the image are ignored.
+    """
+    if data[:2] != b"\xff\xd8":
+        raise BadImageError("is empty" if not data else "is not a JPEG file, whatever its name says")
+    try:
+        height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width = int(height), int(width)
+        if colourspace in ("CMYK", "YCCK"):
+            raise BadImageError(f"is a {colourspace} JPEG; convert it to RGB")
+        if height * width > MOST_PIXELS:
+            raise BadImageError(
+                f"claims {width} × {height} px, above the limit of {MOST_PIXELS // 1_000_000} megapixels"
+            )
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError as error:
+        raise BadImageError(f"is damaged ({error})") from None
+
+
+def exif_orientation(data: bytes) -> int:
+    """The EXIF orientation of a JPEG file, 1 to 8; 1 without EXIF or with a value outside. Raises BadImageError."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        if data[position + 1] == 0xFF:  # a fill byte
+            position += 1
+            continue
+        size = int.from_bytes(data[position + 2 : position + 4], "big")
+        if data[position + 1] == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            return _read_exif(data[position + 4 : position + 2 + size])
+        position += 2 + size
+    return 1
+
+
+def _read_exif(segment: bytes) -> int:
+    from PIL import Image
+
+    exif = Image.Exif()
+    try:
+        exif.load(segment)
+        value = exif.get(0x0112, 1)
+    except (SyntaxError, ValueError, KeyError, OSError, struct.error) as error:
+        raise BadImageError(f"has damaged EXIF data ({error}), so which way is up is not known") from None
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation (2 to 8; Exif 2.3, tag 0x0112) of an (H, W, 3) image."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def shrink(image: np.ndarray, max_resolution: int) -> np.ndarray:
+    """Reduce (H, W, 3) uint8 so that the longer side is `max_resolution` px; smaller images stay as they are.
+
+    As FFCV does (`fields/rgb_image.py`), but the shorter side is rounded and not cut, and is at least 1 px.
+    """
+    height, width = image.shape[:2]
+    longer = max(height, width)
+    if longer <= max_resolution:
+        return image
+    target = [max(1, (2 * side * max_resolution + longer) // (2 * longer)) for side in (height, width)]
+    return area_shrink(image, target[0], target[1])
+
+
+def area_shrink(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Area interpolation of (H, W, 3) uint8 to (height, width, 3): each pixel is the mean of the area that it covers.
+
+    HAM10000's 600×450 → 400×300 makes 2 pixels of every 3. For such ratios, n pixels of every n + 1, each result mixes
+    two neighbours with one of n pairs of weights, which is n weighted sums of every (n + 1)th row: 0.33 ms instead of
+    the 1.17 ms of OpenCV's INTER_AREA, from which it differs by at most 1 of 255. Other ratios go to OpenCV.
+    """
+    if not (_two_taps(image.shape[0], height) and _two_taps(image.shape[1], width)):
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.transpose(_shrink_rows(cv2.transpose(_shrink_rows(image, height)), width))
+
+
+def _two_taps(source: int, target: int) -> bool:
+    """Whether `target` of `source` pixels are n of every n + 1, for a small n; or all of them."""
+    step = source - target
+    return step == 0 or (step > 0 and target % step == 0 and 2 <= target // step <= _FEW_PHASES)
+
+
+def _shrink_rows(image: np.ndarray, target: int) -> np.ndarray:
+    """Make `target` rows, n of every n + 1. Row i of a group covers rows i and i + 1 by n − i and i + 1 parts."""
+    if target == image.shape[0]:
+        return image
+    n = target // (image.shape[0] - target)
+    out = np.empty((target, *image.shape[1:]), np.uint8)
+    for i in range(n):
+        upper, lower = image[i :: n + 1], image[i + 1 :: n + 1]
+        cv2.addWeighted(upper, (n - i) / (n + 1), lower, (i + 1) / (n + 1), 0.0, dst=out[i::n])
+    return out
+
+
+def choose_encoding(spec: EncodeSpec, image_id: str, raw_bytes: int) -> str:
+    """`jpg` or `raw`, by FFCV's write modes. `proportion` asks a hash of the image_id, and nothing else."""
+    if spec.write_mode == "proportion":
+        draw = xxhash.xxh3_64_intdigest(f"proportion/{image_id}".encode()) / 2**64
+        return "jpg" if draw < spec.compress_probability else "raw"
+    if spec.write_mode == "smart":
+        return "jpg" if raw_bytes > spec.smart_threshold else "raw"
+    return spec.write_mode
+
+
+def channel_sums(image: np.ndarray) -> tuple[int, int, int, int, int, int]:
+    """Exact sums and sums of squares of the three channels of (H, W, 3) uint8.
+
+    The fastest exact way that was found: 0.06 ms at 400×300, histograms take 0.18. OpenCV may square a square root to
+    get its L2SQR, so the result is rounded; below 2⁵¹, a hundred times what the largest image has, that is exact.
+    """
+    sums = cv2.sumElems(image)[:3]
+    squares = (cv2.norm(channel, cv2.NORM_L2SQR) for channel in cv2.split(image))
+    red, green, blue, *rest = (round(value) for value in (*sums, *squares))
+    return red, green, blue, rest[0], rest[1], rest[2]
+
+
+@cache
+def _npy_header(shape: tuple[int, int, int]) -> bytes:
+    """The header of a `.npy` file (format 1.0) of uint8 in C order."""
+    import io
+
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()

@@ -135,7 +135,7 @@ def _on_threads(work: Work, encode: Callable[[bytes], int]) -> None:
 
 
 def _bare_ours(work: Work, folder: Path) -> None:
-    from preprocess.encode import encode_image
+    from shards.encode import encode_image
     from shards.format import EncodeSpec
 
     spec = EncodeSpec(max_resolution=work.packed_px, jpeg_quality=QUALITY)

@@ -78,7 +78,7 @@ class ResidentEngine:
             self._check_memory()  # again: another engine may have filled it since
             self._pixels = self._load()
             if self.compiled:
-                self._gather = _compiled(self.device)
+                self._gather = _compiled(self._pixels)
         for item in work:
             table = torch.from_numpy(self._table(item))
             if self.device != "cpu":
@@ -211,11 +211,13 @@ def _gather_in_parts(pixels: "torch.Tensor", table: "torch.Tensor", resolution: 
     return torch.cat([gather(pixels, rows, resolution) for rows in table.split(part)])
 
 
-def _compiled(device: str) -> "Callable[..., torch.Tensor]":
+def _compiled(held: "torch.Tensor") -> "Callable[..., torch.Tensor]":
     """`gather` fused by `torch.compile`; where the compiler fails, the unfused one, with a warning."""
     import torch
+    from torch._dynamo import mark_dynamic
     from torch._dynamo.exc import TorchDynamoException
 
+    mark_dynamic(held, 0)  # or every selection would be compiled for
     fused = torch.compile(gather)
     failed = False
 
@@ -227,7 +229,7 @@ def _compiled(device: str) -> "Callable[..., torch.Tensor]":
             except TorchDynamoException as error:  # no compiler, or one that fails
                 failed = True
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                _log.warning("resident: torch.compile failed on %s, going on without it: %s", device, reason)
+                _log.warning("resident: torch.compile failed on %s, going on without it: %s", pixels.device, reason)
         return _gather_in_parts(pixels, table, resolution)
 
     return run

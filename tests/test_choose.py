@@ -1,0 +1,114 @@
+"""Which engine is chosen, why, and what is said about it."""
+
+import logging
+
+import pytest
+import torch
+
+from shards import Loader
+from shards.engines import choose, dali, native, selfcheck
+from shards.errors import UsageError
+
+
+class Recorder:
+    """Stands in for an engine class, and remembers how it was made."""
+
+    def __init__(self, *args, **options):
+        self.args, self.options = args, options
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Choose as on a machine with a GPU, with engines that do nothing."""
+    monkeypatch.setattr(choose, "_check_device", lambda device: None)
+    monkeypatch.setattr(native, "NativeEngine", Recorder)
+    monkeypatch.setattr(dali, "DaliEngine", Recorder)
+
+    def says(variant, reason):
+        monkeypatch.setattr(selfcheck, "best_variant", lambda selection, device: (variant, reason))
+
+    return says
+
+
+def make(selection, name, device="cuda:1"):
+    return choose.make_engine(name, selection, device=torch.device(device), threads=3, prefetch=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "reason"),
+    [
+        ("auto", "native", "the device is a CPU"),
+        ("native", "native", "asked for"),
+        ("dali", "dali", "asked for"),
+        ("resident", "resident", "asked for"),
+    ],
+)
+def test_on_a_cpu(shard_sets, caplog, name, engine, reason):
+    with caplog.at_level(logging.INFO, logger="shards"):
+        loader = Loader(shard_sets["jpg"].select("train"), batch_size=8, engine=name)
+    assert (loader.engine_name, loader.engine_reason) == (engine, reason)
+    assert f"engine {engine} on cpu: {reason}" in caplog.text
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", ["jpg", "raw", "mixed"])
+@pytest.mark.parametrize("variant", ["region", "whole"])
+def test_auto_on_a_gpu_takes_the_variant_that_passed(shard_sets, caplog, a_gpu, kind, variant):
+    a_gpu(variant, f"{variant} agreed")
+    with caplog.at_level(logging.INFO, logger="shards"):
+        engine, name, reason = make(shard_sets[kind].select("train"), "auto")
+    assert (name, reason) == ("dali", f"{variant} agreed")
+    assert engine.args == (shard_sets[kind], "cuda:1", 3, 4)
+    assert engine.options == {"contents": kind, "variant": variant}
+    assert f"{variant} agreed" in caplog.text
+
+
+def test_auto_falls_back_to_native_and_says_why(shard_sets, caplog, a_gpu):
+    a_gpu(None, "region decode crashed: SIGSEGV")
+    with caplog.at_level(logging.WARNING, logger="shards"):
+        engine, name, reason = make(shard_sets["jpg"].select("train"), "auto")
+    assert (name, reason) == ("native", "region decode crashed: SIGSEGV")
+    assert engine.args == (shard_sets["jpg"], "cuda:1", 3, 4)
+    assert "dali does not work on cuda:1" in caplog.text
+
+
+def test_dali_that_was_asked_for_and_does_not_work_is_an_error(shard_sets, a_gpu):
+    a_gpu(None, "region decode hung: no answer in 180 s")
+    with pytest.raises(UsageError, match=r"does not work on cuda:1: region decode hung.*--engine native"):
+        make(shard_sets["jpg"].select("train"), "dali")
+
+
+def test_dali_that_was_asked_for_is_checked_too(shard_sets, a_gpu):
+    a_gpu("whole", "region decode crashed: SIGSEGV; whole-image decode with a slice agreed")
+    engine, name, reason = make(shard_sets["jpg"].select("train"), "dali")
+    assert name == "dali" and engine.options["variant"] == "whole" and reason.startswith("asked for; region decode")
+
+
+def test_without_dali(shard_sets, caplog, a_gpu, monkeypatch):
+    monkeypatch.setattr(choose, "_dali_installed", lambda: False)
+    selection = shard_sets["jpg"].select("train")
+    with caplog.at_level(logging.WARNING, logger="shards"):
+        assert make(selection, "auto")[1:] == ("native", "DALI is not installed")
+    assert "DALI is not installed" in caplog.text
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(UsageError, match="needs the package nvidia-dali-cuda120"):
+            make(selection, "dali", device)
+
+
+def test_devices_that_are_not_there_are_refused(shard_sets, monkeypatch):
+    selection = shard_sets["jpg"].select("train")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "native", "dali", "resident"):
+        with pytest.raises(UsageError, match="'cuda:2' was asked for and PyTorch sees 2 GPUs"):
+            make(selection, name, "cuda:2")
+        with pytest.raises(UsageError, match="'meta' is unknown"):
+            make(selection, name, "meta")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="'cuda' was asked for and PyTorch sees 0 GPUs"):
+        make(selection, "auto", "cuda")
+
+
+def test_an_unknown_engine_is_refused_with_the_known_ones(shard_sets):
+    with pytest.raises(UsageError, match="'fast' is unknown: use auto, native, dali, resident"):
+        make(shard_sets["jpg"].select("train"), "fast", "cpu")

@@ -1,0 +1,282 @@
+"""The dali engine against the native one: pixels, order, resume, ranks, damage, and what is kept and given back."""
+
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shards import Augment, Loader, ShardSet
+from shards.engines import Work, dali
+from shards.engines.dali import DaliEngine, Graph, build_graph
+from shards.engines.native import NativeEngine
+from shards.errors import DataError
+from shards.format import CLASSES, EncodeSpec
+from shards.plan import training_plan
+from shards.writer import PackedSample, ShardSetWriter
+from tests.conftest import write_set
+from tests.parity import assert_parity, batches, distances
+
+KINDS = ("jpg", "raw", "mixed", "sizes")
+
+
+def with_variant(loader: Loader, variant: str) -> Loader:
+    """The same loader on another graph."""
+    engine = loader._engine
+    assert isinstance(engine, DaliEngine)
+    loader._engine = DaliEngine(engine.data, engine.device, contents=engine.graph.contents, variant=variant)
+    engine.close()
+    return loader
+
+
+def works(data: ShardSet, sizes: list[int]) -> list[Work]:
+    """Consecutive training crops in batches of these sizes."""
+    samples = data.select("train").samples
+    plan = training_plan(5, 1, samples, data.column("height")[samples], data.column("width")[samples], Augment())
+    ends = np.cumsum(sizes)
+    assert ends[-1] <= len(samples)
+    return [Work(samples[a:b], plan.boxes[a:b], plan.symmetry[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+@pytest.mark.parametrize("variant", dali.VARIANTS)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_epochs_equal_native(shard_sets, kind, train, variant):
+    options = {"batch_size": 10, "resolution": 48, "train": train, "seed": 4}
+    selection = shard_sets[kind].select("train")
+    native = Loader(selection, engine="native", **options)
+    loader = with_variant(Loader(selection, engine="dali", **options), variant)
+    assert loader._engine.graph.contents == {"jpg": "jpg", "raw": "raw"}.get(kind, "mixed")  # type: ignore[attr-defined]
+    for epoch in range(2):
+        native.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        assert_parity(batches(native), batches(loader))
+    loader.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_rank_equals_native(shard_sets, world_size):
+    selection = shard_sets["sizes"].select("train")
+    for rank in range(world_size):
+        for train in (True, False):
+            options = {"batch_size": 10, "resolution": 40, "seed": 2, "rank": rank, "world_size": world_size}
+            native = Loader(selection, engine="native", train=train, **options)
+            assert_parity(batches(native), batches(Loader(selection, engine="dali", train=train, **options)))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_restart_in_mid_epoch_goes_on_as_native_does(shard_sets, train):
+    selection = shard_sets["mixed"].select("train")
+    options = {"batch_size": 8, "resolution": 32, "train": train, "seed": 7}
+    stopped = Loader(selection, engine="dali", **options)
+    running = iter(stopped)
+    for _ in range(3):
+        next(running)
+    state = stopped.state_dict()
+    running.close()
+    resumed, native = (Loader(selection, engine=engine, **options) for engine in ("dali", "native"))
+    whole = batches(native)
+    resumed.load_state_dict(state)
+    assert_parity(whole[3:], batches(resumed))
+    stopped.load_state_dict(state)  # and by the loader that was stopped
+    assert_parity(whole[3:], batches(stopped))
+
+
+def test_threads_and_prefetch_change_nothing(shard_sets):
+    selection = shard_sets["mixed"].select("train")
+    first, second = (
+        batches(Loader(selection, batch_size=9, resolution=40, engine="dali", threads=threads, prefetch=prefetch))
+        for threads, prefetch in ((1, 1), (3, 4))
+    )
+    assert distances(first, second).max() == 0
+
+
+def test_batches_of_uneven_and_growing_sizes(shard_sets):
+    data = shard_sets["mixed"]
+    work = works(data, [4, 9, 2, 12, 12, 1, 20, 7])
+    expected = [images.clone() for images in NativeEngine(data).run(work, 40)]
+    found = list(DaliEngine(data).run(iter(work), 40))
+    assert [len(a) for a in found] == [len(item.samples) for item in work]
+    assert max(int((a.int() - b.int()).abs().max()) for a, b in zip(expected, found, strict=True)) <= 1
+
+
+def test_batches_stay_valid_when_kept(shard_sets):
+    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=64, engine="dali")
+    kept = [batch.images for batch in loader]
+    copies = [images.clone() for images in kept]
+    for epoch in (1, 2):  # overwrite whatever is used again
+        loader.set_epoch(epoch)
+        batches(loader)
+    loader.close()
+    del loader
+    gc.collect()
+    assert all(map(torch.equal, kept, copies))
+
+
+def test_one_pipeline_serves_all_epochs_and_resolutions(shard_sets, monkeypatch):
+    built = []
+    original = dali.build_graph
+    monkeypatch.setattr(dali, "build_graph", lambda *args: built.append(args) or original(*args))
+    selection = shard_sets["jpg"].select("train")
+    loader, native = (Loader(selection, batch_size=8, engine=engine) for engine in ("dali", "native"))
+    for epoch, resolution in enumerate((32, 64, 48)):
+        for one in (loader, native):
+            one.set_epoch(epoch)
+            one.set_resolution(resolution)
+        assert_parity(batches(native), batches(loader))
+    assert len(built) == 1
+
+
+def test_an_epoch_left_early_neither_hangs_nor_spoils_the_next(shard_sets):
+    selection = shard_sets["mixed"].select("train")
+    loader = Loader(selection, batch_size=8, resolution=32, engine="dali", threads=2)
+    expected = batches(Loader(selection, batch_size=8, resolution=32, engine="native"))
+    batches(loader)
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))  # noqa: PTH208  # DALI's own threads too
+
+    before = threads()
+    for taken in (1, 2, 7):
+        loader.set_epoch(0)
+        loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batch": 0})
+        running = iter(loader)
+        for _ in range(taken):
+            next(running)
+        running.close()
+    assert threads() == before
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batch": 0})
+    assert_parity(expected, batches(loader))
+    loader.close()
+    gc.collect()
+    assert threads() < before
+
+
+def test_two_epochs_may_run_at_once(shard_sets):
+    engine = DaliEngine(shard_sets["jpg"], contents="jpg")
+    work = works(shard_sets["jpg"], [8] * 6)
+    expected = list(engine.run(work, 32))
+    pairs = list(zip(engine.run(work, 32), engine.run(work, 32), strict=True))
+    assert all(torch.equal(a, e) and torch.equal(b, e) for (a, b), e in zip(pairs, expected, strict=True))
+
+
+def flip_a_bit(folder: Path, position: int) -> str:
+    """Damage the training sample at this position; returns its name."""
+    data = ShardSet(folder)
+    victim = int(data.select("train").samples[position])
+    file = folder / data.manifest.shards[int(data.column("shard")[victim])].file
+    content = bytearray(file.read_bytes())
+    content[int(data.column("offset")[victim]) + int(data.column("length")[victim]) - 9] ^= 0x10
+    file.write_bytes(content)
+    return str(data.column("image_id")[victim])
+
+
+@pytest.mark.parametrize("kind", ["jpg", "raw"])
+def test_a_damaged_sample_is_named_after_the_batches_before_it(tmp_path, kind):
+    folder = write_set(tmp_path / "set", kind, images=60)
+    name = flip_a_bit(folder, 21)
+    loader = Loader(ShardSet(folder).select("train"), batch_size=4, resolution=32, engine="dali", train=False)
+    for _ in range(2):  # a second time too: the engine is still of use
+        taken = []
+        with pytest.raises(DataError, match=f"{name}: damaged in .*shard-00000.tar") as error:
+            taken.extend(batch.samples for batch in loader)
+        assert type(error.value) is DataError and len(taken) == 21 // 4
+    running = iter(loader)
+    assert len(next(running).images) == 4
+    running.close()
+
+
+def test_a_sample_that_cannot_be_decoded_is_named(tmp_path):
+    """Its checksum is right: what was packed is no JPEG."""
+    rng = np.random.default_rng(0)
+    intact = ShardSet(write_set(tmp_path / "intact", images=30))
+    with ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20) as writer:
+        for row in range(12):
+            payload = bytes(rng.bytes(900)) if row == 7 else bytes(intact.read(row))
+            metadata = {"image_id": f"IMG_{row}", "lesion_id": f"LES_{row}", "dx": CLASSES[row % 7]}
+            metadata |= dict.fromkeys(("dx_type", "age", "sex", "localization", "dataset"))
+            writer.add(PackedSample(payload, "jpg", 72, 96, "train", metadata))
+        writer.finish(
+            mean=(0.5,) * 3, std=(0.2,) * 3, split={}, source={}, citation="none", licence="none", versions={}
+        )
+    loader = Loader(ShardSet(tmp_path / "set").select("train"), batch_size=4, resolution=32, engine="dali", train=False)
+    with pytest.raises(DataError, match="IMG_7: damaged"):
+        batches(loader)
+
+
+@pytest.mark.parametrize("contents", ["jpg", "raw", "mixed"])
+@pytest.mark.parametrize("variant", dali.VARIANTS)
+def test_the_graph_of_a_gpu_can_be_defined_without_one(contents, variant):
+    pipeline = build_graph(lambda: [], Graph(contents, variant, device_id=0, threads=2), max_batch=4)
+    assert pipeline.device_id == 0 and pipeline.exec_dynamic
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="GPU"):  # so it is one
+            pipeline.build()
+
+
+def test_unknown_graphs_are_refused(shard_sets):
+    with pytest.raises(ValueError, match="variant 'half'"):
+        DaliEngine(shard_sets["jpg"], variant="half")
+    with pytest.raises(ValueError, match="contents 'png'"):
+        DaliEngine(shard_sets["jpg"], contents="png")
+
+
+@pytest.mark.slow
+def test_memory_stays_constant_over_epochs(shard_sets):
+    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=160, engine="dali", threads=2)
+    batch_bytes = 8 * 160 * 160 * 3
+    sizes = []
+    for epoch in range(22):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            assert len(batch.images) == 8
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        sizes.append(pages * os.sysconf("SC_PAGE_SIZE"))
+    assert sizes[-1] - sizes[2] <= 8 * batch_bytes  # what is read, decoded and handed over, ahead
+
+
+def needs_gpu() -> None:
+    """Skip where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", dali.VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_equals_native_within_its_own_tolerance(shard_sets, kind, variant):
+    needs_gpu()
+    selection = shard_sets[kind].select("train")
+    expected = batches(Loader(selection, batch_size=10, resolution=48, engine="native"))
+    engine = DaliEngine(selection.data, "cuda", contents=kind if kind in ("jpg", "raw") else "mixed", variant=variant)
+    loader = Loader(selection, batch_size=10, resolution=48, engine="native", device="cuda")
+    loader._engine.close()
+    loader._engine = engine
+    apart = distances(expected, batches(loader))
+    if kind == "raw":
+        assert apart.max() <= 1
+    else:
+        assert apart.mean() < 1 and (apart <= 4).mean() >= 0.999
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_survive_a_busy_stream(shard_sets):
+    """What a kernel reads late is still what was handed over, though the batch was dropped long before."""
+    needs_gpu()
+    data = shard_sets["jpg"]
+    work = works(data, [8] * 9) * 6
+    variant, sums = "whole", []
+    expected = [int(images.long().sum()) for images in DaliEngine(data, contents="jpg", variant=variant).run(work, 64)]
+    square = torch.randn(4096, 4096, device="cuda")
+    for images in DaliEngine(data, "cuda", contents="jpg", variant=variant).run(work, 64):
+        for _ in range(3):
+            square = square @ square / 64
+        sums.append(images.long().sum())  # queued behind the products
+        del images
+    found = torch.stack(sums).cpu().numpy()
+    again = [int(i.long().sum()) for i in DaliEngine(data, "cuda", contents="jpg", variant=variant).run(work, 64)]
+    assert found.tolist() == again
+    assert np.allclose(found, expected, rtol=0.01)

@@ -1,0 +1,171 @@
+"""The check of the dali engine in a process of its own: what it answers, and what becomes of a process that breaks."""
+
+import json
+import logging
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from shards.engines import selfcheck, verdicts
+
+CPU = torch.device("cpu")
+AGREES = {"jpg": {"mean": 0.1, "max": 1.0, "within_4": 1.0}}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dermscale"
+
+
+def python(code: str) -> list[str]:
+    """A child that runs this code in the place of the real one."""
+    return [sys.executable, "-c", f"import json, os, sys, time\nquestion = json.load(sys.stdin)\n{code}"]
+
+
+def answers(apart) -> list[str]:
+    return python(f"print(json.dumps({apart!r}))")
+
+
+def test_the_real_check_passes_and_its_verdict_is_kept(shard_sets, cache):
+    selection = shard_sets["mixed"].select("train")
+    assert selfcheck.best_variant(selection, CPU)[0] == "region"
+    passed, reason = selfcheck.check(selection, CPU, "region", child=python("os.abort()"))  # not run again
+    assert passed and "region" not in reason
+    assert "jpg mean" in reason and "raw mean" in reason and f"kept in {cache}" in reason
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_an_engine_that_disagrees_is_found_out(shard_sets):
+    """The real process, with an engine in it that gives batches top to bottom."""
+    wrong = python(
+        "import io\n"
+        "from shards.engines import dali, selfcheck\n"
+        "right = dali.DaliEngine.run\n"
+        "dali.DaliEngine.run = lambda *args: (images.flip(2) for images in right(*args))\n"
+        "sys.stdin = io.StringIO(json.dumps(question))\n"
+        "selfcheck.main()"
+    )
+    passed, reason = selfcheck.check(shard_sets["jpg"].select("train"), CPU, "region", child=wrong)
+    assert not passed and reason.startswith("disagreed with native (jpg mean")
+
+
+def test_differences_are_those_of_the_engines(shard_sets):
+    data = shard_sets["mixed"]
+    found = selfcheck.differences(data, data.select("train").samples[:20], "cpu", "whole")
+    assert set(found) == {"jpg", "raw"}
+    assert all(f["max"] <= 1 and 0 < f["mean"] < 0.25 and f["within_4"] == 1 for f in found.values())
+
+
+@pytest.mark.parametrize(
+    ("child", "words"),
+    [
+        (python("os.abort()"), "crashed: SIGABRT"),
+        (python("os.kill(os.getpid(), 11)"), "crashed: SIGSEGV"),
+        (python("time.sleep(60)"), "hung: no answer in 1 s"),
+        (answers({"jpg": {"mean": 9.0, "max": 80.0, "within_4": 0.5}}), "disagreed with native"),
+    ],
+)
+def test_a_broken_decoder_is_remembered(shard_sets, caplog, child, words):
+    selection = shard_sets["jpg"].select("train")
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="shards"):
+        variant, reason = selfcheck.best_variant(selection, CPU, child=child, timeout_s=1)
+    assert time.monotonic() - began < 30
+    assert variant is None
+    assert f"region decode {words}" in reason and f"whole-image decode with a slice {words}" in reason
+    assert f"region decode {words}" in caplog.text
+    again = selfcheck.best_variant(selection, CPU, child=answers(AGREES))
+    assert again[0] is None and "kept in" in again[1]
+
+
+def test_the_children_of_a_hung_check_end_with_it(shard_sets, tmp_path):
+    file = tmp_path / "alive"
+    grandchild = f"import time\nwhile True:\n  open({str(file)!r}, 'a').write('.')\n  time.sleep(0.05)"
+    code = f"import subprocess\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}])\ntime.sleep(60)"
+    selfcheck.check(shard_sets["jpg"].select("train"), CPU, "region", child=python(code), timeout_s=2)
+    time.sleep(0.3)
+    written = file.stat().st_size
+    time.sleep(0.5)
+    assert 0 < written == file.stat().st_size
+
+
+def test_whole_image_decode_is_next_where_region_decode_crashes(shard_sets):
+    child = python(f"question['variant'] == 'region' and os.abort()\nprint('noise')\nprint(json.dumps({AGREES!r}))")
+    variant, reason = selfcheck.best_variant(shard_sets["jpg"].select("train"), CPU, child=child)
+    assert variant == "whole"
+    assert reason.startswith("region decode crashed: SIGABRT") and "whole-image decode with a slice agreed" in reason
+
+
+def test_a_failure_that_says_nothing_of_the_decoder_is_not_kept(shard_sets, cache):
+    selection = shard_sets["jpg"].select("train")
+    child = python("raise RuntimeError('CUDA out of memory')")
+    passed, reason = selfcheck.check(selection, CPU, "region", child=child)
+    assert not passed and "could not be checked: RuntimeError: CUDA out of memory" in reason
+    assert not cache.exists()
+    assert selfcheck.check(selection, CPU, "region", child=answers(AGREES))[0]
+
+
+def test_a_verdict_hangs_on_gpu_driver_versions_variant_and_packing(shard_sets, monkeypatch):
+    data = shard_sets["jpg"]
+    key = verdicts.key_of(data, CPU, "region")
+    assert key["versions"]["nvidia-dali"][0].isdigit() and key["versions"]["torch"][0].isdigit()
+    others = [verdicts.key_of(data, CPU, "whole"), verdicts.key_of(shard_sets["raw"], CPU, "region")]
+    with monkeypatch.context() as patch:
+        patch.setattr(verdicts, "_gpu_name", lambda device: "NVIDIA H100")
+        others.append(verdicts.key_of(data, CPU, "region"))
+        patch.setattr(verdicts, "_driver_version", lambda device: "580.1")
+        others.append(verdicts.key_of(data, CPU, "region"))
+    others.append(key | {"versions": key["versions"] | {"nvidia-dali": "2.5.0"}})
+    files = {verdicts.cache_file(one) for one in [key, *others]}
+    assert len(files) == 6
+    verdicts.keep(verdicts.cache_file(key), key, True, "agreed")
+    assert verdicts.read(verdicts.cache_file(key), key) == (True, "agreed")
+    assert verdicts.read(verdicts.cache_file(key), others[0]) is None
+
+
+def test_a_damaged_or_unwritable_cache_means_another_check(shard_sets, cache, caplog):
+    selection = shard_sets["jpg"].select("train")
+    key = verdicts.key_of(selection.data, CPU, "region")
+    cache.mkdir(parents=True)
+    verdicts.cache_file(key).write_text('{"key":')
+    with caplog.at_level(logging.WARNING, logger="shards"):
+        assert selfcheck.check(selection, CPU, "region", child=answers(AGREES))[0]
+        assert "checking again" in caplog.text
+        assert json.loads(verdicts.cache_file(key).read_text())["passed"] is True
+        for file in cache.iterdir():
+            file.unlink()
+        cache.rmdir()
+        cache.write_text("in the way")
+        assert selfcheck.check(selection, CPU, "region", child=answers(AGREES))[0]
+    assert "cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found", "on_cpu", "on_gpu"),
+    [
+        ("jpg", (0.1, 1, 1.0), True, True),
+        ("jpg", (0.9, 30, 0.9995), False, True),
+        ("jpg", (1.1, 3, 1.0), False, False),
+        ("jpg", (0.5, 9, 0.998), False, False),
+        ("raw", (0.1, 1, 1.0), True, True),
+        ("raw", (0.01, 2, 1.0), False, False),
+    ],
+)
+def test_the_tolerances(encoding, found, on_cpu, on_gpu):
+    apart = {"raw": {"mean": 0.0, "max": 0.0, "within_4": 1.0}}
+    apart |= {encoding: dict(zip(("mean", "max", "within_4"), found, strict=True))}
+    assert selfcheck.judge(apart, "cpu")[0] is on_cpu
+    assert selfcheck.judge(apart, "cuda:0")[0] is on_gpu
+
+
+def test_samples_of_both_encodings_are_checked(shard_sets):
+    selection = shard_sets["mixed"].select("train")
+    rows = selfcheck._some_of_each(selection)
+    encodings = selection.data.column("encoding")[rows]
+    assert len(rows) == len(np.unique(rows)) == 64
+    assert (encodings == "jpg").sum() == (encodings == "raw").sum() == 32

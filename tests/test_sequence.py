@@ -1,0 +1,115 @@
+"""Elastic and exact: the sequence of (sample, box, symmetry, colour) is the same whoever carries it out.
+
+Recorded where the loader hands work to an engine, and read off the batches: that each engine then does what it is told
+is shown by the tests of its pixels.
+"""
+
+import pytest
+import torch
+
+from shards import Loader
+from shards.engines import ENGINES
+
+EPOCHS, BATCH = 2, 12
+
+
+class Recorded:
+    """An engine that keeps the work it is given."""
+
+    def __init__(self, engine):
+        self.engine, self.work = engine, []
+
+    def run(self, work, resolution):
+        def watched():
+            for item in work:
+                self.work.append(item)
+                yield item
+
+        yield from self.engine.run(watched(), resolution)
+
+    def close(self):
+        self.engine.close()
+
+
+def ranks(selection, engine, world_size, train):
+    """A recorded loader for each rank."""
+    loaders = []
+    for rank in range(world_size):
+        loader = Loader(
+            selection,
+            batch_size=BATCH,
+            resolution=32,
+            train=train,
+            seed=11,
+            engine=engine,
+            rank=rank,
+            world_size=world_size,
+        )
+        loader._engine = Recorded(loader._engine)
+        loaders.append(loader)
+    return loaders
+
+
+def sequence(loaders, stop=None, state=None):
+    """One entry a sample of the global batches that the ranks load together, up to batch `stop`; and the state then."""
+    entries, batches = [], 0
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(state)
+    first = loaders[0].epoch
+    for epoch in range(first, EPOCHS):
+        parts = []
+        for loader in loaders:
+            loader.set_epoch(epoch)
+            loader._engine.work.clear()
+            parts.append(iter(loader))
+        taken = 0
+        for batch in zip(*parts, strict=True):
+            for loader, part in zip(loaders, batch, strict=True):
+                work = loader._engine.work[taken]
+                assert part.samples.tolist() == work.samples.tolist()
+                for sample, box, symmetry, colour, mask in zip(
+                    work.samples, work.boxes, work.symmetry, part.colour, part.mask, strict=True
+                ):
+                    entries.append(
+                        (epoch, int(sample), *box.tolist(), int(symmetry), colour.numpy().tobytes(), bool(mask))
+                    )
+            taken, batches = taken + 1, batches + 1
+            if batches == stop:
+                states = [loader.state_dict() for loader in loaders]
+                assert all(other == states[0] for other in states)
+                for part in parts:
+                    part.close()
+                return entries, states[0]
+    return entries, None
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_sequence_hangs_on_neither_engine_nor_ranks_nor_restarts(shard_sets, train):
+    selection = shard_sets["sizes"].select("train")
+    expected, _ = sequence(ranks(selection, "native", 1, train))
+    per_epoch = len(selection) // BATCH * BATCH if train else -(-len(selection) // BATCH) * BATCH
+    assert len(expected) == EPOCHS * per_epoch
+    if train:
+        assert len({entry[6] for entry in expected}) == 8  # all symmetries occur
+        assert len({entry[1:] for entry in expected}) == len(expected)  # and no sample is drawn alike twice
+    for engine in ENGINES:
+        for world_size in (1, 2, 3, 4):
+            assert sequence(ranks(selection, engine, world_size, train))[0] == expected, (engine, world_size)
+    for stop, before, after in (
+        (1, ("native", 2), ("dali", 3)),
+        (5, ("dali", 4), ("resident", 1)),
+        (8, ("resident", 3), ("native", 4)),
+    ):
+        head, state = sequence(ranks(selection, *before, train), stop=stop)
+        tail, _ = sequence(ranks(selection, *after, train), state=state)
+        assert head + tail == expected, (stop, before, after)
+
+
+def test_the_colours_are_on_every_batch_as_planned(shard_sets):
+    selection = shard_sets["jpg"].select("train")
+    for engine in ENGINES:
+        loader = Loader(selection, batch_size=8, resolution=32, seed=1, engine=engine)
+        order, plan = loader.plan()
+        colours = torch.cat([batch.colour for batch in loader])
+        assert torch.equal(colours, torch.from_numpy(plan.colour[order[: len(colours)]]))

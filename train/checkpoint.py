@@ -53,10 +53,14 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, text, lists, dicts) to checkpoint.pt: aside, flushed to the disk, renamed."""
     path = folder / FILE
     aside = folder / f".{FILE}.partial"
-    with aside.open("wb") as file:
-        torch.save({"version": VERSION, **state}, cast(IO[bytes], _Plain(file)))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with aside.open("wb") as file:
+            torch.save({"version": VERSION, **state}, cast(IO[bytes], _Plain(file)))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     aside.replace(path)
     sync_folder(folder)
 
@@ -84,7 +88,7 @@ def load(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{path}: damaged ({reason}); delete it to start the run from its beginning") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:

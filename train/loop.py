@@ -20,7 +20,7 @@ from train.console import Console, Silent
 from train.distributed import World
 from train.evaluation import Answers, answers
 from train.metrics import balanced_accuracy
-from train.prepare import choose_data, compile_and_distribute, decisions, prepare
+from train.prepare import Run, choose_data, compile_and_distribute, decisions, prepare
 from train.record import ENVIRONMENT, RunFolder, environment, read_result
 from train.result import finish
 from train.workspace import Workspace
@@ -110,7 +110,7 @@ def _train(
     # ------------------------------------------------------------------ network, decisions, compiling
 
     progress = Progress(**state["progress"]) if state else Progress()
-    run = prepare(config, family, world, workspace, selections, state, stack)
+    run: Run = prepare(config, family, world, workspace, selections, state, stack)
     progress.seconds["start"] += time.perf_counter() - started
     compile_and_distribute(run, workspace, progress, console)
     if state:

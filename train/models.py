@@ -1,6 +1,7 @@
 """The networks: eight by short names, any other of timm by its own, each built for the size and number of classes."""
 
 import difflib
+import functools
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -233,6 +234,7 @@ def depth(net: nn.Module) -> int:
     return sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in net.modules())
 
 
+@functools.lru_cache(maxsize=32)
 def cost(name: str, resolution: int, classes: int) -> tuple[int, int]:
     """Parameters, and floating point operations of an image's forward pass (a multiply-add is two); runs nothing."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,6 +1,7 @@
 """The end of a run: the metrics of its last weights, its predictions, and result.json."""
 
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
 
     found: answers on `val` and `test`, in float32 whatever the training precision, so that anyone can repeat them.
     """
+    began = time.perf_counter()
     config, prior = run.config, LOGITS_PRIOR[run.config.loss]
     parts = {split: one for split, one in found.items() if one is not None}
     labels = {split: run.selections[split].labels for split in parts}
@@ -45,6 +47,7 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
         val_logits=parts["val"].logits,
         val_labels=labels["val"],
     )
+    progress.seconds["eval"] += time.perf_counter() - began
     write_weights(folder.path / WEIGHTS, run.reported.body, _metadata(run, prior))
     parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
     score = metrics["balanced_accuracy"]

@@ -195,8 +195,11 @@ def _litdata_sample(item: tuple[str, int]) -> dict:
 
 def _litdata(work: Work, folder: Path) -> None:
     """LitData's chunks of 64 MB, by its `optimize`."""
+    import multiprocessing
+
     import litdata
 
+    start_method = multiprocessing.get_start_method()
     items = [(str(path), label) for path, label in packed_files(work)]
     litdata.optimize(
         fn=_litdata_sample,
@@ -206,6 +209,7 @@ def _litdata(work: Work, folder: Path) -> None:
         num_workers=1,
         verbose=False,
     )
+    multiprocessing.set_start_method(start_method, force=True)  # `optimize` changes it for the whole process
 
 
 def _beton(write_mode: str) -> Callable[[Work, Path], None]:

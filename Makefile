@@ -33,6 +33,9 @@ test-fast: install ## without those marked slow
 test-gpu: install ## only those that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+gpu-check: install ## check everything on this machine's GPU, ten minutes; writes benchmarks/results/gpu/<gpu>.json
+	$(BIN)/python -m benchmarks.gpu_check
+
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -108,6 +108,10 @@ class Sampler:
         self.seconds = time.perf_counter() - self._start
         self.source.close()
 
+    def elapsed_s(self) -> float:
+        """Seconds since the start: the clock of the readings."""
+        return time.perf_counter() - self._start
+
     def timeline(self) -> dict[str, tuple[list[float], list[float]]]:
         """Each metric as seconds since the start and values, for pictures."""
         lines: dict[str, tuple[list[float], list[float]]] = {}

@@ -1,0 +1,124 @@
+"""Training on a device: timed steps of each model, and a whole run (for `benchmarks/gpu_check.py`)."""
+
+import math
+import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shards import Loader
+from shards.errors import DermscaleError
+from train import device as devices
+from train import models
+from train.checkpoint import Progress
+from train.config import Config, learning_rate, resolved
+from train.console import Silent
+from train.distributed import World
+from train.loop import train_once
+from train.prepare import choose_data, compile_and_distribute, decisions, prepare
+from train.workspace import Workspace
+
+WARM_UP = 5
+"""Steps before the timed ones: memory is allocated and kernels are chosen in them."""
+
+Parts = tuple[Tensor, Tensor, Tensor]
+"""images, colour, labels of a batch, as in `shards.Batch`."""
+
+
+def training_steps(
+    data: Path, model: str, device: torch.device, *, steps: int, batch_size: int, resolution: int, compiled: bool
+) -> tuple[bool, dict[str, Any]]:
+    """`steps` training steps on loaded batches, then as many on one cached batch; the losses must be numbers.
+
+    img_per_s is of the loaded batches, cached_img_per_s of the cached one: what the model could take.
+    data_wait_share: of the time of the steps, how much the host spent waiting for batches, 0 to 1.
+    """
+    total = 2 * (WARM_UP + steps)
+    family = models.family(model)
+    config = Config(
+        model=model,
+        data=str(data),
+        steps=total,
+        batch_size=batch_size,
+        resolution=resolution,
+        device=str(device),
+        compile="on" if compiled else "off",
+    )
+    config = resolved(config, family)
+    world, workspace = World(device=device), Workspace()
+    devices.reset_peak_memory(device)
+    with ExitStack() as stack:
+        stack.callback(workspace.forget)
+        selections = choose_data(config, workspace.open(data), family, world)
+        run = prepare(config, family, world, workspace, selections, None, stack)
+        progress = Progress()
+        compile_and_distribute(run, workspace, progress, Silent())
+        batches = stack.enter_context(closing(_endless(run.loaders["train"])))
+        losses: list[Tensor] = []
+
+        def step(batch: Parts) -> None:
+            losses.append(run.backward(batch))
+            run.update(len(losses) - 1, learning_rate(config, len(losses) - 1, total))
+
+        def timed(source: Callable[[], Parts]) -> tuple[float, float]:
+            """Seconds of the steps, and of those the seconds spent waiting for batches."""
+            for _ in range(WARM_UP):
+                step(source())
+            devices.synchronize(device)
+            waited, began = 0.0, time.perf_counter()
+            for _ in range(steps):
+                asked = time.perf_counter()
+                batch = source()
+                waited += time.perf_counter() - asked
+                step(batch)
+            devices.synchronize(device)
+            return time.perf_counter() - began, waited
+
+        def loaded() -> Parts:
+            batch = next(batches)
+            return batch.images, batch.colour, batch.labels
+
+        seconds, waited = timed(loaded)
+        cached = loaded()
+        cached_s, _ = timed(lambda: cached)
+        values = torch.stack(losses).float().cpu()
+        if compiled and run.decided["compile"].value != "on":
+            raise DermscaleError(f"torch.compile was not used: {run.decided['compile'].reason}")
+        return bool(values.isfinite().all()), {
+            "steps": steps,
+            "batch_size": batch_size,
+            "resolution_px": resolution,
+            "step_s": seconds / steps,
+            "img_per_s": steps * batch_size / seconds,
+            "cached_img_per_s": steps * batch_size / cached_s,
+            "data_wait_share": waited / seconds,
+            "compile_s": progress.seconds["compile"],
+            "first_loss": float(values[0]),
+            "last_loss": float(values[-1]),
+            "peak_memory_bytes": devices.peak_memory_bytes(device),
+            "decisions": decisions(run),
+        }
+
+
+def _endless(loader: Loader) -> Generator[Any, None, None]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from loader
+
+
+def whole_run(
+    data: Path, out: Path, model: str, device: torch.device, *, steps: int, batch_size: int, resolution: int
+) -> tuple[bool, dict[str, Any]]:
+    """A run as `train.run` makes it: steps, checkpoint, evaluation of val and test, result.json."""
+    config = Config(
+        model=model, data=str(data), steps=steps, batch_size=batch_size, resolution=resolution, device=str(device)
+    )
+    result = train_once(config, out, world=World(device=device))
+    score = result["test"]["balanced_accuracy"]["value"]
+    kept = ("img_per_s", "data_wait_fraction", "train_loss", "seconds", "peak_memory_bytes", "decisions", "steps")
+    numbers = {name: result[name] for name in kept} | {"test_balanced_accuracy": score}
+    return math.isfinite(result["train_loss"]) and score is not None, numbers

@@ -35,7 +35,8 @@ def training_steps(
     """`steps` training steps on loaded batches, then as many on one cached batch; the losses must be numbers.
 
     img_per_s is of the loaded batches, cached_img_per_s of the cached one: what the model could take.
-    data_wait_share: of the time of the steps, how much the host spent waiting for batches, 0 to 1.
+    data_wait_share: of the time of the steps, how much the host spent waiting for batches, 0 to 1. span: start and end
+    of the timed steps on loaded batches, by `time.perf_counter()`.
     """
     total = 2 * (WARM_UP + steps)
     family = models.family(model)
@@ -59,6 +60,7 @@ def training_steps(
         compile_and_distribute(run, workspace, progress, Silent())
         batches = stack.enter_context(closing(_endless(run.loaders["train"])))
         losses: list[Tensor] = []
+        spans: list[tuple[float, float]] = []
 
         def step(batch: Parts) -> None:
             losses.append(run.backward(batch))
@@ -76,7 +78,8 @@ def training_steps(
                 waited += time.perf_counter() - asked
                 step(batch)
             devices.synchronize(device)
-            return time.perf_counter() - began, waited
+            spans.append((began, time.perf_counter()))
+            return spans[-1][1] - began, waited
 
         def loaded() -> Parts:
             batch = next(batches)
@@ -89,6 +92,7 @@ def training_steps(
         if compiled and run.decided["compile"].value != "on":
             raise DermscaleError(f"torch.compile was not used: {run.decided['compile'].reason}")
         return bool(values.isfinite().all()), {
+            "span": spans[0],
             "steps": steps,
             "batch_size": batch_size,
             "resolution_px": resolution,

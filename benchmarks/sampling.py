@@ -77,21 +77,21 @@ class Sampler:
         self.source, self.hz = source, hz
         self.readings: list[Reading] = []
         self.error = ""
-        self.cpu_s = self.seconds = 0.0
+        self.cpu_s = self.seconds = self.started = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
 
     def __enter__(self) -> "Sampler":
         """Start reading."""
-        self._start = time.perf_counter()
+        self.started = time.perf_counter()  # readings count from here
         self._thread.start()
         return self
 
     def _run(self) -> None:
-        due = self._start
+        due = self.started
         while not self._stop.is_set():
             try:
-                self.readings.append(Reading(time.perf_counter() - self._start, self.source.read()))
+                self.readings.append(Reading(time.perf_counter() - self.started, self.source.read()))
             except Exception as error:  # noqa: BLE001 - the summary tells it; what is being watched goes on
                 self.error = f"{type(error).__name__}: {error}"
                 break
@@ -105,12 +105,8 @@ class Sampler:
         """Stop reading and close the source."""
         self._stop.set()
         self._thread.join()
-        self.seconds = time.perf_counter() - self._start
+        self.seconds = time.perf_counter() - self.started
         self.source.close()
-
-    def elapsed_s(self) -> float:
-        """Seconds since the start: the clock of the readings."""
-        return time.perf_counter() - self._start
 
     def timeline(self) -> dict[str, tuple[list[float], list[float]]]:
         """Each metric as seconds since the start and values, for pictures."""

@@ -191,7 +191,6 @@ def _check_training(
     sampler: Sampler | None,
 ) -> None:
     def train() -> Found:
-        began = sampler.elapsed_s() if sampler else 0.0
         passed, numbers = training_steps(
             path,
             model,
@@ -201,8 +200,9 @@ def _check_training(
             resolution=settings.resolution,
             compiled=compiled,
         )
+        began, ended = numbers.pop("span")
         if sampler:
-            numbers["utilization"] = sampler.summary(began, sampler.elapsed_s())["metrics"]
+            numbers["utilization"] = sampler.summary(began - sampler.started, ended - sampler.started)["metrics"]
         return passed, numbers
 
     evidence.check(f"training of {model}{' (compiled)' if compiled else ''}", train)

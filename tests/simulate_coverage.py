@@ -10,7 +10,7 @@ import numpy as np
 
 from train.bootstrap import Groups, LesionBootstrap, interval, two_sided_p
 from train.curves import fit_curve, hold_out_largest
-from train.metrics import SCALARS, evaluate, prepare
+from train.metrics import SCALARS, evaluate, mean_freedom, prepare
 from train.study import Tested, model_difference
 from train.variance import SOURCES, variance_shares
 
@@ -50,12 +50,12 @@ def lesions_and_answers(rng, recalls, lesions, models=1):
     return labels, ids, rng.random((labels.size, models)) < chance[ids][:, None]
 
 
-def balanced_accuracies(labels, right, bootstrap):
-    """(R + 1,) balanced accuracies: of the images, and of each resample."""
+def recalls_of(labels, right, bootstrap):
+    """(R + 1, 7) recalls: of the images, and of each resample."""
     groups = Groups(2 * labels + right, 14)
     parts = [groups.sums(weights) for weights in bootstrap.weights()]
     counts = np.concatenate(parts, axis=1).reshape(7, 2, -1)
-    return (counts[:, 1] / counts.sum(axis=1)).mean(axis=0)
+    return (counts[:, 1] / counts.sum(axis=1)).T
 
 
 def balanced_accuracy(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS):
@@ -64,8 +64,10 @@ def balanced_accuracy(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS)
     held = 0
     for i in range(repeats):
         labels, ids, right = lesions_and_answers(rng, recalls, lesions)
-        found = balanced_accuracies(labels, right[:, 0], LesionBootstrap(labels, ids, resamples=resamples, seed=i))
-        low, high = interval(found[1:], found[0])
+        bootstrap = LesionBootstrap(labels, ids, resamples=resamples, seed=i)
+        found = recalls_of(labels, right[:, 0], bootstrap)
+        mean = found.mean(axis=1)
+        low, high = interval(mean[1:], mean[0], freedom=mean_freedom(found, bootstrap))
         held += bool(low <= recalls.mean() <= high)
     return held / repeats
 
@@ -77,18 +79,19 @@ def equal_models(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS):
     for i in range(repeats):
         labels, ids, right = lesions_and_answers(rng, recalls, lesions, models=2)
         bootstrap = LesionBootstrap(labels, ids, resamples=resamples, seed=i)
-        gap = balanced_accuracies(labels, right[:, 0], bootstrap) - balanced_accuracies(labels, right[:, 1], bootstrap)
-        low, high = interval(gap[1:], gap[0])
+        gaps = recalls_of(labels, right[:, 0], bootstrap) - recalls_of(labels, right[:, 1], bootstrap)
+        gap, freed = gaps.mean(axis=1), mean_freedom(gaps, bootstrap)
+        low, high = interval(gap[1:], gap[0], freedom=freed)
         held += bool(low <= 0 <= high)
-        small += two_sided_p(gap[1:], float(gap[0])) < 0.05
+        small += two_sided_p(gap[1:], float(gap[0]), freedom=freed) < 0.05
     return held / repeats, small / repeats
 
 
 def every_metric(repeats, prior="training", sharpness=1.0, resamples=1000, seed=0):
     """Share of repeats whose interval holds the truth, for each scalar metric of `evaluate`.
 
-    A Gaussian world whose exact posterior is known; a sharpness above 1 makes the model overconfident. The truth is what
-    the model gets on 400 times as many lesions.
+    A Gaussian world whose exact posterior is known; a sharpness above 1 makes the model overconfident. The truth
+    is what the model gets on 400 times as many lesions.
     """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(7, 6))
@@ -122,7 +125,8 @@ class Answers:
 
     def measure(self, weights):
         counts = self.groups.sums(weights).reshape(7, 2, -1)
-        return {"balanced_accuracy": (counts[:, 1] / counts.sum(axis=1)).mean(axis=0)}
+        recall = (counts[:, 1] / counts.sum(axis=1)).T
+        return {"balanced_accuracy": recall.mean(axis=1), "recall": recall}
 
 
 def models_with_seeds(repeats, runs=3, seed_sd=0.03, resamples=300, seed=0):

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from shards.errors import DataError
-from train.bootstrap import Groups, interval, refuse_unfit, two_sided_p
+from train.bootstrap import Groups, interval, pooled_freedom, refuse_unfit, two_sided_p
 
 
 def means_of(sample, resamples=20_000, seed=0):
@@ -59,6 +59,23 @@ def test_p_is_small_exactly_where_the_interval_leaves_out_zero(value):
     # p = 5 % exactly where an end of the interval is.
     for end in (low, high):
         assert two_sided_p(replicates, value, null=float(end)) == pytest.approx(0.05, abs=0.002)
+
+
+def test_few_degrees_of_freedom_widen_the_interval_and_raise_p_as_students_t_does():
+    replicates = np.random.default_rng(5).normal(size=200_001)
+    replicates = 2 + np.concatenate([replicates, -replicates])  # symmetric: no bias and no skewness to correct
+    for freedom in (4.0, 20.0, np.inf):
+        low, high = interval(replicates, 2.0, freedom=freedom)
+        assert [low, high] == pytest.approx(stats.t(freedom, 2).interval(0.95), abs=0.03)
+        assert two_sided_p(replicates, 2.0, freedom=freedom) == pytest.approx(2 * stats.t.sf(2, freedom), abs=0.001)
+
+
+def test_pooled_degrees_of_freedom_are_welchs():
+    one, two = np.random.default_rng(0).normal(size=9), 3 * np.random.default_rng(1).normal(size=14)
+    welch = stats.ttest_ind(one, two, equal_var=False).df
+    variances = np.array([one.var(ddof=1) / 9, two.var(ddof=1) / 14])
+    assert pooled_freedom(variances, np.array([8.0, 13.0])) == pytest.approx(welch)
+    assert pooled_freedom(np.zeros(2), np.array([3.0, 4.0])) == np.inf
 
 
 def test_p_is_never_below_what_the_resamples_can_tell():

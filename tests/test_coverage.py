@@ -17,8 +17,8 @@ def test_balanced_accuracy_intervals_hold_the_truth(recalls):
 
 
 def test_the_intervals_of_every_metric_hold_the_truth():
-    repeats = 60
-    for name, share in simulate.every_metric(repeats, resamples=200).items():
+    repeats = 80
+    for name, share in simulate.every_metric(repeats, resamples=200, seed=1).items():
         if name == "expected_calibration_error":  # of a calibrated model, the low end is 0 in 97.5 % of cases
             assert share >= 0.9
         else:

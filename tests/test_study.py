@@ -9,7 +9,7 @@ import pytest
 from shards.errors import DataError
 from shards.format import CLASSES
 from train.metrics import evaluate
-from train.study import learning_curve, learning_curves, model_difference, paired_difference
+from train.study import learning_curve, learning_curves, model_difference, model_differences, paired_difference
 from train.study import tested as make_ready
 
 COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])
@@ -108,6 +108,18 @@ def test_the_difference_of_models_includes_the_spread_of_seeds():
     assert not alone["includes_seeds"]
     with pytest.raises(DataError, match="pairs of equal seeds"):
         model_difference(side([1.5], 0), [])
+
+
+def test_all_models_against_each_other_are_the_single_differences_over_shared_seeds():
+    runs = {
+        model: {seed: make_ready(predictions(skill, 10 * i + seed), **PRIORS) for seed in seeds}
+        for i, (model, skill, seeds) in enumerate([("a", 1.5, (0, 1, 2)), ("b", 1.2, (2, 1)), ("c", 1.0, (7,))])
+    }
+    (only,) = model_differences(runs, resamples=100)
+    assert (only["first"], only["second"]) == ("a", "b")
+    pairs = ([runs[model][seed] for seed in (1, 2)] for model in "ab")
+    assert only["metrics"] == model_difference(*pairs, resamples=100)
+    assert model_differences({}) == []
 
 
 def test_runs_on_different_tests_are_refused():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.format import CLASSES
-from train.bootstrap import CONFIDENCE, LesionBootstrap, interval, refuse_unfit
+from train.bootstrap import CONFIDENCE, LesionBootstrap, interval, pooled_freedom, refuse_unfit
 from train.calibration import BINS, ConfidenceBins, at_prior, class_prior, fit_temperature, prior_weights, softmax
 from train.scores import Scores
 
@@ -101,16 +101,37 @@ def number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def estimate(replicates: Floats, *, kind: str = "bca", limits: tuple[float, float] = (0.0, 1.0)) -> dict[str, Any]:
-    """{"value", "low", "high"} of (R + 1,) replicates whose first is the value; None where undefined."""
+def estimate(
+    replicates: Floats,
+    *,
+    kind: str = "bca",
+    freedom: float = np.inf,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> dict[str, Any]:
+    """{"value", "low", "high"} of (R + 1,) replicates whose first is the value; None where undefined.
+
+    kind, freedom: as for `bootstrap.interval`; limits: of the metric.
+    """
     if not np.isfinite(replicates[0]):
         return {"value": None, "low": None, "high": None}
-    low, high = interval(replicates[1:], replicates[0], kind=kind)
+    low, high = interval(replicates[1:], replicates[0], kind=kind, freedom=freedom)
     return {
         "value": number(replicates[0]),
         "low": number(float(np.clip(low, *limits))),
         "high": number(float(np.clip(high, *limits))),
     }
+
+
+def mean_freedom(recalls: Floats, bootstrap: LesionBootstrap) -> float:
+    """Degrees of freedom of a mean of recalls or of differences of recalls, (R + 1, C): few where 15 lesions rule it.
+
+    Lesions of each class are drawn on their own, so the variances add up; NaN columns are absent classes.
+    """
+    lesions = np.bincount(bootstrap.lesion_label, minlength=recalls.shape[1])
+    here = np.isfinite(recalls[0])
+    if len(recalls) < 3:
+        return np.inf
+    return pooled_freedom(recalls[1:, here].var(axis=0, ddof=1), lesions[here] - 1.0)
 
 
 def calibration_error(
@@ -206,12 +227,14 @@ def evaluate(
         "classes_of_one_lesion": [classes[c] for c in bootstrap.single],
     }
     result |= {key: estimate(found[key]) for key in SCALARS}
+    freed = mean_freedom(found["recall"], bootstrap)
+    result["balanced_accuracy"] = estimate(found["balanced_accuracy"], freedom=freed)
     result["expected_calibration_error"], result["calibration_error_of_chance"] = calibration_error(
         found["expected_calibration_error"], scores.bins, scores, bootstrap
     )
     result["per_class"] = {
         name: {"images": int(images[c]), "lesions": int(groups[c]) if lesions is not None else None}
-        | {key: estimate(found[key][:, c]) for key in CLASS_SCALARS}
+        | {key: estimate(found[key][:, c], freedom=max(groups[c] - 1, 1)) for key in CLASS_SCALARS}
         for c, name in enumerate(classes)
     }
     present = images > 0

@@ -5,8 +5,9 @@ interval as `<metric>`, `<metric>_low`, `<metric>_high` (`metrics.flatten`). Pre
 image: predictions.parquet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.format import CLASSES
-from train.bootstrap import CONFIDENCE, LesionBootstrap, refuse_unfit, two_sided_p
+from train.bootstrap import CONFIDENCE, LesionBootstrap, pooled_freedom, refuse_unfit, two_sided_p
 from train.curves import LearningCurve, fit_curve, hold_out_largest
-from train.metrics import estimate, number, prepare, replicate
+from train.metrics import estimate, mean_freedom, number, prepare, replicate
 from train.scores import Scores
 
 if TYPE_CHECKING:
@@ -100,14 +101,22 @@ def paired_difference(
     _same_test([first, second])
     bootstrap = LesionBootstrap(first.scores.labels, first.lesion_id, resamples=resamples, seed=seed)
     one, two = replicate([first.scores, second.scores], bootstrap)
+    return _of_one_pair(one, two, bootstrap, metrics)
+
+
+def _of_one_pair(
+    one: dict[str, Floats], two: dict[str, Floats], bootstrap: LesionBootstrap, metrics: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """`paired_difference` from the replicates of two runs."""
     told = {}
     for name in metrics:
         gap = one[name] - two[name]
+        freed = mean_freedom(one["recall"] - two["recall"], bootstrap) if name == "balanced_accuracy" else np.inf
         told[name] = {
             "first": number(float(one[name][0])),
             "second": number(float(two[name][0])),
-            "difference": estimate(gap, limits=(-1.0, 1.0)),
-            "p": two_sided_p(gap[1:], float(gap[0])) if np.isfinite(gap[0]) else None,
+            "difference": estimate(gap, freedom=freed, limits=(-1.0, 1.0)),
+            "p": two_sided_p(gap[1:], float(gap[0]), freedom=freed) if np.isfinite(gap[0]) else None,
         }
     return told
 
@@ -126,20 +135,30 @@ def model_difference(
     resampled lesions plus that between the pairs over their number; the interval and p are Student's t with Welch and
     Satterthwaite's degrees of freedom. One pair: `paired_difference`, and includes_seeds is False.
     """
-    from scipy.stats import t
-
     if len(first) != len(second) or not first:
         raise DataError(f"{len(first)} and {len(second)} runs: a difference between models needs pairs of equal seeds")
-    pairs = len(first)
-    if pairs == 1:
-        alone = paired_difference(first[0], second[0], metrics=metrics, resamples=resamples, seed=seed)
-        return {name: cell | {"runs": 1, "includes_seeds": False} for name, cell in alone.items()}
     _same_test([*first, *second])
     bootstrap = LesionBootstrap(first[0].scores.labels, first[0].lesion_id, resamples=resamples, seed=seed)
     found = replicate([run.scores for run in (*first, *second)], bootstrap)
+    return _of_pairs(found[: len(first)], found[len(first) :], bootstrap, metrics)
+
+
+def _of_pairs(
+    first: Sequence[dict[str, Floats]],
+    second: Sequence[dict[str, Floats]],
+    bootstrap: LesionBootstrap,
+    metrics: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """`model_difference` from the replicates of the runs."""
+    from scipy.stats import t
+
+    pairs = len(first)
+    if pairs == 1:
+        alone = _of_one_pair(first[0], second[0], bootstrap, metrics)
+        return {name: cell | {"runs": 1, "includes_seeds": False} for name, cell in alone.items()}
     told: dict[str, dict[str, Any]] = {}
     for name in metrics:
-        ones, twos = (np.stack([r[name] for r in half]) for half in (found[:pairs], found[pairs:]))
+        ones, twos = (np.stack([run[name] for run in half]) for half in (first, second))
         gaps = ones - twos  # (pairs, R + 1)
         mean = float(gaps[:, 0].mean())
         by_lesion = float(np.nanvar(gaps[:, 1:].mean(axis=0), ddof=1))
@@ -148,8 +167,11 @@ def model_difference(
         cell = {"value": number(mean), "low": None, "high": None}
         p = None
         if np.isfinite(whole) and np.isfinite(mean):
-            shares = by_lesion**2 / max(bootstrap.lesions - 1, 1) + by_seed**2 / (pairs - 1)
-            freedom = whole**2 / shares if shares > 0 else np.inf
+            freed = max(bootstrap.lesions - 1, 1)
+            if name == "balanced_accuracy":
+                recalls = [np.stack([run["recall"] for run in half]).mean(axis=0) for half in (first, second)]
+                freed = mean_freedom(recalls[0] - recalls[1], bootstrap)
+            freedom = pooled_freedom(np.array([by_lesion, by_seed]), np.array([freed, pairs - 1]))
             reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * np.sqrt(whole)
             cell |= {"low": number(max(mean - reach, -1.0)), "high": number(min(mean + reach, 1.0))}
             p = number(float(2 * t.sf(abs(mean) / np.sqrt(whole), freedom))) if whole > 0 else float(mean == 0)
@@ -161,6 +183,35 @@ def model_difference(
             "runs": pairs,
             "includes_seeds": True,
         }
+    return told
+
+
+def model_differences(
+    runs: Mapping[str, Mapping[Any, Tested]],
+    *,
+    metrics: Sequence[str] = COMPARED,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """`model_difference` for every two models that share a seed. Each run is measured once.
+
+    runs: by model, then by seed (anything that pairs runs). Returns {"first", "second", "metrics"} for each two, in the
+    order of `runs`. Raises DataError unless all were tested on the same images.
+    """
+    every = [run for by_seed in runs.values() for run in by_seed.values()]
+    if not every:
+        return []
+    _same_test(every)
+    bootstrap = LesionBootstrap(every[0].scores.labels, every[0].lesion_id, resamples=resamples, seed=seed)
+    measured = iter(replicate([run.scores for run in every], bootstrap))
+    found = {model: {key: next(measured) for key in by_seed} for model, by_seed in runs.items()}
+    told = []
+    for first, second in combinations(runs, 2):
+        shared = [key for key in found[first] if key in found[second]]
+        if shared:
+            halves = [[found[model][key] for key in shared] for model in (first, second)]
+            cells = _of_pairs(halves[0], halves[1], bootstrap, metrics)
+            told.append({"first": first, "second": second, "metrics": cells})
     return told
 
 

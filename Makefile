@@ -36,6 +36,9 @@ test-gpu: install ## only those that need a CUDA device
 gpu-check: install ## check everything on this machine's GPU, ten minutes; writes benchmarks/results/gpu/<gpu>.json
 	$(BIN)/python -m benchmarks.gpu_check
 
+peers: ## the loaders that benchmarks compare with, in .venv-peers (needs system packages, which it names)
+	bash benchmarks/install_peers.sh .venv-peers
+
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

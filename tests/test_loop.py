@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from train import loop
 from train.distributed import World
 from train.loop import Stopped, train_once
 from train.metrics import balanced_accuracy
+from train.result import used_temperature
 from train.workspace import Workspace
 
 PLAIN = {}
@@ -190,7 +192,12 @@ def test_predictions_hold_each_val_and_test_image_once(tiny_shards: Path, whole:
         f"{kind}_{dx}" for kind in ("logit", "prob") for dx in classes
     ]
     logits = torch.tensor(table[[f"logit_{dx}" for dx in classes]].to_numpy())
-    np.testing.assert_allclose(table[[f"prob_{dx}" for dx in classes]], logits.softmax(1), rtol=0, atol=1e-6)
+    result = json.loads((whole / "result.json").read_text())
+    temperature = used_temperature(result["test"])
+    expected = (logits.double() / temperature).softmax(1)
+    np.testing.assert_allclose(table[[f"prob_{dx}" for dx in classes]], expected, rtol=0, atol=1e-6)
+    about = {k.decode(): v.decode() for k, v in pq.read_schema(whole / "predictions.parquet").metadata.items()}
+    assert about == {"prior": "balanced", "temperature": repr(temperature)}
     test = (table["split"] == "test").to_numpy()
     score = balanced_accuracy(logits.numpy()[test], table["label"].to_numpy()[test])
     assert json.loads((whole / "result.json").read_text())["test"]["balanced_accuracy"]["value"] == pytest.approx(score)

@@ -172,10 +172,12 @@ def write_predictions(
     data: "ShardSet",
     parts: dict[str, tuple[np.ndarray, np.ndarray]],
     probabilities: dict[str, np.ndarray],
+    about: dict[str, str],
 ) -> None:
     """predictions.parquet: image_id, lesion_id, split, label, `logit_<dx>` and `prob_<dx>`, one row an image.
 
-    parts[split]: sample numbers (N,) int64 and logits (N, 7) float32; probabilities[split]: (N, 7) float64.
+    parts[split]: sample numbers (N,) int64 and logits (N, 7) float32; probabilities[split]: (N, 7) float64; about: what
+    the probabilities are (prior and temperature), kept as the file's metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -187,5 +189,5 @@ def write_predictions(
     columns |= {f"logit_{dx}": logits[:, c] for c, dx in enumerate(CLASSES)}
     columns |= {f"prob_{dx}": shares[:, c] for c, dx in enumerate(CLASSES)}
     content = io.BytesIO()
-    pq.write_table(pa.table(columns), content)
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), content)
     write_durably(folder / PREDICTIONS, content.getvalue())

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,6 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
     config, prior = run.config, LOGITS_PRIOR[run.config.loss]
     parts = {split: one for split, one in found.items() if one is not None}
     labels = {split: run.selections[split].labels for split in parts}
-    shares = {
-        split: softmax(at_prior(one.logits, estimated=prior, wanted=prior, training_prior=run.class_counts))
-        for split, one in parts.items()
-    }
-    write_predictions(folder.path, run.data, {s: (one.samples, one.logits) for s, one in parts.items()}, shares)
     test, rows = run.selections["test"], parts["test"].samples
     no_lesions = all(lesion is None for lesion in run.data.column("lesion_id")[rows])
     metrics = evaluate(
@@ -48,7 +44,16 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
         val_labels=labels["val"],
     )
     progress.seconds["eval"] += time.perf_counter() - began
-    write_weights(folder.path / WEIGHTS, run.reported.body, _metadata(run, prior))
+    temperature = used_temperature(metrics)
+    shares = {
+        split: softmax(
+            at_prior(one.logits, estimated=prior, wanted=prior, training_prior=run.class_counts) / temperature
+        )
+        for split, one in parts.items()
+    }
+    about = {"prior": prior, "temperature": repr(temperature)}
+    write_predictions(folder.path, run.data, {s: (one.samples, one.logits) for s, one in parts.items()}, shares, about)
+    write_weights(folder.path / WEIGHTS, run.reported.body, _metadata(run, prior, temperature))
     parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
     score = metrics["balanced_accuracy"]
     seconds = {"train": progress.train_s, **progress.seconds}
@@ -87,11 +92,20 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
     return result
 
 
+def used_temperature(metrics: dict[str, Any]) -> float:
+    """What the logits of predictions are divided by: the temperature that fits val best; 1 where val cannot tell one.
+
+    metrics: of `metrics.evaluate` with val logits.
+    """
+    fitted = metrics["temperature_scaling"]
+    return 1.0 if fitted["at_limit"] else float(fitted["temperature"])
+
+
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _metadata(run: Run, prior: str) -> dict[str, str]:
+def _metadata(run: Run, prior: str, temperature: float) -> dict[str, str]:
     """What someone who has model.safetensors alone needs to use it; safetensors keeps text only."""
     return {
         "model": run.config.model,
@@ -99,6 +113,9 @@ def _metadata(run: Run, prior: str) -> dict[str, str]:
         "classes": json.dumps(CLASSES),
         "mean": json.dumps(run.reported.head.mean.tolist()),
         "std": json.dumps(run.reported.head.std.tolist()),
+        "encode": json.dumps(asdict(run.data.manifest.encode)),
+        "eval_crop": repr(run.loaders["test"].augment.eval_crop),
         "logits_prior": prior,
+        "temperature": repr(temperature),
         "training_images_per_class": json.dumps(run.class_counts),
     }

@@ -5,9 +5,11 @@ import filecmp
 import hashlib
 import io
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from shards.errors import DataError
@@ -17,7 +19,7 @@ from shards.writer import check_image_id
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
 """The columns that HAM10000's metadata must have; `dataset` is optional (older copies lack it)."""
 
-_PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+_PICTURES = {"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +137,14 @@ def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -
     found: dict[str, str] = {}
     differing = set()
     for folder in folders:
-        inside = folder.relative_to(root)
-        pictures = (path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
-        for file in sorted(path.name for path in pictures if not path.name.startswith(".")):
-            stem, name = Path(file).stem, str(inside / file)
+        inside = "" if folder == root else f"{folder.relative_to(root)}/"
+        with os.scandir(folder) as entries:
+            files = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+        for file in files:
+            stem, _, suffix = file.rpartition(".")
+            if suffix.lower() not in _PICTURES:
+                continue
+            name = inside + file
             first = found.setdefault(stem, name)
             if first == name:
                 continue
@@ -175,14 +181,8 @@ def record_from(row: dict[str, str], file: str, dataset: str | None) -> Record:
         age = math.nan
     if age is not None and not 0 <= age <= 130:
         raise ValueError(f"age '{row['age']}' is not a number from 0 to 130 (empty means unknown)")
+    values = (intern(row.get(name, "")) or None for name in ("dx_type", "sex", "localization", "dataset"))
+    dx_type, sex, localization, named = values
     return Record(
-        row["image_id"],
-        file,
-        row["lesion_id"],
-        row["dx"],
-        row["dx_type"] or None,
-        age,
-        row["sex"] or None,
-        row["localization"] or None,
-        row.get("dataset") or dataset,
+        row["image_id"], file, row["lesion_id"], intern(row["dx"]), dx_type, age, sex, localization, named or dataset
     )

@@ -7,11 +7,11 @@ in one rename, so a crash at any moment leaves either the old set or the new one
 import ctypes
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from shards.format import (
     CLASSES,
     FORMAT_VERSION,
     INDEX,
-    INDEX_TYPES,
     MANIFEST,
     EncodeSpec,
     Manifest,
     ShardInfo,
-    index_schema,
 )
+from shards.index_file import IndexFile
 from shards.tar import BLOCK, Shard
 
 _SUFFIX = {"jpg": "jpg", "raw": "npy"}
@@ -97,9 +96,8 @@ class ShardSetWriter:
         self._infos: list[ShardInfo] = []
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flush: Future[None] | None = None
-        self._columns: dict[str, list[Any]] = {name: [] for name in INDEX_TYPES}
         self._seen: set[str] = set()
-        self._splits: list[str] = []
+        self._counts: dict[str, dict[str, int]] = {}
         refuse_occupied(out, overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
         self._lock = out.with_name(f".{out.name}.lock").open("wb")
@@ -115,25 +113,22 @@ class ShardSetWriter:
         if self._partial.exists():  # left by a packing that was killed
             shutil.rmtree(self._partial)
         self._partial.mkdir()
+        self._index = IndexFile(self._partial / INDEX)
 
     def __enter__(self) -> "ShardSetWriter":
         """Enter the context."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Remove whatever was not finished, even where closing the open file fails because the disk is full."""
-        try:
-            if self._shard is not None:
-                self._shard.close()
-        except OSError:
-            if not any(exc):
-                raise
-        finally:
-            self._flusher.shutdown()
-            if self._partial.exists():
-                shutil.rmtree(self._partial)
-            Path(self._lock.name).unlink(missing_ok=True)
-            self._lock.close()
+        """Remove whatever was not finished."""
+        for close in (self._index.close, *([self._shard.close] if self._shard else [])):
+            with suppress(OSError):  # unfinished files are unwanted, and on a full disk closing one fails again
+                close()
+        self._flusher.shutdown()
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
 
     def attach(self, name: str, content: bytes) -> None:
         """Put one more file into the folder, beside the shards; it is no part of the format."""
@@ -164,8 +159,8 @@ class ShardSetWriter:
             "width": sample.width,
             "xxh3": xxhash.xxh3_64_intdigest(sample.payload),
         }
-        for name, column in self._columns.items():
-            column.append(record[name])
+        self._index.add(record)
+        self._counts[sample.split][sample.metadata["dx"]] += 1
 
     def _shard_for(self, split: str, size: int) -> Shard:
         """The shard that the next sample of `split` goes to: the open one, unless it is full or of another split."""
@@ -173,9 +168,9 @@ class ShardSetWriter:
         if shard is not None and shard.split == split and shard.position + size + 2 * BLOCK <= self.shard_bytes:
             return shard
         if shard is None or shard.split != split:
-            if split in self._splits:
+            if split in self._counts:
                 raise ValueError(f"samples of split '{split}' must come together")
-            self._splits.append(split)
+            self._counts[split] = dict.fromkeys(CLASSES, 0)
         if shard is not None:
             self._end(shard)
         self._shard = Shard(self._partial, len(self._infos), split)
@@ -201,20 +196,10 @@ class ShardSetWriter:
         versions: dict[str, str],
     ) -> Manifest:
         """Close the last shard, write the index and the manifest, and swap the folder into place."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if self._shard is None:
             raise DataError("no image was packed: the source is empty, or every image was left out")
         self._end(self._shard)
-        index = self._partial / INDEX
-        table = pa.table(self._columns, schema=index_schema())
-        pq.write_table(table, index, compression="zstd", write_statistics=False)
-        with index.open("rb") as file:
-            os.fsync(file.fileno())
-        counts = {name: {dx: 0 for dx in CLASSES} for name in self._splits}
-        for name, dx in zip(self._columns["split"], self._columns["dx"], strict=True):
-            counts[name][dx] += 1
+        index_sha256 = self._index.finish()
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             classes=CLASSES,
@@ -222,13 +207,13 @@ class ShardSetWriter:
             split=split,
             mean=mean,
             std=std,
-            counts=counts,
+            counts=self._counts,
             source=source,
             citation=citation,
             licence=licence,
             versions=versions,
             shards=tuple(self._infos),
-            index_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
+            index_sha256=index_sha256,
         )
         if self._flush is not None:
             self._flush.result()

@@ -138,6 +138,7 @@ def test_an_epoch_left_early_neither_hangs_nor_spoils_the_next(shard_sets):
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))  # noqa: PTH208  # DALI's own threads too
 
+    gc.collect()  # what earlier tests left
     before = threads()
     for taken in (1, 2, 7):
         loader.set_epoch(0)
@@ -146,7 +147,7 @@ def test_an_epoch_left_early_neither_hangs_nor_spoils_the_next(shard_sets):
         for _ in range(taken):
             next(running)
         running.close()
-    assert threads() == before
+    assert threads() <= before
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batch": 0})
     assert_parity(expected, batches(loader))
     loader.close()

@@ -1,7 +1,7 @@
 """Does the dali engine work on this GPU? Found out in a process of its own: a crash in a decoder cannot be caught.
 
-`python -m shards.engines.selfcheck` is that process: it loads real samples with both engines and prints how far they
-are apart. `verdicts.py` keeps what came out.
+That process runs `main`: it loads real samples with both engines and prints how far they are apart. `verdicts.py` keeps
+what came out.
 """
 
 import json
@@ -88,7 +88,7 @@ def _ask_child(
     package_home = str(Path(__file__).resolve().parents[2])
     search = [package_home, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        child or [sys.executable, "-m", "shards.engines.selfcheck"],
+        child or [sys.executable, "-c", "from shards.engines.selfcheck import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -187,7 +187,3 @@ def main() -> None:
         samples = np.array(question["samples"], np.int64)
         answer = differences(data, samples, question["device"], question["variant"])
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,6 +16,7 @@ def test_balanced_accuracy_intervals_hold_the_truth(recalls):
     near_95(simulate.balanced_accuracy(simulate.RECALLS[recalls], 120, resamples=300), 120)
 
 
+@pytest.mark.slow
 def test_the_intervals_of_every_metric_hold_the_truth():
     repeats = 80
     for name, share in simulate.every_metric(repeats, resamples=200, seed=1).items():
@@ -53,6 +54,7 @@ def test_curves_that_cannot_be_identified_are_said_not_to_be():
         assert shares[name] >= 0.85, name
 
 
+@pytest.mark.slow
 def test_variance_shares_are_unbiased_and_their_intervals_hold_the_truth():
     truth = {"model": 0.3, "size": 0.5, "interaction": 0.1, "seed": 0.1}
     mean, held = simulate.variance(60, resamples=300)

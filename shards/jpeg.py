@@ -82,6 +82,11 @@ def _segments(raw: bytes) -> dict[int, int]:
         position += 2 + int.from_bytes(raw[position + 2 : position + 4], "big")
 
 
+def has_restart_table(raw: bytes | memoryview) -> bool:
+    """Whether a JPEG file carries a restart table, as those that `encode_jpeg` wrote do."""
+    return raw[_APP0_END + 4 : _TABLE] == TAG
+
+
 def cut_region(
     raw: memoryview, height: int, width: int, y: int, x: int, h: int, w: int
 ) -> tuple[np.ndarray, int, int] | None:
@@ -91,7 +96,7 @@ def cut_region(
     the box is at [y - top : y - top + h, x - left : x - left + w], equal to the whole image's pixels there. None where
     the file has no restart table or the box needs nearly all of it.
     """
-    if raw[_APP0_END + 4 : _TABLE] != TAG:
+    if not has_restart_table(raw):
         return None
     block_height, block_width, interval, sof, scan = _FIELDS.unpack_from(raw, _TABLE)
     run_width = block_width * interval

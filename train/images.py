@@ -1,0 +1,130 @@
+"""Foreign image files → upright RGB pixels, or the reason why not. Prediction is given anything."""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shards.encode import MOST_PIXELS, BadImageError, decode_upright, turn_upright
+from shards.jpeg import has_restart_table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+"""What is taken out of a folder; a file that is named itself is judged by its content."""
+
+MOST_BYTES = 3 * MOST_PIXELS
+"""Refused above this, unread: no file of so many pixels needs more."""
+
+_FORMATS = ("PNG", "TIFF", "BMP", "WEBP")  # beside JPEG, which goes through the packer's own decoder
+_ORIENTATION = 0x0112
+_DAMAGE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, RuntimeError, EOFError, TypeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """pixels: (H, W, 3) uint8 RGB, upright. packed: it came out of a shard set, so it has been encoded already."""
+
+    pixels: np.ndarray
+    packed: bool = False
+
+
+def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """The files of `paths` in their order, folders replaced by what lies in and below them, sorted by name.
+
+    Returns (images, left out): of a folder, only files with one of SUFFIXES are taken, and hidden ones are passed over
+    in silence; everything that was named itself is taken, even what does not exist.
+    """
+    images: list[Path] = []
+    left_out: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            images.append(path)
+            continue
+        for file in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if not hidden and not file.is_dir():
+                (images if file.suffix.lower() in SUFFIXES else left_out).append(file)
+    return images, left_out
+
+
+def read_image(path: Path) -> Picture:
+    """Read one file. Raises BadImageError with the reason, whatever is wrong with it."""
+    try:
+        if not path.exists():
+            raise BadImageError("does not exist")
+        if not path.is_file():
+            raise BadImageError("is not a file")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise BadImageError(f"has {size // 1_000_000} MB, above the limit of {MOST_BYTES // 1_000_000}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadImageError(f"cannot be read ({error.strerror})") from None
+    return open_image(data)
+
+
+def open_image(data: bytes) -> Picture:
+    """Decode the bytes of a JPEG, PNG, TIFF, BMP or WebP file. Raises BadImageError with the reason.
+
+    JPEG goes through the packer's strict decoder. EXIF orientations are carried out. Grey becomes three equal channels
+    and of 16 bits the upper eight are kept; CMYK, Lab, 32-bit and floating-point pixels, transparency and files of
+    several images are refused, for what they should look like is not in the file.
+    """
+    if data[:2] == b"\xff\xd8":
+        return Picture(decode_upright(data), has_restart_table(data))
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise BadImageError("is empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise BadImageError(_too_large(f"claims {width} × {height} px"))
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise BadImageError(f"holds {frames} images; save the one that is meant as a file of its own")
+            image.load()
+            pixels = _to_rgb(image)
+            orientation = image.getexif().get(_ORIENTATION, 1)
+    except UnidentifiedImageError:
+        raise BadImageError(f"is no image that can be read (JPEG, {', '.join(_FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImageError(_too_large("claims more")) from None
+    except (*_DAMAGE, struct.error, zlib.error) as error:
+        raise BadImageError(f"is damaged ({_first_line(error)})") from None
+    turned = isinstance(orientation, int) and 2 <= orientation <= 8
+    return Picture(turn_upright(pixels, orientation) if turned else pixels)
+
+
+def _too_large(claim: str) -> str:
+    return f"{claim}, above the limit of {MOST_PIXELS // 1_000_000} megapixels"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _to_rgb(image: "Image") -> np.ndarray:
+    """(H, W, 3) uint8 of a loaded image. Raises BadImageError for a kind of pixel that has no sure reading as RGB."""
+    mode = image.mode
+    if mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    elif ("transparency" in image.info and mode in ("1", "L", "RGB")) or mode == "LA":
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        if image.getchannel("A").getextrema()[0] != 255:
+            raise BadImageError("has transparent parts; save it without transparency")
+        image = image.convert("RGB")
+    if image.mode in ("RGB", "L", "1", "YCbCr"):
+        return np.array(image.convert("RGB"))
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    names = {"CMYK": "CMYK", "LAB": "Lab", "I": "32-bit", "F": "floating-point"}
+    raise BadImageError(f"has {names.get(mode, mode)} pixels; convert it to 8-bit RGB")

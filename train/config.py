@@ -180,8 +180,8 @@ def learning_rate(config: Config, step: int, total: int) -> float:
 def resolution_of(config: Config, epoch: int, epochs: int) -> int:
     """The training resolution of `epoch` in pixels: FFCV's ramp, in steps of 32 over the first three quarters."""
     start = config.start_resolution
-    if start is None:
+    ramp = math.floor(epochs * RAMP_END)
+    if start is None or epoch >= ramp:
         return config.resolution
-    ramp = max(math.floor(epochs * RAMP_END), 1)
-    sizes = (config.resolution - start) // RAMP_STEP_PX + 1
-    return min(config.resolution, start + RAMP_STEP_PX * (epoch * sizes // ramp))
+    smaller = (config.resolution - start) // RAMP_STEP_PX
+    return start + RAMP_STEP_PX * (epoch * smaller // ramp)

@@ -75,6 +75,7 @@ def timm_name(name: str) -> str | None:
 
 def family(name: str) -> str:
     """The family that decides the recipe (`config.RECIPES`): `alexnet`, `batchnorm` or `layernorm`."""
+    timm_name(name)
     if name in MODELS:
         return MODELS[name].family
     layers = _skeleton(name, None).modules()
@@ -82,7 +83,8 @@ def family(name: str) -> str:
 
 
 def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
-    """Raise UsageError where a model cannot train at `px`, or along a ramp from `start_px` to it."""
+    """Raise UsageError where a model is unknown, or cannot train at `px`, or along a ramp from `start_px` to it."""
+    timm_name(name)
     least = px if start_px is None else min(start_px, px)
     if start_px is not None and start_px != px and name not in MODELS:
         fixed = _fixed_size(name)

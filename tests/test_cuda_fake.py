@@ -1,0 +1,77 @@
+"""CUDA code as far as a CPU can check it: fake CUDA tensors for the forward pass, `meta` tensors for the backward pass.
+
+Fake tensors run no kernel, but know devices, types and shapes: tensors of mixed devices raise, and so does fetching a
+value, which is what a hidden host sync does. Autocast and backward cannot be had that way.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from train import models
+from train.loss import Loss
+from train.models import MODELS, Classifier
+
+MEAN, STD = (0.7, 0.5, 0.4), (0.2, 0.15, 0.1)
+COUNTS = [30, 40, 100, 10, 90, 600, 0]
+
+
+def batch(px: int, device: str, count: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images = torch.empty(count, px, px, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    return images, torch.empty(count, 3, 4, device=device), torch.zeros(count, dtype=torch.int64, device=device)
+
+
+def network(name: str, px: int) -> Classifier:
+    """A network without memory for its weights."""
+    with torch.device("meta"):
+        return models.build(name, px, 7, MEAN, STD).train()
+
+
+def on_cuda(net: Classifier, images: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+    """The forward pass with fake CUDA tensors, of the same shapes and layouts, in the place of the `meta` ones."""
+    state = {
+        name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+        for name, value in (*net.named_parameters(), *net.named_buffers())
+    }
+    return torch.func.functional_call(net, state, (images, colour))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_and_loss_stay_on_cuda(name: str) -> None:
+    net = network(name, 96)
+    with FakeTensorMode():
+        images, colour, labels = batch(96, "cuda")
+        logits = on_cuda(net, images, colour)
+        assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", torch.float32, (4, 7))
+        losses = torch.zeros(50, device="cuda")
+        for kind in ("logit-adjusted", "class-weighted", "plain"):
+            total, weight = Loss(kind, COUNTS, torch.device("cuda"))(logits, labels)
+            share = total / (4 if weight is None else weight)
+            losses[7] = share.detach()
+            assert share.device.type == losses.device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_backward_gives_every_parameter_a_gradient(name: str) -> None:
+    net = network(name, 96)
+    images, colour, labels = batch(96, "meta")
+    total, _ = Loss("logit-adjusted", COUNTS, torch.device("meta"))(net(images, colour), labels)
+    (total / 4).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+
+
+# ------------------------------------------------------------------ what the checks above would notice
+
+
+def test_a_host_sync_would_be_noticed() -> None:
+    net = network("alexnet", 64)
+    with FakeTensorMode():
+        logits = on_cuda(net, *batch(64, "cuda")[:2])
+        with pytest.raises(DataDependentOutputException):
+            logits.sum().item()
+
+
+def test_mixed_devices_would_be_noticed() -> None:
+    net = network("alexnet", 64)
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="device"):
+        on_cuda(net, batch(64, "cpu")[0], batch(64, "cuda")[1])

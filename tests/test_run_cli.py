@@ -1,0 +1,140 @@
+"""`python -m train.run` as users meet it: fast help, and one line for each mistake."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shards import cli
+from tests.train_runs import child_environment
+from train.run import main
+
+SMALL = ["--model", "test_resnet", "--epochs", "1", "--batch-size", "16", "--resolution", "32", "--compile", "off"]
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """The command sets a handler of SIGTERM; put the old one back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command as `__main__` does; the exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.run", "--device", "cpu", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+        out, errors = capsys.readouterr()
+        return int(stop.value.code or 0), out, errors
+
+    return run
+
+
+def test_help_answers_at_once() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "train.run", "--help"],
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        seconds.append(time.perf_counter() - start)
+    for option in ("--model", "--start-resolution", "--weight-decay", "--subset-seed", "--resume", "--sync-batch-norm"):
+        assert option in done.stdout
+    assert min(seconds) < 0.5, seconds
+
+
+def test_one_line_an_epoch_and_a_default_folder(
+    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path
+) -> None:
+    code, out, errors = command(*SMALL, "--data", tiny_shards, "--fraction", "0.5", "--seed", "3")
+    assert (code, errors) == (0, "")
+    lines = [line for line in out.splitlines() if line.startswith("epoch")]
+    pattern = r"epoch +1/1  loss \d\.\d+  val balanced accuracy 0\.\d+  \d+\.\d img/s  data wait \d+\.\d %"
+    assert len(lines) == 1
+    assert re.fullmatch(pattern, lines[0]), lines[0]
+    assert (tmp_path / "runs" / "test_resnet_f0.5_s3_u0" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--model", "resnet19"], 2, ["resnet19", "mixer_b16", "vit_b16", "alexnet"]),
+        (["--fraction", "0"], 2, ["fraction 0", "(0, 1]"]),
+        (["--fraction", "1.01"], 2, ["fraction 1.01"]),
+        (["--fraction", "half"], 2, ["half"]),
+        (["--batch-size", "100"], 2, ["--batch-size 100", "72 images"]),
+        (["--model", "alexnet", "--resolution", "62"], 2, ["alexnet", "63 px"]),
+        (["--model", "mixer_b16", "--resolution", "64", "--start-resolution", "32"], 2, ["mixer_b16"]),
+        (["--device", "tpu"], 2, ["tpu", "auto, cpu, cuda"]),
+        (["--precision", "fp16"], 2, ["fp16", "GPU"]),
+        (["--data", "nowhere"], 1, ["nowhere", "preprocess.shard"]),
+        (["--weights", "nowhere.pt"], 1, ["nowhere.pt"]),
+        (["--sync-batch-norm", "--model"], 2, ["--model"]),
+        (["--lr", "1e30", "--precision", "fp32"], 1, ["loss", "step", "--lr"]),
+    ],
+)
+def test_each_mistake_is_one_line(
+    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, arguments: list[str], code: int, words: list[str]
+) -> None:
+    got, _, errors = command(*SMALL, "--data", tiny_shards, *arguments)
+    assert got == code, errors
+    lines = errors.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_missing_gpu_is_one_line(command: Callable[..., tuple[int, str, str]], tiny_shards: Path) -> None:
+    code, _, errors = command(*SMALL, "--data", tiny_shards, "--device", "cuda:99")
+    assert code == 2
+    assert "GPU 99" in errors
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["manifest", "index", "shard", "payload"])
+def test_a_damaged_shard_set_is_one_line(
+    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path, damage: str
+) -> None:
+    data = tmp_path / "damaged"
+    shutil.copytree(tiny_shards, data)
+    file = {"manifest": "manifest.json", "index": "index.parquet"}.get(damage, "shard-00000.tar")
+    content = bytearray((data / file).read_bytes())
+    if damage == "payload":
+        content[1500:1510] = bytes(byte ^ 255 for byte in content[1500:1510])  # inside the first image
+    else:
+        del content[len(content) // 2 :]
+    (data / file).write_bytes(content)
+    code, _, errors = command(*SMALL, "--data", data)
+    assert code == 1, errors
+    assert len(errors.splitlines()) == 1
+    assert file in errors
+
+
+def test_a_full_disk_is_one_line(
+    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".checkpoint.pt.partial").symlink_to("/dev/full")  # every write to it fails as on a full disk
+    code, _, errors = command(*SMALL, "--data", tiny_shards, "--out", out)
+    assert code == 1, errors
+    assert len(errors.splitlines()) == 1
+    assert "disk is full" in errors
+    assert "checkpoint.pt" in errors

@@ -228,6 +228,7 @@ FORMS: dict[str, Callable[[Work, Path], None]] = {
     "shards-jpg": _shards("jpg"),
     "shards-raw": _shards("raw"),
     "shards-proportion": _shards("proportion"),
+    "shards-cold": _shards("jpg"),  # a copy that no other process has mapped, so that the kernel can drop it
     "tars": _tars,
     "mds": _mds,
     "litdata": _litdata,

@@ -8,7 +8,7 @@ from benchmarks.forms import stats
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, ratio_row, series_rows
 from benchmarks.peers import set_up
-from benchmarks.tables import grid, machine_text, notes, pivot
+from benchmarks.tables import busy_text, grid, machine_text, notes, pivot
 from benchmarks.work import System, Work
 from benchmarks.worker import Told, take_turns
 
@@ -86,6 +86,7 @@ def loader_text(rows: Sequence[Row]) -> str:
                 across.append((f"{px} px, {title}", _is(px, metric)))
         parts.append(pivot([row for row in part if not row.beside], across))
         ratios = [row for row in part if row.beside]
+        parts.append(busy_text(part))
         if ratios:
             parts.append("Ratios of images per second, taken within each round:\n")
             pairs = dict.fromkeys((row.system, row.beside) for row in ratios)

@@ -7,7 +7,7 @@ the distribution (Conover, Practical Nonparametric Statistics, 3rd ed., section 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.machine import Environment, Meter
 
@@ -17,13 +17,15 @@ class Sample:
     """One timed run of one system.
 
     count: images (or whatever is counted) done. seconds: wall clock. cpu_s: CPU seconds of the system and its worker
-    processes. other_cpu: share of the machine's CPU time that anything else used meanwhile, 0 to 1, nan if unknown.
+    processes. other_cpu: share of the machine's CPU time that anything else used meanwhile, 0 to 1. data_wait_s: of
+    `seconds`, those spent waiting for a batch. Both nan where unknown.
     """
 
     count: int
     seconds: float
     cpu_s: float
     other_cpu: float = math.nan
+    data_wait_s: float = math.nan
 
     @property
     def per_s(self) -> float:
@@ -150,7 +152,7 @@ def interleave(
                 continue
             if round_ >= 0:
                 other = meter.other_cpu(sample.cpu_s) if math.isnan(sample.other_cpu) else sample.other_cpu
-                series[name].samples.append(Sample(sample.count, sample.seconds, sample.cpu_s, other))
+                series[name].samples.append(replace(sample, other_cpu=other))
     return series
 
 

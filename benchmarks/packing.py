@@ -11,7 +11,7 @@ from benchmarks.machine import Environment
 from benchmarks.measure import Row, ratio_row, series_rows
 from benchmarks.packers import PACKERS, Packer
 from benchmarks.peers import need
-from benchmarks.tables import cell, grid, machine_text, notes, pivot
+from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
 from benchmarks.work import Work
 from benchmarks.worker import Running, Told, take_turns
 
@@ -163,6 +163,7 @@ def packing_text(rows: Sequence[Row]) -> str:
         across = [(title, lambda row, metric=metric: row.metric == metric) for metric, title in titles.items()]
         parts += [f"### Packed at {packed}\n", pivot([row for row in part if not row.beside], across)]
         lines = [[f"{row.system} / {row.beside}", cell(row)] for row in part if row.beside]
+        parts.append(busy_text(part))
         if lines:
             parts += ["Ratios of images per second, taken within each round:\n", grid(["ratio", "images/s"], lines)]
     parts += [notes(own), machine_text(own[0].environment if own else None)]

@@ -50,7 +50,8 @@ def _pairs(loader: Any) -> Iterator[Batch]:
         yield (batch["image"], batch["label"]) if isinstance(batch, dict) else (batch[0], batch[1])
 
 
-def _image_folder(work: Work, folder: Path) -> Epoch:
+def image_folder(work: Work, folder: Path) -> Epoch:
+    """torchvision's ImageFolder and PyTorch's DataLoader: what most people start with."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
@@ -132,7 +133,7 @@ TORCH = (
     System(
         "torchvision ImageFolder",
         "originals",
-        _image_folder,
+        image_folder,
         ("torchvision",),
         f"reads the originals (600×450, quality 100), not packed ones, as its users do; {_PIL_NOTE}",
         encoding="originals",

@@ -10,14 +10,19 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shards import cli
 
 if TYPE_CHECKING:
+    from benchmarks.machine import Environment
+    from benchmarks.measure import Row
+    from benchmarks.training import TrainingJob
     from preprocess.progress import Progress
+
+Told = Callable[[str], None]
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -123,6 +128,96 @@ def pack(
     _publish(out, "pack-quick" if quick else "pack", rows, packing_text)
 
 
+def _models(command: Callable) -> Callable:
+    """The options of the benchmarks that train."""
+    for option in (
+        click.option("--model", "models", multiple=True, help="Repeatable.  [default: all eight, quick resnet18]"),
+        click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px."),
+        click.option("--batch-size", type=int, default=16, show_default=True, help="Images per step."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_shared
+@_models
+def training(quick: bool, rounds: int | None, only: tuple[str, ...], **settings: Any) -> None:
+    """Images per second of the models: eager, channels-last, compiled, each beside a cached batch."""
+    from benchmarks.speed import SYSTEMS, measure_training, training_text
+
+    names = _chosen({name: name for name in SYSTEMS}, only)
+
+    def measure(job: "TrainingJob", machine: "Environment", rounds: int, seconds: float, told: Told) -> list["Row"]:
+        return measure_training(job, names, machine, rounds=rounds, seconds=seconds, told=told)
+
+    _train("training", measure, len(names) + 1, training_text, quick, rounds, **settings)
+
+
+@main.command()
+@_shared
+@_models
+@click.option(
+    "--style",
+    type=click.Choice(["eager NCHW", "channels-last", "compiled"]),
+    default="channels-last",
+    show_default=True,
+    help="How the models are run.",
+)
+def stalls(quick: bool, rounds: int | None, only: tuple[str, ...], style: str, **settings: Any) -> None:
+    """How much of training waits for data: cached batch, warm files, cold files, and the counted wait."""
+    from benchmarks.stalls import measure_stalls, stalls_text
+    from shards.errors import UsageError
+
+    if only:
+        raise UsageError("--only: the systems of `stalls` belong together; choose models with --model")
+
+    def measure(job: "TrainingJob", machine: "Environment", rounds: int, seconds: float, told: Told) -> list["Row"]:
+        return measure_stalls(job, style, machine, rounds=rounds, seconds=seconds, told=told)
+
+    _train("stalls", measure, 3, stalls_text, quick, rounds, **settings)
+
+
+def _train(
+    name: str,
+    measure: Callable[["TrainingJob", "Environment", int, float, Told], list["Row"]],
+    systems: int,
+    text: Callable[[list], str],
+    quick: bool,
+    rounds: int | None,
+    *,
+    models: tuple[str, ...],
+    source: Path,
+    cache: Path,
+    out: Path,
+    workers: int,
+    resolution: int,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
+    from benchmarks.machine import environment
+    from benchmarks.training import TrainingJob
+    from benchmarks.work import Work
+    from preprocess.progress import Progress
+    from train.models import MODELS, check_resolution, timm_name
+
+    models = models or (("resnet18",) if quick else tuple(MODELS))
+    for model in models:
+        timm_name(model)
+        check_resolution(model, resolution)
+    rounds = rounds or (5 if quick else 6)
+    work = Work(_images(source), cache, 400, resolution, batch_size, workers, copies=2 if quick else 4)
+    machine = environment(_command())
+    rows: list[Row] = []
+    with Progress(name, len(models) * systems * (1 + rounds), "runs") as bar:
+        for model in models:
+            job = TrainingJob(work, model, device)
+            rows += measure(job, machine, rounds, 0.5 if quick else 4.0, _advance(bar))
+            _publish(out, f"{name}-quick" if quick else name, rows, text, show=model == models[-1])
+
+
 def _chosen(systems: dict, only: tuple[str, ...]) -> list:
     """The systems that `--only` names, all without it. Raises UsageError where there are none."""
     from shards.errors import UsageError
@@ -150,7 +245,7 @@ def _command() -> str:
     return shlex.join(["python", "-m", "benchmarks.run", *words])
 
 
-def _publish(out: Path, name: str, rows: list, text: Callable[[list], str]) -> None:
+def _publish(out: Path, name: str, rows: list, text: Callable[[list], str], show: bool = True) -> None:
     """Write the CSV, and the Markdown from the CSV as it was read back; show the Markdown."""
     from benchmarks.tables import read_csv, write_csv
     from shards.writer import write_durably
@@ -159,7 +254,8 @@ def _publish(out: Path, name: str, rows: list, text: Callable[[list], str]) -> N
     write_csv(table, rows)
     markdown = text(read_csv(table))
     write_durably(out / f"{name}.md", markdown.encode())
-    click.echo(markdown)
+    if show:
+        click.echo(markdown)
     click.echo(f"wrote {table} and {table.with_suffix('.md')}", err=True)
 
 

@@ -130,6 +130,18 @@ def pivot(rows: Sequence[Row], across: Sequence[tuple[str, Callable[[Row], bool]
     return grid(["system", *(title for title, _ in across)], lines)
 
 
+def busy_text(rows: Sequence[Row]) -> str:
+    """How much of the machine's CPU time went to other processes while the rows were measured, in words."""
+    shares = sorted(row.other_cpu for row in rows if row.other_cpu is not None)
+    if not shares:
+        return ""
+    typical, most = shares[len(shares) // 2], shares[-1]
+    return (
+        f"Other processes used {100 * typical:.0f} % of the machine's CPU time meanwhile (median over the systems; "
+        f"at most {100 * most:.0f} %): absolute figures fall with it, ratios within a round far less.\n"
+    )
+
+
 def notes(rows: Sequence[Row]) -> str:
     """What failed and why, and what each system does differently, as Markdown lists."""
     failed = dict.fromkeys(f"- {row.system}: failed, {_escape(row.failed)}" for row in rows if row.failed)

@@ -5,6 +5,7 @@ system waits, and does nothing.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -33,16 +34,21 @@ def _nothing() -> None:
     pass
 
 
+def _unknown() -> float:
+    return math.nan
+
+
 @dataclass(frozen=True)
 class Running:
     """A system that is set up. once: one whole pass; returns the number of images. before: untimed, before each round.
 
-    about: figures found while setting up, by metric.
+    about: figures found while setting up, by metric. waited: seconds that passes have spent waiting for data so far.
     """
 
     once: Callable[[], int]
     before: Callable[[], None] = _nothing
     about: dict[str, float] = field(default_factory=dict)
+    waited: Callable[[], float] = _unknown
 
 
 SetUp = Callable[[str, Any], Running]
@@ -175,11 +181,13 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
         while True:
             seconds = pipe.recv()
             system.before()
-            cpu_s, begin, count, passed = tree_cpu_s(os.getpid()), time.perf_counter(), 0, 0.0
+            waited, cpu_s, begin = system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
+            count, passed = 0, 0.0
             while passed < seconds or not count:
                 count += system.once()
                 passed = time.perf_counter() - begin
-            pipe.send(("done", (count, passed, tree_cpu_s(os.getpid()) - cpu_s)))
+            cpu_s = tree_cpu_s(os.getpid()) - cpu_s
+            pipe.send(("done", (count, passed, cpu_s, math.nan, system.waited() - waited)))
     except EOFError:
         pass  # the parent closed the pipe: all rounds are done
     except Exception as error:  # noqa: BLE001 - whatever the system raises is its row's reason

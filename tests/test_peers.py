@@ -1,4 +1,3 @@
-import csv
 import importlib.metadata
 import json
 import os
@@ -23,9 +22,7 @@ from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
 from benchmarks.worker import Running, SystemFailedError, Worker, start_server, take_turns
 from shards import ShardSet
 from shards.errors import DataError
-from shards.format import CLASSES
-
-IMAGES = 40
+from tests.benchdata import IMAGES, write_source
 
 
 def absent(packages: tuple[str, ...]) -> list[str]:
@@ -40,23 +37,7 @@ def absent(packages: tuple[str, ...]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Work:
-    """A job on smooth pictures in the colours of skin, 600×450 like the originals."""
-    source = tmp_path_factory.mktemp("ham")
-    images = source / "HAM10000_images_part_1"
-    images.mkdir()
-    random = np.random.default_rng(0)
-    rows = []
-    for i in range(IMAGES):
-        noise = random.normal(0, 25, (6, 8, 3)).astype(np.float32)
-        picture = cv2.resize(noise, (600, 450), interpolation=cv2.INTER_CUBIC) + np.array([190, 140, 120], np.float32)
-        name = f"ISIC_{i:07d}"
-        pixels = cv2.cvtColor(picture.clip(0, 255).astype(np.uint8), cv2.COLOR_RGB2BGR)
-        cv2.imwrite(str(images / f"{name}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])
-        rows.append([f"HAM_{i:07d}", name, CLASSES[i % 7], "histo", "50", "male", "back"])
-    with (source / "HAM10000_metadata.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"])
-        writer.writerows(rows)
+    source = write_source(tmp_path_factory.mktemp("ham"))
     return Work(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=64, batch_size=8, copies=2)
 
 
@@ -114,7 +95,7 @@ def test_wrong_labels_are_refused(labels):
 
 def test_every_form_is_read_by_somebody_and_every_system_has_its_form():
     assert {system.form for system in SYSTEMS.values()} <= set(FORMS)
-    assert set(FORMS) - {system.form for system in SYSTEMS.values()} == {"source"}
+    assert set(FORMS) - {system.form for system in SYSTEMS.values()} == {"source", "shards-cold"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""The `stalls` benchmark: how much of training is waiting for data, found by taking the causes away one by one.
+
+DS-Analyzer's differential method (Mohan et al., VLDB 2021, "Analyzing and mitigating data stalls in DNN training"):
+the same training with one cached batch (no stall), with the files in memory (prep stall: decoding does not keep up)
+and with files that are on the disk alone (fetch stall on top). Beside it, the time that the loop was seen waiting.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.machine import Environment
+from benchmarks.measure import Row, Series, series_rows, summary_row
+from benchmarks.tables import busy_text, cell, grid, machine_text, notes
+from benchmarks.training import CACHED, COLD, NATIVE, TrainingJob, set_up, system_name
+from benchmarks.worker import Told, take_turns
+
+AGREE_WITHIN = 0.05
+"""The differential stall and the counted wait may differ by this share of the time."""
+AU_LINE = 0.90
+"""MLPerf Storage's least accelerator utilization for image classification (3D-UNet and ResNet-50)."""
+
+
+def measure_stalls(
+    job: TrainingJob, style: str, environment: Environment, *, rounds: int, seconds: float, told: Told
+) -> list[Row]:
+    """Time one model with a cached batch, warm files and cold files, in turn."""
+    names = [system_name(style, source) for source in (CACHED, NATIVE, COLD)]
+    series, _ = take_turns(set_up, names, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
+    cached, warm, cold = (series[name] for name in names)
+    rows: list[Row] = []
+    for name in names:
+        rows += series_rows(series[name], **_columns(job, name, environment))
+    for name, slower, faster, metric in (
+        (names[1], warm, cached, "prep_stall"),
+        (names[2], cold, warm, "fetch_stall"),
+        (names[2], cold, cached, "whole_stall"),
+    ):
+        rows.append(_stall(slower, faster, metric, _columns(job, name, environment)))
+    for name, own in ((names[1], warm), (names[2], cold)):
+        columns = _columns(job, name, environment)
+        waits = [s.data_wait_s / s.seconds for s in own.samples]
+        rows.append(summary_row(waits, own.failed, metric="data_wait", unit="1", **columns))
+        rows.append(_utilization(own, cached, columns))
+    return rows
+
+
+def _stall(slower: Series, faster: Series, metric: str, columns: dict[str, Any]) -> Row:
+    """Share of the slower system's time that the faster one does not need, round by round; under 0 it is noise."""
+    failed = slower.failed or faster.failed
+    shares = [] if failed else [1 - s.per_s / f.per_s for s, f in zip(slower.samples, faster.samples, strict=True)]
+    return summary_row(shares, failed, metric=metric, unit="1", **columns)
+
+
+def _utilization(own: Series, cached: Series, columns: dict[str, Any]) -> Row:
+    """MLPerf Storage's AU: the time that computing alone takes, over the time that training took. The
+    first steps are not in it: setting up, and the first batch of a cold round, come before the clock."""
+    failed = own.failed or cached.failed
+    shares = [] if failed else [s.per_s / c.per_s for s, c in zip(own.samples, cached.samples, strict=True)]
+    return summary_row(shares, failed, metric="accelerator_utilization", unit="1", **columns)
+
+
+def _columns(job: TrainingJob, name: str, environment: Environment) -> dict[str, Any]:
+    return {
+        "benchmark": "stalls",
+        "system": name,
+        "model": job.model,
+        "packed": "400 px jpg",
+        "resolution_px": job.work.resolution_px,
+        "batch_size": job.work.batch_size,
+        "workers": job.work.workers,
+        "page_cache": "" if CACHED in name else "cold" if COLD in name else "warm",
+        "environment": environment,
+    }
+
+
+def agreement(stall: Row | None, wait: Row | None) -> str:
+    """Whether the differential stall and the counted wait say the same, in words."""
+    if stall is None or wait is None or stall.value is None or wait.value is None:
+        return ""
+    apart = abs(stall.value - wait.value)
+    points = f"{100 * apart:.1f} points apart"
+    return points if apart <= AGREE_WITHIN else f"{points}: they do not agree"
+
+
+def stalls_text(rows: Sequence[Row]) -> str:
+    """The rows as Markdown."""
+    own = [row for row in rows if row.benchmark == "stalls"]
+    parts = ["## Stalls\n"]
+    parts.append(
+        "Shares of training time. Prep stall: warm files against a cached batch. Fetch stall: cold files against warm "
+        "ones. Data wait: counted in the loop. On a CPU the loader and the model share the cores: a prep stall is then "
+        "time that decoding took from the model, and little of it is waiting.\n"
+    )
+    lines = []
+    for model in dict.fromkeys(row.model for row in own):
+        found = {(row.page_cache, row.metric): row for row in own if row.model == model}
+        line = [model, cell(found.get(("", "img_per_s")))]
+        for cache, stall in (("warm", "prep_stall"), ("cold", "whole_stall")):
+            differential, wait = found.get((cache, stall)), found.get((cache, "data_wait"))
+            line += [cell(differential), cell(wait), agreement(differential, wait)]
+            utilization = found.get((cache, "accelerator_utilization"))
+            line.append(cell(utilization) + _line(utilization))
+            if cache == "cold":
+                line.append(cell(found.get((cache, "fetch_stall"))))
+        lines.append(line)
+    header = ["model", "img/s cached", "prep stall", "data wait", "the two", "AU warm"]
+    header += ["whole stall, cold", "data wait, cold", "the two, cold", "AU cold", "fetch stall"]
+    parts.append(grid(header, lines))
+    parts += [busy_text(own), notes(own), machine_text(own[0].environment if own else None)]
+    return "\n".join(part for part in parts if part)
+
+
+def _line(row: Row | None) -> str:
+    if row is None or row.value is None:
+        return ""
+    return "" if row.value >= AU_LINE else f" (under {AU_LINE:.0%})"

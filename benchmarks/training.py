@@ -1,0 +1,257 @@
+"""The systems of the `training` and `stalls` benchmarks: a model, how it is run, and where its batches come from.
+
+A step is what a run does: forward, loss, backward, optimizer. `eager NCHW` is how these models are usually run first:
+contiguous float32, images scaled and normalised one operation at a time. `channels-last` and `compiled` are this
+project's own network, with its input head. `cached batch` feeds the same batch of real images again and again: no
+loader can be faster than that.
+"""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.cold import drop_from_cache
+from benchmarks.forms import prepared
+from benchmarks.work import Work
+from benchmarks.worker import Running
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+STYLES = ("eager NCHW", "channels-last", "compiled")
+CACHED, NATIVE, COLD, FOLDER = "cached batch", "native loader", "native loader, cold files", "ImageFolder"
+MATRIX = "matrix multiply"
+"""The system that measures the device's peak: products of square matrices, counted in GFLOP."""
+
+_MATRIX_SIDE = 2048
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained. work: the images; its batch_size is that of training. device: as `train.run` takes it."""
+
+    work: Work
+    model: str
+    device: str = "auto"
+
+
+def system_name(style: str, source: str) -> str:
+    """How tables call a way to train."""
+    return f"{style}, {source}"
+
+
+@dataclass
+class _Feed:
+    """Where batches come from. batches: endless; reset: untimed, before each round."""
+
+    batches: "Iterator[tuple[Tensor, Tensor, Tensor]]"
+    reset: Callable[[], None]
+
+
+def set_up(name: str, job: TrainingJob) -> Running:
+    """Build, compile and warm up one way to train `job.model`, or the matrix product.
+
+    Figures: `compile_s`, seconds of the first step beyond a later one, where it is compiled.
+    """
+    from train import device as devices
+
+    device = devices.choose(job.device)
+    devices.prepare(device)
+    if name == MATRIX:
+        return _matrix(device)
+    style, _, source = name.partition(", ")
+    if style == "compiled":
+        _own_compiler_cache(job, source)
+    step = _step(style, job, device)
+    feed = _feed(source, style, job, device)
+    waited = 0.0
+
+    def once() -> int:
+        nonlocal waited
+        count = 0
+        for _ in range(20 if device.type == "cuda" else 1):  # a GPU is waited for once in 20 steps
+            begin = time.perf_counter()
+            batch = next(feed.batches)
+            waited += time.perf_counter() - begin
+            step(*batch)
+            count += len(batch[0])
+        devices.synchronize(device)
+        return count
+
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - begin)
+    about = {"compile_s": max(seconds[0] - min(seconds[1:]), 0.0)} if style == "compiled" else {}
+    return Running(once, feed.reset, about, waited=lambda: waited)
+
+
+def _own_compiler_cache(job: TrainingJob, source: str) -> None:
+    """A compiler cache of this system alone, empty at first: every compile time is that of a cold start."""
+    home = job.work.cache / "compiled" / f"{job.model}-{source.replace(' ', '-').replace(',', '')}"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home.resolve())
+
+
+def _step(style: str, job: TrainingJob, device: "torch.device") -> "Callable[[Tensor, Tensor, Tensor], None]":
+    """One training step: (images (N, 3, S, S) uint8, colour (N, 3, 4), labels (N,)) → nothing; weights are updated."""
+    import torch
+
+    from shards import ShardSet
+    from train import device as devices
+    from train import models
+    from train.config import RECIPES
+    from train.loss import Loss
+
+    torch.manual_seed(0)
+    data = ShardSet(prepared("shards-jpg", job.work) / "set")
+    mean, std = data.manifest.mean, data.manifest.std
+    net: Any = models.build(job.model, job.work.resolution_px, 7, mean, std)
+    recipe = RECIPES[models.family(job.model)]
+    counts = list(data.manifest.counts["train"].values())
+    loss = Loss("logit-adjusted", counts, device)
+    precision = "fp32" if style == "eager NCHW" else devices.precision(device, "auto").value
+    if style == "eager NCHW":
+        net = _plain(net, mean, std).to(device)
+        net = net.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        optimizer = _plain_optimizer(net, recipe.optimizer)
+    else:
+        net = net.to(device)
+        optimizer = devices.optimizer(models.parameter_groups(net, recipe.weight_decay), recipe.optimizer, 1e-3)
+    net.train()
+    scaler = devices.scaler(device, precision)
+    model = torch.compile(net, dynamic=False) if style == "compiled" else net
+
+    def step(images: "Tensor", colour: "Tensor", labels: "Tensor") -> None:
+        with devices.autocast(device, precision):
+            logits = model(images, colour)
+        total, _ = loss(logits, labels)
+        scaler.scale(total / len(labels)).backward()
+        if recipe.clip is not None:
+            scaler.unscale_(optimizer)
+            devices.clip_gradients(net.parameters(), recipe.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _plain(net: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> "nn.Module":
+    """The network behind a plain normalisation, as torchvision's transforms do it, without a colour map."""
+    import torch
+    from torch import nn
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net.body
+            self.mean = nn.Buffer(torch.tensor(mean).view(1, 3, 1, 1))
+            self.std = nn.Buffer(torch.tensor(std).view(1, 3, 1, 1))
+
+        def forward(self, images: "Tensor", colour: "Tensor") -> "Tensor":
+            return self.body((images.contiguous().float() / 255.0 - self.mean) / self.std)
+
+    return Plain()
+
+
+def _plain_optimizer(net: "nn.Module", name: str) -> "torch.optim.Optimizer":
+    """PyTorch's optimizers with their own defaults."""
+    import torch
+
+    if name == "sgd-nesterov":
+        return torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.AdamW(net.parameters(), lr=1e-3)
+
+
+def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> _Feed:
+    if source == FOLDER:
+        return _Feed(_endless_folder(job.work, device), lambda: None)
+    if source == CACHED:
+        batch = next(_endless_native(job, device))
+        if style == "eager NCHW":
+            batch = (batch[0].contiguous(), *batch[1:])
+        return _Feed(itertools.repeat(batch), lambda: None)
+    if source == NATIVE:
+        return _Feed(_endless_native(job, device), lambda: None)
+    held = _endless_native(job, device, "shards-cold")
+    feed = _Feed(held, lambda: None)
+
+    def reset() -> None:
+        nonlocal held
+        held.close()  # while the files are mapped, the kernel keeps them
+        drop_from_cache(prepared("shards-cold", job.work) / "set")
+        held = _endless_native(job, device, "shards-cold")
+        first = next(held)  # opening and the first batch are not counted
+        feed.batches = itertools.chain([first], held)
+
+    feed.reset = reset
+    return feed
+
+
+def _endless_native(
+    job: TrainingJob, device: "torch.device", form: str = "shards-jpg"
+) -> "Generator[tuple[Tensor, Tensor, Tensor], None, None]":
+    """This project's batches, epoch after epoch; the files are open for as long as this is."""
+    from contextlib import closing
+
+    from shards import Loader, ShardSet
+
+    work = job.work
+    with (
+        ShardSet(prepared(form, work) / "set") as data,
+        closing(
+            Loader(
+                data.select("train"),
+                batch_size=work.batch_size,
+                resolution=work.resolution_px,
+                device=device,
+                threads=work.workers,
+            )
+        ) as loader,
+    ):
+        while True:
+            for batch in loader:
+                yield batch.images, batch.colour, batch.labels
+
+
+def _endless_folder(work: Work, device: "torch.device") -> "Iterator[tuple[Tensor, Tensor, Tensor]]":
+    """torchvision's ImageFolder and DataLoader on the originals, epoch after epoch."""
+    import torch
+
+    from benchmarks.peers import image_folder
+
+    epoch = image_folder(work, prepared("originals", work))
+    colour = torch.eye(3, 4).repeat(work.batch_size, 1, 1).to(device)
+    while True:
+        for images, labels in epoch():
+            yield images.to(device, non_blocking=True), colour, labels.to(device, non_blocking=True)
+
+
+def _matrix(device: "torch.device") -> Running:
+    """Products of square matrices in the device's training precision; counts GFLOP (2 n³ a product)."""
+    import torch
+
+    from train import device as devices
+
+    precision = devices.precision(device, "auto").value
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    left, right = (torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=device, dtype=kind) for _ in range(2))
+    out = torch.empty_like(left)
+    products = 100 if device.type == "cuda" else 2
+
+    def once() -> int:
+        for _ in range(products):
+            torch.mm(left, right, out=out)
+        devices.synchronize(device)
+        return round(products * 2 * _MATRIX_SIDE**3 / 1e9)
+
+    once()
+    return Running(once)

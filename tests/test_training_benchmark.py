@@ -1,0 +1,129 @@
+import math
+import os
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.cold import StillCachedError, cached_share, drop_from_cache
+from benchmarks.measure import Row, Sample, Series
+from benchmarks.speed import SYSTEMS, _share_of_peak, training_text
+from benchmarks.stalls import _stall, _utilization, agreement, stalls_text
+from benchmarks.training import CACHED, COLD, FOLDER, MATRIX, NATIVE, TrainingJob, set_up, system_name
+from benchmarks.work import Work
+from shards.errors import UsageError
+from tests.benchdata import write_source
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> TrainingJob:
+    source = write_source(tmp_path_factory.mktemp("ham"))
+    work = Work(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=32, batch_size=8, copies=2)
+    return TrainingJob(work, "resnet18", "cpu")
+
+
+def series(*per_s: float, wait: float = math.nan) -> Series:
+    return Series([Sample(100, 100 / rate, 1.0, 0.0, wait * 100 / rate) for rate in per_s])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("style", "source"),
+    [("eager NCHW", CACHED), ("eager NCHW", FOLDER), ("channels-last", NATIVE), ("channels-last", COLD)],
+)
+def test_every_way_to_train_makes_steps(job, style, source):
+    running = set_up(system_name(style, source), job)
+    running.before()
+    before = running.waited()
+    assert running.once() == 8
+    assert running.waited() >= before
+    assert not running.about
+
+
+@pytest.mark.slow
+def test_a_cached_batch_never_waits_and_a_loader_is_seen_waiting(job):
+    cached, folder = (set_up(system_name("channels-last", source), job) for source in (CACHED, FOLDER))
+    for running in (cached, folder):
+        for _ in range(8):  # more than is read ahead
+            running.once()
+    assert cached.waited() < 0.05
+    assert folder.waited() > 10 * cached.waited()
+
+
+def test_the_matrix_product_counts_gflop(job):
+    assert set_up(MATRIX, job).once() == round(2 * 2 * 2048**3 / 1e9)
+
+
+def test_every_style_stands_beside_its_own_ceiling():
+    styles = {name.partition(", ")[0] for name in SYSTEMS}
+    assert {system_name(style, CACHED) for style in styles} <= set(SYSTEMS)
+
+
+def test_files_leave_the_page_cache_and_come_back(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 20))
+    assert cached_share(path) == 1.0
+    try:
+        drop_from_cache(tmp_path)
+    except StillCachedError:
+        pytest.skip("this file system keeps its files in memory")
+    assert cached_share(path) <= 0.02
+    path.read_bytes()
+    assert cached_share(path) == 1.0
+
+
+def test_mapped_files_that_stay_cached_are_noticed(tmp_path):
+    import mmap
+
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 20))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        assert len(bytes(view)) == 1 << 20  # touch every page
+        with pytest.raises(StillCachedError, match="file: "):
+            drop_from_cache(tmp_path)
+
+
+def test_stalls_are_shares_of_the_slower_ones_time():
+    columns = {"benchmark": "stalls", "system": "x"}
+    cached, warm = series(100, 100, 100), series(80, 75, 80)
+    assert _stall(warm, cached, "prep_stall", columns).value == pytest.approx(0.2)
+    assert _utilization(warm, cached, columns).value == pytest.approx(0.8)
+    failed = _stall(warm, Series(failed="no disk"), "prep_stall", columns)
+    assert failed.value is None
+    assert failed.failed == "no disk"
+
+
+def test_agreement_is_said_in_points():
+    stall, wait = Row("stalls", "x", "prep_stall", "1", 0.20), Row("stalls", "x", "data_wait", "1", 0.17)
+    assert agreement(stall, wait) == "3.0 points apart"
+    assert agreement(stall, replace(wait, value=0.1)) == "10.0 points apart: they do not agree"
+    assert agreement(stall, replace(wait, value=None)) == ""
+
+
+def test_share_of_peak_counts_forward_and_backward():
+    # 50 images/s of 2 GFLOP forward are 300 GFLOP/s with the backward pass, of a peak of 600
+    peak = Series([Sample(600, 1.0, 1.0)] * 3)
+    row = _share_of_peak(series(50, 50, 50), peak, 2_000_000_000, {"benchmark": "training", "system": "x"})
+    assert row.value == pytest.approx(0.5)
+
+
+def test_tables_show_failures_and_lines_under_the_mark():
+    name = system_name("channels-last", NATIVE)
+    rows = [
+        Row("stalls", name, "accelerator_utilization", "1", 0.8, model="resnet18", page_cache="warm"),
+        Row("stalls", name, "prep_stall", "1", None, model="resnet18", page_cache="warm", failed="no disk"),
+        Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18"),
+    ]
+    assert "0.80 (under 90%)" in stalls_text(rows)
+    assert "no disk" in stalls_text(rows)
+    assert "| resnet18 | channels-last, native loader | 20.0 |" in training_text(rows)
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--model", "resnet19"], "resnet19"), (["--only", "nothing"], "eager")])
+def test_wrong_choices_are_named(options, said, tmp_path):
+    from click.testing import CliRunner
+
+    from benchmarks.run import main
+
+    found = CliRunner().invoke(main, ["training", *options, "--source", str(tmp_path), "--cache", str(tmp_path)])
+    assert isinstance(found.exception, UsageError)
+    assert said in str(found.exception)

@@ -4,10 +4,8 @@ import csv
 import hashlib
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -271,63 +269,6 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(raw, tmp_path, monkeypa
     code, out, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "set")
     assert (code, out) == (1, "") and "the disk is full" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-def many(folder: Path, images: int, size: tuple[int, int]) -> Path:
-    """A raw folder of many images that are all the same file, one link each."""
-    (folder / "HAM10000_images_part_1").mkdir(parents=True)
-    seed = folder / "HAM10000_images_part_1" / "ISIC_0000000.jpg"
-    seed.write_bytes(jpeg(0, 0, *size))
-    table = rows(images)
-    for row in table[1:]:
-        seed.with_name(f"{row['image_id']}.jpg").hardlink_to(seed)
-    write_table(folder / METADATA, table)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-def test_a_signal_leaves_nothing(tmp_path, number, code, word):
-    source = many(tmp_path / "raw", 2000, (450, 600))
-    out = tmp_path / "out" / "set"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "preprocess.shard", "--source", source, "--out", out],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    partial = out.with_name(".set.partial")
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not (partial / "shard-00000.tar").exists():
-        time.sleep(0.02)
-    time.sleep(0.2)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stdout) == (code, "")
-    assert stderr.strip().startswith("error: ") and word in stderr and "\n" not in stderr.strip()
-    assert list(out.parent.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_images(tmp_path):
-    """A tenfold source may cost what its records and its index cost, not what its images do (90 KB each here)."""
-    peaks = []
-    for images in (400, 4000):
-        source = many(tmp_path / f"raw{images}", images, (150, 200))
-        script = (
-            "import resource, sys\n"
-            "from pathlib import Path\n"
-            "from preprocess.ham10000 import read_source\n"
-            "from preprocess.packing import Settings, pack\n"
-            "from shards.format import EncodeSpec\n"
-            "pack(read_source(Path(sys.argv[1])), Path(sys.argv[2]), Settings(EncodeSpec('raw'), workers=2))\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
-        )
-        command = [sys.executable, "-c", script, source, tmp_path / f"set{images}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        peaks.append(int(done.stdout) * 1024)
-    grown = (peaks[1] - peaks[0]) / 3600
-    assert grown < 4096, f"{grown:.0f} bytes an image"
 
 
 def test_real_originals(real_images, tmp_path):

@@ -1,6 +1,7 @@
 """Loader: a Selection as batches, the same ones from every engine, in any number of processes, after any restart."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,26 @@ class Batch:
     samples: torch.Tensor
     colour: torch.Tensor
     mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the engine was asked for: one rank's part of a global batch."""
+
+    samples: np.ndarray
+    labels: np.ndarray
+    plan: Plan
+    mask: np.ndarray
+
+
+@dataclass
+class _Stream:
+    """An engine at work. epoch: of the batch that comes next. asked: the parts whose images have not come yet."""
+
+    epoch: int
+    resolution: int
+    images: Generator[torch.Tensor, None, None]
+    asked: deque[_Part]
 
 
 class Loader:
@@ -84,6 +105,7 @@ class Loader:
         self._part = rank_slice(batch_size, rank, world_size)
         self._position = 0  # global batches of this epoch that were handed over
         self._resume = 0  # where the next iteration starts
+        self._stream: _Stream | None = None  # batches of the next epoch that are under way
         self._engine, self.engine_name, self.engine_reason = make_engine(
             engine, selection, device=self.device, threads=threads, prefetch=prefetch
         )
@@ -106,52 +128,79 @@ class Loader:
             raise UsageError(f"resolution {resolution} px is outside 1 to 4096")
         self.resolution = resolution
 
-    def plan(self) -> tuple[np.ndarray, Plan]:
-        """The epoch in hand: the order as positions in the selection, (N,) int64, and the plan of each position."""
+    def plan(self, epoch: int | None = None) -> tuple[np.ndarray, Plan]:
+        """The order of an epoch (default: the one in hand), (N,) int64 positions in the selection; each one's plan."""
         if not self.train:
             return np.arange(len(self.selection)), evaluation_plan(self._heights, self._widths, self.augment)
-        order = epoch_order(len(self.selection), self.seed, self.epoch)
+        number = self.epoch if epoch is None else epoch
         samples = self.selection.samples
-        return order, training_plan(self.seed, self.epoch, samples, self._heights, self._widths, self.augment)
+        plan = training_plan(self.seed, number, samples, self._heights, self._widths, self.augment)
+        return epoch_order(len(samples), self.seed, number), plan
 
     def __iter__(self) -> Iterator[Batch]:
         """The epoch's batches from its start, or from where a loaded state stood.
 
-        After its last batch a training loader stands at the start of the next epoch.
+        After its last batch a training loader stands at the start of the next epoch, whose first batches are already
+        under way: an epoch of a small fraction is short, and waiting for its first batch anew each time would tell.
         """
         start, self._resume = self._resume, 0
         self._position = start
-        order, plan = self.plan()
-        count = len(self)
-        parts = [self._positions(order, number) for number in range(start, count)]
-        samples, labels = self.selection.samples, self.selection.labels
-        work = (Work(samples[p], plan.boxes[p], plan.symmetry[p]) for p, _ in parts)
-        images = self._engine.run(work, self.resolution)
+        stream, self._stream = self._stream, None
+        if stream is None or (stream.epoch, stream.resolution, 0) != (self.epoch, self.resolution, start):
+            if stream is not None:
+                stream.images.close()
+            stream = self._open(start)
+        count, number = len(self), start
         try:
-            for number, (positions, mask) in enumerate(parts, start):
-                pixels = next(images)
-                batch = Batch(
-                    images=pixels,
-                    labels=self._to_device(labels[positions]),
-                    samples=self._to_device(samples[positions]),
-                    colour=self._to_device(plan.colour[positions]),
-                    mask=self._to_device(mask),
-                )
-                self._position = number + 1
-                if self.train and number + 1 == count:
+            while number < count:
+                pixels = next(stream.images)
+                part = stream.asked.popleft()
+                number += 1
+                self._position = number
+                if self.train and number == count:
                     self.epoch, self._position = self.epoch + 1, 0
-                yield batch
-                del batch, pixels
+                yield Batch(
+                    images=pixels,
+                    labels=self._to_device(part.labels),
+                    samples=self._to_device(part.samples),
+                    colour=self._to_device(part.plan.colour),
+                    mask=self._to_device(part.mask),
+                )
+                del pixels
         finally:
-            images.close()  # type: ignore[attr-defined]  # engines are generators
+            if self.train and number == count and start < count and self._stream is None:
+                stream.epoch += 1
+                self._stream = stream
+            else:
+                stream.images.close()
 
-    def _positions(self, order: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's part of a global batch: positions in the selection, and the mask."""
-        if self.train:
-            whole = order[number * self.batch_size : (number + 1) * self.batch_size]
-            return whole[self._part], np.ones(self._part.stop - self._part.start, bool)
-        positions, mask = evaluation_batch(len(order), self.batch_size, number)
-        return positions[self._part], mask[self._part]
+    def _open(self, start: int) -> "_Stream":
+        """Set the engine to work at batch `start` of the epoch in hand; in training it goes on into the next ones."""
+        asked: deque[_Part] = deque()
+
+        def work() -> Iterator[Work]:
+            for part in self._parts(self.epoch, start):
+                asked.append(part)
+                yield Work(part.samples, part.plan.boxes, part.plan.symmetry)
+
+        images = self._engine.run(work(), self.resolution)
+        return _Stream(self.epoch, self.resolution, images, asked)  # type: ignore[arg-type]  # engines are generators
+
+    def _parts(self, epoch: int, start: int) -> Iterator["_Part"]:
+        """This rank's parts of the global batches from `start` on; without end in training."""
+        samples, labels = self.selection.samples, self.selection.labels
+        while True:
+            order, plan = self.plan(epoch)
+            for number in range(start, len(self)):
+                if self.train:
+                    whole = order[number * self.batch_size : (number + 1) * self.batch_size]
+                    positions, mask = whole[self._part], np.ones(self._part.stop - self._part.start, bool)
+                else:
+                    positions, mask = (x[self._part] for x in evaluation_batch(len(order), self.batch_size, number))
+                yield _Part(samples[positions], labels[positions], plan[positions], mask)
+            if not self.train:
+                return
+            epoch, start = epoch + 1, 0
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         """A small array as a tensor on the loader's device, without waiting for it."""
@@ -192,4 +241,7 @@ class Loader:
 
     def close(self) -> None:
         """Give back the engine's threads and memory. Batches that were handed over stay valid."""
+        if self._stream is not None:
+            self._stream.images.close()
+            self._stream = None
         self._engine.close()

@@ -78,6 +78,33 @@ def test_an_epoch_is_a_permutation_and_epochs_differ(tiny_shards):
     assert first.tolist() != second.tolist()
 
 
+def test_epochs_run_into_each_other_unseen(tiny_shards):
+    """The next epoch's batches are under way when one ends; whatever is asked for next, the right ones come."""
+
+    def fresh(epoch, resolution=32):
+        loader = Loader(ShardSet(tiny_shards).select("train"), batch_size=8, resolution=resolution)
+        loader.set_epoch(epoch)
+        return batches(loader)
+
+    loader = Loader(ShardSet(tiny_shards).select("train"), batch_size=8, resolution=32)
+    assert equal(batches(loader), fresh(0)) and loader.epoch == 1
+    assert equal(batches(loader), fresh(1))  # straight on
+    loader.set_epoch(7)
+    assert equal(batches(loader), fresh(7))  # another epoch
+    loader.set_resolution(48)
+    assert equal(batches(loader), fresh(8, 48))  # another size
+    running = iter(loader)
+    for _ in range(len(loader)):
+        next(running)
+    running.close()  # left right after the last batch
+    assert equal(batches(loader), fresh(10, 48))
+    running = iter(loader)
+    next(running)
+    running.close()  # left in the middle: the epoch starts anew
+    assert equal(batches(loader), fresh(11, 48))
+    loader.close()
+
+
 @pytest.mark.parametrize("stop", [0, 1, 5, 8, 9, 13])
 def test_a_loader_resumed_anywhere_goes_on_with_the_same_batches(tiny_shards, stop):
     def fresh(rank=0, world_size=1):

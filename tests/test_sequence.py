@@ -4,6 +4,8 @@ Recorded where the loader hands work to an engine, and read off the batches: tha
 is shown by the tests of its pixels.
 """
 
+from collections import deque
+
 import pytest
 import torch
 
@@ -17,9 +19,11 @@ class Recorded:
     """An engine that keeps the work it is given."""
 
     def __init__(self, engine):
-        self.engine, self.work = engine, []
+        self.engine, self.work = engine, deque()
 
     def run(self, work, resolution):
+        self.work.clear()  # an epoch that runs into the next one stays in the same run
+
         def watched():
             for item in work:
                 self.work.append(item)
@@ -61,12 +65,10 @@ def sequence(loaders, stop=None, state=None):
         parts = []
         for loader in loaders:
             loader.set_epoch(epoch)
-            loader._engine.work.clear()
             parts.append(iter(loader))
-        taken = 0
         for batch in zip(*parts, strict=True):
             for loader, part in zip(loaders, batch, strict=True):
-                work = loader._engine.work[taken]
+                work = loader._engine.work.popleft()
                 assert part.samples.tolist() == work.samples.tolist()
                 for sample, box, symmetry, colour, mask in zip(
                     work.samples, work.boxes, work.symmetry, part.colour, part.mask, strict=True
@@ -74,7 +76,7 @@ def sequence(loaders, stop=None, state=None):
                     entries.append(
                         (epoch, int(sample), *box.tolist(), int(symmetry), colour.numpy().tobytes(), bool(mask))
                     )
-            taken, batches = taken + 1, batches + 1
+            batches += 1
             if batches == stop:
                 states = [loader.state_dict() for loader in loaders]
                 assert all(other == states[0] for other in states)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+import simplejpeg
 import xxhash
 
 from shards.engines import Work
@@ -84,6 +85,25 @@ class BufferPool:
         return self._held[-1]
 
 
+class _Scratch:
+    """One thread's memory between decoding and the batch, small enough to stay in its core's cache.
+
+    JPEGs are decoded to four channels and resized as such: OpenCV's bilinear resize of four channels takes two thirds
+    of the time of three, and gives the same three.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.square = np.empty((side, side, 3), np.uint8)
+        self.square4 = np.empty((side, side, 4), np.uint8)
+        self._pixels = np.empty(0, np.uint8)
+
+    def pixels(self, size: int) -> np.ndarray:
+        """At least `size` bytes."""
+        if len(self._pixels) < size:
+            self._pixels = np.empty(size, np.uint8)
+        return self._pixels
+
+
 class NativeEngine:
     """Loads batches on `threads` threads, `prefetch` batches ahead."""
 
@@ -99,7 +119,7 @@ class NativeEngine:
             from shards.engines.transfer import pinned_buffer
 
             self._buffers = BufferPool(pinned_buffer)
-        self._scratch = local()
+        self._local = local()
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. On a CUDA device a batch travels as one asynchronous copy out of pinned memory."""
@@ -152,11 +172,9 @@ class NativeEngine:
 
     def _fill(self, samples: list[tuple], out: np.ndarray) -> None:
         """Load some samples into `out` (len(samples), S, S, 3)."""
-        data, scratch = self.data, self._scratch
-        size = (out.shape[2], out.shape[1])
-        square = getattr(scratch, "square", None)
-        if square is None or square.shape != out.shape[1:]:
-            square = scratch.square = np.empty(out.shape[1:], np.uint8)
+        data, side = self.data, out.shape[1]
+        size = (side, side)
+        scratch = self._scratch_of(side)
         for row, (sample, shard, offset, length, height, width, xxh3, raw, (y, x, h, w), symmetry) in enumerate(
             samples
         ):
@@ -165,22 +183,28 @@ class NativeEngine:
                 raise data.damaged(sample)
             if raw:
                 crop = raw_pixels(payload, height, width)[y : y + h, x : x + w]
+                cv2.resize(crop, size, scratch.square, interpolation=cv2.INTER_LINEAR)
             else:
                 part = cut_region(payload, height, width, y, x, h, w)
-                if part is None:
-                    image = cv2.imdecode(np.frombuffer(payload, np.uint8), _FLAGS)
-                    top = left = 0
-                else:
-                    encoded, top, left = part
-                    image = cv2.imdecode(encoded, _FLAGS)
-                if image is None:
-                    raise data.damaged(sample)
+                encoded, top, left = part or (payload, 0, 0)
+                try:
+                    image = simplejpeg.decode_jpeg(encoded, "RGBX", buffer=scratch.pixels(height * width * 4))
+                except ValueError:
+                    raise data.damaged(sample) from None
                 crop = image[y - top : y - top + h, x - left : x - left + w]
+                cv2.resize(crop, size, scratch.square4, interpolation=cv2.INTER_LINEAR)
+                cv2.cvtColor(scratch.square4, cv2.COLOR_RGBA2RGB, scratch.square)
             if symmetry:
-                cv2.resize(crop, size, square, interpolation=cv2.INTER_LINEAR)
-                apply_symmetry(square, symmetry, out[row])
+                apply_symmetry(scratch.square, symmetry, out[row])
             else:
-                cv2.resize(crop, size, out[row], interpolation=cv2.INTER_LINEAR)
+                out[row] = scratch.square
+
+    def _scratch_of(self, side: int) -> "_Scratch":
+        """This thread's scratch memory for images of `side` px."""
+        scratch = getattr(self._local, "scratch", None)
+        if scratch is None or len(scratch.square) != side:
+            scratch = self._local.scratch = _Scratch(side)
+        return scratch
 
     def close(self) -> None:
         """Stop the threads. Batches that were handed over stay valid."""

@@ -22,18 +22,20 @@ class Cell:
     """One run of a study.
 
     config: unresolved, as a lone run would take it. n_train: its training images. steps: the optimizer steps it will
-    take. note: what the grid changed and why, empty where nothing.
+    take. note: what the grid changed and why, empty where nothing. prefix: of the folder's name, where the settings do
+    not tell cells apart.
     """
 
     config: Config
     n_train: int
     steps: int
     note: str = ""
+    prefix: str = ""
 
     @property
     def name(self) -> str:
         """The name of its run folder."""
-        return cell_name(self.config)
+        return self.prefix + cell_name(self.config)
 
     @property
     def images(self) -> int:

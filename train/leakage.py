@@ -1,0 +1,214 @@
+"""How many points a split by image gains falsely: a paired experiment on one shared test set.
+
+    python -m preprocess.shard --source data/ham10000 --out data/shards-by-image --split-unit image
+    python -m train.leakage --data data/shards-by-image --model resnet18 --seeds 0,1,2 --out runs/study/leakage
+
+Two training sets of one size, class by class, from the training images of a set that was split by image: `apart` holds
+no view of a test lesion, `leaky` holds those that the split left there. Both are tested on the same images; the paired
+difference is what the leak gains. `python -m train.report runs/study` shows it.
+"""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shards import cli
+from shards.errors import DataError
+from train.options import training_options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from shards.shardset import ShardSet
+
+ARMS = ("leaky", "apart")
+RESULT = "leakage.json"
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", default="resnet18", help="Name of the model to train.")
+@click.option("--seeds", default="0,1,2", help="Seeds of weights, order and augmentation; each trains both sets.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study/leakage"), help="Folder to write.")
+@training_options
+def main(model: str, seeds: str, out: Path, **options: Any) -> int:
+    """Measure what a split by image gains falsely. --data: a set packed with --split-unit image."""
+    from dataclasses import replace
+
+    from shards.shardset import ShardSet
+    from train.cells import Cell, fitting_batch, parse_seeds
+    from train.config import Config
+    from train.grid import run, settings
+    from train.study_folder import StudyFolder
+
+    base = Config(model=model, **options)
+    numbers = parse_seeds(seeds, "--seeds")
+    with ShardSet(base.data) as data:
+        if data.manifest.split.get("unit") != "image":
+            raise DataError(
+                f"{base.data}: is split by {data.manifest.split.get('unit')}; this measures a split by image, so pack "
+                "one with `python -m preprocess.shard --split-unit image`"
+            )
+        click.echo("warning: training on a split by image, to measure what it gains falsely", err=True)
+        rows = arms(
+            data.column("split"),
+            data.column("label"),
+            data.lesion_names,
+            data.column("image_id"),
+            data.manifest.classes,
+        )
+        # The model is a setting here: a folder holds one experiment.
+        study = settings(base, "epochs", data) | {"model": model, "experiment": "leakage"}
+        with StudyFolder(out, study) as folder:
+            images = len(rows["apart"])
+            batch = fitting_batch(base.batch_size, images)
+            steps = base.steps or base.epochs * (images // batch)
+            cells = []
+            for arm in ARMS:
+                write_arm(data, rows[arm], arm, out / "sets" / arm)
+                config = replace(base, data=str(out / "sets" / arm), batch_size=batch)
+                cells += [Cell(replace(config, seed=seed), images, steps, prefix=f"{arm}_") for seed in numbers]
+            cells.sort(key=lambda cell: cell.config.seed)
+            code = run(cells, folder, base.device)
+            if code == 0:
+                result = measure(data, rows, cells, folder)
+                _write(out / RESULT, result)
+                click.echo(told(result))
+            return code
+
+
+def arms(
+    split: "np.ndarray", labels: "np.ndarray", lesions: "np.ndarray", images: "np.ndarray", classes: tuple[str, ...]
+) -> "dict[str, np.ndarray]":
+    """Training rows of both arms, each ascending int64, with equally many images of every class.
+
+    split, labels, lesions, images: (N,) of every image of a set that was split by image. `apart`: all training images
+    whose lesion has no test image. `leaky`: as many of each class, first those whose lesion has one, then others, each
+    in the order of a hash of its name. Raises DataError where a class has no training image but of test lesions.
+    """
+    import numpy as np
+    import xxhash
+
+    training = np.flatnonzero(split == "train")
+    tested = set(lesions[split == "test"].tolist())
+    shared = np.array([lesion in tested for lesion in lesions[training].tolist()], dtype=bool)
+    keys = np.array([xxhash.xxh3_64_intdigest(f"leakage/{name}".encode()) for name in images[training]], np.uint64)
+    leaky = []
+    for label in np.unique(labels[training]):
+        mine = np.flatnonzero(labels[training] == label)
+        wanted = int((~shared[mine]).sum())
+        if wanted == 0:
+            raise DataError(f"every training lesion of class {classes[int(label)]} has a test image: too few images")
+        order = mine[np.lexsort((keys[mine], ~shared[mine]))]
+        leaky.append(order[:wanted])
+    return {"apart": training[~shared], "leaky": training[np.sort(np.concatenate(leaky))]}
+
+
+def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> None:
+    """Write the shard set of an arm: the training rows named, and the validation and test images as they are.
+
+    A set that is there already and comes from the same source is kept.
+    """
+    import numpy as np
+
+    from shards.format import INDEX_TYPES, MANIFEST, Manifest
+    from shards.writer import PackedSample, ShardSetWriter
+
+    source = {**data.manifest.source, "derived_from": data.manifest.index_sha256, "arm": arm}
+    if (out / MANIFEST).exists() and Manifest.from_file(out / MANIFEST).source == source:
+        return
+    names = list(INDEX_TYPES)
+    kept = [name for name in names[: names.index("split")] if name != "label"]
+    splits = data.column("split")
+    rows = np.concatenate([training, np.flatnonzero(splits == "val"), np.flatnonzero(splits == "test")])
+    with ShardSetWriter(out, data.manifest.encode, 64 << 20, overwrite=True) as writer:
+        for row in rows.tolist():
+            metadata: dict[str, Any] = {name: data.column(name)[row] for name in kept}
+            metadata["age"] = None if math.isnan(metadata["age"]) else float(metadata["age"])
+            writer.add(
+                PackedSample(
+                    bytes(data.read(row)),
+                    str(data.column("encoding")[row]),
+                    int(data.column("height")[row]),
+                    int(data.column("width")[row]),
+                    str(splits[row]),
+                    metadata,
+                )
+            )
+        manifest = data.manifest
+        writer.finish(
+            mean=manifest.mean,
+            std=manifest.std,
+            split={**manifest.split, "arm": arm},
+            source=source,
+            citation=manifest.citation,
+            licence=manifest.licence,
+            versions=manifest.versions,
+        )
+
+
+def measure(data: "ShardSet", rows: "dict[str, np.ndarray]", cells: list[Any], folder: Any) -> dict[str, Any]:
+    """The paired differences leaky − apart (`study.model_difference`) of all test images, and of those that have views
+    among the leaky training images (`seen`) and those that have none (`unseen`). None where a group has no image."""
+    import numpy as np
+    import pandas as pd
+
+    from train.results import read_json
+    from train.study import model_difference, tested
+
+    in_test = data.column("split") == "test"
+    trained = set(data.lesion_names[rows["leaky"]].tolist())
+    seen = np.array([lesion in trained for lesion in data.lesion_names[in_test].tolist()], dtype=bool)
+    names = data.column("image_id")[in_test]
+    groups = {"all": names, "seen": names[seen], "unseen": names[~seen]}
+    found: dict[str, Any] = {
+        "model": cells[0].config.model,
+        "seeds": sorted({cell.config.seed for cell in cells}),
+        "training_images": len(rows["apart"]),
+        "training_lesions": {arm: len(set(data.lesion_names[rows[arm]].tolist())) for arm in ARMS},
+        "test_images": {name: len(group) for name, group in groups.items()},
+        "epochs": cells[0].config.epochs,
+        "resolution_px": cells[0].config.resolution,
+    }
+    for name, group in groups.items():
+        if not len(group):
+            found[name] = None
+            continue
+        chosen = set(group.tolist())
+        sides: dict[str, list[Any]] = {arm: [] for arm in ARMS}
+        for cell in cells:
+            run = folder.cell(cell.name)
+            test = read_json(run / "result.json")
+            table = pd.read_parquet(run / "predictions.parquet")
+            side = tested(
+                table.loc[table["image_id"].isin(sorted(chosen))],
+                prior=test["test"]["prior"],
+                logits_prior=test["test"]["logits_prior"],
+                training_prior=list(test["training_images_per_class"].values()),
+            )
+            sides[cell.prefix.rstrip("_")].append(side)
+        found[name] = model_difference(sides["leaky"], sides["apart"])
+    return found
+
+
+def told(result: dict[str, Any]) -> str:
+    """The result in a sentence."""
+    cell = result["all"]["balanced_accuracy"]
+    gap = cell["difference"]
+    return (
+        f"balanced accuracy on the same {result['test_images']['all']} test images: {100 * cell['first']:.1f} % with "
+        f"views of test lesions in training, {100 * cell['second']:.1f} % without; gained falsely: "
+        f"{100 * gap['value']:+.1f} points ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
+    )
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    from shards.writer import write_durably
+    from train.record import to_json
+
+    write_durably(path, to_json(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

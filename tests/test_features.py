@@ -81,5 +81,6 @@ def test_resuming_reads_nothing_of_what_was_seen(tiny_shards):
         resumed._engine.run = recorded
         resumed.load_state_dict(state)
         assert [b.samples.tolist() for b in resumed] == whole[stop:]
-        assert asked == whole[stop:]
+        ahead = len(asked) - len(whole[stop:])  # of the next epoch, under way already
+        assert asked[: len(whole[stop:])] == whole[stop:] and 0 <= ahead <= 3
     assert len(sizes) == 1

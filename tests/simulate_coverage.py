@@ -81,7 +81,7 @@ def equal_models(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS):
         bootstrap = LesionBootstrap(labels, ids, resamples=resamples, seed=i)
         gaps = recalls_of(labels, right[:, 0], bootstrap) - recalls_of(labels, right[:, 1], bootstrap)
         gap, freed = gaps.mean(axis=1), mean_freedom(gaps, bootstrap)
-        low, high = interval(gap[1:], gap[0], freedom=freed)
+        low, high = interval(gap[1:], gap[0], kind="t", freedom=freed)
         held += bool(low <= 0 <= high)
         small += two_sided_p(gap[1:], float(gap[0]), freedom=freed) < 0.05
     return held / repeats, small / repeats

@@ -115,8 +115,8 @@ def _of_one_pair(
         told[name] = {
             "first": number(float(one[name][0])),
             "second": number(float(two[name][0])),
-            "difference": estimate(gap, freedom=freed, limits=(-1.0, 1.0)),
-            "p": two_sided_p(gap[1:], float(gap[0]), freedom=freed) if np.isfinite(gap[0]) else None,
+            "difference": estimate(gap, kind="t", freedom=freed, limits=(-1.0, 1.0)),
+            "p": number(two_sided_p(gap[1:], float(gap[0]), freedom=freed)) if np.isfinite(gap[0]) else None,
         }
     return told
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from train.config import Config
     from train.study_folder import StudyFolder
 
+UNWANTED = {"all": (), "weights": ("checkpoint.pt",), "results": ("checkpoint.pt", "model.safetensors")}
+KEEP = tuple(UNWANTED)
+
 _OF_CELLS = ("model", "fraction", "seed", "subset_seed")
 """Fields of Config that differ from cell to cell."""
 
@@ -47,10 +50,23 @@ _OF_CELLS = ("model", "fraction", "seed", "subset_seed")
     default="epochs",
     help="Every fraction takes the same epochs, or the optimizer steps that --epochs take on the whole training split.",
 )
+@click.option(
+    "--keep",
+    type=click.Choice(KEEP),
+    default="weights",
+    help="What stays of a finished cell besides its records: weights, results alone, or all with the checkpoint.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study"), help="Folder of the study.")
 @training_options
 def main(
-    models: str, fractions: str, seeds: str, subset_seeds: str | None, budget: str, out: Path, **options: Any
+    models: str,
+    fractions: str,
+    seeds: str,
+    subset_seeds: str | None,
+    budget: str,
+    keep: str,
+    out: Path,
+    **options: Any,
 ) -> int:
     """Train every model on every fraction with every seed; one run folder a cell, and results.csv.
 
@@ -77,7 +93,7 @@ def main(
         _check(names, base)
         study = settings(base, budget, data)
     with StudyFolder(out, study) as folder:
-        return run(cells, folder, base.device)
+        return run(cells, folder, base.device, keep)
 
 
 def settings(base: "Config", budget: str, data: "ShardSet") -> dict[str, Any]:
@@ -100,8 +116,11 @@ def _check(names: list[str], base: "Config") -> None:
         models.check_resolution(name, base.resolution, base.start_resolution)
 
 
-def run(cells: "list[Cell]", folder: "StudyFolder", device: str) -> int:
-    """Train the cells that are not finished; the exit code: 0 all finished, 1 some failed, 130 or 143 interrupted."""
+def run(cells: "list[Cell]", folder: "StudyFolder", device: str, keep: str = "weights") -> int:
+    """Train the cells that are not finished; the exit code: 0 all finished, 1 some failed, 130 or 143 interrupted.
+
+    keep: one of KEEP. A checkpoint holds the optimizer's state too, two to three times the weights.
+    """
     from train.grid_view import Lines, LiveTable
     from train.pool import Pool, visible_gpus
     from train.results import RESULTS, read_row, read_rows, write_table
@@ -116,6 +135,9 @@ def run(cells: "list[Cell]", folder: "StudyFolder", device: str) -> int:
 
     def recorded(entry: dict[str, Any]) -> None:
         row = read_row(folder.path, entry["cell"], entry)
+        if entry["outcome"] == "finished":
+            for name in UNWANTED[keep]:
+                (folder.cell(entry["cell"]) / name).unlink(missing_ok=True)
         if row is not None:
             rows[entry["cell"]] = row
             write_table(folder.path, rows)

@@ -83,7 +83,7 @@ class Pool:
                 asked = stop()
                 for slot in slots:
                     if not asked and slot.cell is None and left:
-                        self._give(slot, left.pop(self._choose(slot, slots, left)))
+                        self._give(slot, left.pop(self._choose(slot, slots, left)), left)
                     if asked and slot.cell is not None:
                         self._ask_to_stop(slot, asked)
                 busy = [slot for slot in slots if slot.cell is not None]
@@ -127,8 +127,9 @@ class Pool:
         most = max(work_left, key=lambda model: work_left[model])
         return next(i for i, cell in enumerate(left) if cell.config.model == most)
 
-    def _give(self, slot: Slot, cell: Cell) -> None:
-        """Hand a cell to a slot's worker, a new one where the slot has none for this model."""
+    def _give(self, slot: Slot, cell: Cell, left: Sequence[Cell]) -> None:
+        """Hand a cell to a slot's worker, a new one where the slot has none for this model. left: what comes later."""
+        ahead = sum(other.images for other in left if other.config.model == cell.config.model) // len(self.gpus)
         slot.began = time.perf_counter()
         if slot.model != cell.config.model or slot.process is None or not slot.process.is_alive():
             self._dismiss(slot)
@@ -136,7 +137,7 @@ class Pool:
         slot.cell, slot.news, slot.stopped_at = cell, At("start", 0, 1), None
         assert slot.pipe is not None
         with contextlib.suppress(OSError):  # it has just died: `_listen` finds out, and how
-            slot.pipe.send(Order(cell.config, self.folder.cell(cell.name)))
+            slot.pipe.send(Order(cell.config, self.folder.cell(cell.name), ahead))
         self.view.began(slot)
 
     def _hire(self, slot: Slot, model: str) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-FONT_PX = 12
+LARGEST = 1.4
+"""How much a chart may grow with the page: its text is 12 px in its own coordinates."""
+
 MARKERS = 8
 """Different markers; the ninth series has the first one again, with other dashes and colour."""
 
@@ -229,7 +231,8 @@ def wrap(name: str, title: str, told: str, width: float, height: float, parts: S
     """An `<svg>` element with a title and a description that screen readers read out."""
     return (
         f'<svg class="chart" id="{name}" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-labelledby="{name}-t {name}-d"><title id="{name}-t">{escape(title)}</title>'
+        f'style="max-width:{LARGEST * width:.0f}px" aria-labelledby="{name}-t {name}-d">'
+        f'<title id="{name}-t">{escape(title)}</title>'
         f'<desc id="{name}-d">{escape(told)}</desc>{"".join(parts)}</svg>'
     )
 

@@ -17,10 +17,14 @@ from train.config import Config
 
 @dataclass(frozen=True)
 class Order:
-    """A cell to train, and the run folder to write: it goes on with what that holds already."""
+    """A cell to train, and the run folder to write: it goes on with what that holds already.
+
+    images_ahead: those that later cells of this model will be trained on; they share the cost of compiling.
+    """
 
     config: Config
     out: Path
+    images_ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
         try:
             if not prepared:
                 world, prepared = _world(order.config.device), True
+            workspace.images_ahead = order.images_ahead
             result = train_once(
                 order.config,
                 order.out,

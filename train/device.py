@@ -109,7 +109,10 @@ def precision(device: torch.device, wanted: str) -> Decision:
         raise UsageError("--precision fp16: needs a GPU; use fp32, or bf16 where the CPU has it")
     if wanted != "auto":
         return Decision(wanted, "asked for")
-    return Decision("fp32", "the default on a CPU")
+    if has_bf16_instructions():
+        # resnet18 1.7 times as fast at 128 px, vit_b16 1.4 times at 64 px, on one core of an AMD EPYC (Zen 4)
+        return Decision("bf16", "this CPU multiplies bfloat16 in hardware")
+    return Decision("fp32", "this CPU has no bfloat16 instructions")
 
 
 def autocast(device: torch.device, name: str) -> AbstractContextManager[Any]:

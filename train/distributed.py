@@ -161,6 +161,22 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 # ------------------------------------------------------------------ batch norm over the global batch
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over the ranks through which gradients flow: each rank's output depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose mean and variance are those of the global batch, on a CPU (torch's own needs a GPU)."""
 
@@ -168,14 +184,13 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         """input (N, C, H, W) float → the same shape, normalised over all ranks' samples."""
         if not self.training or self.running_mean is None or self.running_var is None:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce
-
         count = input.new_tensor([input.numel() / input.shape[1]])
-        total = all_reduce(torch.cat([input.sum(dim=(0, 2, 3)), count]))
+        total: Any = _SumOverRanks.apply(torch.cat([input.sum(dim=(0, 2, 3)), count]))
         n, mean = total[-1], total[:-1] / total[-1]
         away = input - mean[:, None, None]
         # a second sum over the ranks, because a variance from sums of squares would lose digits
-        variance = all_reduce(away.square().sum(dim=(0, 2, 3))) / n
+        squares: Any = _SumOverRanks.apply(away.square().sum(dim=(0, 2, 3)))
+        variance = squares / n
         with torch.no_grad():
             momentum = 0.1 if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, momentum)

@@ -29,6 +29,9 @@ from train.workspace import Workspace
 if TYPE_CHECKING:
     from train.models import Classifier
 
+EVALUATION_BATCH = 64
+"""Evaluation takes at least so many images at once: it needs less memory, and small sets train in small batches."""
+
 
 @dataclass
 class Run:
@@ -118,6 +121,8 @@ def choose_data(config: Config, data: ShardSet, family: str, world: World) -> di
         "val": data.select("val"),
         "test": data.select("test"),
     }
+    if config.sync_batch_norm and family != "batchnorm":
+        raise UsageError(f"--sync-batch-norm: {config.model} has no batch norm; leave the option out")
     images = len(found["train"])
     if config.batch_size > images:
         raise UsageError(
@@ -159,7 +164,7 @@ def prepare(
     for split, selection in selections.items():
         loaders[split] = Loader(
             selection,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size if split == "train" else max(config.batch_size, EVALUATION_BATCH),
             resolution=config.resolution,
             train=split == "train",
             seed=config.seed,
@@ -196,7 +201,7 @@ def prepare(
             "engine": Decision(loaders["train"].engine_name, loaders["train"].engine_reason),
             "precision": precision,
             "threads": Decision(str(torch.get_num_threads()), "PyTorch's own choice"),
-            "compile": world.from_first(lambda: _decide_to_compile(run, family)),
+            "compile": world.from_first(lambda: _decide_to_compile(run, workspace)),
         }
     return run
 
@@ -207,16 +212,28 @@ def _rank_images(run: Run) -> int:
     return share.stop - share.start
 
 
-def _decide_to_compile(run: Run, family: str) -> Decision:
-    """`torch.compile` or not, from what this run would take without."""
+def _decide_to_compile(run: Run, workspace: Workspace) -> Decision:
+    """`torch.compile` or not, from what this run, and later ones in this process, would take without."""
+    if run.config.compile == "auto" and workspace.decision is not None:
+        return workspace.decision
     work = run.total * sum((px / run.config.resolution) ** 2 for px in run.sizes) / len(run.sizes)
+    work += workspace.images_ahead / run.config.batch_size
     device = run.world.device
 
     def eager_run_s() -> float:
         step = functools.partial(run.backward, model=run.net, world=World(device=device))
         return work * compiling.step_s(run.net, step, _rank_images(run), run.config.resolution, device)
 
-    return compiling.decide(run.config.compile, family, models.depth(run.net), device, run.precision, eager_run_s)
+    layers = models.depth(run.net)
+    workspace.decision = compiling.decide(run.config.compile, layers, device, eager_run_s)
+    return workspace.decision
+
+
+def _try_out(run: Run, model: Callable[..., Tensor]) -> Decision:
+    """Compiled or not, by timing both. The first rank decides for all."""
+    alone = World(device=run.world.device)
+    steps = [functools.partial(run.backward, model=tried, world=alone) for tried in (run.net, model)]
+    return compiling.faster(run.net, steps[0], steps[1], _rank_images(run), run.config.resolution, alone.device)
 
 
 def compile_and_distribute(run: Run, workspace: Workspace, progress: Progress, console: Console) -> None:
@@ -239,10 +256,16 @@ def compile_and_distribute(run: Run, workspace: Workspace, progress: Progress, c
                     compiling.warm_up(run.net, step, count, px, device)
                     workspace.warm.add((count, px, run.precision))
             run.model = model
+            if device.type == "cpu" and run.config.compile == "auto" and progress.step == 0 and not workspace.tried:
+                run.decided["compile"] = workspace.decision = run.world.from_first(lambda: _try_out(run, model))
+                workspace.tried = True
+            if run.decided["compile"].value == "off":
+                run.model = run.net
         except compiling.FAILURES as error:
             if devices.is_out_of_memory(error):
                 raise
             run.decided["compile"] = Decision("off", f"compiling failed: {first_line(error)[:200]}")
+            workspace.decision = run.decided["compile"]
             console.warn(f"training without torch.compile: {run.decided['compile'].reason}")
         progress.seconds["compile"] += time.perf_counter() - began
     run.model = run.world.wrap(run.model)

@@ -15,6 +15,7 @@ from shards import ShardSet
 from train import distributed, models
 from train.checkpoint import seed_everything
 from train.config import Config
+from train.device import Decision
 from train.distributed import World
 from train.models import Classifier
 
@@ -27,6 +28,12 @@ class Workspace:
         self._key: tuple[Any, ...] = ()
         self._net: Classifier | None = None
         self._compiled: Callable[..., Tensor] | None = None
+        self.images_ahead = 0
+        """Images that later runs will train this network on: they share the cost of compiling it."""
+        self.decision: Decision | None = None
+        """What `--compile auto` came to for this network; later runs keep to it, so that they stay comparable."""
+        self.tried = False
+        """Whether that decision has been put to the test by timing both."""
         self.warm: set[tuple[Any, ...]] = set()
         """What the compiled network has already been compiled for: (samples, px, precision)."""
 
@@ -82,7 +89,7 @@ class Workspace:
 
     def forget(self) -> None:
         """Let the network and its compiled code go."""
-        self._key, self._net = (), None
+        self._key, self._net, self.decision, self.tried = (), None, None, False
         if self._compiled is not None:
             self._compiled = None
             torch.compiler.reset()

@@ -139,7 +139,9 @@ class Plot:
     # ------------------------------------------------------------------ marks; `series` picks colour, marker and dashes
 
     def line(self, points: Sequence[tuple[float, float]], series: int, *, kind: str = "line") -> None:
-        """A line through (x, y) points."""
+        """A line through (x, y) points; nothing for a single one."""
+        if len(points) < 2:
+            return
         path = " ".join(f"{self.px(x):.1f},{self.py(y):.1f}" for x, y in points)
         dash = (
             f' stroke-dasharray="{DASHES[series % len(DASHES)]}"'

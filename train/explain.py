@@ -49,8 +49,7 @@ class Explainer:
             found = _attribute(LayerGradientXActivation(predictor.net.body, self._layer), inputs, target).sum(-1)
             if self._form == "patches":
                 found = found[:, self._skip :]
-                side = round(found.shape[1] ** 0.5)
-                found = found.reshape(len(found), side, side)
+                found = found.unflatten(1, (round(found.shape[1] ** 0.5), -1))  # the image is a square
         found = found.detach().relu()
         top = found.amax((1, 2), keepdim=True)
         return torch.where(top > 0, found / top.clamp_min(1e-30), 0.0).float().cpu().numpy()
@@ -64,7 +63,7 @@ def _attribute(method: Any, inputs: torch.Tensor, target: torch.Tensor) -> torch
 def _layer(body: Any, model: str, resolution: int) -> tuple[nn.Module, str]:
     """The layer to explain, and the form of what it gives: `channels` NCHW, `channels-last` NHWC, or `patches` NTC."""
     blocks: Any = getattr(body, "blocks", None)
-    if isinstance(blocks, nn.Sequential) and hasattr(blocks[-1], "norm1") and hasattr(body, "patch_embed"):
+    if isinstance(blocks, nn.Sequential) and hasattr(blocks[-1], "norm1"):
         return cast(nn.Module, blocks[-1].norm1), "patches"
     if model == "alexnet":
         return body.features[11], "channels"  # the ReLU behind the last convolution

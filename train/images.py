@@ -22,6 +22,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 MOST_BYTES = 3 * MOST_PIXELS
 """Refused above this, unread: no file of so many pixels needs more."""
 
+_LIMIT = f"{MOST_PIXELS // 1_000_000} megapixels"
 _FORMATS = ("PNG", "TIFF", "BMP", "WEBP")  # beside JPEG, which goes through the packer's own decoder
 _ORIENTATION = 0x0112
 _DAMAGE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, RuntimeError, EOFError, TypeError)
@@ -86,7 +87,7 @@ def open_image(data: bytes) -> Picture:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
-                raise BadImageError(_too_large(f"claims {width} × {height} px"))
+                raise BadImageError(f"claims {width} × {height} px, above the limit of {_LIMIT}")
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise BadImageError(f"holds {frames} images; save the one that is meant as a file of its own")
             image.load()
@@ -95,15 +96,11 @@ def open_image(data: bytes) -> Picture:
     except UnidentifiedImageError:
         raise BadImageError(f"is no image that can be read (JPEG, {', '.join(_FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImageError(_too_large("claims more")) from None
+        raise BadImageError(f"claims a size far above the limit of {_LIMIT}") from None
     except (*_DAMAGE, struct.error, zlib.error) as error:
         raise BadImageError(f"is damaged ({_first_line(error)})") from None
     turned = isinstance(orientation, int) and 2 <= orientation <= 8
     return Picture(turn_upright(pixels, orientation) if turned else pixels)
-
-
-def _too_large(claim: str) -> str:
-    return f"{claim}, above the limit of {MOST_PIXELS // 1_000_000} megapixels"
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ Research software, not a medical device.
 
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,9 +66,12 @@ def main(
         raise UsageError("--json and --isic exclude each other: choose one form of output")
     if prior not in (None, "balanced", "training"):
         raise UsageError(f"--prior '{prior}' is unknown: use balanced or training")
+    # Pillow's, about tags that it cannot read; what is wrong with an image is said by `refused`
+    warnings.filterwarnings("ignore", module="PIL")
     from train import prediction_output as output
     from train.images import find_images
-    from train.predictor import NOTICE, Predictor
+    from train.notice import NOTICE
+    from train.predictor import Predictor
 
     files, left_out = find_images(images)
     if left_out:

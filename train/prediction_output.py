@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shards.errors import UsageError
-from train.predictor import NOTICE
+from train.notice import NOTICE
 
 if TYPE_CHECKING:
     from train.predictor import About

@@ -31,8 +31,6 @@ from train.weights import read_weights
 if TYPE_CHECKING:
     from train.models import Classifier
 
-NOTICE = "Research software, not a medical device: not to be used to diagnose or to treat anyone."
-
 
 @dataclass(frozen=True)
 class About:
@@ -128,7 +126,7 @@ class Predictor:
         devices.prepare(self.device)
         cv2.setNumThreads(0)
         self.net = load_network(run, self.about).to(self.device)
-        self._augment = Augment(eval_crop=self.about.eval_crop)
+        self.augment = Augment(eval_crop=self.about.eval_crop)
         self._colour = torch.eye(3, 4, device=self.device)[None]
 
     def prepare(self, picture: Picture, name: str) -> Prepared:
@@ -145,7 +143,7 @@ class Predictor:
     def cut(self, packed: np.ndarray) -> Prepared:
         """The evaluation crop of a packed image, (h, w, 3) uint8."""
         height, width = packed.shape[:2]
-        plan = evaluation_plan(np.array([height]), np.array([width]), self._augment)
+        plan = evaluation_plan(np.array([height]), np.array([width]), self.augment)
         y, x, h, w = plan.boxes[0].tolist()
         size = (self.about.resolution, self.about.resolution)
         square = cv2.resize(packed[y : y + h, x : x + w], size, interpolation=cv2.INTER_LINEAR)

@@ -193,7 +193,7 @@ class ShardSet:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
                     wrong.append("its SHA-256 is not the manifest's")
             rows = np.flatnonzero(shards == number)
-            for sample in rows:
+            for sample in rows.tolist():
                 try:
                     self.read(sample)
                 except DataError as error:

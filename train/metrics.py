@@ -131,7 +131,8 @@ def mean_freedom(recalls: Floats, bootstrap: LesionBootstrap) -> float:
     here = np.isfinite(recalls[0])
     if len(recalls) < 3:
         return np.inf
-    return pooled_freedom(recalls[1:, here].var(axis=0, ddof=1), lesions[here] - 1.0)
+    variances = np.asarray(recalls[1:, here].var(axis=0, ddof=1), np.float64)
+    return pooled_freedom(variances, lesions[here] - 1.0)
 
 
 def calibration_error(

@@ -149,12 +149,12 @@ def stats(work: Work) -> tuple[tuple[float, float, float], str]:
     return tuple(found["mean"]), ", ".join(found["sizes"])
 
 
-def _shards(write_mode: str) -> Callable[[Work, Path], None]:
+def _shards(write_mode: str, split: str = "100/0/0") -> Callable[[Work, Path], None]:
     """This project's own format, by its own command."""
 
     def write(work: Work, folder: Path) -> None:
         command = [sys.executable, "-m", "preprocess.shard", "--source", str(prepared("source", work))]
-        command += ["--out", str(folder / "set"), "--write-mode", write_mode, "--split", "100/0/0"]
+        command += ["--out", str(folder / "set"), "--write-mode", write_mode, "--split", split]
         command += ["--max-resolution", str(work.packed_px), "--jpeg-quality", str(QUALITY)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -229,6 +229,7 @@ FORMS: dict[str, Callable[[Work, Path], None]] = {
     "shards-raw": _shards("raw"),
     "shards-proportion": _shards("proportion"),
     "shards-cold": _shards("jpg"),  # a copy that no other process has mapped, so that the kernel can drop it
+    "shards-split": _shards("jpg", "70/10/20"),  # for whole runs, which evaluate too
     "tars": _tars,
     "mds": _mds,
     "litdata": _litdata,

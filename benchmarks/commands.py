@@ -1,0 +1,145 @@
+"""The subcommands of `benchmarks.run` that train."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from benchmarks.options import Told, advance, chosen, command_line, images, publish, shared
+
+if TYPE_CHECKING:
+    from benchmarks.machine import Environment
+    from benchmarks.measure import Row
+    from benchmarks.training import TrainingJob
+
+
+def _models(command: Callable) -> Callable:
+    """The options of the benchmarks that train."""
+    for option in (
+        click.option("--model", "models", multiple=True, help="Repeatable.  [default: all eight, quick resnet18]"),
+        click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px."),
+        click.option("--batch-size", type=int, default=16, show_default=True, help="Images per step."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@shared
+@_models
+def training(quick: bool, rounds: int | None, only: tuple[str, ...], **settings: Any) -> None:
+    """Images per second of the models: eager, channels-last, compiled, each beside a cached batch."""
+    from benchmarks.speed import SYSTEMS, measure_training, training_text
+
+    names = chosen({name: name for name in SYSTEMS}, only)
+
+    def measure(job: "TrainingJob", machine: "Environment", rounds: int, seconds: float, told: Told) -> list["Row"]:
+        return measure_training(job, names, machine, rounds=rounds, seconds=seconds, told=told)
+
+    _train("training", measure, len(names) + 1, training_text, quick, rounds, **settings)
+
+
+@click.command()
+@shared
+@_models
+@click.option(
+    "--style",
+    type=click.Choice(["eager NCHW", "channels-last", "compiled"]),
+    default="channels-last",
+    show_default=True,
+    help="How the models are run.",
+)
+def stalls(quick: bool, rounds: int | None, only: tuple[str, ...], style: str, **settings: Any) -> None:
+    """How much of training waits for data: cached batch, warm files, cold files, and the counted wait."""
+    from benchmarks.stalls import measure_stalls, stalls_text
+    from shards.errors import UsageError
+
+    if only:
+        raise UsageError("--only: the systems of `stalls` belong together; choose models with --model")
+
+    def measure(job: "TrainingJob", machine: "Environment", rounds: int, seconds: float, told: Told) -> list["Row"]:
+        return measure_stalls(job, style, machine, rounds=rounds, seconds=seconds, told=told)
+
+    _train("stalls", measure, 3, stalls_text, quick, rounds, **settings)
+
+
+def _train(
+    name: str,
+    measure: Callable[["TrainingJob", "Environment", int, float, Told], list["Row"]],
+    systems: int,
+    text: Callable[[list], str],
+    quick: bool,
+    rounds: int | None,
+    *,
+    models: tuple[str, ...],
+    source: Path,
+    cache: Path,
+    out: Path,
+    workers: int,
+    resolution: int,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
+    from benchmarks.machine import environment
+    from benchmarks.training import TrainingJob
+    from benchmarks.work import Work
+    from preprocess.progress import Progress
+    from train.models import MODELS, check_resolution, timm_name
+
+    models = models or (("resnet18",) if quick else tuple(MODELS))
+    for model in models:
+        timm_name(model)
+        check_resolution(model, resolution)
+    rounds = rounds or (5 if quick else 6)
+    work = Work(images(source), cache, 400, resolution, batch_size, workers, copies=2 if quick else 4)
+    machine = environment(command_line())
+    rows: list[Row] = []
+    with Progress(name, len(models) * systems * (1 + rounds), "runs") as bar:
+        for model in models:
+            job = TrainingJob(work, model, device)
+            rows += measure(job, machine, rounds, 0.5 if quick else 4.0, advance(bar))
+            publish(out, f"{name}-quick" if quick else name, rows, text, show=model == models[-1])
+
+
+@click.command()
+@shared
+@click.option("--model", "models", multiple=True, default=["resnet18"], show_default=True, help="Repeatable.")
+@click.option("--resolution", type=int, default=64, show_default=True, help="Side of the images, px.")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Images per step.")
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Of every cell.")
+@click.option("--compile", type=click.Choice(["on", "off"]), default="off", show_default=True, help="torch.compile.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+def grid(
+    quick: bool,
+    out: Path,
+    cache: Path,
+    source: Path,
+    rounds: int | None,
+    workers: int,
+    only: tuple[str, ...],
+    models: tuple[str, ...],
+    resolution: int,
+    batch_size: int,
+    epochs: int,
+    compile: str,
+    device: str,
+) -> None:
+    """A study whose cells share a worker process, against one process per cell."""
+    from benchmarks.grids import GridJob, grid_text, measure_grid
+    from benchmarks.machine import environment
+    from benchmarks.work import Work
+    from preprocess.progress import Progress
+    from shards.errors import UsageError
+
+    if only:
+        raise UsageError("--only: `grid` compares two systems, and needs both")
+    work = Work(images(source), cache, 200, resolution, batch_size, workers, copies=1)
+    job = GridJob(work, tuple(models), (1.0,) if quick else (0.5, 1.0), (0, 1), epochs, compile, device)
+    machine = environment(command_line())
+    rounds = rounds or (5 if quick else 6)
+    with Progress("grid", 2 * (1 + rounds), "studies") as bar:
+        rows = measure_grid(job, machine, rounds=rounds, told=advance(bar))
+    publish(out, "grid-quick" if quick else "grid", rows, grid_text)

@@ -1,0 +1,125 @@
+"""The `grid` benchmark: a study whose cells share a worker process, against one process per cell."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.forms import prepared
+from benchmarks.machine import Environment
+from benchmarks.measure import Row, ratio_row, series_rows
+from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
+from benchmarks.work import Work
+from benchmarks.worker import Running, Told, take_turns
+
+SHARED, ALONE = "one grid, shared worker", "one process per cell"
+
+
+class CellFailedError(Exception):
+    """A run of the study failed; the text is its last line."""
+
+
+@dataclass(frozen=True)
+class GridJob:
+    """The study: cells are models × fractions × seeds. compile, device: as `train.run` takes them."""
+
+    work: Work
+    models: tuple[str, ...]
+    fractions: tuple[float, ...] = (0.5, 1.0)
+    seeds: tuple[int, ...] = (0, 1)
+    epochs: int = 1
+    compile: str = "off"
+    device: str = "auto"
+
+    @property
+    def cells(self) -> int:
+        """Runs of the study."""
+        return len(self.models) * len(self.fractions) * len(self.seeds)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """Run a module of this project. Raises CellFailedError with its last line where it fails."""
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CellFailedError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+
+
+def set_up(name: str, job: GridJob) -> Running:
+    """Pack the images, and train the whole study once."""
+    work = job.work
+    data = prepared("shards-split", work) / "set"
+    home = work.cache / "grid" / name.replace(" ", "-").replace(",", "")
+    common = ["--data", str(data), "--epochs", str(job.epochs), "--batch-size", str(work.batch_size)]
+    common += ["--resolution", str(work.resolution_px), "--compile", job.compile, "--device", job.device]
+    turn = iter(range(1_000_000))
+
+    def clean() -> None:
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+
+    def one_grid(out: Path) -> None:
+        lists = {"--models": job.models, "--fractions": job.fractions, "--seeds": job.seeds}
+        options = [text for option, values in lists.items() for text in (option, ",".join(map(str, values)))]
+        _run(["train.grid", *options, "--out", str(out), *common])
+
+    def one_by_one(out: Path) -> None:
+        for model in job.models:
+            for fraction in job.fractions:
+                for seed in job.seeds:  # as the grid does by default, lesions vary together with the seed
+                    cell_options = ["--model", model, "--fraction", str(fraction), "--seed", str(seed)]
+                    cell_options += ["--subset-seed", str(seed), "--out", str(out / f"{model}-{fraction}-{seed}")]
+                    _run(["train.run", *cell_options, *common])
+
+    def once() -> int:
+        out = home / str(next(turn))
+        (one_grid if name == SHARED else one_by_one)(out)
+        finished = len(list(out.rglob("result.json")))
+        if finished != job.cells:
+            raise CellFailedError(f"{finished} of {job.cells} cells have a result")
+        return finished
+
+    clean()
+    once()
+    return Running(once, clean)
+
+
+def measure_grid(job: GridJob, environment: Environment, *, rounds: int, told: Told) -> list[Row]:
+    """Time whole studies, start-up included, in turn."""
+    series, _ = take_turns(set_up, [SHARED, ALONE], job, job.work.cache / "logs", rounds=rounds, seconds=0.0, told=told)
+    shutil.rmtree(job.work.cache / "grid", ignore_errors=True)
+    columns: dict[str, Any] = {
+        "benchmark": "grid",
+        "model": " ".join(job.models),
+        "resolution_px": job.work.resolution_px,
+        "batch_size": job.work.batch_size,
+        "page_cache": "warm",
+        "environment": environment,
+    }
+    note = f"{job.cells} cells of {job.epochs} epoch(s), torch.compile {job.compile}; a study of few and short cells"
+    rows: list[Row] = []
+    for name in (SHARED, ALONE):
+        speed, cpu = series_rows(series[name], system=name, note=note if name == SHARED else "", **columns)
+        rows += [_renamed(speed, "cells_per_s", "cells/s"), _renamed(cpu, "cpu_s_per_1000_cells", "s")]
+    ratio = ratio_row(series[SHARED], series[ALONE], system=SHARED, beside=ALONE, **columns)
+    return [*rows, _renamed(ratio, "cells_per_s ratio", ratio.unit)]
+
+
+def _renamed(row: Row, metric: str, unit: str) -> Row:
+    from dataclasses import replace
+
+    return replace(row, metric=metric, unit=unit)
+
+
+def grid_text(rows: Sequence[Row]) -> str:
+    """The rows as Markdown."""
+    own = [row for row in rows if row.benchmark == "grid"]
+    across = [("cells / s", lambda row: row.metric == "cells_per_s")]
+    across.append(("CPU s / 1,000 cells", lambda row: row.metric == "cpu_s_per_1000_cells"))
+    parts = ["## Grid\n", pivot([row for row in own if not row.beside], across)]
+    ratios = [[f"{row.system} / {row.beside}", cell(row)] for row in own if row.beside]
+    parts += [grid(["ratio", "cells/s"], ratios), busy_text(own), notes(own)]
+    parts.append(machine_text(own[0].environment if own else None))
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,80 @@
+"""What the subcommands of `benchmarks.run` share: options, the choice of systems, and writing tables."""
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from preprocess.progress import Progress
+
+Told = Callable[[str], None]
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+def shared(command: Callable) -> Callable:
+    """The options that all benchmarks on images have."""
+    for option in (
+        click.option("--quick", is_flag=True, help="Two minutes: fewer images, one job, shorter rounds."),
+        click.option("--out", type=_FOLDER, default="benchmarks/results", show_default=True, help="Where tables go."),
+        click.option("--cache", type=_FOLDER, default="data/bench", show_default=True, help="Keeps prepared data."),
+        click.option(
+            "--source",
+            type=_FOLDER,
+            envvar="HAM10000_SAMPLE",
+            default="data/ham10000",
+            show_default=True,
+            help="HAM10000-shaped folder of originals, or one that has it in originals/ [env HAM10000_SAMPLE].",
+        ),
+        click.option("--rounds", type=click.IntRange(5), help="Timed rounds per system.  [default: 9, quick 6]"),
+        click.option("--only", multiple=True, help="Only systems whose name contains this; repeatable."),
+        click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads or processes."),
+    ):
+        command = option(command)
+    return command
+
+
+def chosen(systems: dict, only: tuple[str, ...]) -> list:
+    """The systems that `--only` names, all without it. Raises UsageError where there are none."""
+    from shards.errors import UsageError
+
+    found = [s for name, s in systems.items() if not only or any(text.lower() in name.lower() for text in only)]
+    if not found:
+        raise UsageError(f"--only {' '.join(only)}: no system is called like that; they are {', '.join(systems)}")
+    return found
+
+
+def advance(bar: "Progress") -> Callable[[str], None]:
+    """Counts a step on the bar when the next one begins."""
+    return lambda step: bar.advance(1)
+
+
+def images(source: Path) -> Path:
+    """The folder of originals: the source itself, or its `originals` part."""
+    inner = source / "originals"
+    return inner if inner.is_dir() else source
+
+
+def command_line() -> str:
+    """The command line as a user would type it, without the machine's own paths."""
+    words = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", "benchmarks.run", *words])
+
+
+def publish(out: Path, name: str, rows: list, text: Callable[[list], str], show: bool = True) -> None:
+    """Write the CSV, and the Markdown from the CSV as it was read back; show the Markdown."""
+    from benchmarks.tables import read_csv, write_csv
+    from shards.writer import write_durably
+
+    table = out / f"{name}.csv"
+    write_csv(table, rows)
+    markdown = text(read_csv(table))
+    write_durably(out / f"{name}.md", markdown.encode())
+    if show:
+        click.echo(markdown)
+    click.echo(f"wrote {table} and {table.with_suffix('.md')}", err=True)

@@ -1,0 +1,223 @@
+"""`report`: one page and one Markdown file from the CSVs of all benchmarks, and what they say in words."""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+from benchmarks.grids import grid_text
+from benchmarks.loaders import loader_text
+from benchmarks.measure import Row
+from benchmarks.packing import packing_text
+from benchmarks.speed import training_text
+from benchmarks.stalls import stalls_text
+from benchmarks.tables import cell, figure, read_csv
+from shards.errors import DataError
+
+TEXTS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "loader": loader_text,
+    "pack": packing_text,
+    "training": training_text,
+    "stalls": stalls_text,
+    "grid": grid_text,
+}
+"""Name of a benchmark and of its CSV → its Markdown."""
+
+TITLES = {
+    "loader": "Loading",
+    "pack": "Packing",
+    "training": "Training",
+    "stalls": "Stalls",
+    "grid": "Grid",
+}
+
+_BOUND = 0.95
+"""A system within this share of its ceiling is bound by the ceiling."""
+
+
+def read_results(folder: Path) -> dict[str, list[Row]]:
+    """The rows of every benchmark that has a CSV in the folder. Raises DataError where there is none."""
+    found = {name: read_csv(path) for name in TEXTS if (path := folder / f"{name}.csv").is_file()}
+    if not found:
+        raise DataError(f"{folder}: holds no results; run `python -m benchmarks.run loader` first")
+    return found
+
+
+def markdown(results: dict[str, list[Row]]) -> str:
+    """RESULTS.md: what was found in words, then every table."""
+    parts = [
+        "# Results\n",
+        "Made by `python -m benchmarks.run report` from the CSV files beside this one; every row there names the "
+        "machine, the versions and the command. Systems took turns in every round; figures are medians with an "
+        "interval of at least 95 % from six rounds on (93.75 % with five), and ratios are taken within each round.\n",
+    ]
+    said = [line for name, rows in results.items() for line in in_words(name, rows)]
+    if said:
+        parts.append("\n".join(f"- {line}" for line in said) + "\n")
+    parts += [TEXTS[name](rows) for name, rows in results.items()]
+    return "\n".join(parts)
+
+
+def in_words(name: str, rows: Sequence[Row]) -> list[str]:
+    """The main findings of a benchmark as sentences; only what the rows say."""
+    if name == "training":
+        return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows)]
+    if name == "stalls":
+        return _stalls_in_words(rows)
+    said = []
+    for row in rows:
+        if row.beside and row.value is not None:
+            where = ", ".join(filter(None, (row.packed, f"{row.resolution_px} px" if row.resolution_px else "")))
+            said.append(f"{TITLES[name]}: {row.system} is {cell(row)} times {row.beside} ({where or 'all cells'}).")
+    failed = dict.fromkeys((row.system, row.failed) for row in rows if row.failed and not row.beside)
+    said += [f"{TITLES[name]}: {system} failed: {reason}." for system, reason in failed]
+    return said
+
+
+def _limit_of(model: str, rows: Sequence[Row]) -> list[str]:
+    """What limits a model on this machine: its own arithmetic, or the loader."""
+    own = [row for row in rows if row.model == model]
+    best = max(
+        (r for r in own if r.metric == "img_per_s" and r.value and "native" in r.system), default=None, key=_value
+    )
+    if best is None or best.value is None:
+        return []
+    style = best.system.partition(", ")[0]
+    headspace = next((r for r in own if r.beside.startswith(style) and r.system == best.system and r.value), None)
+    share = next((r for r in own if r.metric == "share_of_peak" and r.system == best.system and r.value), None)
+    text = f"Training: {model} runs fastest {style}, at {figure(best.value)} img/s"
+    if headspace is not None and headspace.value is not None:
+        text += f", {100 * headspace.value:.0f} % of what it does without a loader"
+        limit = "its own arithmetic" if headspace.value >= _BOUND else "loading"
+        text += f": {limit} limits it"
+    if share is not None and share.value is not None:
+        text += f"; its operations are {100 * share.value:.0f} % of the measured matrix peak"
+    return [text + "."]
+
+
+def _value(row: Row) -> float:
+    return row.value or 0.0
+
+
+def _stalls_in_words(rows: Sequence[Row]) -> list[str]:
+    from benchmarks.stalls import agreement
+
+    said = []
+    for model in dict.fromkeys(row.model for row in rows):
+        found = {(row.page_cache, row.metric): row for row in rows if row.model == model}
+        for cache, metric in (("warm", "prep_stall"), ("cold", "whole_stall")):
+            stall, wait = found.get((cache, metric)), found.get((cache, "data_wait"))
+            if stall is not None and stall.value is not None:
+                apart = agreement(stall, wait)
+                said.append(
+                    f"Stalls: {model} with {cache} files loses {100 * stall.value:.1f} % of its time to loading"
+                    + (
+                        f" (counted in the loop: {100 * wait.value:.1f} %; {apart})"
+                        if wait and wait.value is not None
+                        else ""
+                    )
+                    + "."
+                )
+    return said
+
+
+# ------------------------------------------------------------------ the page
+
+
+def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
+    """Horizontal bars with intervals, one a row, the longest first; failed rows say so. An `<svg>` element."""
+    from train.svg import wrap
+
+    shown = sorted(rows, key=lambda row: -(row.value or 0.0))
+    longest = max((row.high or row.value or 0.0 for row in shown), default=0.0) or 1.0
+    left, width, step = 250, 680, 24
+    room = width - left - 150
+    parts = []
+    for i, row in enumerate(shown):
+        y = 12 + i * step
+        label = row.system if not row.model else f"{row.model}: {row.system}"
+        parts.append(f'<text class="ink" x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>')
+        if row.value is None:
+            parts.append(f'<text class="ink" x="{left}" y="{y + 12}">failed: {escape(row.failed[:60])}</text>')
+            continue
+        kind = (
+            "c0" if "dermscale" in row.system else "c7" if "ceiling" in row.system or "cached" in row.system else "c1"
+        )
+        length = room * row.value / longest
+        parts.append(f'<rect class="box {kind}" x="{left}" y="{y}" width="{length:.1f}" height="16"/>')
+        end = left + length
+        if row.low is not None and row.high is not None:
+            low, high = (left + room * bound / longest for bound in (row.low, row.high))
+            parts.append(
+                f'<path class="bar {kind}" d="M{low:.1f} {y + 8}H{high:.1f}M{low:.1f} {y + 4}v8M{high:.1f} {y + 4}v8"/>'
+            )
+            end = max(end, high)
+        parts.append(f'<text class="ink" x="{end + 6:.1f}" y="{y + 12}">{escape(figure(row.value))}</text>')
+    told = "; ".join(f"{row.system} {cell(row)} {unit}" for row in shown)
+    return wrap(name, title, told, width, 24 + step * len(shown), parts)
+
+
+def page(results: dict[str, list[Row]]) -> str:
+    """report.html: the bars first, then the tables; no script, no network."""
+    from train.report_page import page as whole
+    from train.report_page import section
+
+    sections = []
+    for name, rows in results.items():
+        main_metric = "cells_per_s" if name == "grid" else "img_per_s"
+        body = []
+        groups = dict.fromkeys((row.resolution_px, _size(row), row.model) for row in rows if row.metric == main_metric)
+        sizes = dict.fromkeys(size for _, size, _ in groups if size)
+        for i, (px, size, model) in enumerate(groups):
+            if name == "loader" and not size:
+                continue  # the ceilings without a packed size stand in every other picture
+            part = [
+                row
+                for row in rows
+                if row.metric == main_metric
+                and (row.resolution_px, row.model) == (px, model)
+                and (_size(row) == size or (name == "loader" and not _size(row)))
+            ]
+            title = ", ".join(
+                filter(None, (model, f"packed at {size}" if size in sizes else "", f"{px} px" if px else ""))
+            )
+            body.append(f"<h3>{escape(title)}</h3><div class='charts one'>")
+            body.append(bars(f"{name}-{i}", f"{TITLES[name]}: {title}", part, "img/s") + "</div>")
+        body.append(f"<details><summary>Tables</summary>{_html(TEXTS[name](rows))}</details>")
+        sections.append(section(name, TITLES[name], "".join(body)))
+    machine = next((rows[0].environment for rows in results.values() if rows and rows[0].environment), None)
+    lead = (
+        "" if machine is None else f"{machine.cpu}, {machine.cores} cores, {machine.ram_gib} GiB; GPU: {machine.gpu}."
+    )
+    findings = [(TITLES[name], in_words(name, rows)) for name, rows in results.items() if in_words(name, rows)]
+    warnings = (
+        [] if machine is None or machine.gpu != "none" else ["No GPU was there: nothing here was measured on one."]
+    )
+    return whole("What was measured", lead, warnings, findings, sections)
+
+
+def _size(row: Row) -> str:
+    first = row.packed.split(" ")[0]
+    return first if "x" in first and first[0].isdigit() else ""
+
+
+def _html(text: str) -> str:
+    """Our own Markdown (headings, tables, lists, paragraphs) as HTML."""
+    out, table = [], False
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("| "):
+            cells = [part.strip() for part in line.replace("\\|", "¦").strip("|").split("|")]
+            if set("".join(cells)) == {"-"}:
+                continue
+            tag = "td" if table else "th"
+            out.append("" if table else '<div class="scroll"><table>')
+            out.append("<tr>" + "".join(f"<{tag}>{escape(c.replace('¦', '|'))}</{tag}>" for c in cells) + "</tr>")
+            table = True
+            continue
+        if table:
+            out.append("</table></div>")
+            table = False
+        if line.startswith("#"):
+            out.append(f"<h4>{escape(line.lstrip('# '))}</h4>")
+        elif line:
+            out.append(f"<p>{escape(line.removeprefix('- '))}</p>")
+    return "".join(out)

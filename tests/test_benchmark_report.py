@@ -1,0 +1,112 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.grids import ALONE, SHARED, GridJob, grid_text, measure_grid, set_up
+from benchmarks.machine import environment
+from benchmarks.measure import Row, Sample, Series, ratio_row, series_rows
+from benchmarks.report import bars, in_words, markdown, page, read_results
+from benchmarks.tables import write_csv
+from benchmarks.work import Work
+from shards.errors import DataError
+from tests.benchdata import write_source
+
+
+def series(*per_s: float) -> Series:
+    return Series([Sample(100, 100 / rate, 1.0, 0.25) for rate in per_s])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """Tables of made-up rows, as the other subcommands write them."""
+    out = tmp_path_factory.mktemp("results")
+    machine = environment("test")
+    ours, peer = series(300, 310, 290, 305, 300, 295), series(100, 105, 95, 100, 102, 98)
+    common = {"benchmark": "loader", "packed": "341x256 jpg", "resolution_px": 224, "environment": machine}
+    rows = series_rows(ours, system="dermscale native jpg", **common)
+    rows += series_rows(peer, system="FFCV jpg", note="other DCT <i>", **common)
+    rows += series_rows(Series(failed="no | luck <here>"), system="SPDL", **common)
+    rows.append(ratio_row(ours, peer, system="dermscale native jpg", beside="FFCV jpg", **common))
+    write_csv(out / "loader.csv", rows)
+    common = {"benchmark": "training", "model": "resnet18", "resolution_px": 224, "environment": machine}
+    loaded, cached = series(18, 18, 18, 18, 18, 18), series(20, 20, 20, 20, 20, 20)
+    rows = series_rows(loaded, system="compiled, native loader", **common)
+    rows += series_rows(cached, system="compiled, cached batch", **common)
+    rows.append(ratio_row(loaded, cached, system="compiled, native loader", beside="compiled, cached batch", **common))
+    write_csv(out / "training.csv", rows)
+    return out
+
+
+def test_words_say_only_what_the_rows_say(results):
+    found = read_results(results)
+    loader = in_words("loader", found["loader"])
+    assert any("dermscale native jpg is 3.01 [2.94, 3.05] times FFCV jpg" in line for line in loader)
+    assert any(line == "Loading: SPDL failed: no | luck <here>." for line in loader)
+    (training,) = in_words("training", found["training"])
+    assert "resnet18 runs fastest compiled, at 18.0 img/s, 90 % of what it does without a loader" in training
+    assert ": loading limits it" in training
+
+
+def test_markdown_has_every_table(results):
+    text = markdown(read_results(results))
+    for part in (
+        "## Loader",
+        "## Training",
+        "| dermscale native jpg | 300",
+        "Other processes used 25 %",
+        "other DCT <i>",
+    ):
+        assert part in text
+
+
+def test_page_stands_alone_and_escapes_what_it_shows(results):
+    html = page(read_results(results))
+    assert "<script" not in html
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', html)
+    assert "&lt;here&gt;" in html
+    assert "<here>" not in html
+    assert html.count("<svg") == 2
+    assert "nothing here was measured on one" in html
+
+
+def test_bars_are_as_long_as_their_values():
+    rows = [Row("loader", name, "img_per_s", "img/s", value) for name, value in (("a", 50.0), ("b", 100.0))]
+    svg = bars("x", "title", [*rows, Row("loader", "c", "img_per_s", "img/s", None, failed="why")], "img/s")
+    widths = [float(width) for width in re.findall(r'<rect[^>]*width="([\d.]+)"', svg)]
+    assert widths[0] == pytest.approx(2 * widths[1])
+    assert "failed: why" in svg
+
+
+def test_a_folder_without_results_says_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"benchmarks\.run loader"):
+        read_results(tmp_path)
+
+
+def test_the_report_command_writes_both(results):
+    from click.testing import CliRunner
+
+    from benchmarks.run import main
+
+    found = CliRunner().invoke(main, ["report", "--out", str(results)])
+    assert found.exit_code == 0, found.output
+    assert (results / "RESULTS.md").read_text().startswith("# Results")
+    assert (results / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.slow
+def test_both_ways_to_train_a_study_finish_every_cell(tmp_path):
+    source = write_source(tmp_path)
+    work = Work(source, tmp_path / "bench", packed_px=64, resolution_px=32, batch_size=8, copies=1)
+    job = GridJob(work, ("resnet18",), fractions=(1.0,), seeds=(0,), device="cpu")
+    assert job.cells == 1
+    for name in (SHARED, ALONE):
+        assert set_up(name, job).once() == 1
+
+
+def test_a_study_that_cannot_run_is_a_failed_row(tmp_path):
+    work = Work(tmp_path, tmp_path / "bench")
+    rows = measure_grid(GridJob(work, ("resnet18",)), environment("x"), rounds=5, told=lambda step: None)
+    assert all(row.value is None for row in rows)
+    assert all("HAM10000_metadata.csv" in row.failed for row in rows)
+    assert "failed" in grid_text(rows)

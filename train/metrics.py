@@ -132,7 +132,7 @@ def mean_freedom(recalls: Floats, bootstrap: LesionBootstrap) -> float:
     if len(recalls) < 3:
         return np.inf
     variances = np.asarray(recalls[1:, here].var(axis=0, ddof=1), np.float64)
-    return pooled_freedom(variances, lesions[here] - 1.0)
+    return pooled_freedom(variances, np.asarray(lesions[here], np.float64) - 1.0)
 
 
 def calibration_error(

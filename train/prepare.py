@@ -29,9 +29,6 @@ from train.workspace import Workspace
 if TYPE_CHECKING:
     from train.models import Classifier
 
-EVALUATION_BATCH = 64
-"""Evaluation takes at least so many images at once: it needs less memory, and small sets train in small batches."""
-
 
 @dataclass
 class Run:
@@ -164,7 +161,7 @@ def prepare(
     for split, selection in selections.items():
         loaders[split] = Loader(
             selection,
-            batch_size=config.batch_size if split == "train" else max(config.batch_size, EVALUATION_BATCH),
+            batch_size=config.batch_size,
             resolution=config.resolution,
             train=split == "train",
             seed=config.seed,

@@ -104,7 +104,17 @@ def write_weights(path: Path, body: nn.Module | dict[str, Tensor], metadata: dic
 
     state = body.state_dict() if isinstance(body, nn.Module) else body
     plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_durably(path, save(plain, metadata=metadata))
+    write_durably(path, _in_order(save(plain, metadata=metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted by name: the library writes them in another order each time."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 @contextmanager

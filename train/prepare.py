@@ -70,7 +70,7 @@ class Run:
         world = world or self.world
         images, colour, labels = batch
         with devices.autocast(world.device, self.precision):
-            logits = (model or self.model)(images, colour)
+            logits = (self.model if model is None else model)(images, colour)  # a compiled one has no truth value
         part, weight = self.loss(logits, labels)
         share = part / (self.config.batch_size if weight is None else world.sum(weight.detach()))
         # times the number of ranks, because DistributedDataParallel takes the mean of their gradients

@@ -72,7 +72,7 @@ def test_a_job_goes_on_after_a_death_with_another_number_of_ranks(tiny_shards: P
 
 
 @pytest.mark.xfail(
-    reason="torchrun's own restart was seen to fail here: Gloo's new group cannot connect (starting the job again by hand works, see above)",
+    reason="torchrun's own restart was seen to fail: Gloo's new group cannot connect; starting the job anew works",
     strict=False,
 )
 @pytest.mark.slow

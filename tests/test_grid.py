@@ -310,7 +310,9 @@ def test_a_failing_cell_is_told_and_the_exit_code_says_so(tiny_shards, tmp_path)
     broken = grid(*arguments, "--seeds", "0", "--lr", "1e30", "--batch-size", "16", "--checkpoint-s", "0")
     assert broken.returncode == 1, broken.stdout + broken.stderr
     rows = {row["cell"]: row for row in csv.DictReader((tmp_path / "s" / "results.csv").open())}
-    assert set(rows) == {"resnet18_f1_s0_u0", "resnet18_f0.3_s0_u0"} and {row["status"] for row in rows.values()} == {"failed"}
+    assert set(rows) == {"resnet18_f1_s0_u0", "resnet18_f0.3_s0_u0"} and {row["status"] for row in rows.values()} == {
+        "failed"
+    }
     assert all("the loss is" in row["error"] and "--lr" in row["error"] for row in rows.values())
     assert "cells failed" in broken.stderr and "Traceback" not in broken.stderr
 
@@ -334,3 +336,19 @@ def test_stopped_by_a_signal_a_grid_goes_on_where_it_was(tiny_shards, tmp_path, 
     assert (metrics.parent / "checkpoint.pt").exists() and not (metrics.parent / "result.json").exists()
     assert "goes on" in errors and "Traceback" not in errors
     assert not list(csv.DictReader((tmp_path / "s" / "results.csv").open()))
+
+
+def test_each_visible_gpu_gets_a_worker_and_the_cpu_one(monkeypatch):
+    from train import device, pool
+
+    monkeypatch.setattr(pool, "_has_driver", lambda: True)
+    monkeypatch.setattr(device, "gpu_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert pool.visible_gpus("auto") == pool.visible_gpus("cuda") == ["0", "1", "2"]
+    assert pool.visible_gpus("cpu") == pool.visible_gpus("cuda:1") == [None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,GPU-abc")
+    assert pool.visible_gpus("auto") == ["4", "7", "GPU-abc"]
+    monkeypatch.setattr(device, "gpu_count", lambda: 1)
+    assert pool.visible_gpus("auto") == [None]
+    monkeypatch.setattr(pool, "_has_driver", lambda: False)
+    assert pool.visible_gpus("auto") == [None]

@@ -23,6 +23,7 @@ demo: install ## synthetic lesions → shards → a 2 × 2 study → report, und
 	$(BIN)/python -m preprocess.synthetic --out $(DEMO)/raw --images 700
 	$(BIN)/python -m preprocess.shard --source $(DEMO)/raw --out $(DEMO)/shards --max-resolution 128
 	$(BIN)/python -m train.grid --data $(DEMO)/shards --out $(RUNS) --models resnet18,alexnet --fractions 0.25,1 --seeds 0 --epochs 8 --resolution 64 --batch-size 32
+	$(BIN)/python -m train.report $(RUNS)
 
 test: install ## every test that runs without a GPU, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -m 'not gpu'

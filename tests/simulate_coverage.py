@@ -39,15 +39,19 @@ CURVES = {
 }
 
 
-def lesions_and_answers(rng, recalls, lesions, models=1):
+def lesions_and_answers(rng, recalls, lesions, models=1, gain=1.0):
     """Labels and lesion ids of images, and whether each of the models gets each right, (N, models): equally good ones,
-    who find the same lesions hard."""
+    who find the same lesions hard. A gain below 1 makes the first one better."""
     label = np.repeat(np.arange(7), lesions)
     views = rng.choice([1, 2, 3], label.size, p=[0.74, 0.2, 0.06])
     spread = (1 - WITHIN_LESION) / WITHIN_LESION
     chance = rng.beta(recalls[label] * spread, (1 - recalls[label]) * spread)
     labels, ids = np.repeat(label, views), np.repeat(np.arange(label.size), views)
-    return labels, ids, rng.random((labels.size, models)) < chance[ids][:, None]
+    return (
+        labels,
+        ids,
+        rng.random((labels.size, models)) < chance[ids][:, None] ** np.array([gain] + [1.0] * (models - 1)),
+    )
 
 
 def recalls_of(labels, right, bootstrap):
@@ -72,17 +76,20 @@ def balanced_accuracy(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS)
     return held / repeats
 
 
-def equal_models(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS):
-    """Of two equally good models: share of repeats whose interval of the difference holds 0, and of p below 0.05."""
+def two_models(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS, gain=1.0):
+    """Share of repeats whose interval of the difference holds the true one (0 for gain 1), and of p below 0.05."""
     rng = np.random.default_rng(seed)
+    spread = (1 - WITHIN_LESION) / WITHIN_LESION
+    chances = [rng.beta(recall * spread, (1 - recall) * spread, size=400_000) for recall in recalls]
+    truth = float(np.mean([(chance**gain - chance).mean() for chance in chances]))
     held = small = 0
     for i in range(repeats):
-        labels, ids, right = lesions_and_answers(rng, recalls, lesions, models=2)
+        labels, ids, right = lesions_and_answers(rng, recalls, lesions, models=2, gain=gain)
         bootstrap = LesionBootstrap(labels, ids, resamples=resamples, seed=i)
         gaps = recalls_of(labels, right[:, 0], bootstrap) - recalls_of(labels, right[:, 1], bootstrap)
         gap, freed = gaps.mean(axis=1), mean_freedom(gaps, bootstrap)
         low, high = interval(gap[1:], gap[0], kind="t", freedom=freed)
-        held += bool(low <= 0 <= high)
+        held += bool(low <= truth <= high)
         small += two_sided_p(gap[1:], float(gap[0]), freedom=freed) < 0.05
     return held / repeats, small / repeats
 
@@ -216,8 +223,9 @@ def main(repeats: int, resamples: int, only: str | None) -> None:
                     click.echo(f"{name}, {prior} prior, sharpness {sharpness}: {share:.3f}")
     if only in (None, "differences"):
         for name, recalls in RECALLS.items():
-            held, small = equal_models(recalls, repeats, resamples)
-            click.echo(f"difference of equal models, {name} recalls: {held:.3f}; p < 0.05 in {small:.3f}")
+            for gain, label in ((1.0, "equal"), (0.7, "unequal")):
+                held, small = two_models(recalls, repeats, resamples, gain=gain)
+                click.echo(f"difference of {label} models, {name} recalls: {held:.3f}; p < 0.05 in {small:.3f}")
         for seed_sd in (0.0, 0.03, 0.1):
             share = models_with_seeds(repeats, seed_sd=seed_sd)
             click.echo(f"difference over 3 seeds, seed spread {seed_sd:.2f}: {share:.3f}")

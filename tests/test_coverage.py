@@ -27,7 +27,7 @@ def test_the_intervals_of_every_metric_hold_the_truth():
 
 
 def test_equally_good_models_differ_significantly_once_in_twenty():
-    held, small = simulate.equal_models(simulate.RECALLS["middle"], 120, resamples=300)
+    held, small = simulate.two_models(simulate.RECALLS["middle"], 120, resamples=300)
     near_95(held, 120)
     near_95(1 - small, 120)
 

@@ -77,8 +77,8 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
     itself errs where a cell of the grid has no run). A share is the unbiased part
     (SS − df·MS of the seeds) / N over the sum of these (ω²; Olejnik & Algina 2003, Psychol. Methods 8:434–447): plain
     SS shares credit every source with some of the noise. Seed is what runs of one model and size differ by, training
-    subset included. Intervals are percentiles over `resamples` sets of runs drawn with the estimated effects and noise; of
-    four models, seven sizes and three runs they hold the truth in 94.1 to 94.9 % of 2,000 repeats
+    subset included. Intervals are percentiles over `resamples` sets of runs drawn with the estimated effects and noise;
+    of four models, seven sizes and three runs they hold the truth in 94.1 to 94.9 % of 2,000 repeats
     (`python -m tests.simulate_coverage --only variance`).
 
     Without repeated runs the interaction cannot be told from the seed: it is None, `seed` holds both, and `notes` says

@@ -64,7 +64,10 @@ def checked(logits: Any, labels: Any, classes: Sequence[str]) -> tuple[Floats, I
         raise DataError(f"logits have shape {scores.shape}, and {(truth.size, len(classes))} is needed")
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if bad.size:
-        raise DataError(f"logits of {bad.size} samples are not finite, first row {bad[0]}: the model has diverged")
+        raise DataError(
+            f"logits of {bad.size} samples are not finite, first row {bad[0]}: the model has diverged; "
+            "train it with a lower --lr"
+        )
     if not np.issubdtype(truth.dtype, np.integer) or truth.min() < 0 or truth.max() >= len(classes):
         raise DataError(f"labels run from {truth.min()} to {truth.max()}, and classes from 0 to {len(classes) - 1}")
     return scores, truth.astype(np.int64)

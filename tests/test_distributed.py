@@ -71,10 +71,6 @@ def test_a_job_goes_on_after_a_death_with_another_number_of_ranks(tiny_shards: P
     assert_equal_within_float_error(tmp_path / "alone", tmp_path / "run")
 
 
-@pytest.mark.xfail(
-    reason="torchrun's own restart was seen to fail: Gloo's new group cannot connect; starting the job anew works",
-    strict=False,
-)
 @pytest.mark.slow
 def test_torchrun_restarts_a_job_that_goes_on_by_itself(tiny_shards: Path, tmp_path: Path) -> None:
     config = small(tiny_shards, **NORM_FREE)

@@ -9,8 +9,11 @@ from statistics import fmean, median
 from types import TracebackType
 from typing import Any, Protocol
 
-HZ = 20.0
-"""Readings a second. NVML renews its utilization only every 1/6 to 1 s, power and clocks more often."""
+HZ = 15.0
+"""Readings a second: 20 took just over the hundredth of a core that sampling may take.
+
+NVML renews its utilization only every 1/6 to 1 s, power and clocks more often.
+"""
 
 
 class Source(Protocol):

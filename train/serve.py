@@ -81,10 +81,11 @@ def serve(folder: Path, data: Path | None, port: int, max_upload_mb: int, device
                 enable_monitoring=False,
                 css=style(),
             )
-            click.echo(NOTICE, err=True)
-            click.echo(f"http://{HOST}:{port} is ready after {time.perf_counter() - _STARTED:.1f} s; Ctrl-C ends it")
-            sys.stdout.flush()
-            with contextlib.suppress(KeyboardInterrupt):
+            with contextlib.suppress(KeyboardInterrupt):  # from the line on that says what Ctrl-C does
+                click.echo(NOTICE, err=True)
+                seconds = time.perf_counter() - _STARTED
+                click.echo(f"http://{HOST}:{port} is ready after {seconds:.1f} s; Ctrl-C ends it")
+                sys.stdout.flush()
                 threading.Event().wait()
             blocks.close(verbose=False)
         finally:

@@ -12,6 +12,7 @@ import click
 
 from benchmarks.commands import grid, stalls, training
 from benchmarks.options import advance, chosen, command_line, images, publish, shared
+from benchmarks.plan_command import plan
 from shards import cli
 
 
@@ -113,7 +114,7 @@ def report(out: Path) -> None:
     click.echo(f"wrote {out / 'RESULTS.md'} and {out / 'report.html'} from {', '.join(results)}")
 
 
-for _command in (training, stalls, grid):
+for _command in (training, stalls, grid, plan):
     main.add_command(_command)
 
 if __name__ == "__main__":

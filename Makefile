@@ -12,7 +12,7 @@ help: ## list what can be made
 
 install: $(BIN)/.installed ## create .venv and install everything, in the tested versions
 
-$(BIN)/.installed: pyproject.toml constraints.txt
+$(BIN)/.installed: pyproject.toml constraints.txt $(wildcard shards/*.c shards/engines/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=python3.11 or newer" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -26,10 +26,10 @@ demo: install ## synthetic lesions → shards → a 2 × 2 study → report, und
 	$(BIN)/python -m train.report $(RUNS)
 
 test: install ## every test that runs without a GPU, under 8 minutes on 2 cores
-	$(BIN)/python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal
 
 test-fast: install ## without those marked slow
-	$(BIN)/python -m pytest -m 'not gpu and not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' -n 2 --dist worksteal
 
 test-gpu: install ## only those that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -64,9 +64,11 @@ def _decode_only(work: Work, folder: Path) -> Epoch:
 def _bare_loop(work: Work, folder: Path) -> Epoch:
     """The calls of the native engine on each image, over an epoch that was planned and read before the clock starts."""
     import cv2
+    import simplejpeg
 
     from shards import Loader, ShardSet
-    from shards.engines.native import apply_symmetry, raw_pixels
+    from shards.engines.native import raw_pixels
+    from shards.engines.resample import Resampler
     from shards.jpeg import cut_region
 
     cv2.setNumThreads(0)
@@ -78,11 +80,11 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
     heights, widths = data.column("height")[rows].tolist(), data.column("width")[rows].tolist()
     raw = (data.column("encoding")[rows] == "raw").tolist()
     boxes, symmetries = plan.boxes[order].tolist(), plan.symmetry[order].tolist()
-    side, flags = work.resolution_px, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    side = work.resolution_px
     out = np.empty((work.batch_size, side, side, 3), np.uint8)
 
     def part(numbers: range) -> None:
-        square = np.empty((side, side, 3), np.uint8)
+        resample, pixels = Resampler(side), np.empty(max(heights) * max(widths) * 3, np.uint8)
         for number in numbers:
             y, x, h, w = boxes[number]
             top = left = 0
@@ -90,19 +92,10 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
                 image = raw_pixels(payloads[number], heights[number], widths[number])
             else:
                 region = cut_region(payloads[number], heights[number], widths[number], y, x, h, w)
-                if region is None:
-                    image = cv2.imdecode(np.frombuffer(payloads[number], np.uint8), flags)
-                else:
-                    encoded, top, left = region
-                    image = cv2.imdecode(encoded, flags)
-            assert image is not None  # checked by the engine's own run of the same files
+                encoded, top, left = region or (payloads[number], 0, 0)
+                image = simplejpeg.decode_jpeg(encoded, buffer=pixels)
             crop = image[y - top : y - top + h, x - left : x - left + w]
-            target = out[number % len(out)]
-            if symmetries[number]:
-                cv2.resize(crop, (side, side), square, interpolation=cv2.INTER_LINEAR)
-                apply_symmetry(square, symmetries[number], target)
-            else:
-                cv2.resize(crop, (side, side), target, interpolation=cv2.INTER_LINEAR)
+            resample(crop, symmetries[number], out[number % len(out)])
 
     def epoch() -> Iterator[Batch]:
         _on_threads(work, len(rows), part)

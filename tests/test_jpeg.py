@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.jpeg import cut_region, encode_jpeg, restart_interval
+from shards.jpeg import TAG, _cut, cut_region, encode_jpeg, restart_interval
+from shards.kernels import compiled
 from tests.conftest import picture
 
 
@@ -28,7 +29,10 @@ def test_a_region_has_the_pixels_of_the_whole(data, height, width, subsampling):
     h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
     y, x = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
     part = cut_region(memoryview(encoded), height, width, y, x, h, w)
+    in_numpy = _cut(memoryview(encoded), height, width, y, x, h, w)
+    assert (part is None) == (in_numpy is None)
     if part is not None:
+        assert np.array_equal(part[0], in_numpy[0]) and part[1:] == in_numpy[1:]
         pixels = decode(part[0])
         assert pixels.size <= whole.size
         crop = pixels[y - part[1] : y - part[1] + h, x - part[2] : x - part[2] + w]
@@ -42,6 +46,24 @@ def test_a_small_box_is_cut_small():
     assert decode(part[0]).size < 0.15 * 300 * 400 * 3
     assert len(part[0]) < 0.3 * len(encoded)
     assert cut_region(memoryview(encoded), 300, 400, 0, 0, 300, 400) is None
+
+
+def test_a_table_that_does_not_fit_its_file_is_not_followed():
+    """The compiled cut trusts no length: a file that ends early, or whose runs are said to be longer, is left whole."""
+    if compiled() is None:
+        pytest.skip("the kernels are not built")
+    encoded = encode_jpeg(picture(np.random.default_rng(0), 1, 300, 400))
+    box = (300, 400, 100, 100, 60, 60)
+    assert cut_region(memoryview(encoded), *box) is not None
+    for end in range(31, len(encoded) // 3, 7):
+        assert cut_region(memoryview(encoded[:end]), *box) is None
+    start = encoded.index(TAG) + len(TAG) + 8  # the lengths of the runs
+    assert cut_region(memoryview(encoded[:start] + b"\xff" * 100 + encoded[start + 100 :]), *box) is None
+    for byte in range(start - 8, start):
+        for value in (0, 255):
+            changed = bytearray(encoded)
+            changed[byte] = value
+            cut_region(memoryview(changed), *box)  # whatever comes out: nothing outside the file was read
 
 
 @pytest.mark.parametrize("subsampling", ["420", "422", "444"])

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from shards import Augment, Loader, ShardSet
+from shards import Augment, Loader, ShardSet, jpeg
+from shards.engines import resample
 from shards.errors import DataError, UsageError
+from shards.kernels import in_use
 from tests.conftest import write_set
 
 
@@ -36,7 +38,13 @@ def plain_symmetry(image, symmetry):
 
 @pytest.mark.parametrize("kind", ["jpg", "raw", "mixed", "sizes"])
 @pytest.mark.parametrize("train", [True, False])
-def test_pixels_equal_a_plain_reading(shard_sets, kind, train):
+@pytest.mark.parametrize("built", [True, False])
+def test_pixels_equal_a_plain_reading(shard_sets, kind, train, built, monkeypatch):
+    """Without the compiled kernels to the bit, for OpenCV makes both; with them within 1."""
+    if not built:
+        for module in (resample, jpeg):
+            monkeypatch.setattr(module, "compiled", lambda: None)
+    exact = not built or in_use()["resize"] == "opencv"
     data = shard_sets[kind]
     selection = data.select("train")
     loader = Loader(selection, batch_size=16, resolution=48, train=train, seed=4, engine="native")
@@ -52,7 +60,8 @@ def test_pixels_equal_a_plain_reading(shard_sets, kind, train):
             y, x, h, w = plan.boxes[at[sample]]
             crop = np.ascontiguousarray(data.pixels(sample)[y : y + h, x : x + w])
             expected = plain_symmetry(cv2.resize(crop, (48, 48)), plan.symmetry[at[sample]])
-            assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+            difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected)
+            assert difference.max() <= (0 if exact else 1) and difference.mean() < 0.25
             assert label == data.column("label")[sample]
             assert np.array_equal(colour.numpy(), plan.colour[at[sample]])
             count += bool(mask)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,13 +159,23 @@ def test_a_source_without_images_is_refused(tmp_path):
 # ------------------------------------------------------------------ the systems themselves
 
 
+def counted(name: str, work: Work) -> int:
+    """The images of an epoch of a system."""
+    return set_up(name, work).once()  # checks the batches first
+
+
+def in_a_process_of_its_own(do, *arguments):
+    """What `do` returns there: peers fork, which may hang in a process where other tests have left threads."""
+    with ProcessPoolExecutor(1, mp_context=start_server()) as pool:
+        return pool.submit(do, *arguments).result(timeout=120)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_system_gives_an_epoch_of_real_images(name, work):
     if missing := absent(SYSTEMS[name].packages):
         pytest.skip(f"{', '.join(missing)} not installed: `make peers`, then run with .venv-peers")
-    running = set_up(name, work)  # checks the batches
-    count = running.once()
+    count = in_a_process_of_its_own(counted, name, work)
     if SYSTEMS[name].ceiling:
         assert count == IMAGES * 2
     else:  # full batches of 8; workers that batch on their own may each drop one
@@ -177,21 +188,27 @@ def test_a_missing_peer_says_how_to_get_it():
         need(("torch", "no-such-distribution"))
 
 
+def packed_by(name: str, work: Work) -> tuple[int, dict[str, float]]:
+    """The images that a packer wrote, and what it says of them."""
+    running = set_up_packer(name, work)
+    return running.once(), running.about
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKERS)
 def test_packer_writes_what_can_be_read(name, work):
     if missing := absent(PACKERS[name].packages):
         pytest.skip(f"{', '.join(missing)} not installed: `make peers`, then run with .venv-peers")
-    running = set_up_packer(name, work)
-    assert running.once() == IMAGES * 2
+    count, about = in_a_process_of_its_own(packed_by, name, work)
+    assert count == IMAGES * 2
     if name.startswith("ceiling"):
-        assert not running.about
+        assert not about
         return
-    assert running.about["psnr_source_db"] > 30
-    assert running.about["psnr_reduced_db"] > 30
-    assert 0 < running.about["bytes_per_image"] <= running.about["file_bytes_per_image"]
+    assert about["psnr_source_db"] > 30
+    assert about["psnr_reduced_db"] > 30
+    assert 0 < about["bytes_per_image"] <= about["file_bytes_per_image"]
     if PACKERS[name].encoding == "raw":
-        assert 160 * 120 * 3 <= running.about["bytes_per_image"] < 160 * 120 * 3 + 200
+        assert 160 * 120 * 3 <= about["bytes_per_image"] < 160 * 120 * 3 + 200
 
 
 def test_psnr_of_known_differences(work):

@@ -18,6 +18,7 @@ import torch
 
 from shards.encode import encode_pixels
 from shards.engines.native import decode_whole
+from shards.engines.resample import Resampler
 from shards.errors import DataError, UsageError
 from shards.format import EncodeSpec
 from shards.plan import Augment, evaluation_plan
@@ -145,8 +146,9 @@ class Predictor:
         height, width = packed.shape[:2]
         plan = evaluation_plan(np.array([height]), np.array([width]), self.augment)
         y, x, h, w = plan.boxes[0].tolist()
-        size = (self.about.resolution, self.about.resolution)
-        square = cv2.resize(packed[y : y + h, x : x + w], size, interpolation=cv2.INTER_LINEAR)
+        side = self.about.resolution
+        square = np.empty((side, side, 3), np.uint8)
+        Resampler(side)(packed[y : y + h, x : x + w], 0, square)
         return Prepared(packed, (y, x, h, w), square)
 
     def inputs(self, squares: np.ndarray) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from shards import kernels
 from shards.errors import DataError, UsageError
 from shards.format import CLASSES
 from shards.writer import write_durably
@@ -156,6 +157,7 @@ def environment(data: "ShardSet", device: dict[str, Any], decisions: dict[str, A
         "cores": len(os.sched_getaffinity(0)),
         **device,
         "versions": versions,
+        "kernels": kernels.in_use(),
         "shard_set": {
             "path": str(data.path),
             "index_sha256": data.manifest.index_sha256,

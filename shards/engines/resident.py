@@ -1,10 +1,10 @@
 """The resident engine: the selection stays decoded in the device's memory, and a batch is one gather out of it.
 
 Everything is integers, so every device computes the same bits: where a pixel of the output falls in the box is a
-fraction with a known denominator, its weights have 11 bits, and products fit 32. Weights and roundings are those that
-OpenCV's INTER_LINEAR shows for uint8, so that the native engine's pixels come out, but for a difference of 1 in fewer
-than one value in 10,000, where OpenCV's weight is a rounded tie. On a CPU the native engine is faster; `resident` is
-for a GPU.
+fraction with a known denominator, its weights have 14 or 15 bits, and products fit 32. Weights and roundings are those
+of the native engine's kernel (`resample.c`), so the same pixels come out; OpenCV's, which that engine takes where the
+kernel is not built, differ from them by 1 in about one value of eight. On a CPU the native engine is faster;
+`resident` is for a GPU.
 """
 
 import logging
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_BITS = 11  # of a weight, as in OpenCV
+_ROW_BITS, _COLUMN_BITS, _FRACTION = 15, 14, 6  # of weights, and below 1 in a mixed row, as in resample.c
 _SPARE = 0.1  # the share of the free memory that is left to the model and its activations
 _CHUNK_BYTES = 64 << 20  # decoded before each copy to a GPU
 _EAGER_PIXELS = 1 << 20  # output pixels at a time where nothing fuses the steps, to stay near the caches
@@ -160,8 +160,8 @@ def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "t
     line = torch.arange(resolution, dtype=torch.int32, device=pixels.device)
     down = torch.where(symmetry & 2 != 0, resolution - 1 - line, line)  # (n, S): places in the resized crop
     along = torch.where(symmetry & 1 != 0, resolution - 1 - line, line)
-    top, bottom, share_y = _neighbours(torch.where(transposed, along, down), y, h, resolution)
-    left, right, share_x = _neighbours(torch.where(transposed, down, along), x, w, resolution)
+    top, bottom, share_y = _neighbours(torch.where(transposed, along, down), y, h, resolution, _ROW_BITS)
+    left, right, share_x = _neighbours(torch.where(transposed, down, along), x, w, resolution, _COLUMN_BITS)
     turned = transposed[..., None]
 
     def of_rows(values: torch.Tensor) -> torch.Tensor:
@@ -172,33 +172,33 @@ def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "t
         """(n, S) of the image's x as (n, S, S)."""
         return torch.where(turned, values[:, :, None], values[:, None, :])
 
-    columns = of_columns(left), of_columns(right)
-    share = of_columns(share_x)[..., None]
+    upper, lower = (start + of_rows(line * width) for line in (top, bottom))
+    weight, share = of_rows(share_y.clamp(max=(1 << _ROW_BITS) - 1))[..., None], of_columns(share_x)[..., None]
 
-    def row(places: torch.Tensor) -> torch.Tensor:
-        """(n, S, S, 3) int32: the mix of the left and the right neighbour in these rows, without the lowest 4 bits."""
-        begin = start + of_rows(places * width)
-        near, far = (pixels[begin + column].int() for column in columns)
-        return (near * ((1 << _BITS) - share) + far * share) >> 4
+    def column(places: torch.Tensor) -> torch.Tensor:
+        """(n, S, S, 3) int32: the mix of the upper and the lower neighbour in these columns, with its fraction."""
+        along = of_columns(places)
+        above, below = (pixels[line + along].int() << _FRACTION for line in (upper, lower))
+        return above + (((below - above) * weight + (1 << _ROW_BITS - 1)) >> _ROW_BITS)
 
-    weight = of_rows(share_y)[..., None]
-    upper, lower = row(top) * ((1 << _BITS) - weight), row(bottom) * weight
-    return (((upper >> 16) + (lower >> 16) + 2) >> 2).to(torch.uint8)
+    shift = _FRACTION + _COLUMN_BITS
+    mixed = column(left) * ((1 << _COLUMN_BITS) - share) + column(right) * share
+    return ((mixed + (1 << shift - 1)) >> shift).to(torch.uint8)
 
 
 def _neighbours(
-    place: "torch.Tensor", start: "torch.Tensor", extent: "torch.Tensor", resolution: int
+    place: "torch.Tensor", start: "torch.Tensor", extent: "torch.Tensor", resolution: int, bits: int
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-    """(n, S) int32 each: the image's lines below and above a place of the resized crop, and the upper one's weight.
+    """(n, S) int32 each: the image's lines below and above a place of the resized crop, and the latter's weight.
 
-    place: (n, S). start, extent: (n, 1), where the box begins and how long it is.
+    The weight is in 1 / 2 ** bits. place: (n, S). start, extent: (n, 1), where the box begins and how long it is.
     """
     import torch
 
     double = 2 * resolution
     numerator = (2 * place + 1) * extent - resolution  # of the place in the box, in 1 / double
     low = torch.div(numerator, double, rounding_mode="floor")
-    weight = torch.div(((numerator - low * double) << _BITS) + resolution, double, rounding_mode="floor")
+    weight = torch.div(((numerator - low * double) << bits) + resolution, double, rounding_mode="floor")
     zero = torch.zeros_like(extent)
     return start + torch.clamp(low, zero, extent - 1), start + torch.clamp(low + 1, zero, extent - 1), weight
 

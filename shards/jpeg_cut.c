@@ -1,0 +1,79 @@
+/* Cut a region out of a JPEG that carries a restart table: `_cut` of shards/jpeg.py in C, byte for byte (FORMAT.md,
+ * "Restart table"). Called without Python's lock (ctypes lets go of it). */
+#include <stdint.h>
+#include <string.h>
+
+#define APP0_END 20 /* SOI and the JFIF segment */
+#define FIELDS 31   /* where the table's fields start: behind the segment's marker, length and tag */
+#define LENGTHS 39  /* where the runs' lengths start */
+
+static int32_t big16(const uint8_t *at)
+{
+    return at[0] << 8 | at[1];
+}
+
+static void put_big16(uint8_t *at, int32_t value)
+{
+    at[0] = (uint8_t)(value >> 8);
+    at[1] = (uint8_t)value;
+}
+
+static int32_t smaller(int32_t a, int32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* raw: a file of `length` bytes with a restart table, an image of (height, width) px. The box is (y, x, h, w) px.
+ * Writes at most `length` bytes to `out` and returns their number, with the part's top and left in `corner`. 0 where
+ * the box needs more than the share `worth` of all runs, or the table does not fit the file. */
+int64_t dermscale_cut(const uint8_t *raw, int64_t length, int32_t height, int32_t width, int32_t y, int32_t x,
+                      int32_t h, int32_t w, double worth, uint8_t *out, int32_t *corner)
+{
+    if (length < LENGTHS)
+        return 0;
+    const int32_t block_height = raw[FIELDS], run_width = raw[FIELDS + 1] * big16(raw + FIELDS + 2);
+    const int32_t sof = big16(raw + FIELDS + 4), scan = big16(raw + FIELDS + 6);
+    if (!block_height || !run_width || scan < sof + 9)
+        return 0;
+    const int32_t rows = (height + block_height - 1) / block_height, columns = (width + run_width - 1) / run_width;
+    /* One pixel more on each side: libjpeg's triangle filter mixes the nearest chroma sample beyond a pixel into it. */
+    const int32_t row0 = (y > 0 ? y - 1 : 0) / block_height, row1 = smaller(y + h, height - 1) / block_height + 1;
+    const int32_t column0 = (x > 0 ? x - 1 : 0) / run_width, column1 = smaller(x + w, width - 1) / run_width + 1;
+    const int64_t end = LENGTHS + (int64_t)2 * rows * columns; /* of the segment */
+    if ((row1 - row0) * (column1 - column0) > worth * rows * columns || end + scan > length)
+        return 0;
+
+    uint8_t *to = out;
+    memcpy(to, raw, APP0_END);
+    memcpy(to + APP0_END, raw + end, (size_t)scan);
+    put_big16(to + APP0_END + sof + 5, smaller(row1 * block_height, height) - row0 * block_height);
+    put_big16(to + APP0_END + sof + 7, smaller(column1 * run_width, width) - column0 * run_width);
+    to += APP0_END + scan;
+
+    const uint8_t *lengths = raw + LENGTHS;
+    int64_t from = end + scan;
+    int32_t number = 0;
+    for (int32_t row = 0; row < row1; row++) {
+        int64_t start = from, bytes = 0;
+        for (int32_t column = 0; column < columns; column++, lengths += 2) {
+            int32_t run = lengths[0] | lengths[1] << 8;
+            start += column < column0 ? run : 0;
+            bytes += column >= column0 && column < column1 ? run : 0;
+            from += run;
+        }
+        if (row < row0)
+            continue;
+        if (from > length || bytes == 0)
+            return 0;
+        memcpy(to, raw + start, (size_t)bytes);
+        const uint8_t *kept = lengths - 2 * (columns - column0);
+        for (int32_t column = column0; column < column1; column++, kept += 2, number++) {
+            to += kept[0] | kept[1] << 8;
+            to[-1] = (uint8_t)(0xD0 + (number & 7)); /* each run ends in a marker; here they count anew */
+        }
+    }
+    to[-1] = 0xD9; /* the last run ends the image (EOI) */
+    corner[0] = row0 * block_height;
+    corner[1] = column0 * run_width;
+    return to - out;
+}

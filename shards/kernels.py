@@ -1,0 +1,35 @@
+"""The compiled kernels (`jpeg_cut.c`, `engines/resample.c`), built at installation where there is a C compiler.
+
+They are an option: everything that they do is done without them, more slowly.
+"""
+
+import ctypes
+import functools
+from importlib.util import find_spec
+
+
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """The library of kernels; None where it was not built."""
+    found = find_spec("shards._kernels")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.dermscale_can_resample.argtypes = []
+    library.dermscale_cut.restype = count
+    library.dermscale_cut.argtypes = [pointer, count, *[number] * 6, ctypes.c_double, pointer, pointer]
+    if library.dermscale_can_resample():
+        library.dermscale_scratch_bytes.restype = count
+        library.dermscale_scratch_bytes.argtypes = [number, number]
+        library.dermscale_resample.restype = None
+        library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer]
+    return library
+
+
+def in_use() -> dict[str, str]:
+    """What cuts JPEGs and what resizes here: {"cut": "compiled" or "numpy", "resize": "avx2" or "opencv"}."""
+    library = compiled()
+    if library is None:
+        return {"cut": "numpy", "resize": "opencv"}
+    return {"cut": "compiled", "resize": "avx2" if library.dermscale_can_resample() else "opencv"}

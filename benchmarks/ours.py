@@ -69,7 +69,7 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
     from shards import Loader, ShardSet
     from shards.engines.native import raw_pixels
     from shards.engines.resample import Resampler
-    from shards.jpeg import cut_region
+    from shards.jpeg import RegionCutter
 
     cv2.setNumThreads(0)
     data = ShardSet(folder / "set")
@@ -84,14 +84,14 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
     out = np.empty((work.batch_size, side, side, 3), np.uint8)
 
     def part(numbers: range) -> None:
-        resample, pixels = Resampler(side), np.empty(max(heights) * max(widths) * 3, np.uint8)
+        resample, cut, pixels = Resampler(side), RegionCutter(), np.empty(max(heights) * max(widths) * 3, np.uint8)
         for number in numbers:
             y, x, h, w = boxes[number]
             top = left = 0
             if raw[number]:
                 image = raw_pixels(payloads[number], heights[number], widths[number])
             else:
-                region = cut_region(payloads[number], heights[number], widths[number], y, x, h, w)
+                region = cut(payloads[number], heights[number], widths[number], y, x, h, w)
                 encoded, top, left = region or (payloads[number], 0, 0)
                 image = simplejpeg.decode_jpeg(encoded, buffer=pixels)
             crop = image[y - top : y - top + h, x - left : x - left + w]

@@ -89,31 +89,49 @@ def has_restart_table(raw: bytes | memoryview) -> bool:
     return raw[_APP0_END + 4 : _TABLE] == TAG
 
 
+class RegionCutter:
+    """Cuts regions out of JPEG files, one at a time: what it returns is overwritten by its next cut."""
+
+    def __init__(self) -> None:
+        self._library = compiled()
+        self._corner = np.empty(2, np.int32)
+        self._corner_at = self._corner.ctypes.data
+        self._out, self._out_at = np.empty(0, np.uint8), 0
+
+    def __call__(
+        self, raw: memoryview, height: int, width: int, y: int, x: int, h: int, w: int, at: int | None = None
+    ) -> tuple[np.ndarray, int, int] | None:
+        """The part of a JPEG that holds the box (y, x, h, w), as a JPEG of its own.
+
+        raw: the whole file, an image of (height, width) px. at: its address, where that is known. Returns (JPEG bytes
+        as (n,) uint8, top, left): decode it, and the box is at [y - top : y - top + h, x - left : x - left + w], equal
+        to the whole image's pixels there. None where the file has no restart table or the box needs all of it.
+        """
+        if not has_restart_table(raw):
+            return None
+        if self._library is None:
+            return _cut(raw, height, width, y, x, h, w)
+        length = len(raw)
+        if len(self._out) < length:
+            self._out = np.empty(length, np.uint8)
+            self._out_at = self._out.ctypes.data
+        if at is None:
+            at = np.frombuffer(raw, np.uint8).ctypes.data
+        size = self._library.dermscale_cut(at, length, height, width, y, x, h, w, _WORTH, self._out_at, self._corner_at)
+        return (self._out[:size], *self._corner.tolist()) if size else None
+
+
 def cut_region(
     raw: memoryview, height: int, width: int, y: int, x: int, h: int, w: int
 ) -> tuple[np.ndarray, int, int] | None:
-    """The part of a JPEG that holds the box (y, x, h, w), as a JPEG of its own.
-
-    raw: the whole file, an image of (height, width) px. Returns (JPEG bytes as (n,) uint8, top, left): decode it, and
-    the box is at [y - top : y - top + h, x - left : x - left + w], equal to the whole image's pixels there. None where
-    the file has no restart table or the box needs nearly all of it.
-    """
-    if not has_restart_table(raw):
-        return None
-    library = compiled()
-    if library is None:
-        return _cut(raw, height, width, y, x, h, w)
-    out, corner = np.empty(len(raw), np.uint8), np.empty(2, np.int32)
-    source = np.frombuffer(raw, np.uint8)
-    box = (height, width, y, x, h, w)
-    size = library.dermscale_cut(source.ctypes.data, len(raw), *box, _WORTH, out.ctypes.data, corner.ctypes.data)
-    return (out[:size], int(corner[0]), int(corner[1])) if size else None
+    """One cut of a `RegionCutter`, whose bytes stay."""
+    return RegionCutter()(raw, height, width, y, x, h, w)
 
 
 def _cut(
     raw: memoryview, height: int, width: int, y: int, x: int, h: int, w: int
 ) -> tuple[np.ndarray, int, int] | None:
-    """`cut_region` of a file with a restart table, in NumPy."""
+    """A cut of a file with a restart table, in NumPy."""
     block_height, block_width, interval, sof, scan = _FIELDS.unpack_from(raw, _TABLE)
     run_width = block_width * interval
     rows, columns = -(-height // block_height), -(-width // run_width)

@@ -155,7 +155,7 @@ class ShardSet:
                     view = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
             except (OSError, ValueError) as error:
                 raise DataError(f"{file}: cannot be read ({error}); pack the set again") from None
-            self._maps[number] = view
+            view = self._maps.setdefault(number, view)  # where two threads map it at once, both get the first's
         return view
 
     def read(self, sample: int) -> memoryview:

@@ -79,6 +79,20 @@ def test_global_batches_are_the_same_for_every_world_size(tiny_shards, world_siz
     assert equal(whole, joined)
 
 
+def test_a_set_closed_or_mapped_by_many_threads_at_once_keeps_its_bytes(tiny_shards):
+    """Threads meet at the first sample of a shard: the mapping whose address one has must not be another's to drop."""
+    expected = batches(Loader(ShardSet(tiny_shards).select("train"), batch_size=8, resolution=32, threads=1))
+    for _ in range(20):
+        data = ShardSet(tiny_shards)
+        loader = Loader(data.select("train"), batch_size=8, resolution=32, threads=8, prefetch=8)
+        found = []
+        for batch in loader:
+            found.append((batch.images.clone(), batch.labels, batch.samples, batch.colour, batch.mask))
+            data.close()
+        loader.close()
+        assert equal(expected, found)
+
+
 def test_an_epoch_is_a_permutation_and_epochs_differ(tiny_shards):
     selection = ShardSet(tiny_shards).select("train")
     loader = Loader(selection, batch_size=8, resolution=32)

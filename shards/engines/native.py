@@ -20,7 +20,7 @@ import xxhash
 from shards.engines import Work
 from shards.engines.resample import Resampler
 from shards.errors import DataError
-from shards.jpeg import cut_region
+from shards.jpeg import RegionCutter
 from shards.shardset import ShardSet
 
 if TYPE_CHECKING:
@@ -76,13 +76,27 @@ class _Scratch:
 
     def __init__(self, side: int) -> None:
         self.resample = Resampler(side)
-        self._pixels = np.empty(0, np.uint8)
+        self.cut = RegionCutter()
+        self.pixels = np.empty(0, np.uint8)
+        self.pixels_at = 0
 
-    def pixels(self, size: int) -> np.ndarray:
-        """At least `size` bytes."""
-        if len(self._pixels) < size:
-            self._pixels = np.empty(size, np.uint8)
-        return self._pixels
+    def reserve(self, size: int) -> None:
+        """Have at least `size` bytes of pixels."""
+        if len(self.pixels) < size:
+            self.pixels = np.empty(size, np.uint8)
+            self.pixels_at = self.pixels.ctypes.data
+
+
+class _Mapped(dict[int, tuple[memoryview, int]]):
+    """Shard → its bytes and their address; held, so that the address stays good when the set is closed."""
+
+    def __init__(self, data: ShardSet) -> None:
+        self._data = data
+
+    def __missing__(self, shard: int) -> tuple[memoryview, int]:
+        view = self._data.shard(shard)
+        mapped = self[shard] = view, np.frombuffer(view, np.uint8).ctypes.data
+        return mapped
 
 
 class NativeEngine:
@@ -101,6 +115,7 @@ class NativeEngine:
 
             self._buffers = BufferPool(pinned_buffer)
         self._local = local()
+        self._mapped = _Mapped(data)
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. On a CUDA device a batch travels as one asynchronous copy out of pinned memory."""
@@ -155,23 +170,28 @@ class NativeEngine:
         """Load some samples into `out` (len(samples), S, S, 3)."""
         data, side = self.data, out.shape[1]
         scratch = self._scratch_of(side)
+        out_at, out_bytes = out.ctypes.data, out.strides[0]
         for row, (sample, shard, offset, length, height, width, xxh3, raw, (y, x, h, w), symmetry) in enumerate(
             samples
         ):
-            payload = data.shard(shard)[offset : offset + length]
+            view, start = self._mapped[shard]
+            payload, at = view[offset : offset + length], start + offset
             if xxhash.xxh3_64_intdigest(payload) != xxh3:
                 raise data.damaged(sample)
+            top = left = 0
             if raw:
-                crop = raw_pixels(payload, height, width)[y : y + h, x : x + w]
+                image, at = raw_pixels(payload, height, width), at + length - height * width * 3
             else:
-                part = cut_region(payload, height, width, y, x, h, w)
-                encoded, top, left = part or (payload, 0, 0)
+                encoded, top, left = scratch.cut(payload, height, width, y, x, h, w, at) or (payload, 0, 0)
+                scratch.reserve(height * width * 3)
                 try:
-                    image = simplejpeg.decode_jpeg(encoded, buffer=scratch.pixels(height * width * 3))
+                    image, at = simplejpeg.decode_jpeg(encoded, buffer=scratch.pixels), scratch.pixels_at
                 except ValueError:
                     raise data.damaged(sample) from None
-                crop = image[y - top : y - top + h, x - left : x - left + w]
-            scratch.resample(crop, symmetry, out[row])
+            top, left = y - top, x - left
+            crop = image[top : top + h, left : left + w]
+            at += top * image.strides[0] + left * 3
+            scratch.resample(crop, symmetry, out[row], at, out_at + row * out_bytes)
 
     def _scratch_of(self, side: int) -> "_Scratch":
         """This thread's scratch memory for images of `side` px."""
@@ -183,3 +203,4 @@ class NativeEngine:
     def close(self) -> None:
         """Stop the threads. Batches that were handed over stay valid."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._mapped.clear()

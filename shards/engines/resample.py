@@ -36,12 +36,15 @@ class Resampler:
         library = compiled()
         self._kernel = library if library and library.dermscale_can_resample() else None
         self._square = np.empty((side, side, 3), np.uint8)
-        self._scratch, self._width = self._square, 0
+        self._scratch, self._scratch_at, self._width = self._square, 0, 0
 
-    def __call__(self, crop: np.ndarray, symmetry: int, out: np.ndarray) -> None:
+    def __call__(
+        self, crop: np.ndarray, symmetry: int, out: np.ndarray, crop_at: int | None = None, out_at: int | None = None
+    ) -> None:
         """Resize `crop`, (h, w, 3) uint8 RGB or (h, w, 4) of which the last is dropped, and write a symmetry of it.
 
-        A crop's rows may lie apart, its pixels not. out: (side, side, 3) uint8, contiguous.
+        A crop's rows may lie apart, its pixels not. out: (side, side, 3) uint8, contiguous. crop_at, out_at: their
+        addresses, where these are known: asking NumPy takes 2 microseconds each.
         """
         height, width, channels = crop.shape
         if self._kernel is None:
@@ -54,14 +57,15 @@ class Resampler:
         if width > self._width:
             self._width = width
             self._scratch = np.empty(self._kernel.dermscale_scratch_bytes(width, self.side), np.uint8)
+            self._scratch_at = self._scratch.ctypes.data
         self._kernel.dermscale_resample(
-            crop.ctypes.data,
+            crop.ctypes.data if crop_at is None else crop_at,
             crop.strides[0],
             height,
             width,
             channels,
             self.side,
             symmetry,
-            out.ctypes.data,
-            self._scratch.ctypes.data,
+            out.ctypes.data if out_at is None else out_at,
+            self._scratch_at,
         )

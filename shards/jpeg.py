@@ -118,7 +118,8 @@ class RegionCutter:
         if at is None:
             at = np.frombuffer(raw, np.uint8).ctypes.data
         size = self._library.dermscale_cut(at, length, height, width, y, x, h, w, _WORTH, self._out_at, self._corner_at)
-        return (self._out[:size], *self._corner.tolist()) if size else None
+        top, left = self._corner.tolist()
+        return (self._out[:size], top, left) if size else None
 
 
 def cut_region(

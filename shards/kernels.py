@@ -7,6 +7,9 @@ import ctypes
 import functools
 from importlib.util import find_spec
 
+LEVELS = ("opencv", "avx2", "avx512")
+"""What resizes, by the level that the library says the processor has."""
+
 
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
@@ -16,20 +19,20 @@ def compiled() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(found.origin)
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.dermscale_can_resample.argtypes = []
+    library.dermscale_resample_level.argtypes = []
     library.dermscale_cut.restype = count
     library.dermscale_cut.argtypes = [pointer, count, *[number] * 6, ctypes.c_double, pointer, pointer]
-    if library.dermscale_can_resample():
+    if library.dermscale_resample_level():
         library.dermscale_scratch_bytes.restype = count
         library.dermscale_scratch_bytes.argtypes = [number, number]
         library.dermscale_resample.restype = None
-        library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer]
+        library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
     return library
 
 
 def in_use() -> dict[str, str]:
-    """What cuts JPEGs and what resizes here: {"cut": "compiled" or "numpy", "resize": "avx2" or "opencv"}."""
+    """What cuts JPEGs and what resizes here: {"cut": "compiled" or "numpy", "resize": one of LEVELS}."""
     library = compiled()
     if library is None:
         return {"cut": "numpy", "resize": "opencv"}
-    return {"cut": "compiled", "resize": "avx2" if library.dermscale_can_resample() else "opencv"}
+    return {"cut": "compiled", "resize": LEVELS[library.dermscale_resample_level()]}

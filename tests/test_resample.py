@@ -1,43 +1,45 @@
-"""The compiled resize: within 1 of OpenCV's, all symmetries, nothing written beside its target."""
+"""The compiled resize: every level gives the same, within 1 of OpenCV's, and writes nothing beside its target."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.engines import resample
 from shards.engines.resample import Resampler
-from shards.kernels import in_use
+from shards.kernels import LEVELS, in_use
 
-ALONE = in_use()["resize"] != "avx2"
+LEVEL = LEVELS.index(in_use()["resize"])
+needs_kernel = pytest.mark.skipif(LEVEL == 0, reason="the kernel is not built, or the processor has no AVX2")
 
 
 def by_opencv(crop: np.ndarray, symmetry: int, side: int) -> np.ndarray:
     """The branch for machines without the kernel."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resample, "compiled", lambda: None)
-        out = np.empty((side, side, 3), np.uint8)
-        Resampler(side)(crop, symmetry, out)
-        return out
+    out = np.empty((side, side, 3), np.uint8)
+    Resampler(side, level=0)(crop, symmetry, out)
+    return out
 
 
-@pytest.mark.skipif(ALONE, reason="the kernel is not built, or the processor has no AVX2")
+@needs_kernel
 @given(
     st.integers(1, 300), st.integers(1, 300), st.integers(1, 260), st.sampled_from([3, 4]), st.integers(0, 7), st.data()
 )
 @settings(max_examples=300, deadline=None)
-def test_the_kernel_is_within_one_of_opencv(height, width, side, channels, symmetry, data):
+def test_every_level_is_the_same_and_within_one_of_opencv(height, width, side, channels, symmetry, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     image = rng.integers(0, 256, (height + 3, width + 5, channels), np.uint8)
     crop = image[1 : 1 + height, 2 : 2 + width]  # its rows lie apart
-    out = np.full((side + 2, side, 3), 77, np.uint8)
-    Resampler(side)(crop, symmetry, out[1:-1])
-    assert (out[0] == 77).all() and (out[-1] == 77).all()
-    difference = np.abs(out[1:-1].astype(int) - by_opencv(crop, symmetry, side))
+    found = []
+    for level in range(1, LEVEL + 1):
+        out = np.full((side + 2, side, 3), 77, np.uint8)
+        Resampler(side, level)(crop, symmetry, out[1:-1])
+        assert (out[0] == 77).all() and (out[-1] == 77).all()
+        found.append(out[1:-1])
+    assert all(np.array_equal(found[0], other) for other in found)
+    difference = np.abs(found[0].astype(int) - by_opencv(crop, symmetry, side))
     assert difference.max() <= 1
 
 
-@pytest.mark.skipif(ALONE, reason="the kernel is not built, or the processor has no AVX2")
+@needs_kernel
 def test_the_kernel_rounds_to_the_nearest():
     """Against the same interpolation in float64: the mean error is that of rounding, 0.25, and no value is 1 off."""
     rng = np.random.default_rng(0)

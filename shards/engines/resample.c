@@ -2,8 +2,8 @@
  * pass over the pixels: what OpenCV does in three (resize, flip or rotate, convert), within 1 of its values.
  *
  * A row of the result is mixed of two source rows to 16 bits (6 of them fraction), then of pairs of its columns to
- * 32 bits, and rounded once. Needs AVX2, which the caller asks for first; where there is none, OpenCV is faster than
- * plain C would be. Called without Python's lock (ctypes lets go of it): nothing here may touch a Python object.
+ * 32 bits, and rounded once. AVX2 and AVX-512 compute the same integers; with neither, OpenCV is faster than plain C would
+ * be. Called without Python's lock (ctypes lets go of it): nothing here may touch a Python object.
  */
 #include <stdint.h>
 #include <string.h>
@@ -14,29 +14,62 @@
 #define FRACTION 6        /* bits below 1 in the mixed row */
 #define WEIGHT_BITS 14    /* of the weights of columns */
 #define SHIFT (FRACTION + WEIGHT_BITS)
-#define SLACK 32          /* elements that may be read or written beyond a buffer's end */
-#define GROUP 8           /* columns of the result made at once */
+#define SLACK 64          /* elements that may be read or written beyond a buffer's end */
+#define GROUP 8           /* columns of the result that AVX2 makes at once */
+#define BLOCK 16          /* values of the result that AVX-512 makes at once, out of 2 * REACH values of the mixed row */
+#define REACH 32
+#define AVX2 1
+#define AVX512 2
 
-/* Bytes of scratch memory that `dermscale_resample` needs; a multiple of 64. */
+/* What a result's columns are mixed of; the same for all rows of an image. */
+struct columns {
+    int32_t count, blocks;     /* columns, a multiple of GROUP; blocks of 4 values a column */
+    int16_t *weights;          /* AVX2: 8 a column */
+    int32_t *offsets;          /* AVX2: of the left pixel in the mixed row, a column */
+    int16_t *block_weights;    /* AVX-512: a pair for each value */
+    uint16_t *block_picks;     /* AVX-512: a pair for each value, counted from its block's start */
+    int32_t *block_starts;     /* AVX-512 */
+    uint8_t *rows;             /* four finished rows, `row_bytes` each */
+    int64_t row_bytes;
+    int16_t *mixed[2];
+};
+
+/* Lay the tables out in memory that starts at a multiple of 64. Returns the bytes that they take. */
+static int64_t lay_out(struct columns *to, int64_t start, int32_t width, int32_t side)
+{
+    to->count = (side + GROUP - 1) / GROUP * GROUP;
+    to->blocks = (to->count * 4 + BLOCK - 1) / BLOCK;
+    to->row_bytes = (int64_t)to->count * 4 + SLACK;
+    int64_t at = start;
+#define TAKE(field, bytes) (to->field = (void *)(intptr_t)at, at += ((int64_t)(bytes) + 63) / 64 * 64)
+    TAKE(weights, to->count * 16);
+    TAKE(offsets, to->count * 4);
+    TAKE(block_weights, to->blocks * BLOCK * 4);
+    TAKE(block_picks, to->blocks * BLOCK * 4);
+    TAKE(block_starts, to->blocks * 4);
+    TAKE(rows, to->row_bytes * 4);
+    TAKE(mixed[0], ((int64_t)width * 4 + SLACK) * 2);
+    TAKE(mixed[1], ((int64_t)width * 4 + SLACK) * 2);
+#undef TAKE
+    return at - start;
+}
+
+/* Bytes of scratch memory that `dermscale_resample` needs. */
 int64_t dermscale_scratch_bytes(int32_t width, int32_t side)
 {
-    int64_t columns = (side + GROUP - 1) / GROUP * GROUP;
-    int64_t bytes = columns * 4                    /* offsets */
-                    + columns * 16                 /* weights */
-                    + ((int64_t)width * 4 + SLACK) * 2 /* the mixed row */
-                    + (columns * 4 + SLACK) * 4;   /* four finished rows */
-    return (bytes + 63 + 64) / 64 * 64;
+    struct columns columns;
+    return lay_out(&columns, 0, width, side) + 64;
 }
 
 /* The source line that a line of the result lies behind, and the weight of the next one in 1 / 2^bits, rounded: its
  * place is ((2 line + 1) size / side - 1) / 2. 0 at both edges. Integers, so that every machine computes the same. */
-static void place(int64_t line, int64_t size, int64_t side, int bits, int32_t *low, int32_t *weight)
+static void place(int32_t line, int32_t size, int32_t side, int bits, int32_t *low, int32_t *weight)
 {
-    const int64_t at = (2 * line + 1) * size - side, unit = 2 * side;
-    *low = at < 0 ? 0 : (int32_t)(at / unit);
+    const int32_t at = (2 * line + 1) * size - side, unit = 2 * side; /* sizes below 65,536, sides up to 4,096 */
+    *low = at < 0 ? 0 : (int32_t)((uint32_t)at / (uint32_t)unit);
     *weight = 0;
     if (at >= 0 && *low < size - 1)
-        *weight = (int32_t)((((at - *low * unit) << bits) + side) / unit);
+        *weight = (int32_t)((((uint32_t)(at - *low * unit) << bits) + (uint32_t)side) / (uint32_t)unit);
 }
 
 /* Two source rows in proportion (32768 - weight) : weight. count: values in a row. */
@@ -58,6 +91,27 @@ __attribute__((target("avx2"))) static void mix_rows(const uint8_t *upper, const
     }
 }
 
+__attribute__((target("avx512f,avx512bw"))) static void mix_rows_512(const uint8_t *upper, const uint8_t *lower,
+                                                                     int32_t weight, int64_t count, int16_t *mixed)
+{
+    const __m512i share = _mm512_set1_epi16((int16_t)weight);
+    for (int64_t i = 0; i < count; i += 32) {
+        __m256i near, far;
+        if (count - i >= 32) {
+            near = _mm256_loadu_si256((const __m256i *)(upper + i));
+            far = _mm256_loadu_si256((const __m256i *)(lower + i));
+        } else { /* nothing beyond the row may be read; what is written beyond is zero and slack */
+            const __mmask64 part = (1ull << (count - i)) - 1;
+            near = _mm512_castsi512_si256(_mm512_maskz_loadu_epi8(part, upper + i));
+            far = _mm512_castsi512_si256(_mm512_maskz_loadu_epi8(part, lower + i));
+        }
+        __m512i a = _mm512_cvtepu8_epi16(near), b = _mm512_cvtepu8_epi16(far);
+        __m512i step = _mm512_slli_epi16(_mm512_sub_epi16(b, a), FRACTION);
+        __m512i sum = _mm512_add_epi16(_mm512_slli_epi16(a, FRACTION), _mm512_mulhrs_epi16(step, share));
+        _mm512_storeu_si512((void *)(mixed + i), sum);
+    }
+}
+
 #define TWO(k)                                                                                                      \
     _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(mixed + offset[k]))),          \
                             _mm_loadu_si128((const __m128i *)(mixed + offset[k + 4])), 1)
@@ -67,10 +121,9 @@ __attribute__((target("avx2"))) static void mix_rows(const uint8_t *upper, const
                                        half),                                                                       \
                       SHIFT)
 
-/* One row of the result from a mixed row. pixel_bytes: 3, or 4 with the fourth byte 0. */
-__attribute__((target("avx2"))) static void mix_columns(const int16_t *mixed, const int32_t *offsets,
-                                                        const int16_t *weights, int32_t columns, int32_t channels,
-                                                        int32_t pixel_bytes, uint8_t *row)
+/* One row of the result from the mixed row. pixel_bytes: 3, or 4 with the fourth byte 0. */
+__attribute__((target("avx2"))) static void mix_columns(const struct columns *of, const int16_t *mixed, int32_t channels,
+                                                        int32_t side, int32_t pixel_bytes, uint8_t *row)
 {
     /* Of two neighbouring pixels: each channel's two values next to each other, and zeros for the fourth channel. */
     const __m256i pairs =
@@ -81,20 +134,80 @@ __attribute__((target("avx2"))) static void mix_columns(const int16_t *mixed, co
     const __m256i dense = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1, 0, 1, 2, 4, 5, 6, 8,
                                            9, 10, 12, 13, 14, -1, -1, -1, -1);
     const __m256i half = _mm256_set1_epi32(1 << (SHIFT - 1));
-    for (int32_t j = 0; j < columns; j += GROUP) {
-        const int32_t *offset = offsets + j;
-        const int16_t *weight = weights + j * 8;
+    for (int32_t j = 0; j < of->count; j += GROUP) {
+        const int32_t *offset = of->offsets + j;
+        const int16_t *weight = of->weights + j * 8;
         __m256i first = _mm256_packs_epi32(MIXED(0), MIXED(1));  /* 0 1 | 4 5 */
         __m256i second = _mm256_packs_epi32(MIXED(2), MIXED(3)); /* 2 3 | 6 7 */
         __m256i pixels = _mm256_packus_epi16(first, second);     /* 0 1 2 3 | 4 5 6 7 */
         if (pixel_bytes == 4) {
             _mm256_storeu_si256((__m256i *)(row + j * 4), pixels);
+            continue;
+        }
+        pixels = _mm256_shuffle_epi8(pixels, dense);
+        uint8_t end[GROUP * 4]; /* nothing beyond the row may be written */
+        uint8_t *to = j + 2 * GROUP <= side ? row + j * 3 : end;
+        _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(pixels));
+        _mm_storeu_si128((__m128i *)(to + 12), _mm256_extracti128_si256(pixels, 1));
+        if (to == end)
+            memcpy(row + j * 3, end, (size_t)(side - j < GROUP ? side - j : GROUP) * 3);
+    }
+}
+
+/* The same out of 2 * REACH values around each block of the result: `far` where REACH are not enough. */
+__attribute__((target("avx512f,avx512bw"))) static void mix_columns_512(const struct columns *of, const int16_t *mixed, int far,
+                                                                        int32_t bytes, uint8_t *row)
+{
+    const __m512i half = _mm512_set1_epi32(1 << (SHIFT - 1));
+    for (int32_t k = 0; k * BLOCK < bytes; k++) {
+        const int16_t *from = mixed + of->block_starts[k];
+        __m512i picks = _mm512_load_si512((const void *)(of->block_picks + k * BLOCK * 2));
+        __m512i weights = _mm512_load_si512((const void *)(of->block_weights + k * BLOCK * 2));
+        __m512i near = _mm512_loadu_si512((const void *)from);
+        __m512i pairs = far ? _mm512_permutex2var_epi16(near, picks, _mm512_loadu_si512((const void *)(from + REACH)))
+                            : _mm512_permutexvar_epi16(picks, near);
+        __m512i sums = _mm512_srli_epi32(_mm512_add_epi32(_mm512_madd_epi16(pairs, weights), half), SHIFT);
+        const int32_t left = bytes - k * BLOCK; /* nothing beyond the row may be written */
+        if (left >= BLOCK) {
+            _mm_storeu_si128((__m128i *)(row + k * BLOCK), _mm512_cvtepi32_epi8(sums));
         } else {
-            pixels = _mm256_shuffle_epi8(pixels, dense);
-            _mm_storeu_si128((__m128i *)(row + j * 3), _mm256_castsi256_si128(pixels));
-            _mm_storeu_si128((__m128i *)(row + j * 3 + 12), _mm256_extracti128_si256(pixels, 1));
+            uint8_t end[BLOCK];
+            _mm_storeu_si128((__m128i *)end, _mm512_cvtepi32_epi8(sums));
+            memcpy(row + k * BLOCK, end, (size_t)left);
         }
     }
+}
+
+/* Fill the tables of AVX-512. Returns how many values of the mixed row the widest block needs. */
+static int32_t place_blocks(struct columns *of, int32_t side, int32_t channels, int32_t pixel_bytes)
+{
+    int32_t widest = 0;
+    for (int32_t k = 0; k * BLOCK < side * pixel_bytes; k++) {
+        int32_t first = k * BLOCK / pixel_bytes, last = (k * BLOCK + BLOCK - 1) / pixel_bytes;
+        if (last >= side)
+            last = side - 1;
+        /* Places go up or, where the image is mirrored, down. */
+        int32_t low = of->offsets[first], high = of->offsets[last];
+        if (low > high) {
+            low = of->offsets[last];
+            high = of->offsets[first];
+        }
+        of->block_starts[k] = low;
+        if (high + 2 * channels - low > widest)
+            widest = high + 2 * channels - low;
+    }
+    for (int32_t column = 0, v = 0; column < side; column++) {
+        const int16_t *weight = of->weights + ((column & ~7) + (column & 3) * 2 + ((column >> 2) & 1)) * 8;
+        for (int32_t c = 0; c < pixel_bytes; c++, v++) {
+            /* The fourth value of a pixel is zero: any two values, with no weight. */
+            const uint16_t pick = (uint16_t)(of->offsets[column] - of->block_starts[v / BLOCK] + (c < 3 ? c : 0));
+            of->block_picks[2 * v] = pick;
+            of->block_picks[2 * v + 1] = (uint16_t)(pick + channels);
+            of->block_weights[2 * v] = c < 3 ? weight[0] : 0;
+            of->block_weights[2 * v + 1] = c < 3 ? weight[1] : 0;
+        }
+    }
+    return widest;
 }
 
 /* Write up to four rows of 4-byte pixels as neighbouring columns of 3-byte ones, from the first pixel of `out` on. */
@@ -126,64 +239,73 @@ __attribute__((target("avx2"))) static void turn(const uint8_t *rows, int64_t ro
             memcpy(out + j * stride + k * 3, rows + k * row_bytes + j * 4, 3);
 }
 
-/* Whether this processor can run `dermscale_resample`. */
-int32_t dermscale_can_resample(void)
+/* What this processor can run: 0, AVX2 or AVX512. */
+int32_t dermscale_resample_level(void)
 {
-    return __builtin_cpu_supports("avx2");
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx2"))
+        return AVX512;
+    return __builtin_cpu_supports("avx2") ? AVX2 : 0;
 }
 
 /* source: (height, width, channels) uint8, rows `stride` bytes apart, channels 3, or 4 of which the last is dropped.
  * out: (side, side, 3) uint8. symmetry: bit 4 transposes, then 1 mirrors columns and 2 mirrors rows. scratch:
- * dermscale_scratch_bytes(width, side). */
+ * dermscale_scratch_bytes(width, side). level: AVX2 or AVX512. */
 void dermscale_resample(const uint8_t *source, int64_t stride, int32_t height, int32_t width, int32_t channels,
-                        int32_t side, int32_t symmetry, uint8_t *out, uint8_t *scratch)
+                        int32_t side, int32_t symmetry, uint8_t *out, uint8_t *scratch, int32_t level)
 {
-    const int32_t columns = (side + GROUP - 1) / GROUP * GROUP;
     const int32_t turned = symmetry & 4, mirror_columns = symmetry & 1, mirror_rows = symmetry & 2;
     /* A transposed image's columns are rows here: what mirrors them then mirrors the other axis before. */
     const int32_t backwards = turned ? mirror_rows : mirror_columns;
     const int32_t upwards = turned ? mirror_columns : mirror_rows;
-    uint8_t *start = (uint8_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    int16_t *weights = (int16_t *)start;
-    int32_t *offsets = (int32_t *)(start + (int64_t)columns * 16);
-    uint8_t *rows = (uint8_t *)(offsets + columns);
-    int16_t *mixed = (int16_t *)(rows + ((int64_t)columns * 4 + SLACK) * 4);
-    const int64_t row_bytes = (int64_t)columns * 4 + SLACK, count = (int64_t)width * channels;
+    const int32_t pixel_bytes = turned ? 4 : 3;
+    const int64_t count = (int64_t)width * channels;
+    struct columns to;
+    lay_out(&to, ((intptr_t)scratch + 63) & ~(intptr_t)63, width, side);
 
-    for (int32_t j = 0; j < columns; j++) {
+    for (int32_t j = 0; j < to.count; j++) {
         int32_t low = 0, second = 0;
         if (j < side)
             place(backwards ? side - 1 - j : j, width, side, WEIGHT_BITS, &low, &second);
-        int16_t *weight = weights + ((j & ~7) + (j & 3) * 2 + ((j >> 2) & 1)) * 8;
-        offsets[j] = low * channels;
+        int16_t *weight = to.weights + ((j & ~7) + (j & 3) * 2 + ((j >> 2) & 1)) * 8;
+        to.offsets[j] = low * channels;
         for (int32_t k = 0; k < 8; k += 2) {
             weight[k] = (int16_t)((1 << WEIGHT_BITS) - second);
             weight[k + 1] = (int16_t)second;
         }
     }
-    memset(mixed + count, 0, SLACK * sizeof(int16_t)); /* the pixel beyond the last one: read with weight 0 */
+    for (int k = 0; k < 2; k++) /* the pixel beyond the last one: read with weight 0 */
+        memset(to.mixed[k] + count, 0, SLACK * sizeof(int16_t));
+    const int32_t reach = level == AVX512 ? place_blocks(&to, side, channels, pixel_bytes) : 0;
 
-    for (int32_t i = 0; i < side; i++) {
-        int32_t low, weight;
-        place(i, height, side, 15, &low, &weight);
-        const uint8_t *upper = source + low * stride, *lower = low + 1 < height ? upper + stride : upper;
-        if (weight > 32767)
-            weight = 32767;
+    for (int32_t next = 0; next <= side; next++) {
+        /* Rows are mixed one ahead: what has just been written cannot be read at other places without a stall. */
+        if (next < side) {
+            int32_t low, weight;
+            place(next, height, side, 15, &low, &weight);
+            const uint8_t *upper = source + low * stride, *lower = low + 1 < height ? upper + stride : upper;
+            if (weight > 32767)
+                weight = 32767;
+            (level == AVX512 ? mix_rows_512 : mix_rows)(upper, lower, weight, count, to.mixed[next & 1]);
+        }
+        if (next == 0)
+            continue;
+        const int32_t i = next - 1;
+        const int16_t *mixed = to.mixed[i & 1];
         /* Rows of a transposed image wait until there are four: they become four columns. */
         const int32_t group = i & 3, waiting = i - group, filled = side - waiting < 4 ? side - waiting : 4;
-        uint8_t *row = turned ? rows + (upwards ? filled - 1 - group : group) * row_bytes : rows;
-        mix_rows(upper, lower, weight, count, mixed);
-        mix_columns(mixed, offsets, weights, columns, channels, turned ? 4 : 3, row);
-        if (!turned) {
-            memcpy(out + (int64_t)(upwards ? side - 1 - i : i) * side * 3, row, (size_t)side * 3);
-        } else if (group == filled - 1) {
-            turn(rows, row_bytes, filled, side, out + (int64_t)(upwards ? side - waiting - filled : waiting) * 3);
-        }
+        uint8_t *row = turned ? to.rows + (upwards ? filled - 1 - group : group) * to.row_bytes
+                              : out + (int64_t)(upwards ? side - 1 - i : i) * side * 3;
+        if (level == AVX512 && reach <= 2 * REACH)
+            mix_columns_512(&to, mixed, reach > REACH, side * pixel_bytes, row);
+        else
+            mix_columns(&to, mixed, channels, side, pixel_bytes, row);
+        if (turned && group == filled - 1)
+            turn(to.rows, to.row_bytes, filled, side, out + (int64_t)(upwards ? side - waiting - filled : waiting) * 3);
     }
 }
 
 #else
-int32_t dermscale_can_resample(void)
+int32_t dermscale_resample_level(void)
 {
     return 0;
 }

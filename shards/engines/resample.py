@@ -1,7 +1,7 @@
-"""Bilinear resize to a square with one of its eight symmetries: a compiled AVX2 kernel, or OpenCV where there is none.
+"""Bilinear resize to a square with one of its eight symmetries: a compiled kernel, or OpenCV where there is none.
 
-The kernel (`resample.c`, built when the package is installed and a C compiler is there) does in one pass what OpenCV
-does in three, within 1 of its values. Both place pixel centres alike and use no antialias.
+The kernel (`resample.c`, AVX2 or AVX-512, built when the package is installed where a C compiler is) does in one pass
+what OpenCV does in three, within 1 of its values. Both place pixel centres alike and use no antialias.
 """
 
 import cv2
@@ -30,11 +30,12 @@ def apply_symmetry(image: np.ndarray, symmetry: int, out: np.ndarray) -> None:
 class Resampler:
     """One thread's resize to (side, side, 3), with the scratch memory that it needs."""
 
-    def __init__(self, side: int) -> None:
-        """side: px of the result."""
+    def __init__(self, side: int, level: int | None = None) -> None:
+        """side: px of the result. level: which of LEVELS to take at most; None is the best that there is."""
         self.side = side
         library = compiled()
-        self._kernel = library if library and library.dermscale_can_resample() else None
+        self.level = min(library.dermscale_resample_level(), 2 if level is None else level) if library else 0
+        self._kernel = library if self.level else None
         self._square = np.empty((side, side, 3), np.uint8)
         self._scratch, self._scratch_at, self._width = self._square, 0, 0
 
@@ -68,4 +69,5 @@ class Resampler:
             symmetry,
             out.ctypes.data if out_at is None else out_at,
             self._scratch_at,
+            self.level,
         )

@@ -110,7 +110,8 @@ def _train(
 @click.option("--resolution", type=int, default=64, show_default=True, help="Side of the images, px.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Images per step.")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Of every cell.")
-@click.option("--compile", type=click.Choice(["on", "off"]), default="off", show_default=True, help="torch.compile.")
+@click.option("--fractions", default="1/8,1/4,1/2,1", show_default=True, help="Of every model and seed.")
+@click.option("--compile", type=click.Choice(["on", "off"]), default="on", show_default=True, help="torch.compile.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def grid(
     quick: bool,
@@ -124,10 +125,16 @@ def grid(
     resolution: int,
     batch_size: int,
     epochs: int,
+    fractions: str,
     compile: str,
     device: str,
 ) -> None:
-    """A study whose cells share a worker process, against one process per cell."""
+    """A study whose cells share a worker process, against one process per cell.
+
+    --quick: the whole training split only, without torch.compile.
+    """
+    from fractions import Fraction
+
     from benchmarks.grids import GridJob, grid_text, measure_grid
     from benchmarks.machine import environment
     from benchmarks.work import Work
@@ -137,7 +144,8 @@ def grid(
     if only:
         raise UsageError("--only: `grid` compares two systems, and needs both")
     work = Work(images(source), cache, 200, resolution, batch_size, workers, copies=1)
-    job = GridJob(work, tuple(models), (1.0,) if quick else (0.5, 1.0), (0, 1), epochs, compile, device)
+    shares = (1.0,) if quick else tuple(float(Fraction(share)) for share in fractions.split(","))
+    job = GridJob(work, tuple(models), shares, (0, 1), epochs, "off" if quick else compile, device)
     machine = environment(command_line())
     rounds = rounds or (5 if quick else 6)
     with Progress("grid", 2 * (1 + rounds), "studies") as bar:

@@ -1,8 +1,10 @@
 """The `grid` benchmark: a study whose cells share a worker process, against one process per cell."""
 
+import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from benchmarks.forms import prepared
 from benchmarks.machine import Environment
-from benchmarks.measure import Row, ratio_row, series_rows
+from benchmarks.measure import Row, ratio_row, series_rows, summary_row
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
 from benchmarks.work import Work
 from benchmarks.worker import Running, Told, take_turns
@@ -28,7 +30,7 @@ class GridJob:
 
     work: Work
     models: tuple[str, ...]
-    fractions: tuple[float, ...] = (0.5, 1.0)
+    fractions: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
     seeds: tuple[int, ...] = (0, 1)
     epochs: int = 1
     compile: str = "off"
@@ -51,7 +53,7 @@ def set_up(name: str, job: GridJob) -> Running:
     """Pack the images, and train the whole study once."""
     work = job.work
     data = prepared("shards-split", work) / "set"
-    home = work.cache / "grid" / name.replace(" ", "-").replace(",", "")
+    home = _home(name, job)
     common = ["--data", str(data), "--epochs", str(job.epochs), "--batch-size", str(work.batch_size)]
     common += ["--resolution", str(work.resolution_px), "--compile", job.compile, "--device", job.device]
     turn = iter(range(1_000_000))
@@ -75,20 +77,41 @@ def set_up(name: str, job: GridJob) -> Running:
 
     def once() -> int:
         out = home / str(next(turn))
+        started = time.perf_counter()
         (one_grid if name == SHARED else one_by_one)(out)
-        finished = len(list(out.rglob("result.json")))
-        if finished != job.cells:
-            raise CellFailedError(f"{finished} of {job.cells} cells have a result")
-        return finished
+        wall_s = time.perf_counter() - started
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in out.rglob("result.json")]
+        if len(results) != job.cells:
+            raise CellFailedError(f"{len(results)} of {job.cells} cells have a result")
+        busy_s = sum(result["seconds"]["train"] + result["seconds"]["eval"] for result in results)
+        with _overheads(name, job).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(1 - busy_s / wall_s) + "\n")
+        return len(results)
 
     clean()
     once()
+    _overheads(name, job).write_text("")  # from here on they count
     return Running(once, clean)
+
+
+def _home(name: str, job: GridJob) -> Path:
+    """Where a system keeps its studies while it is measured."""
+    return job.work.cache / "grid" / name.replace(" ", "-").replace(",", "")
+
+
+def _overheads(name: str, job: GridJob) -> Path:
+    """A line a study: the share of its wall time that was neither training nor evaluation."""
+    return _home(name, job).with_suffix(".overhead")
 
 
 def measure_grid(job: GridJob, environment: Environment, *, rounds: int, told: Told) -> list[Row]:
     """Time whole studies, start-up included, in turn."""
     series, _ = take_turns(set_up, [SHARED, ALONE], job, job.work.cache / "logs", rounds=rounds, seconds=0.0, told=told)
+    overheads = {
+        name: [float(line) for line in _overheads(name, job).read_text().split()]
+        for name in (SHARED, ALONE)
+        if not series[name].failed
+    }
     shutil.rmtree(job.work.cache / "grid", ignore_errors=True)
     columns: dict[str, Any] = {
         "benchmark": "grid",
@@ -98,11 +121,15 @@ def measure_grid(job: GridJob, environment: Environment, *, rounds: int, told: T
         "page_cache": "warm",
         "environment": environment,
     }
-    note = f"{job.cells} cells of {job.epochs} epoch(s), torch.compile {job.compile}; a study of few and short cells"
+    note = f"{job.cells} cells of {job.epochs} epoch(s), torch.compile {job.compile}"
     rows: list[Row] = []
     for name in (SHARED, ALONE):
         speed, cpu = series_rows(series[name], system=name, note=note if name == SHARED else "", **columns)
         rows += [_renamed(speed, "cells_per_s", "cells/s"), _renamed(cpu, "cpu_s_per_1000_cells", "s")]
+        failed = series[name].failed
+        rows.append(
+            summary_row(overheads.get(name, []), failed, system=name, metric="overhead_share", unit="1", **columns)
+        )
     ratio = ratio_row(series[SHARED], series[ALONE], system=SHARED, beside=ALONE, **columns)
     return [*rows, _renamed(ratio, "cells_per_s ratio", ratio.unit)]
 
@@ -117,6 +144,7 @@ def grid_text(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
     own = [row for row in rows if row.benchmark == "grid"]
     across = [("cells / s", lambda row: row.metric == "cells_per_s")]
+    across.append(("overhead, share of the wall time", lambda row: row.metric == "overhead_share"))
     across.append(("CPU s / 1,000 cells", lambda row: row.metric == "cpu_s_per_1000_cells"))
     parts = ["## Grid\n", pivot([row for row in own if not row.beside], across)]
     ratios = [[f"{row.system} / {row.beside}", cell(row)] for row in own if row.beside]

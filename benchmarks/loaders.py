@@ -22,6 +22,8 @@ RATIOS = (
     ("dermscale native jpg", "MosaicML streaming"),
     ("dermscale native jpg", "LitData"),
     ("dermscale native jpg", "SPDL"),
+    ("dermscale native jpg", "dermscale native jpg, 1 thread"),
+    ("dermscale native raw", "dermscale native raw, 1 thread"),
     ("dermscale native jpg", "ceiling: bare loop jpg"),
     ("dermscale native raw", "ceiling: bare loop raw"),
     ("dermscale native jpg", "ceiling: decode only"),

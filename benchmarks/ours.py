@@ -10,7 +10,9 @@ import numpy as np
 from benchmarks.work import Batch, Epoch, System, Work
 
 
-def _engine(engine: str) -> Callable[[Work, Path], Epoch]:
+def _engine(engine: str, threads: int | None = None) -> Callable[[Work, Path], Epoch]:
+    """A loader's epochs. threads: other than one per worker."""
+
     def open_(work: Work, folder: Path) -> Epoch:
         from shards import Loader, ShardSet
 
@@ -22,7 +24,7 @@ def _engine(engine: str) -> Callable[[Work, Path], Epoch]:
             seed=0,
             engine=engine,
             device="cpu",
-            threads=work.workers,
+            threads=threads or work.workers,
         )
 
         def epoch() -> Iterator[Batch]:
@@ -130,6 +132,8 @@ _NATIVE_NOTE = (
 OURS = (
     System("dermscale native jpg", "shards-jpg", _engine("native"), note=_NATIVE_NOTE),
     System("dermscale native raw", "shards-raw", _engine("native"), encoding="raw"),
+    System("dermscale native jpg, 1 thread", "shards-jpg", _engine("native", 1)),
+    System("dermscale native raw, 1 thread", "shards-raw", _engine("native", 1), encoding="raw"),
     System(
         "dermscale native proportion",
         "shards-proportion",

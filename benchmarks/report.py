@@ -35,8 +35,15 @@ _BOUND = 0.95
 
 
 def read_results(folder: Path) -> dict[str, list[Row]]:
-    """The rows of every benchmark that has a CSV in the folder. Raises DataError where there is none."""
-    found = {name: read_csv(path) for name in TEXTS if (path := folder / f"{name}.csv").is_file()}
+    """The rows of every benchmark that has a CSV in the folder, a quick one where it has no other.
+
+    Raises DataError where there is none.
+    """
+    found = {}
+    for name in TEXTS:
+        path = next(filter(Path.is_file, (folder / f"{name}.csv", folder / f"{name}-quick.csv")), None)
+        if path is not None:
+            found[name] = read_csv(path)
     if not found:
         raise DataError(f"{folder}: holds no results; run `python -m benchmarks.run loader` first")
     return found

@@ -129,6 +129,17 @@ def test_one_pipeline_serves_all_epochs_and_resolutions(shard_sets, monkeypatch)
     assert len(built) == 1
 
 
+def test_a_pipeline_that_dali_has_taken_apart_is_given_up_quietly(shard_sets, monkeypatch):
+    """As where a Loader that nobody closed is collected, and DALI's part of the cycle goes first."""
+    made = []
+    monkeypatch.setattr(dali, "_Pipeline", lambda *args, plain=dali._Pipeline: made.append(plain(*args)) or made[-1])
+    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=32, engine="dali", threads=1)
+    next(iter(loader))
+    (pipeline,) = made
+    pipeline._outputs._pipes[0]._pipe = None
+    assert not pipeline.drained()
+
+
 def test_an_epoch_left_early_neither_hangs_nor_spoils_the_next(shard_sets):
     selection = shard_sets["mixed"].select("train")
     loader = Loader(selection, batch_size=8, resolution=32, engine="dali", threads=2)

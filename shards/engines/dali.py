@@ -138,8 +138,8 @@ class _Pipeline:
         try:
             for _ in self._outputs:
                 pass
-        except RuntimeError:  # of a batch that nobody waits for
-            return False
+        except (RuntimeError, AttributeError):  # of a batch that nobody waits for; DALI's pipeline may be gone before
+            return False  # us where a Loader that was not closed is collected as garbage
         return True
 
 

@@ -21,6 +21,8 @@ def _open(work: Work, folder: Path) -> Epoch:
 
     files = packed_files(work)
     side = work.resolution_px
+    # SPDL loads its library at the first call; two threads that make it at once abort ("InitGoogleLogging() twice").
+    spdl.io.demux_image(str(files[0][0]))
 
     def load(item: tuple[Path, int, tuple[int, int]]) -> tuple[object, int]:
         path, label, (height, width) = item

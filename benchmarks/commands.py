@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.options import Told, advance, chosen, command_line, images, publish, shared
+from benchmarks.options import Told, advance, chosen, command_line, common, images, publish, shared
 
 if TYPE_CHECKING:
     from benchmarks.machine import Environment
@@ -151,3 +151,29 @@ def grid(
     with Progress("grid", 2 * (1 + rounds), "studies") as bar:
         rows = measure_grid(job, machine, rounds=rounds, told=advance(bar))
     publish(out, "grid-quick" if quick else "grid", rows, grid_text)
+
+
+@click.command()
+@common
+@click.option("--packed", "packed_px", type=int, default=400, show_default=True, help="Longer side packed, px.")
+@click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px.")
+@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda or cuda:N.")
+def predict(
+    quick: bool, out: Path, cache: Path, source: Path, rounds: int | None, packed_px: int, resolution: int, device: str
+) -> None:
+    """Prediction beside evaluation with a resnet18, and how long `train.predict` and `train.serve` take to start."""
+    from benchmarks.machine import environment
+    from benchmarks.predicting import measure_predicting, predicting_text
+    from benchmarks.work import Work
+    from preprocess.progress import Progress
+    from train.models import check_resolution
+
+    check_resolution("resnet18", resolution)
+    work = Work(images(source), cache, packed_px, resolution, batch_size=64, copies=1 if quick else 2)
+    machine = environment(command_line())
+    rounds = rounds or (6 if quick else 9)
+    with Progress("predict", 1 + 3 * (1 + rounds) + 2 * (1 + rounds), "runs") as bar:
+        rows = measure_predicting(
+            work, "resnet18", device, machine, rounds=rounds, seconds=0.5 if quick else 4.0, told=advance(bar)
+        )
+    publish(out, "predict-quick" if quick else "predict", rows, predicting_text)

@@ -17,7 +17,7 @@ Told = Callable[[str], None]
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-def shared(command: Callable) -> Callable:
+def common(command: Callable) -> Callable:
     """The options that all benchmarks on images have."""
     for option in (
         click.option("--quick", is_flag=True, help="Two minutes: fewer images, one job, shorter rounds."),
@@ -32,6 +32,15 @@ def shared(command: Callable) -> Callable:
             help="HAM10000-shaped folder of originals, or one that has it in originals/ [env HAM10000_SAMPLE].",
         ),
         click.option("--rounds", type=click.IntRange(5), help="Timed rounds per system.  [default: 9, quick 6]"),
+    ):
+        command = option(command)
+    return command
+
+
+def shared(command: Callable) -> Callable:
+    """The options of the benchmarks whose systems can be chosen, and share a number of workers."""
+    for option in (
+        common,
         click.option("--only", multiple=True, help="Only systems whose name contains this; repeatable."),
         click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads or processes."),
     ):

@@ -8,6 +8,7 @@ from benchmarks.grids import grid_text
 from benchmarks.loaders import loader_text
 from benchmarks.measure import Row
 from benchmarks.packing import packing_text
+from benchmarks.predicting import predicting_in_words, predicting_text
 from benchmarks.speed import training_text
 from benchmarks.stalls import stalls_text
 from benchmarks.tables import cell, figure, read_csv
@@ -19,6 +20,7 @@ TEXTS: dict[str, Callable[[Sequence[Row]], str]] = {
     "training": training_text,
     "stalls": stalls_text,
     "grid": grid_text,
+    "predict": predicting_text,
 }
 """Name of a benchmark and of its CSV → its Markdown."""
 
@@ -28,6 +30,7 @@ TITLES = {
     "training": "Training",
     "stalls": "Stalls",
     "grid": "Grid",
+    "predict": "Predicting",
 }
 
 _BOUND = 0.95
@@ -70,6 +73,8 @@ def in_words(name: str, rows: Sequence[Row]) -> list[str]:
         return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows)]
     if name == "stalls":
         return _stalls_in_words(rows)
+    if name == "predict":
+        return predicting_in_words(rows)
     said = []
     for row in rows:
         if row.beside and row.value is not None:

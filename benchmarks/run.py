@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.commands import grid, stalls, training
+from benchmarks.commands import grid, predict, stalls, training
 from benchmarks.options import advance, chosen, command_line, images, publish, shared
 from benchmarks.plan_command import plan
 from shards import cli
@@ -114,7 +114,7 @@ def report(out: Path) -> None:
     click.echo(f"wrote {out / 'RESULTS.md'} and {out / 'report.html'} from {', '.join(results)}")
 
 
-for _command in (training, stalls, grid, plan):
+for _command in (training, stalls, grid, predict, plan):
     main.add_command(_command)
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import pytest
 
 from benchmarks.grids import ALONE, SHARED, GridJob, grid_text, measure_grid, set_up
 from benchmarks.machine import environment
-from benchmarks.measure import Row, Sample, Series, ratio_row, series_rows
+from benchmarks.measure import Row, Sample, Series, ratio_row, series_rows, summary_row
+from benchmarks.predicting import EVALUATION, PREDICT, START_PREDICT
 from benchmarks.report import bars, in_words, markdown, page, read_results
 from benchmarks.tables import write_csv
 from benchmarks.work import Work
@@ -35,6 +36,12 @@ def results(tmp_path_factory) -> Path:
     rows += series_rows(cached, system="compiled, cached batch", **common)
     rows.append(ratio_row(loaded, cached, system="compiled, native loader", beside="compiled, cached batch", **common))
     write_csv(out / "training.csv", rows)
+    common = {"benchmark": "predict", "packed": "400x300 jpg", "resolution_px": 224, "environment": machine}
+    evaluated, predicted = series(50, 50, 50, 50, 50, 50), series(40, 40, 40, 40, 40, 40)
+    rows = series_rows(evaluated, system=EVALUATION, **common) + series_rows(predicted, system=PREDICT, **common)
+    rows.append(ratio_row(predicted, evaluated, system=PREDICT, beside=EVALUATION, **common))
+    rows.append(summary_row([3.0] * 6, system=START_PREDICT, metric="start_s", unit="s", **common))
+    write_csv(out / "predict-quick.csv", rows)
     return out
 
 
@@ -48,11 +55,19 @@ def test_words_say_only_what_the_rows_say(results):
     assert ": loading limits it" in training
 
 
+def test_words_say_whether_predicting_is_as_fast_as_it_is_meant_to_be(results):
+    assert in_words("predict", read_results(results)["predict"]) == [
+        f"Predicting: {PREDICT} is 0.80 [0.80, 0.80] times evaluation (400x300 jpg, 224 px); at least 0.6: held.",
+        f"Predicting: {START_PREDICT} takes 3.00 [3.00, 3.00] s; under 5 s: held.",
+    ]
+
+
 def test_markdown_has_every_table(results):
     text = markdown(read_results(results))
     for part in (
         "## Loader",
         "## Training",
+        "## Predicting",
         "| dermscale native jpg | 300",
         "Other processes used 25 %",
         "other DCT <i>",
@@ -66,7 +81,7 @@ def test_page_stands_alone_and_escapes_what_it_shows(results):
     assert not re.findall(r'(?:src|href)="(?!#|data:)', html)
     assert "&lt;here&gt;" in html
     assert "<here>" not in html
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
     assert "nothing here was measured on one" in html
 
 

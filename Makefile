@@ -16,6 +16,8 @@ $(BIN)/.installed: pyproject.toml constraints.txt $(wildcard shards/*.c shards/e
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=python3.11 or newer" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# Where there is no compiler any more, kernels of older sources would stay.
+	find shards -maxdepth 1 -name '_kernels.*.so' '(' ! -newer shards/jpeg_cut.c -o ! -newer shards/engines/resample.c ')' -delete
 	touch $@
 
 demo: install ## synthetic lesions → shards → a 2 × 2 study → report, under 4 minutes on 2 cores

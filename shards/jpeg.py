@@ -105,7 +105,8 @@ class RegionCutter:
 
         raw: the whole file, an image of (height, width) px. at: its address, where that is known. Returns (JPEG bytes
         as (n,) uint8, top, left): decode it, and the box is at [y - top : y - top + h, x - left : x - left + w], equal
-        to the whole image's pixels there. None where the file has no restart table or the box needs all of it.
+        to the whole image's pixels there. None where the file has no restart table or one that does not fit it, or the
+        box needs all of it.
         """
         if not has_restart_table(raw):
             return None
@@ -133,21 +134,28 @@ def _cut(
     raw: memoryview, height: int, width: int, y: int, x: int, h: int, w: int
 ) -> tuple[np.ndarray, int, int] | None:
     """A cut of a file with a restart table, in NumPy."""
+    if len(raw) < _TABLE + _FIELDS.size:
+        return None
     block_height, block_width, interval, sof, scan = _FIELDS.unpack_from(raw, _TABLE)
     run_width = block_width * interval
+    if not block_height or not run_width or scan < sof + 9:
+        return None
     rows, columns = -(-height // block_height), -(-width // run_width)
     # One pixel more on each side: libjpeg's triangle filter mixes the nearest chroma sample beyond a pixel into it.
     row0, row1 = max(y - 1, 0) // block_height, min(y + h, height - 1) // block_height + 1
     column0, column1 = max(x - 1, 0) // run_width, min(x + w, width - 1) // run_width + 1
-    if (row1 - row0) * (column1 - column0) > _WORTH * rows * columns:
-        return None
     table = _TABLE + _FIELDS.size
     end = table + 2 * rows * columns
+    if (row1 - row0) * (column1 - column0) > _WORTH * rows * columns or end + scan > len(raw):
+        return None
     lengths = np.frombuffer(raw, "<u2", rows * columns, table)
     starts = np.empty(rows * columns + 1, np.int64)
     starts[0] = end + scan
     np.cumsum(lengths, out=starts[1:])
     starts[1:] += starts[0]
+    kept = lengths.reshape(rows, columns)[row0:row1, column0:column1]
+    if starts[row1 * columns] > len(raw) or not kept.any(axis=1).all():
+        return None
     top, left = row0 * block_height, column0 * run_width
     size = struct.pack(">HH", min(row1 * block_height, height) - top, min(column1 * run_width, width) - left)
     head = [raw[:_APP0_END], raw[end : end + sof + 5], size, raw[end + sof + 9 : end + scan]]
@@ -158,7 +166,7 @@ def _cut(
         last = starts[row0 * columns + column1 : row1 * columns + 1 : columns].tolist()
         runs = [raw[a:b] for a, b in zip(first, last, strict=True)]
     out = np.frombuffer(bytearray().join(head + runs), np.uint8)
-    marks = np.cumsum(lengths.reshape(rows, columns)[row0:row1, column0:column1])
+    marks = np.cumsum(kept)
     out[marks + (_APP0_END + scan - 1)] = _MARKERS[: len(marks)]
     out[-1] = 0xD9  # the last run ends the image (EOI)
     return out, top, left

@@ -40,7 +40,7 @@ int64_t dermscale_cut(const uint8_t *raw, int64_t length, int32_t height, int32_
     const int32_t row0 = (y > 0 ? y - 1 : 0) / block_height, row1 = smaller(y + h, height - 1) / block_height + 1;
     const int32_t column0 = (x > 0 ? x - 1 : 0) / run_width, column1 = smaller(x + w, width - 1) / run_width + 1;
     const int64_t end = LENGTHS + (int64_t)2 * rows * columns; /* of the segment */
-    if ((row1 - row0) * (column1 - column0) > worth * rows * columns || end + scan > length)
+    if ((double)(row1 - row0) * (column1 - column0) > worth * rows * columns || end + scan > length)
         return 0;
 
     uint8_t *to = out;

@@ -166,12 +166,12 @@ class ShardSet:
             raise self.damaged(sample)
         return payload
 
-    def damaged(self, sample: int) -> DataError:
-        """The error that names a sample whose bytes are not those that were packed."""
+    def damaged(self, sample: int, why: str = "its checksum differs") -> DataError:
+        """The error that names a sample whose bytes are not those that were packed, or not what the index says."""
         file = self.path / self.manifest.shards[int(self.column("shard")[sample])].file
         return DataError(
             f"{self.column('image_id')[sample]}: damaged in {file} at byte {self.column('offset')[sample]} "
-            "(its checksum differs); pack the set again"
+            f"({why}); pack the set again"
         )
 
     def pixels(self, sample: int) -> np.ndarray:

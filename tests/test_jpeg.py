@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from shards import jpeg
 from shards.jpeg import TAG, _cut, cut_region, encode_jpeg, restart_interval
 from shards.kernels import compiled
 from tests.conftest import picture
@@ -48,10 +49,13 @@ def test_a_small_box_is_cut_small():
     assert cut_region(memoryview(encoded), 300, 400, 0, 0, 300, 400) is None
 
 
-def test_a_table_that_does_not_fit_its_file_is_not_followed():
-    """The compiled cut trusts no length: a file that ends early, or whose runs are said to be longer, is left whole."""
-    if compiled() is None:
+@pytest.mark.parametrize("built", [True, False])
+def test_a_table_that_does_not_fit_its_file_is_not_followed(built, monkeypatch):
+    """Neither cut trusts a length: a file that ends early, or whose runs are said to be longer, is left whole."""
+    if built and compiled() is None:
         pytest.skip("the kernels are not built")
+    if not built:
+        monkeypatch.setattr(jpeg, "compiled", lambda: None)
     encoded = encode_jpeg(picture(np.random.default_rng(0), 1, 300, 400))
     box = (300, 400, 100, 100, 60, 60)
     assert cut_region(memoryview(encoded), *box) is not None
@@ -64,6 +68,27 @@ def test_a_table_that_does_not_fit_its_file_is_not_followed():
             changed = bytearray(encoded)
             changed[byte] = value
             cut_region(memoryview(changed), *box)  # whatever comes out: nothing outside the file was read
+
+
+def test_both_cuts_make_the_same_of_damaged_tables():
+    if compiled() is None:
+        pytest.skip("the kernels are not built")
+    rng = np.random.default_rng(0)
+    encoded = encode_jpeg(picture(rng, 1, 120, 160))
+    start = encoded.index(TAG) + len(TAG)
+    cuts = 0
+    for _ in range(2000):
+        changed = bytearray(encoded[: rng.integers(start, len(encoded))] if rng.random() < 0.1 else encoded)
+        for place in rng.integers(start, start + 8 + 2 * 8 * 3, rng.integers(1, 4)).tolist():
+            if place < len(changed):
+                changed[place] = int(rng.integers(0, 256)) >> int(rng.integers(0, 8)) * int(rng.integers(0, 2))
+        box = (120, 160, int(rng.integers(0, 80)), int(rng.integers(0, 80)), 40, 60)
+        one, other = (cut(memoryview(changed), *box) for cut in (cut_region, _cut))
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert np.array_equal(one[0], other[0]) and one[1:] == other[1:]
+            cuts += 1
+    assert 100 < cuts < 1900
 
 
 @pytest.mark.parametrize("subsampling", ["420", "422", "444"])

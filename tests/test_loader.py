@@ -1,12 +1,16 @@
 """The Loader on the native engine: pixels against a plain reading, the same batches whatever the ranks and restarts."""
 
 import gc
+import hashlib
+import json
 import os
 import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -201,6 +205,43 @@ def test_a_damaged_sample_is_named(tmp_path):
         batches(Loader(damaged.select("train"), batch_size=4, resolution=32))
     problems = dict(damaged.verify())
     assert len(problems[file.name]) == 2 and not problems["shard-00001.tar"]
+
+
+def say_in_the_index(folder, sizes):
+    """Write an index, with its checksum in the manifest, in which all images have other sizes (height, width)."""
+    table = pq.read_table(folder / "index.parquet")
+    for name, value in sizes.items():
+        place = table.schema.get_field_index(name)
+        values = pa.array([value] * len(table), table.schema.field(name).type)
+        table = table.set_column(place, table.schema.field(name), values)
+    pq.write_table(table, folder / "index.parquet")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["index_sha256"] = hashlib.sha256((folder / "index.parquet").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "raw"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"height": 144},
+        {"width": 9600},
+        {"height": 65535, "width": 1},
+        {"height": 1, "width": 65535},
+        {"height": 0},
+        {"width": 0},
+    ],
+)
+@pytest.mark.parametrize("built", [True, False])
+def test_a_size_that_is_not_the_images_is_refused(tmp_path, kind, sizes, built, monkeypatch):
+    """A crop at a place that the image does not have: never what memory holds there."""
+    if not built:
+        for module in (resample, jpeg):
+            monkeypatch.setattr(module, "compiled", lambda: None)
+    folder = write_set(tmp_path / "set", kind, images=60)
+    say_in_the_index(folder, sizes)
+    with pytest.raises(DataError, match=r"damaged in .*does not decode to the size that the index says"):
+        batches(Loader(ShardSet(folder).select("train"), batch_size=4, resolution=32, engine="native"))
 
 
 def test_leaving_an_epoch_early_stops_its_work(tiny_shards):

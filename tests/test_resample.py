@@ -66,3 +66,24 @@ def test_equal_images_stay_equal_whatever_their_size():
             out = np.empty((side, side, 3), np.uint8)
             Resampler(side)(np.full((50, 70, 3), value, np.uint8), 5, out)
             assert (out == value).all()
+
+
+@pytest.mark.parametrize("level", [0, None])
+def test_what_the_kernel_would_misread_is_refused(level):
+    image, out = np.zeros((9, 11, 3), np.uint8), np.zeros((7, 7, 3), np.uint8)
+    resize = Resampler(7, level)
+    for wrong in (
+        image[:0],
+        image[:, :0],
+        image[..., :1],
+        image[..., ::-1],
+        image[:, ::2],
+        image.astype(np.float32),
+        np.zeros((1, 65536, 3), np.uint8),
+    ):
+        with pytest.raises(ValueError, match="resize"):
+            resize(wrong, 0, out)
+    for wrong in (out[:6], out[::-1], np.zeros((7, 7, 3), np.float32), np.broadcast_to(np.uint8(0), (7, 7, 3))):
+        with pytest.raises(ValueError, match="resize"):
+            resize(image, 0, wrong)
+    resize(image[::-1], 0, out)  # rows may stand in any order

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK = 8  # images a task: fewer cost more hand-overs, more leave cores idle at the end of a batch
+NOT_ITS_SIZE = "it does not decode to the size that the index says"
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -46,10 +47,14 @@ def decode_whole(payload: memoryview, encoding: str, height: int, width: int) ->
 
 
 def raw_pixels(payload: memoryview, height: int, width: int) -> np.ndarray:
-    """The rows of a `.npy` payload as (height, width, 3) uint8: they end the file, whatever its header's length."""
-    return np.frombuffer(payload, np.uint8, height * width * 3, len(payload) - height * width * 3).reshape(
-        height, width, 3
-    )
+    """The rows of a `.npy` payload as (height, width, 3) uint8: they end the file, whatever its header's length.
+
+    Raises DataError where the payload is shorter.
+    """
+    size = height * width * 3
+    if size > len(payload):
+        raise DataError(f"a payload of {len(payload)} bytes does not hold {width}x{height} px")
+    return np.frombuffer(payload, np.uint8, size, len(payload) - size).reshape(height, width, 3)
 
 
 class BufferPool:
@@ -179,17 +184,19 @@ class NativeEngine:
             if xxhash.xxh3_64_intdigest(payload) != xxh3:
                 raise data.damaged(sample)
             top = left = 0
-            if raw:
-                image, at = raw_pixels(payload, height, width), at + length - height * width * 3
-            else:
-                encoded, top, left = scratch.cut(payload, height, width, y, x, h, w, at) or (payload, 0, 0)
-                scratch.reserve(height * width * 3)
-                try:
+            try:
+                if raw:
+                    image, at = raw_pixels(payload, height, width), at + len(payload) - height * width * 3
+                else:
+                    encoded, top, left = scratch.cut(payload, height, width, y, x, h, w, at) or (payload, 0, 0)
+                    scratch.reserve(height * width * 3)
                     image, at = simplejpeg.decode_jpeg(encoded, buffer=scratch.pixels), scratch.pixels_at
-                except ValueError:
-                    raise data.damaged(sample) from None
+            except (DataError, ValueError):
+                raise data.damaged(sample, NOT_ITS_SIZE) from None
             top, left = y - top, x - left
             crop = image[top : top + h, left : left + w]
+            if crop.shape[:2] != (h, w) or not crop.size:  # addresses beyond the image would be read
+                raise data.damaged(sample, NOT_ITS_SIZE)
             at += top * image.strides[0] + left * 3
             scratch.resample(crop, symmetry, out[row], at, out_at + row * out_bytes)
 

@@ -27,6 +27,12 @@ def apply_symmetry(image: np.ndarray, symmetry: int, out: np.ndarray) -> None:
         np.copyto(out, image)
 
 
+def _check(array: np.ndarray, fits: bool) -> None:
+    """Refuse an array whose memory is not what the kernel takes it for."""
+    if not fits or array.dtype != np.uint8:
+        raise ValueError(f"{array.dtype} {array.shape} with strides {array.strides} is no image that can be resized")
+
+
 class Resampler:
     """One thread's resize to (side, side, 3), with the scratch memory that it needs."""
 
@@ -45,9 +51,16 @@ class Resampler:
         """Resize `crop`, (h, w, 3) uint8 RGB or (h, w, 4) of which the last is dropped, and write a symmetry of it.
 
         A crop's rows may lie apart, its pixels not. out: (side, side, 3) uint8, contiguous. crop_at, out_at: their
-        addresses, where these are known: asking NumPy takes 2 microseconds each.
+        addresses, where these are known: asking NumPy takes 2 microseconds each, and nothing else is checked then.
+        Raises ValueError for an empty crop, and for arrays of other types or layouts.
         """
         height, width, channels = crop.shape
+        if not height or not width:
+            raise ValueError(f"a crop of {width}x{height} px has nothing to resize")
+        if crop_at is None:
+            _check(crop, crop.strides[1:] == (channels, 1) and channels in (3, 4) and max(height, width) < 1 << 16)
+        if out_at is None:
+            _check(out, out.shape == (self.side, self.side, 3) and out.flags.c_contiguous and out.flags.writeable)
         if self._kernel is None:
             square = cv2.resize(crop, (self.side, self.side), interpolation=cv2.INTER_LINEAR)
             if channels == 4:

@@ -17,7 +17,7 @@ import numpy as np
 
 from shards.engines import Work
 from shards.engines.memory import free_bytes
-from shards.engines.native import available_cores, decode_whole
+from shards.engines.native import NOT_ITS_SIZE, available_cores, decode_whole
 from shards.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class ResidentEngine:
         try:
             image = decode_whole(payload, str(data.column("encoding")[sample]), height, width)
         except DataError:
-            raise data.damaged(sample) from None
+            raise data.damaged(sample, NOT_ITS_SIZE) from None
         start = int(self._starts[position]) - origin
         out[start : start + height * width] = image.reshape(-1, 3)
 

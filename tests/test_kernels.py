@@ -1,0 +1,98 @@
+"""The C files, built with checks: no undefined arithmetic at the largest sizes, nothing read or written outside."""
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards import jpeg
+from shards.engines import resample
+from shards.engines.resample import Resampler
+from shards.jpeg import RegionCutter, encode_jpeg
+from tests.conftest import picture
+
+ROOT = Path(__file__).parent.parent
+
+
+def fenced(content: np.ndarray) -> np.ndarray:
+    """A copy of some bytes that ends where memory does which must not be touched."""
+    page = mmap.PAGESIZE
+    size = -(-max(content.nbytes, 1) // page) * page
+    memory = mmap.mmap(-1, size + page)
+    whole = np.frombuffer(memory, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(page), 0) == 0, ctypes.get_errno()
+    out = whole[size - content.nbytes : size]
+    out[:] = content.reshape(-1)
+    return out.reshape(content.shape)
+
+
+def resize_at_the_edges() -> None:
+    """Every symmetry and level: images of all remainders of a vector, and the largest ones."""
+    rng = np.random.default_rng(0)
+    best = Resampler(1).level
+    cases = [(int(h), int(w), int(s), k) for k in range(64) for h, w, s in [rng.integers(1, 70, 3)]]
+    for height, width, side, k in [*cases, (2, 65535, 4096, 0), (65535, 2, 4096, 7), (65535, 1, 1, 3)]:
+        image = fenced(rng.integers(0, 256, (height, width, 3 + k // 8 % 2), np.uint8))
+        found = []
+        for level in range(1, best + 1):
+            out = fenced(np.zeros((side, side, 3), np.uint8))
+            Resampler(side, level)(image, k % 8, out)
+            found.append(out)
+        assert all(np.array_equal(found[0], other) for other in found)
+
+
+def cut_damaged_tables() -> None:
+    """Cuts of files whose table, length or image size is wrong."""
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(encode_jpeg(picture(rng, 1, 120, 160)), np.uint8)
+    runs = 39 + 2 * 8 * 5
+    cut = RegionCutter()
+    blocks_of_1 = np.concatenate([whole[:31], np.array([1, 1, 0, 1, 0, 0, 0, 9], np.uint8), whole[39:]])
+    assert cut(memoryview(blocks_of_1), 65535, 65535, 0, 0, 65000, 65000) is None
+    for _ in range(3000):
+        damaged = whole[: rng.integers(31, len(whole))] if rng.random() < 0.2 else whole
+        raw = fenced(damaged)
+        places = rng.integers(31, min(runs, len(raw)), 3) if len(raw) > 31 else []
+        raw[places] = rng.integers(0, 256, len(places)) >> rng.integers(0, 8)
+        height, width = (120, 160) if rng.random() < 0.7 else rng.integers(1, 400, 2).tolist()
+        y, x = int(rng.integers(height)), int(rng.integers(width))
+        cut(memoryview(raw), height, width, y, x, int(rng.integers(1, height - y + 1)), 1)
+
+
+def with_library(path: str) -> None:
+    """All of it with a library built here instead of the installed one."""
+    library = ctypes.CDLL(path)
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.dermscale_cut.restype = library.dermscale_scratch_bytes.restype = count
+    library.dermscale_cut.argtypes = [pointer, count, *[number] * 6, ctypes.c_double, pointer, pointer]
+    library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
+    jpeg.compiled = resample.compiled = lambda: library
+    cut_damaged_tables()
+    if library.dermscale_resample_level():
+        resize_at_the_edges()
+
+
+def test_nothing_undefined_and_nothing_outside(tmp_path):
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None or not sys.platform.startswith("linux"):
+        pytest.skip("no C compiler here")
+    library = tmp_path / "checked.so"
+    options = ["-O1", "-fPIC", "-shared", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    sources = [ROOT / "shards/jpeg_cut.c", ROOT / "shards/engines/resample.c"]
+    subprocess.run([compiler, *options, *sources, "-o", library], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"from tests.test_kernels import with_library; with_library({str(library)!r})"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.returncode} (negative: the signal)\n{done.stderr}"

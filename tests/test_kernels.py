@@ -56,7 +56,7 @@ def cut_damaged_tables() -> None:
     runs = 39 + 2 * 8 * 5
     cut = RegionCutter()
     blocks_of_1 = np.concatenate([whole[:31], np.array([1, 1, 0, 1, 0, 0, 0, 9], np.uint8), whole[39:]])
-    assert cut(memoryview(blocks_of_1), 65535, 65535, 0, 0, 65000, 65000) is None
+    assert cut(blocks_of_1.data, 65535, 65535, 0, 0, 65000, 65000) is None
     for _ in range(3000):
         damaged = whole[: rng.integers(31, len(whole))] if rng.random() < 0.2 else whole
         raw = fenced(damaged)
@@ -64,7 +64,7 @@ def cut_damaged_tables() -> None:
         raw[places] = rng.integers(0, 256, len(places)) >> rng.integers(0, 8)
         height, width = (120, 160) if rng.random() < 0.7 else rng.integers(1, 400, 2).tolist()
         y, x = int(rng.integers(height)), int(rng.integers(width))
-        cut(memoryview(raw), height, width, y, x, int(rng.integers(1, height - y + 1)), 1)
+        cut(raw.data, height, width, y, x, int(rng.integers(1, height - y + 1)), 1)
 
 
 def with_library(path: str) -> None:

@@ -12,6 +12,9 @@ from benchmarks.predicting import predicting_in_words, predicting_text
 from benchmarks.speed import training_text
 from benchmarks.stalls import stalls_text
 from benchmarks.tables import cell, figure, read_csv
+from benchmarks.timeline import Moment, read_timeline, timelines_html
+from benchmarks.utilization import utilization_in_words
+from benchmarks.utilization_page import utilization_text
 from shards.errors import DataError
 
 TEXTS: dict[str, Callable[[Sequence[Row]], str]] = {
@@ -19,6 +22,7 @@ TEXTS: dict[str, Callable[[Sequence[Row]], str]] = {
     "pack": packing_text,
     "training": training_text,
     "stalls": stalls_text,
+    "utilization": utilization_text,
     "grid": grid_text,
     "predict": predicting_text,
 }
@@ -29,6 +33,7 @@ TITLES = {
     "pack": "Packing",
     "training": "Training",
     "stalls": "Stalls",
+    "utilization": "Utilization",
     "grid": "Grid",
     "predict": "Predicting",
 }
@@ -44,12 +49,25 @@ def read_results(folder: Path) -> dict[str, list[Row]]:
     """
     found = {}
     for name in TEXTS:
-        path = next(filter(Path.is_file, (folder / f"{name}.csv", folder / f"{name}-quick.csv")), None)
+        path = _table(folder, name)
         if path is not None:
             found[name] = read_csv(path)
     if not found:
         raise DataError(f"{folder}: holds no results; run `python -m benchmarks.run loader` first")
     return found
+
+
+def _table(folder: Path, name: str) -> Path | None:
+    return next(filter(Path.is_file, (folder / f"{name}.csv", folder / f"{name}-quick.csv")), None)
+
+
+def read_timelines(folder: Path) -> list[Moment]:
+    """The raw readings beside the utilization table that `read_results` takes; none without such a table.
+
+    Raises DataError where they are damaged or missing.
+    """
+    table = _table(folder, "utilization")
+    return [] if table is None else read_timeline(table.with_name(f"{table.stem}-timeline.csv"))
 
 
 def markdown(results: dict[str, list[Row]]) -> str:
@@ -73,6 +91,8 @@ def in_words(name: str, rows: Sequence[Row]) -> list[str]:
         return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows)]
     if name == "stalls":
         return _stalls_in_words(rows)
+    if name == "utilization":
+        return utilization_in_words(rows)
     if name == "predict":
         return predicting_in_words(rows)
     said = []
@@ -168,8 +188,8 @@ def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
     return wrap(name, title, told, width, 24 + step * len(shown), parts)
 
 
-def page(results: dict[str, list[Row]]) -> str:
-    """report.html: the bars first, then the tables; no script, no network."""
+def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str:
+    """report.html: the bars first, then the timelines, then the tables; no script, no network."""
     from train.report_page import page as whole
     from train.report_page import section
 
@@ -194,6 +214,8 @@ def page(results: dict[str, list[Row]]) -> str:
             )
             body.append(f"<h3>{escape(title)}</h3><div class='charts one'>")
             body.append(bars(f"{name}-{i}", f"{TITLES[name]}: {title}", part, "img/s") + "</div>")
+        if name == "utilization":
+            body.append(timelines_html(timelines))
         body.append(f"<details><summary>Tables</summary>{_html(TEXTS[name](rows))}</details>")
         sections.append(section(name, TITLES[name], "".join(body)))
     machine = next((rows[0].environment for rows in results.values() if rows and rows[0].environment), None)

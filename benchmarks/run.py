@@ -13,6 +13,7 @@ import click
 from benchmarks.commands import grid, predict, stalls, training
 from benchmarks.options import advance, chosen, command_line, images, publish, shared
 from benchmarks.plan_command import plan
+from benchmarks.utilization_command import utilization
 from shards import cli
 
 
@@ -105,16 +106,16 @@ def pack(
 )
 def report(out: Path) -> None:
     """RESULTS.md and report.html from the CSV files of the other subcommands."""
-    from benchmarks.report import markdown, page, read_results
+    from benchmarks.report import markdown, page, read_results, read_timelines
     from shards.writer import write_durably
 
     results = read_results(out)
     write_durably(out / "RESULTS.md", markdown(results).encode())
-    write_durably(out / "report.html", page(results).encode())
+    write_durably(out / "report.html", page(results, read_timelines(out)).encode())
     click.echo(f"wrote {out / 'RESULTS.md'} and {out / 'report.html'} from {', '.join(results)}")
 
 
-for _command in (training, stalls, grid, predict, plan):
+for _command in (training, stalls, utilization, grid, predict, plan):
     main.add_command(_command)
 
 if __name__ == "__main__":

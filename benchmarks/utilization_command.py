@@ -1,0 +1,88 @@
+"""The subcommand `utilization` of `benchmarks.run`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from benchmarks.options import advance, chosen, command_line, images, publish, shared
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
+    from benchmarks.timeline import Moment
+
+
+@click.command()
+@shared
+@click.option("--model", "models", multiple=True, default=["resnet18"], show_default=True, help="Repeatable.")
+@click.option(
+    "--style",
+    type=click.Choice(["channels-last", "compiled"]),
+    default="channels-last",
+    show_default=True,
+    help="How this project's network is run; compiling starts cold in every round.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    help="Least length of the timed span of a system in a round, s.  [default: 10, quick 3]",
+)
+@click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Images per step.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+def utilization(
+    quick: bool,
+    out: Path,
+    cache: Path,
+    source: Path,
+    rounds: int | None,
+    workers: int,
+    only: tuple[str, ...],
+    models: tuple[str, ...],
+    style: str,
+    seconds: float | None,
+    resolution: int,
+    batch_size: int,
+    device: str,
+) -> None:
+    """What the GPU, or without one the CPU's cores, do while a model trains: summary and timeline of each run.
+
+    The raw readings go to utilization-timeline.csv beside the table, from which `report` draws them.
+    """
+    from benchmarks.machine import environment
+    from benchmarks.suite import readings_of
+    from benchmarks.timeline import write_timeline
+    from benchmarks.training import TrainingJob
+    from benchmarks.utilization import measure_utilization, systems
+    from benchmarks.utilization_page import utilization_text
+    from benchmarks.work import Work
+    from preprocess.progress import Progress
+    from train import device as devices
+    from train.models import check_resolution, timm_name
+
+    names = chosen({name: name for name in systems(style)}, only)
+    for model in models:
+        timm_name(model)
+        check_resolution(model, resolution)
+    rounds = rounds or (5 if quick else 6)
+    work = Work(images(source), cache, 400, resolution, batch_size, workers, copies=2 if quick else 4)
+    chosen_device = devices.choose(device)
+    machine = environment(command_line())
+    name = "utilization-quick" if quick else "utilization"
+    rows: list[Row] = []
+    moments: list[Moment] = []
+    with Progress("utilization", len(models) * len(names) * rounds, "runs") as bar:
+        for model in models:
+            found, read = measure_utilization(
+                TrainingJob(work, model, device),
+                names,
+                machine,
+                rounds=rounds,
+                seconds=seconds or (3.0 if quick else 10.0),
+                told=advance(bar),
+                source=lambda: readings_of(chosen_device),
+            )
+            rows += found
+            moments += read
+            write_timeline(out / f"{name}-timeline.csv", moments)
+            publish(out, name, rows, utilization_text, show=model == models[-1])

@@ -15,6 +15,7 @@ from benchmarks.machine import Environment, Meter
 from benchmarks.measure import Row, Sample, Series, interleave, ratio_row, series_rows, summary_row
 from benchmarks.sampling import Sampler, Source
 from benchmarks.speed import BASELINE
+from benchmarks.tables import cell, figure
 from benchmarks.timeline import START_UP, TRAINING, Moment
 from benchmarks.training import CACHED, FOLDER, NATIVE, TrainingJob, set_up, system_name
 from benchmarks.worker import SET_UP_LIMIT_S, SetUp, Told, Worker, start_server
@@ -182,13 +183,13 @@ def utilization_in_words(rows: Sequence[Row]) -> list[str]:
         if row.value is None or wait.value is None:
             said.append(f"Utilization: {row.model}, {row.system} failed: {row.failed}.")
             continue
-        text = f"Utilization: {row.model}, {row.system}: {row.value:.1f} img/s"
+        text = f"Utilization: {row.model}, {row.system}: {figure(row.value)} img/s"
         if share is not None and share.value is not None:
-            text += f", {100 * share.value:.0f} % of {share.beside}"
+            text += f", {cell(share)} of the ceiling ({share.beside})"
         text += f", {100 * wait.value:.1f} % of the time waiting for data"
         cores = core_means(list(own.values()))
         if cores:
-            text += f"; its CPU cores were busy {fmean(cores):.0f} % of the time"
+            text += f"; the CPU's cores were busy {fmean(cores):.0f} % of the time, with all that ran on the machine"
         busy, full = own.get("busy_percent mean"), own.get("sm_percent mean")
         if full is not None and full.value is not None:
             text += f"; {full.value:.0f} % of the GPU's multiprocessors were busy (GPM)"

@@ -80,8 +80,8 @@ def _start_up(rows: Sequence[Row]) -> str:
         return ""
     return (
         "In every round each system started in a process of its own, and ended before the next. Starting, compiling "
-        f"where it compiles, and three warm-up passes ({figure(min(took))} to {figure(max(took))} s, median of each system) "
-        "come before the clock: they are in no figure here.\n"
+        f"where it compiles, and three warm-up passes ({figure(min(took))} to {figure(max(took))} s, median of each "
+        "system) come before the clock: they are in no figure here.\n"
     )
 
 

@@ -18,20 +18,21 @@ START_UP, TRAINING = "start-up", "training"
 _KEYS = ("model", "system", "round", "phase", "device", "at_s")
 
 READINGS = {  # metric → its name for people, its unit there, and what the reading is divided by
-    "busy_percent": ("NVML busy", "%", 1),
-    "memory_busy_percent": ("NVML memory busy", "%", 1),
+    "sm_percent": ("SM busy", "%", 1),
+    "tensor_percent": ("tensor cores", "%", 1),
+    "occupancy_percent": ("SM occupancy", "%", 1),
+    "dram_percent": ("DRAM bandwidth", "%", 1),
+    "nvjpg_percent": ("NVJPEG", "%", 1),
     "memory_used_bytes": ("memory used", "GiB", 2**30),
     "power_w": ("power", "W", 1),
     "sm_mhz": ("SM clock", "MHz", 1),
     "memory_mhz": ("memory clock", "MHz", 1),
     "pcie_rx_mib_per_s": ("PCIe in", "MiB/s", 1),
     "pcie_tx_mib_per_s": ("PCIe out", "MiB/s", 1),
-    "sm_percent": ("SM busy", "%", 1),
-    "occupancy_percent": ("SM occupancy", "%", 1),
-    "tensor_percent": ("tensor cores", "%", 1),
-    "dram_percent": ("DRAM bandwidth", "%", 1),
-    "nvjpg_percent": ("NVJPEG", "%", 1),
+    "memory_busy_percent": ("NVML memory busy", "%", 1),
+    "busy_percent": ("NVML busy", "%", 1),
 }
+"""In the order of tables and pictures: what says how full the GPU was comes first, NVML's "utilization" last."""
 
 
 def reading(metric: str) -> tuple[str, str, float]:
@@ -39,6 +40,12 @@ def reading(metric: str) -> tuple[str, str, float]:
     if metric in READINGS:
         return READINGS[metric]
     return f"CPU {metric.removesuffix('_percent').replace('_', ' ')}", "%", 1
+
+
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """Each metric once, in the order of `READINGS`; then the cores as they came."""
+    found = dict.fromkeys(metrics)
+    return [*(name for name in READINGS if name in found), *(name for name in found if name not in READINGS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +121,7 @@ def timeline_svg(name: str, moments: Sequence[Moment]) -> str:
     if not moments:
         raise ValueError("a timeline of no readings")
     systems = list(dict.fromkeys(m.system for m in moments))
-    metrics = list(dict.fromkeys(metric for m in moments for metric in m.values))
+    metrics = in_order(metric for m in moments for metric in m.values)
     end_s = max(max(m.at_s for m in moments), 0.1)
     shown = [m for m in moments if m.at_s >= -end_s / 3]
     start_s = min(min(m.at_s for m in shown), 0.0)
@@ -188,11 +195,12 @@ def timelines_html(moments: Sequence[Moment]) -> str:
     for i, model in enumerate(dict.fromkeys(m.model for m in moments)):
         own = [m for m in moments if m.model == model]
         rounds = sorted({m.round for m in own})
+        kernels = " NVML busy says only that some kernel ran." if any("busy_percent" in m.values for m in own) else ""
         drawn = [timeline_svg(f"timeline-{i}-{r}", [m for m in own if m.round == r]) for r in rounds]
         parts.append(
             f"<h3>{escape(model)}: timeline of round {rounds[0]}</h3><div class='charts one'>{drawn[0]}</div>"
             f"<p class='caption'>Read from {escape(own[0].device)}, drawn from the timeline's CSV. Grey: the end of "
-            "start-up, which is not counted. A lane has one scale for all systems.</p>"
+            f"start-up, which is not counted. A lane has one scale for all systems.{kernels}</p>"
         )
         if drawn[1:]:
             others = "".join(f"<h4>Round {r}</h4>{svg}" for r, svg in zip(rounds[1:], drawn[1:], strict=True))

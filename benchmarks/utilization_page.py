@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from benchmarks.gpu import UNITS
 from benchmarks.measure import Row
 from benchmarks.tables import busy_text, cell, figure, grid, machine_text, notes
-from benchmarks.timeline import reading
+from benchmarks.timeline import in_order, reading
 from benchmarks.utilization import NO_GPU, NOT_READ, STATISTICS, core_means
 
 MOST_CORE_SHARE = 0.01
@@ -108,7 +108,7 @@ def _readings(rows: Sequence[Row]) -> str:
     lines = []
     for (model, system), run in _runs(rows).items():
         found = {row.metric: row for row in run}
-        for metric in dict.fromkeys(_metric(row) for row in run if row.metric.endswith(" mean")):
+        for metric in in_order(_metric(row) for row in run if row.metric.endswith(" mean")):
             if found[f"{metric} mean"].value is None:
                 continue
             name, unit, _ = reading(metric)

@@ -13,7 +13,7 @@ from benchmarks.measure import Row
 from benchmarks.report import markdown, page, read_results, read_timelines
 from benchmarks.sampling import CoreSource
 from benchmarks.tables import read_csv, write_csv
-from benchmarks.timeline import START_UP, TRAINING, Moment, read_timeline, timeline_svg, write_timeline
+from benchmarks.timeline import READINGS, START_UP, TRAINING, Moment, read_timeline, timeline_svg, write_timeline
 from benchmarks.training import TrainingJob
 from benchmarks.utilization import NO_GPU, NOT_READ, measure_utilization, systems, utilization_in_words
 from benchmarks.utilization_page import utilization_text
@@ -141,12 +141,15 @@ def test_a_gpu_beside_a_run_on_the_cpu_is_not_denied(job, machine):
 
 
 def test_nvmls_utilization_is_never_the_headline(on_stand_in):
-    rows, _ = on_stand_in
+    rows, moments = on_stand_in
     text = utilization_text(rows)
     header = next(line for line in text.splitlines() if line.startswith("| model"))
     order = [header.index(title) for title in ("img/s", "cached-batch ceiling", "data wait", "SM busy", "NVML busy")]
     assert order == sorted(order)
     assert "says only that some kernel ran" in text
+    assert set(READINGS) == set(UNITS) and list(READINGS)[-1] == "busy_percent"
+    drawn = timeline_svg("t", moments)
+    assert drawn.index(">SM busy<") < drawn.index(">power<") < drawn.index(">NVML busy<")
     assert STAND_IN in text and re.search(r"took [\d.]+ to [\d.]+ % of a core", text)
     for line in utilization_in_words(rows):
         assert line.index("img/s") < line.index("waiting for data") < line.index("(NVML)")

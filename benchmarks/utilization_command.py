@@ -48,6 +48,7 @@ def utilization(
     """What the GPU, or without one the CPU's cores, do while a model trains: summary and timeline of each run.
 
     The raw readings go to utilization-timeline.csv beside the table, from which `report` draws them.
+    Rounds are 6 here unless --rounds says otherwise, 5 with --quick.
     """
     from benchmarks.machine import environment
     from benchmarks.suite import readings_of

@@ -114,6 +114,15 @@ def test_pytorch_files_in_their_usual_forms(tmp_path: Path, wrap) -> None:
     assert torch.equal(logits(net), logits(again))
 
 
+def test_alexnet_starts_with_activations_of_one_scale() -> None:
+    """Without normalisation a signal that shrinks by layer does not learn: logits must vary with the image."""
+    torch.manual_seed(0)
+    net = build("alexnet", 64, classes=7).eval()
+    with torch.no_grad():
+        logits = net.body(torch.randn(64, 3, 64, 64))
+    assert 0.1 < float(logits.std(0).mean()) < 10
+
+
 def test_alexnet_takes_weights_from_a_file(tmp_path: Path) -> None:
     net = build("alexnet", 64, classes=3)
     write_weights(tmp_path / "w.safetensors", net.body, {})

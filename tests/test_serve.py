@@ -75,6 +75,7 @@ def serving(run: Path, temporary: Path, *options: object) -> Iterator[Server]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
     )
     try:
         assert process.stdout is not None

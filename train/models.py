@@ -189,9 +189,20 @@ def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> tuple[nn.
             state = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
         found = Weights("torchvision's AlexNet weights", dict(state), IMAGENET_NORM)
     if found is None:
+        _he_init(body)
         return body, None
     load_fitting(body, found, "classifier.6")
     return body, found.norm
+
+
+def _he_init(body: nn.Module) -> None:
+    """Weights that keep the scale of activations through eight layers without normalisation (He et al. 2015,
+    arXiv:1502.01852). PyTorch's default shrinks it, and AlexNet stays at chance for thousands of steps."""
+    layers = [layer for layer in body.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if layer is not layers[-1] else "linear")
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def _from_timm(

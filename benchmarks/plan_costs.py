@@ -147,7 +147,7 @@ def _parts(
     from shards.engines import Work
     from shards.engines.dali_feed import Reader
     from shards.engines.native import decode_whole
-    from shards.jpeg import cut_region
+    from shards.jpeg import RegionCutter
     from shards.loader import Loader
 
     cv2.setNumThreads(0)
@@ -166,10 +166,11 @@ def _parts(
     heights, widths = (data.column(name)[rows].tolist() for name in ("height", "width"))
     files = [_payload(jpegs, sample) for sample in rows.tolist()]
     boxes = plan.boxes.tolist()
+    cutter = RegionCutter()
 
     def cut() -> int:
         for file, height, width, box in zip(files, heights, widths, boxes, strict=True):
-            cut_region(file, height, width, *box)
+            cutter(file, height, width, *box)
         return len(files)
 
     def whole() -> int:

@@ -12,6 +12,8 @@ from shards.format import ShardInfo
 
 BLOCK = 512
 """Tar's unit: headers have this size, contents are padded to it."""
+_BUFFER = 1 << 20
+"""Bytes that go to the system at once; a call for every sample would take as long as hashing it, twice over."""
 
 
 @cache
@@ -37,7 +39,7 @@ class Shard:
     def __init__(self, folder: Path, number: int, split: str) -> None:
         self.path, self.split, self.number = folder / f"shard-{number:05d}.tar", split, number
         self.samples = self.position = 0
-        self._file: IO[bytes] = self.path.open("wb")
+        self._file: IO[bytes] = self.path.open("wb", buffering=_BUFFER)
         self._sha = hashlib.sha256()
         self._lines: list[str] = []
 

@@ -4,11 +4,31 @@ Kept free of heavy imports, so that `--help` of any entry answers at once.
 """
 
 import errno
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
 from shards.errors import DermscaleError
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Imports without Python's garbage collector.
+
+    What they make stays, and going through it again and again took a fifth of the time that torch and Gradio need to
+    be imported. Afterwards all of it is left out of later collections.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def one_line(error: BaseException) -> str:

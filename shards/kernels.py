@@ -5,10 +5,13 @@ They are an option: everything that they do is done without them, more slowly.
 
 import ctypes
 import functools
+import warnings
 from importlib.util import find_spec
 
 LEVELS = ("opencv", "avx2", "avx512")
 """What resizes, by the level that the library says the processor has."""
+_FUNCTIONS = ("dermscale_cut", "dermscale_resample_level")
+"""What a library of these sources has on every processor."""
 
 
 @functools.cache
@@ -18,6 +21,13 @@ def compiled() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
+    if not all(hasattr(library, name) for name in _FUNCTIONS):
+        warnings.warn(
+            f"{found.origin} was built from older sources, so images are cut and resized without it, more slowly: "
+            "install dermscale again (make install)",
+            stacklevel=2,
+        )
+        return None
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.dermscale_resample_level.argtypes = []
     library.dermscale_cut.restype = count

@@ -1,6 +1,7 @@
 """The C files, built with checks: no undefined arithmetic at the largest sizes, nothing read or written outside."""
 
 import ctypes
+import importlib.machinery
 import mmap
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import jpeg
+from shards import jpeg, kernels
 from shards.engines import resample
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter, encode_jpeg
@@ -96,3 +97,20 @@ def test_nothing_undefined_and_nothing_outside(tmp_path):
         text=True,
     )
     assert done.returncode == 0, f"{done.returncode} (negative: the signal)\n{done.stderr}"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_library_of_older_sources_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an update without a new installation: a warning that says what to do, and everything works without."""
+    source = tmp_path / "older.c"
+    source.write_text("long dermscale_cut(void) { return 0; }")
+    library = tmp_path / "older.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    spec = importlib.machinery.ModuleSpec("shards._kernels", None, origin=str(library))
+    monkeypatch.setattr(kernels, "find_spec", lambda name: spec)
+    kernels.compiled.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="older sources.*make install"):
+            assert kernels.in_use() == {"cut": "numpy", "resize": "opencv"}
+    finally:
+        kernels.compiled.cache_clear()

@@ -1,5 +1,6 @@
 """`python -m train.run` as users meet it: fast help, and one line for each mistake."""
 
+import gc
 import re
 import shutil
 import signal
@@ -58,6 +59,24 @@ def test_help_answers_at_once() -> None:
     for option in ("--model", "--start-resolution", "--weight-decay", "--subset-seed", "--resume", "--sync-batch-norm"):
         assert option in done.stdout
     assert min(seconds) < 0.5, seconds
+
+
+def test_imports_leave_the_collector_as_it_was() -> None:
+    assert gc.isenabled()
+    with cli.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), cli.importing():
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with cli.importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_one_line_an_epoch_and_a_default_folder(

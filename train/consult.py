@@ -76,11 +76,14 @@ def start(run: Path, data: Path | None, device: str) -> Started:
 
     Without the run's shard set there are no neighbours, and the page says why.
     """
+    from shards.cli import importing
     from shards.errors import DermscaleError
-    from train.predictor import Predictor
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the page's to handle, which then ends this process
-    session = _Session(Predictor(run, device))
+    with importing():
+        from train.predictor import Predictor
+
+        session = _Session(Predictor(run, device))
     credit = ""
     try:
         from train.neighbours import Neighbours, training_selection

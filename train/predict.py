@@ -71,7 +71,9 @@ def main(
     from train import prediction_output as output
     from train.images import find_images
     from train.notice import NOTICE
-    from train.predictor import Predictor
+
+    with cli.importing():
+        from train.predictor import Predictor
 
     files, left_out = find_images(images)
     if left_out:
@@ -81,7 +83,8 @@ def main(
         raise DataError(f"{images[0]}: holds no image (JPEG, PNG, TIFF, BMP or WebP)")
     if isic:
         output.check_names(files)
-    predictor = Predictor(folder, device)
+    with cli.importing():
+        predictor = Predictor(folder, device)
     explainer = None
     if explain:
         from train.explain import Explainer

@@ -45,9 +45,10 @@ def run(config: Any, out: Path, resume: bool) -> int:
     """Train in the world that torchrun describes, or alone; the exit code."""
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
-    from train.console import Silent, Terminal
-    from train.distributed import world
-    from train.loop import Stopped, train_once
+    with cli.importing():
+        from train.console import Silent, Terminal
+        from train.distributed import world
+        from train.loop import Stopped, train_once
 
     with world(config.device) as here, Terminal() as terminal:
         try:

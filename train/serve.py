@@ -111,7 +111,8 @@ def ask(worker: ProcessPoolExecutor, image: bytes) -> "Opinion | str":
 def _import_page() -> tuple[Any, Any]:
     """The functions of `train.page`, with Gradio imported. Raises DermscaleError where it is not installed."""
     try:
-        import gradio  # noqa: F401
+        with cli.importing():
+            import gradio  # noqa: F401
     except ModuleNotFoundError as error:
         raise DermscaleError(f"{error.name} is not installed: pip install 'dermscale[serve]'") from None
     from train.page import build, style

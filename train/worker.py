@@ -103,11 +103,13 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
 def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
     import traceback
 
-    from shards.cli import one_line
+    from shards.cli import importing, one_line
     from shards.errors import DermscaleError
-    from train.distributed import World
-    from train.loop import Stopped, train_once
-    from train.workspace import Workspace
+
+    with importing():
+        from train.distributed import World
+        from train.loop import Stopped, train_once
+        from train.workspace import Workspace
 
     world, workspace, begin = World(), Workspace(), started
     prepared = False

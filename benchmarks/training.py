@@ -56,7 +56,8 @@ class _Feed:
 def set_up(name: str, job: TrainingJob) -> Running:
     """Build, compile and warm up one way to train `job.model`, or the matrix product.
 
-    Figures: `compile_s`, seconds of the first step beyond a later one, where it is compiled.
+    Figures: `compile_s`, seconds of the first step beyond a later one, where it is compiled and fed a cached batch;
+    with the loader it takes the compiled code from there.
     """
     from train import device as devices
 
@@ -66,7 +67,7 @@ def set_up(name: str, job: TrainingJob) -> Running:
         return _matrix(device)
     style, _, source = name.partition(", ")
     if style == "compiled":
-        _own_compiler_cache(job, source)
+        _compiler_cache(job, cold=source == CACHED)
     step = _step(style, job, device)
     feed = _feed(source, style, job, device)
     waited = 0.0
@@ -88,15 +89,16 @@ def set_up(name: str, job: TrainingJob) -> Running:
         begin = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - begin)
-    about = {"compile_s": max(seconds[0] - min(seconds[1:]), 0.0)} if style == "compiled" else {}
+    about = {"compile_s": max(seconds[0] - min(seconds[1:]), 0.0)} if style == "compiled" and source == CACHED else {}
     return Running(once, feed.reset, about, waited=lambda: waited)
 
 
-def _own_compiler_cache(job: TrainingJob, source: str) -> None:
-    """A compiler cache of this system alone, empty at first: every compile time is that of a cold start."""
-    home = job.work.cache / "compiled" / f"{job.model}-{source.replace(' ', '-').replace(',', '')}"
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
+def _compiler_cache(job: TrainingJob, cold: bool) -> None:
+    """A compiler cache of this model's systems alone; cold: emptied, so that what is timed is a cold start."""
+    home = job.work.cache / "compiled" / job.model
+    if cold:
+        shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home.resolve())
 
 

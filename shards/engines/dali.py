@@ -14,7 +14,7 @@ import numpy as np
 
 from shards.engines import Work
 from shards.engines.dali_feed import INPUTS, Fed, Reader, Source
-from shards.engines.native import available_cores
+from shards.engines.native import NOT_ITS_SIZE, available_cores
 from shards.errors import DataError
 from shards.shardset import ShardSet
 
@@ -214,10 +214,11 @@ class DaliEngine:
     def _name_undecodable(self, under_way: Iterable[np.ndarray], error: RuntimeError) -> None:
         """Raise DataError naming the sample that made DALI stop, if one of those under way cannot be decoded."""
         for sample in np.concatenate([np.empty(0, np.int64), *under_way]).tolist():
+            self.data.read(sample)  # names one whose checksum differs
             try:
                 self.data.pixels(sample)
             except DataError:
-                raise self.data.damaged(sample) from error
+                raise self.data.damaged(sample, NOT_ITS_SIZE) from error
 
     def close(self) -> None:
         """Give back threads, pipelines and their memory. Batches that were handed over stay valid."""

@@ -157,7 +157,7 @@ def _bare_opencv(work: Work, folder: Path) -> None:
 
 _OURS_NOTE = "decodes strictly, checks, indexes and hashes; files are flushed to the disk before it ends"
 _FFCV_NOTE = "one process per worker; not flushed to the disk; looks every 0.1 s whether it is done"
-
+_SMART_NOTE = "JPEG where the raw image is larger than 500,000 bytes: none of this size is"
 _FFCV_FILES = "its file has pages of 8 MiB for every worker, not all full in a set this small"
 
 PACKERS = {
@@ -167,9 +167,11 @@ PACKERS = {
         Packer("dermscale jpg, no restart table", _ours("jpg", restart=False), _read_ours, _bytes_ours),
         Packer("dermscale raw", _ours("raw"), _read_ours, _bytes_ours, "raw"),
         Packer("dermscale proportion", _ours("proportion"), _read_ours, _bytes_ours, "proportion"),
+        Packer("dermscale smart", _ours("smart"), _read_ours, _bytes_ours, "smart", note=_SMART_NOTE),
         Packer("FFCV jpg", _ffcv("jpg"), _read_ffcv, _bytes_ffcv, "jpg", ("ffcv",), f"{_FFCV_NOTE}; {_FFCV_FILES}"),
         Packer("FFCV raw", _ffcv("raw"), _read_ffcv, _bytes_ffcv, "raw", ("ffcv",)),
         Packer("FFCV proportion", _ffcv("proportion"), _read_ffcv, _bytes_ffcv, "proportion", ("ffcv",)),
+        Packer("FFCV smart", _ffcv("smart"), _read_ffcv, _bytes_ffcv, "smart", ("ffcv",)),
         Packer(
             "webdataset",
             _write_tars,

@@ -22,6 +22,7 @@ RATIOS = (
     ("dermscale jpg", "FFCV jpg"),
     ("dermscale raw", "FFCV raw"),
     ("dermscale proportion", "FFCV proportion"),
+    ("dermscale smart", "FFCV smart"),
     ("dermscale jpg", "webdataset"),
     ("dermscale jpg", "ceiling: bare calls"),
     ("dermscale jpg", "ceiling: bare OpenCV calls"),

@@ -21,6 +21,7 @@ from train.cells import Cell, fitting_batch, parse_fractions, parse_models, pars
 from train.config import Config
 from train.grid_view import Forecast, Lines, LiveTable, duration
 from train.pool import Pool
+from train.record import RunFolder
 from train.study_folder import StudyFolder, read_journal
 from train.worker import Ended
 
@@ -68,6 +69,27 @@ def test_equal_epochs_and_equal_steps_are_two_budgets():
     assert {c.steps for c in by_steps} == {c.config.steps for c in by_steps} == {4 * (1000 // 32)}
     with pytest.raises(UsageError, match="epochs, steps"):
         plan(BASE, ["resnet18"], [1.0], [0], None, "hours", whole)
+
+
+def test_equal_steps_are_evaluated_about_equally_often():
+    for every in (1, 3):
+        base = replace(BASE, epochs=12, eval_epochs=every)
+        found = plan(base, ["resnet18"], [0.013, 0.1, 0.25, 0.9, 1.0], [0], None, "steps", whole)
+        for cell in found:
+            epochs = cell.steps / (cell.n_train // cell.config.batch_size)
+            assert epochs / cell.config.eval_epochs == pytest.approx(12 / every, rel=0.15), cell.name
+        assert found[0].config.eval_epochs == every and found[-1].n_train == 13
+    by_epochs = plan(replace(BASE, eval_epochs=3), ["resnet18"], [0.1, 1.0], [0], None, "epochs", whole)
+    assert {cell.config.eval_epochs for cell in by_epochs} == {3}
+
+
+def test_a_cell_that_was_begun_with_more_evaluations_goes_on(tmp_path):
+    (cell,) = plan(BASE, ["resnet18"], [0.1], [0], None, "steps", whole)
+    with RunFolder(tmp_path / "run", replace(cell.config, eval_epochs=1), resume=False):
+        pass
+    assert cell.config.eval_epochs > 1
+    with RunFolder(tmp_path / "run", cell.config, resume=True):
+        pass
 
 
 def test_a_batch_that_a_fraction_cannot_fill_is_made_to_fit_and_noted():

@@ -119,14 +119,16 @@ def plan(
     """Every cell of the grid, model by model, the large fractions of a model first.
 
     base: the settings that all cells share. budget: `epochs`, or `steps`: every fraction then takes the optimizer steps
-    that `base.epochs` need on the whole training split (or `base.steps`). count: (fraction, subset seed) → training
-    images. Large fractions come first because they fail first where memory is short, and tell the most about the time
-    that is left. Raises UsageError where a fraction leaves too few images to train on.
+    that `base.epochs` need on the whole training split (or `base.steps`), and is evaluated about as often on the way:
+    its epochs are short, and an evaluation after each would take longer than the training. count: (fraction, subset
+    seed) → training images. Large fractions come first because they fail first where memory is short, and tell the most
+    about the time that is left. Raises UsageError where a fraction leaves too few images to train on.
     """
     if budget not in BUDGETS:
         raise UsageError(f"--budget '{budget}' is unknown: use one of {', '.join(BUDGETS)}")
     whole = count(1.0, seeds[0] if subset_seeds is None else subset_seeds[0])
-    equal = base.steps or base.epochs * max(whole // fitting_batch(base.batch_size, whole), 1)
+    whole_epoch = max(whole // fitting_batch(base.batch_size, whole), 1)
+    equal = base.steps or base.epochs * whole_epoch
     cells = []
     for model in models:
         for fraction in sorted(fractions, reverse=True):
@@ -138,7 +140,8 @@ def plan(
                 note = "" if batch == base.batch_size else (
                     f"batch size {base.batch_size} → {batch}: the fraction holds {images} images"
                 )  # fmt: skip
-                steps = equal if budget == "steps" else base.steps or base.epochs * (images // batch)
+                epoch = images // batch
+                steps = equal if budget == "steps" else base.steps or base.epochs * epoch
                 config = replace(
                     base,
                     model=model,
@@ -147,6 +150,9 @@ def plan(
                     subset_seed=subset_seed,
                     batch_size=batch,
                     steps=equal if budget == "steps" else base.steps,
+                    eval_epochs=(
+                        max(1, round(base.eval_epochs * whole_epoch / epoch)) if budget == "steps" else base.eval_epochs
+                    ),
                 )
                 cells.append(Cell(config, images, steps, note))
     return cells

@@ -22,7 +22,7 @@ from train.config import Config
 from train.grid_view import Forecast, Lines, LiveTable, duration
 from train.pool import Pool
 from train.record import RunFolder
-from train.study_folder import StudyFolder, read_journal
+from train.study_folder import LEAKAGE, StudyFolder, read_journal
 from train.worker import Ended
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +146,18 @@ def test_a_folder_with_other_things_is_not_touched(tmp_path):
     with pytest.raises(DataError, match="not a study"):
         StudyFolder(tmp_path, {})
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_grid_may_come_after_what_leakage_left_in_its_folder(tmp_path):
+    out = tmp_path / "study"
+    with StudyFolder(out / LEAKAGE, {"model": "resnet18"}):
+        pass
+    with StudyFolder(out, {"epochs": 4}):
+        pass
+    with pytest.raises(UsageError, match="epochs: 4, now 5"), StudyFolder(out, {"epochs": 5}):
+        pass
+    with StudyFolder(out / LEAKAGE, {"model": "resnet18"}):
+        pass
 
 
 def test_a_line_of_the_journal_that_was_cut_short_costs_only_itself(tmp_path):

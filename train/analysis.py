@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from shards.errors import DataError
-from train.leakage import RESULT as LEAKAGE
+from train.leakage import RESULT
 from train.results import read_json
 from train.study_data import Run, Study
+from train.study_folder import LEAKAGE
 
 METRICS = ("balanced_accuracy", "macro_auc")
 """The metrics with learning curves, differences and variance shares; the first leads."""
@@ -71,7 +72,7 @@ def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int]
     at("differences between models", steps - 1, steps)
     _compare(found, resamples)
     found.sizes = {model: _sizes(study, model) for model in study.models}
-    leakage = study.folder / "leakage" / LEAKAGE
+    leakage = study.folder / LEAKAGE / RESULT
     found.leakage = read_json(leakage) if leakage.exists() else None
     return found
 

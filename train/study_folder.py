@@ -17,6 +17,8 @@ from shards.writer import write_durably
 from train.cells import Cell
 
 STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
+LEAKAGE = "leakage"
+"""A study of its own inside (see train.leakage), which may be there before the folder's own."""
 VERSION = 1
 
 
@@ -65,7 +67,7 @@ class StudyFolder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise DataError(f"{path}: is a file; choose a folder with --out")
-        held = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
+        held = path.is_dir() and any(e.name != LEAKAGE and not e.name.startswith(".") for e in path.iterdir())
         if held:
             old = read_study(path)["settings"]
             changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]

@@ -234,6 +234,17 @@ def test_equal_steps_are_told_and_few_runs_too(tmp_path):
     assert "interaction cannot be told from the seed" in words(page)
 
 
+def test_a_study_without_spread_says_that_there_is_nothing_to_share_out(tmp_path):
+    out = write_study(tmp_path / "s", fractions=(0.5, 1.0), seeds=(0, 1), lesions=60)
+    for path in out.glob("cells/*/result.json"):
+        result = json.loads(path.read_text())
+        result["test"]["balanced_accuracy"] |= {"value": 1 / 7}  # runs that call everything by one class
+        path.write_text(json.dumps(result))
+    one, page = compose_folder(out)
+    assert "all 8 runs have the same balanced_accuracy (0.143), so there is nothing to share out" in words(page)
+    assert "this grid, the" not in told(one) and "What moves macro AUC" in words(page)
+
+
 def test_a_split_by_image_is_announced_before_anything_else(tmp_path):
     out = write_study(tmp_path / "s", models=("resnet18",), fractions=(1.0,), seeds=(0,), lesions=80, unit="image")
     _, page = compose_folder(out)

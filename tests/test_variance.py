@@ -87,3 +87,13 @@ def test_too_little_to_share_out_is_refused():
     two = grid(models=2, sizes=2, runs=1)
     with pytest.raises(DataError, match="more runs"):
         variance_shares(two[~((two["model"] == "m1") & (two["fraction"] == 1.0))], "score")
+
+
+@pytest.mark.parametrize("rounding", [0.0, 1e-14])
+def test_equal_scores_are_not_shared_out(rounding):
+    table = grid()
+    table["score"] = 1 / 7 + rounding * np.arange(len(table))
+    with pytest.raises(
+        DataError, match=r"all 36 runs have the same score \(0\.143\), so there is nothing to share out"
+    ):
+        variance_shares(table, "score")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 SOURCES = ("model", "size", "interaction", "seed")
 
+LEAST_SPREAD = 1e-9
+"""Scores that differ by less are the same, but for the rounding of their sums."""
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -82,7 +85,7 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
     (`python -m tests.simulate_coverage --only variance`).
 
     Without repeated runs the interaction cannot be told from the seed: it is None, `seed` holds both, and `notes` says
-    so. Raises DataError with fewer than two models or sizes, or no spare run.
+    so. Raises DataError with fewer than two models or sizes, no spare run, or where every run has the same score.
     """
     import pandas as pd
     from statsmodels.formula.api import ols
@@ -98,6 +101,8 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
             f"variance shares need at least two models and two sizes, and there are {len(names)} and {len(set(size))}"
         )
     y = runs[metric].to_numpy(dtype=np.float64)
+    if np.ptp(y) < LEAST_SPREAD:
+        raise DataError(f"all {y.size} runs have the same {metric} ({y[0]:.3g}), so there is nothing to share out")
     cells = len(set(zip(model.tolist(), size.tolist(), strict=True)))
     repeated = cells < len(y)
     design = _Design(model.astype(np.int64), size.astype(np.int64), repeated=repeated)

@@ -73,7 +73,13 @@ def verify(folder: Path) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", default="batch.png", show_default=True, type=click.Path(path_type=Path), help="PNG to write.")
+@click.option(
+    "--out",
+    default="batch.png",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG to write.",
+)
 @click.option("--images", default=24, show_default=True, help="How many.")
 @click.option("--resolution", default=128, show_default=True, help="Side of each in px.")
 @click.option("--eval", "evaluation", is_flag=True, help="As evaluation sees them, not augmented.")

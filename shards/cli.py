@@ -5,6 +5,7 @@ Kept free of heavy imports, so that `--help` of any entry answers at once.
 
 import errno
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,14 @@ from contextlib import contextmanager
 import click
 
 from shards.errors import DermscaleError
+
+_HINTS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; check the permissions or choose another folder"),
+    **dict.fromkeys(
+        (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), "; check the path"
+    ),
+}
+"""What to do about an error of the system with a file, by its number."""
 
 
 @contextmanager
@@ -31,9 +40,15 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """The text of an error on one line."""
     return " ".join(str(error).split())
+
+
+def _file_of(error: OSError) -> str:
+    """The file that an error names; libraries give it as text, as bytes, or as the number of an open file."""
+    name = error.filename
+    return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
 def fail(message: str, code: int) -> None:
@@ -46,7 +61,8 @@ def fail(message: str, code: int) -> None:
 def run(command: click.Command) -> None:
     """Run a click command; end known failures in one line.
 
-    Exit codes: 2 wrong usage, 1 wrong data or a full disk, 130 Ctrl-C, 143 SIGTERM (set by the command itself).
+    Exit codes: 2 wrong usage, 1 wrong data, a full disk or a file that cannot be used, 130 Ctrl-C, 143 SIGTERM (set by
+    the command itself).
     """
     try:
         code = command.main(standalone_mode=False)
@@ -62,10 +78,10 @@ def run(command: click.Command) -> None:
         fail("interrupted", 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {error.filename}" if error.filename else ""
-            fail(f"the disk is full{where}: free some space and start again", 1)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            fail(f"{error.filename}: {error.strerror}; check the permissions or choose another folder", 1)
+            where = f" while writing {_file_of(error)}" if error.filename else ""
+            fail(one_line(f"the disk is full{where}: free some space and start again"), 1)
+        if error.filename:
+            fail(one_line(f"{_file_of(error)}: {error.strerror}{_HINTS.get(error.errno or 0, '')}"), 1)
         raise
     else:
         sys.exit(code if isinstance(code, int) else 0)

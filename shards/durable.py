@@ -5,13 +5,17 @@ from pathlib import Path
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file aside, flush it to the disk, and rename it into place."""
+    """Write a file aside, flush it to the disk, and rename it into place. An OSError of that names `path`."""
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:  # of a full disk it names no file, otherwise the one aside
+        error.filename = str(path)
+        raise
     sync_folder(path.parent)
 
 

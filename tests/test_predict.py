@@ -259,10 +259,16 @@ def test_wrong_usage_is_said_before_any_work(runs, raw, mixed, tmp_path):
     (tmp_path / "unfinished" / "config.json").write_text("{}")
     (tmp_path / "hostile").mkdir()
     (tmp_path / "hostile" / "model.safetensors").write_bytes(pickle.dumps({"weights": 1}))
+    (tmp_path / "file").write_text("")
     for arguments, kind, text in (
         ((run, image, "--json", "--isic"), UsageError, "exclude each other"),
         ((run, image, "--prior", "uniform"), UsageError, "balanced or training"),
         ((run, mixed / "good.jpg", mixed / "good.png", "--isic"), UsageError, "both named good"),
+        ((tmp_path, image, "--out", tmp_path), UsageError, "is a folder; give the name of a file"),
+        ((tmp_path, image, "--out", tmp_path / "none" / "a.csv"), UsageError, "none is no folder; make it"),
+        ((tmp_path, image, "--out", tmp_path / "file" / "a.csv"), UsageError, "file is no folder; make it"),
+        ((tmp_path, image, "--explain", "--explain-out", tmp_path / "file"), UsageError, "is a file; choose a folder"),
+        ((run, image, "--explain", "--explain-out", tmp_path / "file" / "a"), NotADirectoryError, "file"),
         ((run, tmp_path / "empty"), DataError, "holds no image"),
         ((tmp_path, image), DataError, "not a run folder"),
         ((tmp_path / "unfinished", image), DataError, "not finished"),

@@ -146,6 +146,14 @@ def test_a_damaged_shard_set_is_one_line(
     assert file in errors
 
 
+def test_a_folder_below_a_file_is_one_line(
+    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, errors = command(*SMALL, "--data", tiny_shards, "--out", "file/run")
+    assert (code, errors) == (1, "error: file/run: Not a directory; check the path\n")
+
+
 def test_a_full_disk_is_one_line(
     command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path
 ) -> None:

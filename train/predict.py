@@ -66,6 +66,7 @@ def main(
         raise UsageError("--json and --isic exclude each other: choose one form of output")
     if prior not in (None, "balanced", "training"):
         raise UsageError(f"--prior '{prior}' is unknown: use balanced or training")
+    _check_outputs(out, explain_out if explain else None)
     # Pillow's, about tags that it cannot read; what is wrong with an image is said by `refused`
     warnings.filterwarnings("ignore", module="PIL")
     from train import prediction_output as output
@@ -112,6 +113,16 @@ def main(
         write_durably(out, text.encode())
         click.echo(f"{len(answers)} images judged, {len(refused)} refused: {out}", err=True)
     return 1 if refused else 0
+
+
+def _check_outputs(out: Path | None, explain_out: Path | None) -> None:
+    """Raise UsageError where the answers could not be written, while none is lost by it."""
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out {out}: is a folder; give the name of a file")
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"--out {out}: {out.parent} is no folder; make it, or choose another")
+    if explain_out is not None and explain_out.exists() and not explain_out.is_dir():
+        raise UsageError(f"--explain-out {explain_out}: is a file; choose a folder")
 
 
 def judge(

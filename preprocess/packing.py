@@ -204,7 +204,7 @@ def _encode(job: _Job, spec: EncodeSpec) -> Encoded | Rejected:
             return encode_image(raw.readall(), image_id, spec)
     except BadImageError as error:
         return Rejected(image_id, file, str(error))
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         return Rejected(image_id, file, f"cannot be read ({error.strerror})")
 
 

@@ -187,6 +187,25 @@ def test_skip_packs_the_rest_and_lists_what_was_left_out(spoilt, tmp_path, monke
     subprocess.run([sys.executable, "-m", "shards", "verify", str(tmp_path / "set")], check=True, cwd=ROOT)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("ISIC_0000001.jpg", "Too many levels of symbolic links"), ("/proc/self/mem", "Input/output error")],
+    ids=["a link to itself", "a damaged disk"],
+)
+def test_a_file_that_the_system_cannot_read_is_left_out(spoilt, tmp_path, monkeypatch, capsys, target, reason):
+    file = spoilt / "HAM10000_images_part_1" / "ISIC_0000001.jpg"
+    file.unlink()
+    file.symlink_to(target)  # the start of a process's memory answers as a damaged disk does
+    arguments = ["--source", spoilt, "--out", tmp_path / "set"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and f"ISIC_0000001.jpg: cannot be read ({reason})" in err and err.count("\n") == 1
+    code, out, _ = run(monkeypatch, capsys, *arguments, "--on-bad", "skip")
+    assert code == 0 and "59 images packed" in out
+    listed = list(csv.DictReader((tmp_path / "set" / "quarantine.csv").open()))
+    assert [(row["image_id"], row["reason"]) for row in listed] == [("ISIC_0000001", f"cannot be read ({reason})")]
+
+
 @pytest.mark.parametrize("image_id", [f"ISIC_{n:07d}" for n in range(1, 8)] + ["extra"])
 def test_stop_names_the_file_in_one_line_and_leaves_nothing(spoilt, tmp_path, monkeypatch, capsys, image_id):
     good = {file.name: file.read_bytes() for file in spoilt.glob("*/*.jpg")}

@@ -5,7 +5,9 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,10 +18,13 @@ import torch
 from shards import ShardSet
 from shards.errors import DataError, DermscaleError, UsageError
 from tests.train_runs import assert_same_run, child_environment, losses, small, start_worker, weights
+from train import device as devices
 from train import loop
+from train.config import Config
 from train.distributed import World
 from train.loop import Stopped, train_once
 from train.metrics import balanced_accuracy
+from train.record import environment, read_decisions
 from train.result import used_temperature
 from train.workspace import Workspace
 
@@ -93,6 +98,98 @@ def test_checkpoints_seldom_written_change_nothing(tiny_shards: Path, whole: Pat
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     train_once(small(tiny_shards, checkpoint_s=1e6), tmp_path / "run", resume=True)
     assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def killed(tiny_shards: Path, tmp_path: Path) -> Iterator[tuple[Config, Path, dict[str, Any]]]:
+    """A run that leaves all to `auto`, killed before its first checkpoint: settings, folder and environment.json."""
+    threads = torch.get_num_threads()
+    config = small(tiny_shards, epochs=1, checkpoint_s=1e6, precision="auto", compile="auto", engine="auto")
+    with pytest.raises(Crash):
+        train_once(config, tmp_path / "run", stop=at(1, crash))
+    yield config, tmp_path / "run", json.loads((tmp_path / "run" / "environment.json").read_text())
+    torch.set_num_threads(threads)
+
+
+def decided_otherwise(environment: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Decisions that no start on this machine would come to."""
+    taken = {name: one["value"] for name, one in environment["decisions"].items()}
+    other = {
+        "compile": "on",
+        "engine": "resident" if taken["engine"] == "native" else "native",
+        "precision": "bf16" if taken["precision"] == "fp32" else "fp32",
+        "threads": "1" if taken["threads"] != "1" else "2",
+    }
+    return {name: {"value": value, "reason": "decided before"} for name, value in other.items()}
+
+
+def test_killed_before_its_first_checkpoint_a_run_keeps_its_decisions(
+    killed: tuple[Config, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out, environment = killed
+    assert not (out / "checkpoint.pt").exists()
+    environment["decisions"] = decided_otherwise(environment)
+    (out / "environment.json").write_text(json.dumps(environment))
+
+    def anew(*_: object) -> None:
+        pytest.fail("decided anew")
+
+    monkeypatch.setattr("train.prepare._decide_to_compile", anew)
+    monkeypatch.setattr("train.prepare._try_out", anew)
+    monkeypatch.setattr("train.compiling.warm_up", lambda *_: None)
+    monkeypatch.setattr(Workspace, "compiled", lambda workspace, sizes: workspace._net)
+    result = train_once(config, out, resume=True)
+    assert result["decisions"] == environment["decisions"]
+    assert json.loads((out / "environment.json").read_text())["decisions"] == environment["decisions"]
+    assert str(torch.get_num_threads()) == environment["decisions"]["threads"]["value"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cores": 4096},
+        {"device_name": "another CPU, 2 threads"},
+        {"versions": {}},
+        {"world_size": 3},
+        {"decisions": []},
+        {"decisions": {"compile": {"value": "off", "reason": ""}}},
+        *({"decision": (name, "auto")} for name in ("compile", "engine", "precision", "threads")),
+        {"decision": ("engine", ["native"])},
+        {"decision": ("threads", "0")},
+    ],
+    ids=str,
+)
+def test_decisions_that_are_damaged_or_of_another_machine_are_not_kept(
+    tmp_path: Path, tiny_shards: Path, changes: dict[str, Any]
+) -> None:
+    with ShardSet(tiny_shards) as data:
+        here = environment(data, devices.environment(torch.device("cpu")), {}, 1)
+    taken = {"compile": "off", "engine": "native", "precision": "fp32", "threads": "2"}
+    before = here | {"decisions": {name: {"value": value, "reason": "why"} for name, value in taken.items()}}
+    path = tmp_path / "environment.json"
+    path.write_text(json.dumps(before | {"host": "renamed", "started": "before"}))
+    assert read_decisions(tmp_path, here) == {name: (value, "why") for name, value in taken.items()}
+    if "decision" in changes:
+        name, value = changes["decision"]
+        before["decisions"][name]["value"] = value
+    else:
+        before |= changes
+    path.write_text(json.dumps(before))
+    assert read_decisions(tmp_path, here) is None
+
+
+@pytest.mark.parametrize("content", [None, b"[]", b"\xff"], ids=str)
+def test_a_damaged_record_of_decisions_has_them_taken_anew(
+    killed: tuple[Config, Path, dict[str, Any]], content: bytes | None
+) -> None:
+    config, out, environment = killed
+    if content is None:
+        (out / "environment.json").unlink()
+    else:
+        (out / "environment.json").write_bytes(content)
+    assert {k: v["value"] for k, v in train_once(config, out, resume=True)["decisions"].items()} == {
+        k: v["value"] for k, v in environment["decisions"].items()
+    }
 
 
 def test_stop_writes_a_checkpoint_and_says_how_to_go_on(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:

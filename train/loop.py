@@ -21,7 +21,7 @@ from train.distributed import World
 from train.evaluation import Answers, answers
 from train.metrics import balanced_accuracy
 from train.prepare import Run, choose_data, compile_and_distribute, decisions, prepare
-from train.record import ENVIRONMENT, RunFolder, environment, read_result
+from train.record import ENVIRONMENT, RunFolder, environment, read_decisions, read_result
 from train.result import finish
 from train.workspace import Workspace
 
@@ -92,12 +92,15 @@ def _train(
     selections = choose_data(config, workspace.open(config.data), family, world)
     folder: RunFolder | None = None  # the first rank's alone
 
-    def open_folder() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    def open_folder() -> tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, tuple[str, str]] | None]:
         nonlocal folder
         folder = stack.enter_context(RunFolder(out, config, resume))
-        return read_result(out), checkpoint.load(out)
+        result, state = read_result(out), checkpoint.load(out)
+        # a run that was killed before its first checkpoint keeps to its decisions too: others may give other bits
+        here = environment(selections["train"].data, devices.environment(device), {}, world.size)
+        return result, state, state["decisions"] if state else read_decisions(out, here)
 
-    result, state = world.from_first(open_folder)
+    result, state, kept = world.from_first(open_folder)
     if result is not None:
         console.say(f"{out}: this run is finished")
         return result if world.first else {}
@@ -110,7 +113,7 @@ def _train(
     # ------------------------------------------------------------------ network, decisions, compiling
 
     progress = Progress(**state["progress"]) if state else Progress()
-    run: Run = prepare(config, family, world, workspace, selections, state, stack)
+    run: Run = prepare(config, family, world, workspace, selections, kept, stack)
     progress.seconds["start"] += time.perf_counter() - started
     compile_and_distribute(run, workspace, progress, console)
     if state:

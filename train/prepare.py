@@ -37,7 +37,7 @@ class Run:
     selections, loaders: by split. net: the network, in whose memory the weights are; model: what is called in training,
     the same network compiled, distributed, or both. total: optimizer steps of the whole run. sizes: resolution of each
     epoch, px. class_counts: training images of each class. decided: by name (`compile`, `engine`, `precision`,
-    `threads`).
+    `threads`). kept: these are the decisions of an earlier start of this run, and nothing is decided anew.
     """
 
     config: Config
@@ -56,6 +56,7 @@ class Run:
     total: int
     sizes: list[int]
     decided: dict[str, Decision]
+    kept: bool = False
 
     @property
     def reported(self) -> "Classifier":
@@ -139,15 +140,15 @@ def prepare(
     world: World,
     workspace: Workspace,
     selections: dict[str, Selection],
-    state: dict[str, Any] | None,
+    kept: dict[str, tuple[str, str]] | None,
     stack: ExitStack,
 ) -> Run:
-    """Build a run, not yet compiled or distributed. state: of a checkpoint, whose decisions are kept.
+    """Build a run, not yet compiled or distributed. kept: the decisions of its earlier start, as `Run.state` has them.
 
     stack: closes the loaders. Raises UsageError or DataError as the parts do.
     """
     device, data = world.device, selections["train"].data
-    decided = {name: Decision(*taken) for name, taken in state["decisions"].items()} if state else {}
+    decided = {name: Decision(*taken) for name, taken in (kept or {}).items()}
     if "threads" in decided:
         torch.set_num_threads(int(decided["threads"].value))
     precision = decided.get("precision") or devices.precision(device, config.precision)
@@ -192,6 +193,7 @@ def prepare(
         total=total,
         sizes=[resolution_of(config, epoch, epochs) for epoch in range(epochs)],
         decided=decided,
+        kept=bool(decided),
     )
     if not decided:
         run.decided = {
@@ -253,7 +255,7 @@ def compile_and_distribute(run: Run, workspace: Workspace, progress: Progress, c
                     compiling.warm_up(run.net, step, count, px, device)
                     workspace.warm.add((count, px, run.precision))
             run.model = model
-            if device.type == "cpu" and run.config.compile == "auto" and progress.step == 0 and not workspace.tried:
+            if device.type == "cpu" and run.config.compile == "auto" and not run.kept and not workspace.tried:
                 run.decided["compile"] = workspace.decision = run.world.from_first(lambda: _try_out(run, model))
                 workspace.tried = True
             if run.decided["compile"].value == "off":

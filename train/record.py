@@ -24,7 +24,7 @@ from shards import kernels
 from shards.errors import DataError, UsageError
 from shards.format import CLASSES
 from shards.writer import write_durably
-from train.config import Config, differences, read_config
+from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read_config
 
 if TYPE_CHECKING:
     from shards.shardset import ShardSet
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, PREDICTIONS, WEIGHTS, LOG = "metrics.jsonl", "predictions.parquet", "model.safetensors", "log.txt"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "nvidia-dali-cuda120", "dermscale")
+_OF_DECISIONS = ("device", "cuda", "capability", "memory_bytes", "cores", "versions", "kernels", "world_size")
+"""What decisions are taken from: where it has changed since an earlier start, they are taken anew."""
+_CHOICES = {"compile": COMPILE, "engine": ENGINES, "precision": PRECISIONS}
 
 
 def to_json(content: dict[str, Any]) -> bytes:
@@ -167,6 +170,29 @@ def environment(data: "ShardSet", device: dict[str, Any], decisions: dict[str, A
         "world_size": world_size,
         "decisions": decisions,
     }
+
+
+def read_decisions(folder: Path, here: dict[str, Any]) -> dict[str, tuple[str, str]] | None:
+    """What `auto` chose when the run in `folder` was started before: by name, the value and its reason.
+
+    here: `environment` of this start. None where nothing was decided, where the file is damaged, and where it tells of
+    another machine or of other versions: all of it is then to be decided anew.
+    """
+    try:
+        before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        if any(before.get(name) != here.get(name) for name in _OF_DECISIONS) or _chip(before) != _chip(here):
+            return None
+        taken = before["decisions"]
+        found = {name: (str(taken[name]["value"]), str(taken[name]["reason"])) for name in (*_CHOICES, "threads")}
+        known = all(found[name][0] in choices and found[name][0] != "auto" for name, choices in _CHOICES.items())
+        return found if known and int(found["threads"][0]) >= 1 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _chip(environment: dict[str, Any]) -> str:
+    """The device's name, without the threads that a CPU's ends in: they are a decision themselves."""
+    return environment["device_name"].partition(",")[0]
 
 
 def write_predictions(

@@ -33,6 +33,21 @@ def tar_header(name: str, size: int) -> bytes:
     return name_field.ljust(100, b"\0") + template[100:124] + size_field + template[135:148] + checksum + template[156:]
 
 
+def index_of(tar: Path) -> bytes:
+    """The .idx of a whole tar, from its members alone. Raises tarfile.TarError where `tar` is none."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            image_id, _, suffix = member.name.partition(".")
+            entry = f"{suffix} {member.offset_data} {member.size} {member.name}"
+            samples.setdefault(image_id, []).append(entry)
+    return _index([" ".join(entries) for entries in samples.values()])
+
+
+def _index(lines: list[str]) -> bytes:
+    return ("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n").encode()
+
+
 class Shard:
     """One tar being written, with DALI's index of it (v1.2: `extension offset size name` for each member)."""
 
@@ -73,8 +88,7 @@ class Shard:
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        index = "\n".join([f"v1.2 {self.samples}", *self._lines]) + "\n"
-        write_durably(self.path.with_suffix(".idx"), index.encode())
+        write_durably(self.path.with_suffix(".idx"), _index(self._lines))
 
     def close(self) -> None:
         """Close the file of an archive that is given up."""

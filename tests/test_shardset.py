@@ -213,8 +213,32 @@ def test_damaged_sets_are_refused_by_name(tmp_path, damage, words):
 
 def test_a_wrong_idx_is_found(tmp_path):
     folder = write_set(tmp_path / "set", images=40)
-    (folder / "shard-00000.idx").write_text("v1.2 0\n")
-    assert dict(ShardSet(folder).verify())["shard-00000.tar"] == ["shard-00000.idx is missing or points elsewhere"]
+    idx = folder / "shard-00000.idx"
+    whole = idx.read_bytes()
+    damaged = [f"{idx.name} is damaged: it is not the index of this tar"]
+    with ShardSet(folder) as data:
+        for byte in {*range(0, len(whole), 37), *range(12), len(whole) - 1}:  # the header, every kind of field, the end
+            idx.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << byte % 8]) + whole[byte + 1 :])
+            assert next(data.verify()) == ("shard-00000.tar", damaged), byte
+        for wrong in (b"", b"v1.2 0\n", whole[:-1], whole + b"\n"):
+            idx.write_bytes(wrong)
+            assert next(data.verify()) == ("shard-00000.tar", damaged), wrong
+        idx.unlink()
+        assert next(data.verify()) == ("shard-00000.tar", [f"{idx.name} is missing"])
+        idx.write_bytes(whole)
+        assert not any(problems for _, problems in data.verify())
+
+
+def test_an_idx_with_a_flipped_high_bit_is_named_by_the_command(tmp_path):
+    folder = write_set(tmp_path / "set", images=40)
+    content = bytearray((folder / "shard-00000.idx").read_bytes())
+    content[20] ^= 128
+    (folder / "shard-00000.idx").write_bytes(content)
+    failed = command("verify", str(folder))
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert [line for line in failed.stderr.splitlines() if ".idx" in line] == [
+        "shard-00000.tar: shard-00000.idx is damaged: it is not the index of this tar"
+    ]
 
 
 def test_selections(tiny_shards):

@@ -6,7 +6,7 @@ import tarfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.tar import Shard, tar_header
+from shards.tar import Shard, index_of, tar_header
 
 NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="/"), min_size=1, max_size=95)
 
@@ -32,6 +32,7 @@ def test_offsets_hash_and_index_are_those_of_the_file(tmp_path_factory, samples)
     assert info.sha256 == hashlib.sha256(data).hexdigest()
     for offset, members in zip(offsets, samples, strict=True):
         assert data[offset : offset + len(members[0])] == members[0]
+    assert index_of(folder / "shard-00007.tar") == (folder / "shard-00007.idx").read_bytes()
     lines = (folder / "shard-00007.idx").read_text().splitlines()
     assert lines[0] == f"v1.2 {len(samples)}"
     found = {}

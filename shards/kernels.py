@@ -5,8 +5,10 @@ They are an option: everything that they do is done without them, more slowly.
 
 import ctypes
 import functools
-import warnings
+import logging
 from importlib.util import find_spec
+
+_log = logging.getLogger(__name__)
 
 LEVELS = ("opencv", "avx2", "avx512")
 """What resizes, by the level that the library says the processor has."""
@@ -16,16 +18,16 @@ _FUNCTIONS = ("dermscale_cut", "dermscale_resample_level")
 
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
-    """The library of kernels; None where it was not built."""
+    """The library of kernels; None where it was not built, or (which is warned of) from older sources."""
     found = find_spec("shards._kernels")
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
     if not all(hasattr(library, name) for name in _FUNCTIONS):
-        warnings.warn(
-            f"{found.origin} was built from older sources, so images are cut and resized without it, more slowly: "
+        _log.warning(
+            "%s was built from older sources, so images are cut and resized without it, more slowly: "
             "install dermscale again (make install)",
-            stacklevel=2,
+            found.origin,
         )
         return None
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -38,6 +40,11 @@ def compiled() -> ctypes.CDLL | None:
         library.dermscale_resample.restype = None
         library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
     return library
+
+
+def outdated() -> bool:
+    """Whether there is a library that `compiled` leaves alone, as it has said."""
+    return compiled() is None and find_spec("shards._kernels") is not None
 
 
 def in_use() -> dict[str, str]:

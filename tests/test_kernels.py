@@ -2,8 +2,10 @@
 
 import ctypes
 import importlib.machinery
+import logging
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import jpeg, kernels
+from shards import ShardSet, jpeg, kernels
 from shards.engines import resample
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter, encode_jpeg
@@ -99,18 +101,38 @@ def test_nothing_undefined_and_nothing_outside(tmp_path):
     assert done.returncode == 0, f"{done.returncode} (negative: the signal)\n{done.stderr}"
 
 
+def said_by_a_loader(shards: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What opening a loader warns of, with the library searched anew."""
+    from shards import Loader  # and torch, which `with_library` does without
+
+    kernels.compiled.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="shards"), ShardSet(shards) as data:
+            Loader(data.select("train"), batch_size=8, engine="native").close()
+            assert kernels.in_use() == {"cut": "numpy", "resize": "opencv"}
+    finally:
+        kernels.compiled.cache_clear()
+    return caplog.messages
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_a_library_of_older_sources_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an update without a new installation: a warning that says what to do, and everything works without."""
+def test_a_library_of_older_sources_is_left_alone(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After an update without a new installation: one warning that says what to do, and everything works without."""
     source = tmp_path / "older.c"
     source.write_text("long dermscale_cut(void) { return 0; }")
     library = tmp_path / "older.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     spec = importlib.machinery.ModuleSpec("shards._kernels", None, origin=str(library))
     monkeypatch.setattr(kernels, "find_spec", lambda name: spec)
-    kernels.compiled.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="older sources.*make install"):
-            assert kernels.in_use() == {"cut": "numpy", "resize": "opencv"}
-    finally:
-        kernels.compiled.cache_clear()
+    [said] = said_by_a_loader(tiny_shards, caplog)
+    assert re.search("older sources.*make install", said)
+
+
+def test_a_library_that_was_not_built_is_warned_of(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    said = said_by_a_loader(tiny_shards, caplog)
+    assert said == ["no compiled kernel for cut and resize here: images load at half the speed"]

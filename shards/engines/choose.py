@@ -30,9 +30,10 @@ def make_engine(
     _log.info("engine %s on %s: %s", choice, device, reason)
     if choice == "native":
         from shards.engines.native import NativeEngine
-        from shards.kernels import in_use
+        from shards.kernels import in_use, outdated
 
-        if missing := [part for part, by in in_use().items() if by in ("numpy", "opencv")]:
+        missing = [part for part, by in in_use().items() if by in ("numpy", "opencv")]
+        if missing and not outdated():
             _log.warning("no compiled kernel for %s here: images load at half the speed", " and ".join(missing))
 
         return NativeEngine(selection.data, str(device), threads, prefetch), choice, reason

@@ -14,8 +14,9 @@ install: $(BIN)/.installed ## create .venv and install everything, in the tested
 
 $(BIN)/.installed: pyproject.toml constraints.txt $(wildcard shards/*.c shards/engines/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=python3.11 or newer" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# Where Debian's python3-venv is missing, a venv is left that has a python and no pip.
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@# Where there is no compiler any more, kernels of older sources would stay.
 	find shards -maxdepth 1 -name '_kernels.*.so' '(' ! -newer shards/jpeg_cut.c -o ! -newer shards/engines/resample.c ')' -delete
 	touch $@

@@ -1,0 +1,50 @@
+"""`make install` with a Python that only writes down what it is asked for."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+PYTHON = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/asked"
+if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/pip"; fi
+"""
+
+
+def executable(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(PYTHON)
+    path.chmod(0o755)
+    return path
+
+
+def asked(python: Path) -> list[str]:
+    """What a Python was started with, checks of its version left out."""
+    file = python.with_name("asked")
+    return [line for line in file.read_text().splitlines() if line.startswith("-m")] if file.exists() else []
+
+
+@pytest.mark.parametrize("there", [[], ["python"], ["python", "pip"]], ids=["nothing", "no pip", "a whole venv"])
+def test_a_venv_is_made_where_there_is_none_with_pip_and_its_progress_is_shown(
+    tmp_path: Path, there: list[str]
+) -> None:
+    python = executable(tmp_path / "system" / "python3")
+    (tmp_path / "shards" / "engines").mkdir(parents=True)
+    sources = ("shards/jpeg_cut.c", "shards/engines/resample.c")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", *sources):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in there:
+        executable(tmp_path / ".venv" / "bin" / name)
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "VENV")}
+    for _ in range(2):  # the second time nothing is left to do
+        subprocess.run(["make", "install", f"PYTHON={python}"], cwd=tmp_path, env=environment, check=True)
+        assert asked(python) == ([] if "pip" in there else ["-m venv .venv"])
+        [install] = asked(tmp_path / ".venv" / "bin" / "python")
+        assert install.startswith("-m pip install") and install.endswith(
+            "--constraint constraints.txt --editable .[dev]"
+        )
+        assert "--quiet" not in install

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from train.explain import Explainer
     from train.neighbours import Neighbours
-    from train.predictor import Predictor
+    from train.predictor import Predictor, Prepared
 
 NEIGHBOURS = 6
 _SHOWN_PX = 180
@@ -35,11 +35,15 @@ class Alike:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What the model makes of one image. probabilities: class → 0 to 1. image, overlay: PNG files."""
+    """What the model makes of one image. probabilities: class → 0 to 1. image, overlay: PNG files.
+
+    overlay_note, alike_note: why there is no overlay (it is then empty), and why no lesion that looks alike.
+    """
 
     probabilities: dict[str, float]
     image: bytes
     overlay: bytes
+    overlay_note: str
     alike: list[Alike]
     alike_note: str
 
@@ -102,8 +106,13 @@ def start(run: Path, data: Path | None, device: str) -> Started:
 
 
 def _prepare(session: _Session) -> None:
-    """What takes too long for the start: captum's import, and the features of the training images."""
+    """What takes too long for the start: captum's import, and the features of the training images.
+
+    Where these cannot be read there are no neighbours, and the page says why.
+    """
     import captum.attr  # noqa: F401 (imported so that the first answer need not)
+
+    from shards.errors import DermscaleError
 
     if session.neighbours is None or session.neighbours.ready:
         return
@@ -111,7 +120,11 @@ def _prepare(session: _Session) -> None:
     def at(done: int) -> None:
         session.done = done
 
-    session.neighbours.compute(session.lock, at, session.stopping.is_set)
+    try:
+        session.neighbours.compute(session.lock, at, session.stopping.is_set)
+    except DermscaleError as error:
+        session.why_none = str(error)  # first, because an answer may be on its way
+        session.neighbours = None
 
 
 def stop() -> None:
@@ -122,9 +135,7 @@ def stop() -> None:
 
 def answer(data: bytes) -> Opinion:
     """The opinion on one image file. Raises BadImageError with the reason where it is none."""
-    import numpy as np
-
-    from train.explain import Explainer, overlay, png
+    from train.explain import png
     from train.images import open_image
 
     session = _sessions[0]
@@ -134,17 +145,33 @@ def answer(data: bytes) -> Opinion:
     with session.lock:
         shares = predictor.probabilities(predictor.logits(squares))[0]
         features = predictor.features(squares)[0]
-        if session.explainer is None:
-            session.explainer = Explainer(predictor)
-        evidence = session.explainer.maps(squares, np.array([shares.argmax()]))[0]
+        shown, overlay_note = _overlay(session, prepared, int(shares.argmax()))
     alike, note = _alike(session, features)
     return Opinion(
         probabilities={dx: float(p) for dx, p in zip(predictor.about.classes, shares, strict=True)},
         image=png(prepared.packed),
-        overlay=png(overlay(prepared, evidence)),
+        overlay=shown,
+        overlay_note=overlay_note,
         alike=alike,
         alike_note=note,
     )
+
+
+def _overlay(session: _Session, prepared: "Prepared", of_class: int) -> tuple[bytes, str]:
+    """A PNG of the image with the evidence for a class and, where the network knows no places, why there is none."""
+    import numpy as np
+
+    from shards.errors import UsageError
+    from train.explain import Explainer, overlay, png
+
+    if session.explainer is None:
+        try:
+            session.explainer = Explainer(session.predictor)
+        except UsageError:
+            model = session.predictor.about.model
+            return b"", f"Where the evidence lies cannot be shown: {model} has no layer that is known to keep places."
+    evidence = session.explainer.maps(prepared.square[None], np.array([of_class]))[0]
+    return png(overlay(prepared, evidence)), ""
 
 
 def _alike(session: _Session, features: "np.ndarray") -> tuple[list[Alike], str]:
@@ -152,6 +179,7 @@ def _alike(session: _Session, features: "np.ndarray") -> tuple[list[Alike], str]
     import cv2
 
     from shards.encode import shrink
+    from shards.errors import DermscaleError
 
     neighbours = session.neighbours
     if neighbours is None:
@@ -161,7 +189,10 @@ def _alike(session: _Session, features: "np.ndarray") -> tuple[list[Alike], str]
         return [], f"The training lesions are still being read ({session.done} of {whole}); drop the image again later."
     found = []
     for one in neighbours.nearest(features, NEIGHBOURS):
-        small = shrink(neighbours.selection.data.pixels(one.sample), _SHOWN_PX)
+        try:
+            small = shrink(neighbours.selection.data.pixels(one.sample), _SHOWN_PX)
+        except DermscaleError as error:
+            return [], f"The training lesions cannot be shown: {error}"
         picture = cv2.imencode(".jpg", small[:, :, ::-1])[1].tobytes()
         found.append(Alike(one.dx, one.image_id, one.lesion_id, one.cosine, picture))
     return found, ""

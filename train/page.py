@@ -93,6 +93,8 @@ def _figure(kind: str, picture: bytes, alternative: str, caption: str) -> str:
 def _pictures(opinion: "Opinion") -> str:
     likeliest = max(opinion.probabilities, key=lambda dx: opinion.probabilities[dx])
     image = _figure("png", opinion.image, "the image", "the image as it is packed")
+    if not opinion.overlay:
+        return f'<div class="pair">{image}</div><p>{html.escape(opinion.overlay_note)}</p>'
     caption = f"what speaks for <b>{html.escape(class_name(likeliest))}</b>; the model does not see the dark rim"
     overlay = _figure("png", opinion.overlay, "the image with a map of the evidence", caption)
     return f'<div class="pair">{image}{overlay}</div>'

@@ -104,6 +104,8 @@ def ask(worker: ProcessPoolExecutor, image: bytes) -> "Opinion | str":
         return str(error)
     except MemoryError:
         return "does not fit into the memory"
+    except DermscaleError as error:
+        return f"could not be judged: {error}"
     except BrokenExecutor:
         return "could not be judged: the process of the model has ended; start the page again"
 

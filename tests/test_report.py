@@ -17,7 +17,7 @@ import pytest
 from shards.errors import DataError
 from shards.format import CLASSES
 from tests.made_study import test_set as made_test_set
-from tests.made_study import write_run, write_study
+from tests.made_study import write_leakage, write_run, write_study
 from train import analysis, study_data, svg
 from train.cells import cell_name
 from train.config import Config
@@ -32,8 +32,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two models, four fractions, three seeds, one failed cell."""
-    return write_study(tmp_path_factory.mktemp("made") / "study", lesions=120, fail=("alexnet_f0.125_s2_u2",))
+    """Two models, four fractions, three seeds, one failed cell, and what a split by image gains."""
+    out = write_study(tmp_path_factory.mktemp("made") / "study", lesions=120, fail=("alexnet_f0.125_s2_u2",))
+    write_leakage(out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,7 @@ def test_every_part_that_a_study_needs_is_there(page):
         "How far probabilities can be trusted",
         "Differences in balanced accuracy",
         "What moves the results",
+        "What a split by image gains falsely",
         "Speed and waiting for data",
         "Settings and versions",
         "What was done",
@@ -376,10 +379,17 @@ addEventListener('load', () => {
   }
   const images = [...document.images].map(i => i.naturalWidth);
   const body = getComputedStyle(document.body);
-  document.body.setAttribute('data-probe', JSON.stringify({told, images, scroll: document.documentElement.scrollWidth,
-    inner: innerWidth, paper: body.backgroundColor, ink: body.color}));
+  const seen = JSON.stringify({told, images, scroll: document.scrollingElement.scrollWidth, inner: innerWidth,
+    paper: body.backgroundColor, ink: body.color});
+  document.body.setAttribute('data-probe', seen);
+  parent.postMessage(seen, '*');
 });
 </script>"""
+
+FRAME = """<!doctype html><body><script>
+addEventListener('message', message => document.body.setAttribute('data-probe', message.data));
+</script><iframe src="page.html" style="width: {}px; height: 800px; border: 0"></iframe></body>"""
+"""A page around the page, which is then as narrow as on a phone: no window of Chromium is under 500 px wide."""
 
 
 def browse(page: str, folder: Path, *, width: int = 1100, dark: bool = False) -> tuple[dict, str]:
@@ -390,6 +400,9 @@ def browse(page: str, folder: Path, *, width: int = 1100, dark: bool = False) ->
     copy = folder / "page.html"
     allowed = page.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
     copy.write_text(allowed.replace("</body>", PROBE + "</body>"))
+    if width < 500:
+        copy = folder / "frame.html"
+        copy.write_text(FRAME.format(width))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000"]
@@ -412,12 +425,16 @@ def assert_drawn(seen: dict, console: str, charts: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "dark"), [(1100, False), (1100, True), (500, False)], ids=["light", "dark", "narrow"]
+    ("width", "dark"),
+    [(1100, False), (1100, True), (500, False), (375, False)],
+    ids=["light", "dark", "narrow", "phone"],
 )
 def test_a_browser_draws_every_picture_without_a_complaint(found, page, tmp_path, width, dark):
-    seen, console = browse(page, tmp_path, width=width, dark=dark)
+    seen, console = browse(page.replace("<details>", "<details open>"), tmp_path, width=width, dark=dark)
     assert_drawn(seen, console, sum(len(figure.charts) for figure in draw(found)))
-    assert seen["scroll"] <= seen["inner"]  # no sideways scrolling of the page itself
+    assert {"leakage-balanced_accuracy", "leakage-accuracy"} < {chart["id"] for chart in seen["told"]}
+    assert seen["inner"] == width
+    assert seen["scroll"] <= width  # no sideways scrolling of the page itself
     numbers = [int(c) for c in re.findall(r"\d+", seen["paper"])[:3]]
     assert (sum(numbers) < 200) == dark
 
@@ -435,6 +452,8 @@ def test_the_probe_finds_a_page_that_is_broken(page, tmp_path):
     seen, _ = browse(broken, tmp_path)
     with pytest.raises(AssertionError):
         assert_drawn(seen, "", len(seen["told"]))
+    wide = page.replace("<main>", "<main><p style='width: 400px'>wide</p>")
+    assert browse(wide, tmp_path, width=375)[0]["scroll"] > 375
 
 
 # ------------------------------------------------------------------ tiles and pictures

@@ -29,16 +29,17 @@ def _models(command: Callable) -> Callable:
 @click.command()
 @shared
 @_models
-def training(quick: bool, rounds: int | None, only: tuple[str, ...], **settings: Any) -> None:
+@click.option("--fp32", is_flag=True, help="Also eager and compiled in float32, where the device trains in less.")
+def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool, **settings: Any) -> None:
     """Images per second of the models: eager, channels-last, compiled, each beside a cached batch."""
-    from benchmarks.speed import SYSTEMS, measure_training, training_text
+    from benchmarks.speed import IN_FP32, SYSTEMS, measure_training, training_text
 
-    names = chosen({name: name for name in SYSTEMS}, only)
+    names = chosen({name: name for name in (*SYSTEMS, *(IN_FP32 if fp32 else ()))}, only)
 
     def measure(job: "TrainingJob", machine: "Environment", rounds: int, seconds: float, told: Told) -> list["Row"]:
         return measure_training(job, names, machine, rounds=rounds, seconds=seconds, told=told)
 
-    _train("training", measure, len(names) + 1, training_text, quick, rounds, **settings)
+    _train("training", measure, len(names) + 2, training_text, quick, rounds, **settings)
 
 
 @click.command()
@@ -51,18 +52,29 @@ def training(quick: bool, rounds: int | None, only: tuple[str, ...], **settings:
     show_default=True,
     help="How the models are run.",
 )
-def stalls(quick: bool, rounds: int | None, only: tuple[str, ...], style: str, **settings: Any) -> None:
+@click.option(
+    "--engine",
+    "engines",
+    type=click.Choice(["jpg", "raw", "resident"]),
+    multiple=True,
+    help="Repeatable: native with JPEG or raw files, or resident.  [default: all three, quick jpg]",
+)
+def stalls(
+    quick: bool, rounds: int | None, only: tuple[str, ...], style: str, engines: tuple[str, ...], **settings: Any
+) -> None:
     """How much of training waits for data: cached batch, warm files, cold files, and the counted wait."""
-    from benchmarks.stalls import measure_stalls, stalls_text
+    from benchmarks.stalls import ENGINES, measure_stalls, stalls_text
     from shards.errors import UsageError
 
     if only:
         raise UsageError("--only: the systems of `stalls` belong together; choose models with --model")
 
     def measure(job: "TrainingJob", machine: "Environment", rounds: int, seconds: float, told: Told) -> list["Row"]:
-        return measure_stalls(job, style, machine, rounds=rounds, seconds=seconds, told=told)
+        return measure_stalls(job, style, engines, machine, rounds=rounds, seconds=seconds, told=told)
 
-    _train("stalls", measure, 3, stalls_text, quick, rounds, **settings)
+    engines = engines or (("jpg",) if quick else tuple(ENGINES))
+    systems = 1 + sum(len(ENGINES[engine]) for engine in engines)
+    _train("stalls", measure, systems, stalls_text, quick, rounds, **settings)
 
 
 def _train(
@@ -108,8 +120,8 @@ def _train(
 @shared
 @click.option("--model", "models", multiple=True, default=["resnet18"], show_default=True, help="Repeatable.")
 @click.option("--resolution", type=int, default=64, show_default=True, help="Side of the images, px.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Images per step.")
-@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Of every cell.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Images per step.")
+@click.option("--epochs", type=click.IntRange(1), help="Of every cell.  [default: 20, quick 1]")
 @click.option("--fractions", default="1/8,1/4,1/2,1", show_default=True, help="Of every model and seed.")
 @click.option("--compile", type=click.Choice(["on", "off"]), default="on", show_default=True, help="torch.compile.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -124,7 +136,7 @@ def grid(
     models: tuple[str, ...],
     resolution: int,
     batch_size: int,
-    epochs: int,
+    epochs: int | None,
     fractions: str,
     compile: str,
     device: str,
@@ -145,6 +157,7 @@ def grid(
         raise UsageError("--only: `grid` compares two systems, and needs both")
     work = Work(images(source), cache, 200, resolution, batch_size, workers, copies=1)
     shares = (1.0,) if quick else tuple(float(Fraction(share)) for share in fractions.split(","))
+    epochs = epochs or (1 if quick else 20)
     job = GridJob(work, tuple(models), shares, (0, 1), epochs, "off" if quick else compile, device)
     machine = environment(command_line())
     rounds = rounds or (5 if quick else 6)

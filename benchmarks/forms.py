@@ -228,7 +228,8 @@ FORMS: dict[str, Callable[[Work, Path], None]] = {
     "shards-jpg": _shards("jpg"),
     "shards-raw": _shards("raw"),
     "shards-proportion": _shards("proportion"),
-    "shards-cold": _shards("jpg"),  # a copy that no other process has mapped, so that the kernel can drop it
+    "shards-cold": _shards("jpg"),  # copies that no other process has mapped, so that the kernel can drop them
+    "shards-cold-raw": _shards("raw"),
     "shards-split": _shards("jpg", "70/10/20"),  # for whole runs, which evaluate too
     "tars": _tars,
     "mds": _mds,

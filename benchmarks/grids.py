@@ -14,6 +14,7 @@ from benchmarks.forms import prepared
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, ratio_row, series_rows, summary_row
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
+from benchmarks.targets import targets_text
 from benchmarks.work import Work
 from benchmarks.worker import Running, Told, take_turns
 
@@ -50,12 +51,25 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def set_up(name: str, job: GridJob) -> Running:
-    """Pack the images, and train the first cell of the study."""
+    """Pack the images, and train the largest cell of the study."""
+    from shards import ShardSet
+    from train.cells import fitting_batch
+
     work = job.work
     data = prepared("shards-split", work) / "set"
     home = _home(name, job)
-    common = ["--data", str(data), "--epochs", str(job.epochs), "--batch-size", str(work.batch_size)]
-    common += ["--resolution", str(work.resolution_px), "--compile", job.compile, "--device", job.device]
+    common = [
+        "--data",
+        str(data),
+        "--epochs",
+        str(job.epochs),
+        "--resolution",
+        str(work.resolution_px),
+        "--compile",
+        job.compile,
+        "--device",
+        job.device,
+    ]
     turn = iter(range(1_000_000))
 
     def clean() -> None:
@@ -65,14 +79,17 @@ def set_up(name: str, job: GridJob) -> Running:
     def one_grid(job: GridJob, out: Path) -> None:
         lists = {"--models": job.models, "--fractions": job.fractions, "--seeds": job.seeds}
         options = [text for option, values in lists.items() for text in (option, ",".join(map(str, values)))]
-        _run(["train.grid", *options, "--out", str(out), *common])
+        _run(["train.grid", *options, "--batch-size", str(work.batch_size), "--out", str(out), *common])
 
     def one_by_one(job: GridJob, out: Path) -> None:
+        packed = ShardSet(data)
         for model in job.models:
             for fraction in job.fractions:
                 for seed in job.seeds:  # as the grid does by default, lesions vary together with the seed
                     cell_options = ["--model", model, "--fraction", str(fraction), "--seed", str(seed)]
                     cell_options += ["--subset-seed", str(seed), "--out", str(out / f"{model}-{fraction}-{seed}")]
+                    batch = fitting_batch(work.batch_size, len(packed.select("train", fraction, seed)))
+                    cell_options += ["--batch-size", str(batch)]
                     _run(["train.run", *cell_options, *common])
 
     def study(job: GridJob) -> int:
@@ -84,13 +101,16 @@ def set_up(name: str, job: GridJob) -> Running:
         if len(results) != job.cells:
             raise CellFailedError(f"{len(results)} of {job.cells} cells have a result")
         busy_s = sum(result["seconds"]["train"] + result["seconds"]["eval"] for result in results)
+        found = {"overhead_share": 1 - busy_s / wall_s}
+        if name == SHARED:
+            found |= _later_cells(out / "grid.jsonl", out)
         with _overheads(name, job).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(1 - busy_s / wall_s) + "\n")
+            file.write(json.dumps(found) + "\n")
         return len(results)
 
     clean()
     # so that the compiler's cache is as full for one system as for the other
-    study(replace(job, fractions=job.fractions[:1], seeds=job.seeds[:1]))
+    study(replace(job, fractions=(max(job.fractions),), seeds=job.seeds[:1]))
     _overheads(name, job).write_text("")  # from here on they count
     return Running(lambda: study(job), clean)
 
@@ -100,8 +120,21 @@ def _home(name: str, job: GridJob) -> Path:
     return job.work.cache / "grid" / name.replace(" ", "-").replace(",", "")
 
 
+def _later_cells(journal: Path, out: Path) -> dict[str, float]:
+    """What the dearest cell after its model's first one took beside training and evaluation, s; empty without one."""
+    cells = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    seen: set[str] = set()
+    beside = []
+    for cell_ in cells:
+        if cell_["model"] in seen:
+            seconds = json.loads((out / "cells" / cell_["cell"] / "result.json").read_text(encoding="utf-8"))["seconds"]
+            beside.append(cell_["wall_s"] - seconds["train"] - seconds["eval"])
+        seen.add(cell_["model"])
+    return {"later_cell_s": max(beside)} if beside else {}
+
+
 def _overheads(name: str, job: GridJob) -> Path:
-    """A line a study: the share of its wall time that was neither training nor evaluation."""
+    """A line a study: `overhead_share` of its wall time, neither training nor evaluation, and `later_cell_s`."""
     return _home(name, job).with_suffix(".overhead")
 
 
@@ -109,7 +142,7 @@ def measure_grid(job: GridJob, environment: Environment, *, rounds: int, told: T
     """Time whole studies, start-up included, in turn."""
     series, _ = take_turns(set_up, [SHARED, ALONE], job, job.work.cache / "logs", rounds=rounds, seconds=0.0, told=told)
     overheads = {
-        name: [float(line) for line in _overheads(name, job).read_text().split()]
+        name: [json.loads(line) for line in _overheads(name, job).read_text(encoding="utf-8").splitlines()]
         for name in (SHARED, ALONE)
         if not series[name].failed
     }
@@ -128,9 +161,11 @@ def measure_grid(job: GridJob, environment: Environment, *, rounds: int, told: T
         speed, cpu = series_rows(series[name], system=name, note=note if name == SHARED else "", **columns)
         rows += [_renamed(speed, "cells_per_s", "cells/s"), _renamed(cpu, "cpu_s_per_1000_cells", "s")]
         failed = series[name].failed
-        rows.append(
-            summary_row(overheads.get(name, []), failed, system=name, metric="overhead_share", unit="1", **columns)
-        )
+        for metric, unit in (("overhead_share", "1"), ("later_cell_s", "s")):
+            values = [found[metric] for found in overheads.get(name, []) if metric in found]
+            if values or (failed and metric == "overhead_share"):
+                noted = columns | {"note": note if name == SHARED else ""}
+                rows.append(summary_row(values, failed, system=name, metric=metric, unit=unit, **noted))
     ratio = ratio_row(series[SHARED], series[ALONE], system=SHARED, beside=ALONE, **columns)
     return [*rows, _renamed(ratio, "cells_per_s ratio", ratio.unit)]
 
@@ -144,9 +179,10 @@ def grid_text(rows: Sequence[Row]) -> str:
     own = [row for row in rows if row.benchmark == "grid"]
     across = [("cells / s", lambda row: row.metric == "cells_per_s")]
     across.append(("overhead, share of the wall time", lambda row: row.metric == "overhead_share"))
+    across.append(("dearest cell after the first, s beside training", lambda row: row.metric == "later_cell_s"))
     across.append(("CPU s / 1,000 cells", lambda row: row.metric == "cpu_s_per_1000_cells"))
     parts = ["## Grid\n", pivot([row for row in own if not row.beside], across)]
     ratios = [[f"{row.system} / {row.beside}", cell(row)] for row in own if row.beside]
-    parts += [grid(["ratio", "cells/s"], ratios), busy_text(own), notes(own)]
+    parts += [grid(["ratio", "cells/s"], ratios), targets_text(own), busy_text(own), notes(own)]
     parts.append(machine_text(own[0].environment if own else None))
     return "\n".join(part for part in parts if part)

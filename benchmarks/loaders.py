@@ -9,6 +9,7 @@ from benchmarks.machine import Environment
 from benchmarks.measure import Row, ratio_row, series_rows
 from benchmarks.peers import set_up
 from benchmarks.tables import busy_text, grid, machine_text, notes, pivot
+from benchmarks.targets import targets_text
 from benchmarks.work import System, Work
 from benchmarks.worker import Told, take_turns
 
@@ -98,7 +99,7 @@ def loader_text(rows: Sequence[Row]) -> str:
                 found = pivot(of_pair, [(f"{px} px", _is(px, "img_per_s ratio")) for px in resolutions])
                 lines.append([f"{above} / {below}", *_last_cells(found)])
             parts.append(grid(["ratio", *(f"{px} px" for px in resolutions)], lines))
-    parts.append(notes(own))
+    parts += [targets_text(own), notes(own)]
     parts.append(machine_text(own[0].environment if own else None))
     return "\n".join(part for part in parts if part)
 

@@ -12,6 +12,7 @@ from benchmarks.measure import Row, ratio_row, series_rows
 from benchmarks.packers import PACKERS, Packer
 from benchmarks.peers import need
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
+from benchmarks.targets import targets_text
 from benchmarks.work import Work
 from benchmarks.worker import Running, Told, take_turns
 
@@ -167,5 +168,5 @@ def packing_text(rows: Sequence[Row]) -> str:
         parts.append(busy_text(part))
         if lines:
             parts += ["Ratios of images per second, taken within each round:\n", grid(["ratio", "images/s"], lines)]
-    parts += [notes(own), machine_text(own[0].environment if own else None)]
+    parts += [targets_text(own), notes(own), machine_text(own[0].environment if own else None)]
     return "\n".join(part for part in parts if part)

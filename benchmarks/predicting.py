@@ -20,6 +20,7 @@ from benchmarks.machine import Environment
 from benchmarks.measure import Row, Sample, Series, interleave, median_interval, ratio_row, series_rows, summary_row
 from benchmarks.starts import last_line, start_predict, start_serve
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
+from benchmarks.targets import verdict
 from benchmarks.work import Work
 from benchmarks.worker import Running, Told, take_turns
 from shards.errors import DataError
@@ -28,11 +29,6 @@ from shards.format import MANIFEST, Manifest
 EVALUATION, PREDICT = "evaluation", "predict, files of a shard set"
 PREDICT_PLAIN = "predict, plain JPEG files"
 START_PREDICT, START_SERVE = "train.predict, one image", "train.serve, until it is ready"
-
-LEAST_RATIO = 0.6
-"""Prediction is meant to be at least this many times as fast as evaluation."""
-LONGEST_START_S = 5.0
-"""Both commands are meant to start in less, on a CPU with a resnet18 run."""
 
 _BATCH = 32
 """Images that `train.predict` judges at a time, by default."""
@@ -217,21 +213,6 @@ def rows_of(
         row = summary_row(times, found.failed, metric="start_s", unit="s", system=name, note=_NOTES[name], **columns)
         rows.append(replace(row, other_cpu=round(median_interval(other).median, 4) if other else None))
     return rows
-
-
-def verdict(row: Row) -> str:
-    """Whether a ratio or a start is as it is meant to be: empty for other rows, and where it failed."""
-    if row.value is None or row.low is None or row.high is None:
-        return ""
-    if row.beside:
-        held, missed = row.low >= LEAST_RATIO, row.high < LEAST_RATIO
-        meant = f"at least {LEAST_RATIO}"
-    elif row.metric == "start_s":
-        held, missed = row.high < LONGEST_START_S, row.low >= LONGEST_START_S
-        meant = f"under {LONGEST_START_S:.0f} s"
-    else:
-        return ""
-    return f"{meant}: " + ("held" if held else "missed" if missed else "undecided, the interval lies across it")
 
 
 def predicting_text(rows: Sequence[Row]) -> str:

@@ -12,6 +12,7 @@ from benchmarks.predicting import predicting_in_words, predicting_text
 from benchmarks.speed import training_text
 from benchmarks.stalls import stalls_text
 from benchmarks.tables import cell, figure, read_csv
+from benchmarks.targets import verdict
 from benchmarks.timeline import Moment, read_timeline, timelines_html
 from benchmarks.utilization import utilization_in_words
 from benchmarks.utilization_page import utilization_text
@@ -99,7 +100,10 @@ def in_words(name: str, rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.beside and row.value is not None:
             where = ", ".join(filter(None, (row.packed, f"{row.resolution_px} px" if row.resolution_px else "")))
-            said.append(f"{TITLES[name]}: {row.system} is {cell(row)} times {row.beside} ({where or 'all cells'}).")
+            meant = f"; {verdict(row)}" if verdict(row) else ""
+            said.append(
+                f"{TITLES[name]}: {row.system} is {cell(row)} times {row.beside} ({where or 'all cells'}){meant}."
+            )
     failed = dict.fromkeys((row.system, row.failed) for row in rows if row.failed and not row.beside)
     said += [f"{TITLES[name]}: {system} failed: {reason}." for system, reason in failed]
     return said
@@ -119,8 +123,11 @@ def _limit_of(model: str, rows: Sequence[Row]) -> list[str]:
     text = f"Training: {model} runs fastest {style}, at {figure(best.value)} img/s"
     if headspace is not None and headspace.value is not None:
         text += f", {100 * headspace.value:.0f} % of what it does without a loader"
-        limit = "its own arithmetic" if headspace.value >= _BOUND else "loading"
-        text += f": {limit} limits it"
+        low, high = (headspace.value if end is None else end for end in (headspace.low, headspace.high))
+        if low >= _BOUND or high < _BOUND:
+            text += f": {'its own arithmetic' if low >= _BOUND else 'loading'} limits it"
+        else:
+            text += f" [{100 * low:.0f}, {100 * high:.0f}]: whether loading limits it is not decided"
     if share is not None and share.value is not None:
         text += f"; its operations are {100 * share.value:.0f} % of the measured matrix peak"
     return [text + "."]
@@ -131,17 +138,16 @@ def _value(row: Row) -> float:
 
 
 def _stalls_in_words(rows: Sequence[Row]) -> list[str]:
-    from benchmarks.stalls import agreement
+    from benchmarks.stalls import agreement, by_engine
 
     said = []
-    for model in dict.fromkeys(row.model for row in rows):
-        found = {(row.page_cache, row.metric): row for row in rows if row.model == model}
+    for model, engine, found in by_engine(rows):
         for cache, metric in (("warm", "prep_stall"), ("cold", "whole_stall")):
             stall, wait = found.get((cache, metric)), found.get((cache, "data_wait"))
             if stall is not None and stall.value is not None:
                 apart = agreement(stall, wait)
                 said.append(
-                    f"Stalls: {model} with {cache} files loses {100 * stall.value:.1f} % of its time to loading"
+                    f"Stalls: {model}, {engine}, with {cache} files loses {100 * stall.value:.1f} % of its time"
                     + (
                         f" (counted in the loop: {100 * wait.value:.1f} %; {apart})"
                         if wait and wait.value is not None
@@ -161,8 +167,8 @@ def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
 
     shown = sorted(rows, key=lambda row: -(row.value or 0.0))
     longest = max((row.high or row.value or 0.0 for row in shown), default=0.0) or 1.0
-    left, width, step = 250, 680, 24
-    room = width - left - 150
+    left, width, step = 250, 720, 24
+    room = width - left - 190
     parts = []
     for i, row in enumerate(shown):
         y = 12 + i * step
@@ -183,7 +189,9 @@ def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
                 f'<path class="bar {kind}" d="M{low:.1f} {y + 8}H{high:.1f}M{low:.1f} {y + 4}v8M{high:.1f} {y + 4}v8"/>'
             )
             end = max(end, high)
-        parts.append(f'<text class="ink" x="{end + 6:.1f}" y="{y + 12}">{escape(figure(row.value))}</text>')
+        parts.append(
+            f'<text class="ink" x="{end + 6:.1f}" y="{y + 12}">{escape(figure(row.value))} {escape(unit)}</text>'
+        )
     told = "; ".join(f"{row.system} {cell(row)} {unit}" for row in shown)
     return wrap(name, title, told, width, 24 + step * len(shown), parts)
 
@@ -213,7 +221,7 @@ def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str
                 filter(None, (model, f"packed at {size}" if size in sizes else "", f"{px} px" if px else ""))
             )
             body.append(f"<h3>{escape(title)}</h3><div class='charts one'>")
-            body.append(bars(f"{name}-{i}", f"{TITLES[name]}: {title}", part, "img/s") + "</div>")
+            body.append(bars(f"{name}-{i}", f"{TITLES[name]}: {title}", part, part[0].unit) + "</div>")
         if name == "utilization":
             body.append(timelines_html(timelines))
         body.append(f"<details><summary>Tables</summary>{_html(TEXTS[name](rows))}</details>")

@@ -6,27 +6,45 @@ from typing import Any
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, Series, ratio_row, series_rows, summary_row
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes
-from benchmarks.training import CACHED, FOLDER, MATRIX, NATIVE, STYLES, TrainingJob, set_up, system_name
+from benchmarks.targets import targets_text
+from benchmarks.training import (
+    CACHED,
+    COMPILED,
+    EAGER,
+    FOLDER,
+    FP32,
+    LAST,
+    MATRIX,
+    NATIVE,
+    STYLES,
+    TrainingJob,
+    precision_of,
+    set_up,
+    system_name,
+)
 from benchmarks.worker import Told, take_turns
 
-BASELINE = system_name("eager NCHW", FOLDER)
+BASELINE = system_name(EAGER + FP32, FOLDER)
 FORWARD_AND_BACKWARD = 3
 """FLOPs of a training step over those of its forward pass: the backward pass has two products for each one (Kaplan et
 al. 2020, arXiv:2001.08361, section 2.1)."""
 
 SYSTEMS = (*(system_name(style, source) for style in STYLES for source in (CACHED, NATIVE)), BASELINE)
+IN_FP32 = tuple(system_name(style + FP32, CACHED) for style in (EAGER, COMPILED))
 
 RATIOS = (
-    (system_name("channels-last", CACHED), system_name("eager NCHW", CACHED)),
-    (system_name("compiled", CACHED), system_name("eager NCHW", CACHED)),
-    (system_name("compiled", NATIVE), system_name("eager NCHW", NATIVE)),
-    (system_name("compiled", NATIVE), BASELINE),
+    (system_name(LAST, CACHED), system_name(EAGER, CACHED)),
+    (system_name(COMPILED, CACHED), system_name(EAGER, CACHED)),
+    (system_name(COMPILED, CACHED), system_name(EAGER + FP32, CACHED)),
+    (system_name(COMPILED + FP32, CACHED), system_name(EAGER + FP32, CACHED)),
+    (system_name(COMPILED, NATIVE), system_name(EAGER, NATIVE)),
+    (system_name(COMPILED, NATIVE), BASELINE),
+    (system_name(LAST, NATIVE), BASELINE),
     *((system_name(style, NATIVE), system_name(style, CACHED)) for style in STYLES),
 )
 
 _NOTES = {
-    "eager NCHW": "float32, contiguous; scaled and normalised one operation at a time, no colour map; PyTorch's "
-    "default optimizer",
+    "eager NCHW": "contiguous; scaled and normalised one operation at a time, no colour map; PyTorch's own optimizer",
     "channels-last": "this project's input head with its colour map; fused optimizer",
     "compiled": "the same under torch.compile, static shapes; steady state, compile time apart (cold compiler cache)",
 }
@@ -39,28 +57,31 @@ def measure_training(
     from train import device as devices
     from train import models
 
-    chosen = [*names, MATRIX]
-    series, about = take_turns(set_up, chosen, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
     device = devices.choose(job.device)
+    own_precision = precision_of(MATRIX, device)
+    peaks = {own_precision: MATRIX}
+    if any(FP32 in name for name in names):
+        peaks.setdefault("fp32", MATRIX + FP32)
+    chosen = [*names, *peaks.values()]
+    series, about = take_turns(set_up, chosen, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
     parameters, forward = models.cost(job.model, job.work.resolution_px, 7)
-    own_precision = devices.precision(device, "auto").value
     rows: list[Row] = []
-    peak = series[MATRIX]
     for name in names:
         style = name.partition(", ")[0]
-        columns = _columns(job, name, "fp32" if style == "eager NCHW" else own_precision, environment)
-        noted = columns | {"note": _NOTES[style] if CACHED in name else ""}
+        columns = _columns(job, name, precision_of(name, device), environment)
+        noted = columns | {"note": _NOTES.get(style, "") if CACHED in name else ""}
         rows += series_rows(series[name], **noted)
-        rows.append(_share_of_peak(series[name], peak, forward, columns))
+        rows.append(_share_of_peak(series[name], series[peaks[columns["precision"]]], forward, columns))
         if "compile_s" in about.get(name, {}):
             rows.append(Row(metric="compile_s", unit="s", value=about[name]["compile_s"], **columns))
     for above, below in RATIOS:
         if above in names and below in names:
-            columns = _columns(job, above, own_precision, environment)
+            columns = _columns(job, above, precision_of(above, device), environment)
             rows.append(ratio_row(series[above], series[below], beside=below, **columns))
-    whole = _columns(job, MATRIX, own_precision, environment)
-    flops = [sample.per_s for sample in peak.samples]
-    rows.append(summary_row(flops, peak.failed, metric="gflop_per_s", unit="GFLOP/s", **whole))
+    for precision, name in peaks.items():
+        whole = _columns(job, name, precision, environment)
+        flops = [sample.per_s for sample in series[name].samples]
+        rows.append(summary_row(flops, series[name].failed, metric="gflop_per_s", unit="GFLOP/s", **whole))
     model: dict[str, Any] = _columns(job, job.model, "", environment) | {"workers": None}
     rows.append(Row(metric="parameters", unit="1", value=float(parameters), **model))
     rows.append(Row(metric="forward_flop_per_image", unit="FLOP", value=float(forward), **model))
@@ -83,7 +104,7 @@ def _columns(job: TrainingJob, name: str, precision: str, environment: Environme
         "system": name,
         "model": job.model,
         "precision": precision,
-        "packed": "" if name in (MATRIX, job.model) else "originals" if FOLDER in name else "400 px jpg",
+        "packed": "" if MATRIX in name or name == job.model else "originals" if FOLDER in name else "400 px jpg",
         "resolution_px": job.work.resolution_px,
         "batch_size": job.work.batch_size,
         "workers": job.work.workers,
@@ -102,17 +123,19 @@ def training_text(rows: Sequence[Row]) -> str:
         found = {(row.system, row.metric): row for row in part if not row.beside}
         for system in dict.fromkeys(row.system for row in part if row.metric == "img_per_s"):
             metrics = ("img_per_s", "share_of_peak", "compile_s")
-            lines.append([model, system, *(cell(found.get((system, metric))) for metric in metrics)])
-    parts.append(grid(["model", "system", "img/s", "share of the matrix peak", "compile s"], lines))
+            precision = next(row.precision for row in part if row.system == system)
+            lines.append([model, system, precision, *(cell(found.get((system, metric))) for metric in metrics)])
+    parts.append(grid(["model", "system", "precision", "img/s", "share of its matrix peak", "compile s"], lines))
     parts.append(busy_text(own))
     parts.append("Ratios of images per second, taken within each round:\n")
     ratios = [[row.model, f"{row.system} / {row.beside}", cell(row)] for row in own if row.beside]
-    parts.append(grid(["model", "ratio", "img/s"], ratios))
+    parts += [grid(["model", "ratio", "img/s"], ratios), targets_text(own)]
     lines = []
     for model in dict.fromkeys(row.model for row in own):
         facts = {row.metric: row for row in own if row.model == model}
-        shown = (facts.get(name) for name in ("parameters", "forward_flop_per_image", "gflop_per_s"))
-        lines.append([model, *(cell(row) for row in shown)])
+        peaks = [row for row in own if row.model == model and row.metric == "gflop_per_s"]
+        shown = (facts.get(name) for name in ("parameters", "forward_flop_per_image"))
+        lines.append([model, *(cell(row) for row in shown), "; ".join(f"{cell(r)} {r.precision}" for r in peaks)])
     parts.append(grid(["model", "parameters", "FLOP / image, forward", "matrix peak, GFLOP/s"], lines))
     parts += [notes(own), machine_text(own[0].environment if own else None)]
     return "\n".join(part for part in parts if part)

@@ -11,9 +11,11 @@ from typing import Any
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, Series, series_rows, summary_row
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes
-from benchmarks.training import CACHED, COLD, NATIVE, TrainingJob, set_up, system_name
+from benchmarks.training import CACHED, COLD, COLD_RAW, NATIVE, RAW, RESIDENT, TrainingJob, set_up, system_name
 from benchmarks.worker import Told, take_turns
 
+ENGINES = {"jpg": (NATIVE, COLD), "raw": (RAW, COLD_RAW), "resident": (RESIDENT,)}
+"""What is measured of each engine: with warm files, and where files are read in training, with cold ones."""
 AGREE_WITHIN = 0.05
 """The differential stall and the counted wait may differ by this share of the time."""
 AU_LINE = 0.90
@@ -21,26 +23,35 @@ AU_LINE = 0.90
 
 
 def measure_stalls(
-    job: TrainingJob, style: str, environment: Environment, *, rounds: int, seconds: float, told: Told
+    job: TrainingJob,
+    style: str,
+    engines: Sequence[str],
+    environment: Environment,
+    *,
+    rounds: int,
+    seconds: float,
+    told: Told,
 ) -> list[Row]:
-    """Time one model with a cached batch, warm files and cold files, in turn."""
-    names = [system_name(style, source) for source in (CACHED, NATIVE, COLD)]
+    """Time one model with a cached batch, and with each engine's warm and cold files, in turn. engines: of ENGINES."""
+    ceiling = system_name(style, CACHED)
+    fed = [[system_name(style, source) for source in ENGINES[engine]] for engine in engines]
+    names = [ceiling, *(name for each in fed for name in each)]
     series, _ = take_turns(set_up, names, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
-    cached, warm, cold = (series[name] for name in names)
+    cached = series[ceiling]
     rows: list[Row] = []
     for name in names:
         rows += series_rows(series[name], **_columns(job, name, environment))
-    for name, slower, faster, metric in (
-        (names[1], warm, cached, "prep_stall"),
-        (names[2], cold, warm, "fetch_stall"),
-        (names[2], cold, cached, "whole_stall"),
-    ):
-        rows.append(_stall(slower, faster, metric, _columns(job, name, environment)))
-    for name, own in ((names[1], warm), (names[2], cold)):
-        columns = _columns(job, name, environment)
-        waits = [s.data_wait_s / s.seconds for s in own.samples]
-        rows.append(summary_row(waits, own.failed, metric="data_wait", unit="1", **columns))
-        rows.append(_utilization(own, cached, columns))
+    for warm, *cold in fed:
+        compared = [(warm, cached, "prep_stall")]
+        for name in cold:
+            compared += [(name, series[warm], "fetch_stall"), (name, cached, "whole_stall")]
+        for name, faster, metric in compared:
+            rows.append(_stall(series[name], faster, metric, _columns(job, name, environment)))
+        for name in (warm, *cold):
+            columns = _columns(job, name, environment)
+            waits = [s.data_wait_s / s.seconds for s in series[name].samples]
+            rows.append(summary_row(waits, series[name].failed, metric="data_wait", unit="1", **columns))
+            rows.append(_utilization(series[name], cached, columns))
     return rows
 
 
@@ -64,11 +75,11 @@ def _columns(job: TrainingJob, name: str, environment: Environment) -> dict[str,
         "benchmark": "stalls",
         "system": name,
         "model": job.model,
-        "packed": "400 px jpg",
+        "packed": f"400 px {'raw' if RAW in name else 'jpg'}",
         "resolution_px": job.work.resolution_px,
         "batch_size": job.work.batch_size,
         "workers": job.work.workers,
-        "page_cache": "" if CACHED in name else "cold" if COLD in name else "warm",
+        "page_cache": "" if CACHED in name else "cold" if name.endswith("cold files") else "warm",
         "environment": environment,
     }
 
@@ -82,6 +93,21 @@ def agreement(stall: Row | None, wait: Row | None) -> str:
     return points if apart <= AGREE_WITHIN else f"{points}: they do not agree"
 
 
+def by_engine(rows: Sequence[Row]) -> list[tuple[str, str, dict[tuple[str, str], Row]]]:
+    """The rows of each model and engine: (model, engine, (page cache, metric) → row), the cached batch's with each."""
+    found: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+    sources = {source: engine for engine, known in ENGINES.items() for source in known}
+    for row in rows:
+        engine = sources.get(row.system.partition(", ")[2])
+        if engine is not None:
+            found.setdefault((row.model, engine), {})[row.page_cache, row.metric] = row
+    ceilings = {(row.model, row.metric): row for row in rows if row.system.endswith(CACHED)}
+    return [
+        (model, engine, own | {("", metric): row for (of, metric), row in ceilings.items() if of == model})
+        for (model, engine), own in found.items()
+    ]
+
+
 def stalls_text(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
     own = [row for row in rows if row.benchmark == "stalls"]
@@ -92,9 +118,8 @@ def stalls_text(rows: Sequence[Row]) -> str:
         "time that decoding took from the model, and little of it is waiting.\n"
     )
     lines = []
-    for model in dict.fromkeys(row.model for row in own):
-        found = {(row.page_cache, row.metric): row for row in own if row.model == model}
-        line = [model, cell(found.get(("", "img_per_s")))]
+    for model, engine, found in by_engine(own):
+        line = [model, engine, cell(found.get(("", "img_per_s")))]
         for cache, stall in (("warm", "prep_stall"), ("cold", "whole_stall")):
             differential, wait = found.get((cache, stall)), found.get((cache, "data_wait"))
             line += [cell(differential), cell(wait), agreement(differential, wait)]
@@ -103,7 +128,7 @@ def stalls_text(rows: Sequence[Row]) -> str:
             if cache == "cold":
                 line.append(cell(found.get((cache, "fetch_stall"))))
         lines.append(line)
-    header = ["model", "img/s cached", "prep stall", "data wait", "the two", "AU warm"]
+    header = ["model", "engine", "img/s cached", "prep stall", "data wait", "the two", "AU warm"]
     header += ["whole stall, cold", "data wait, cold", "the two, cold", "AU cold", "fetch stall"]
     parts.append(grid(header, lines))
     parts += [busy_text(own), notes(own), machine_text(own[0].environment if own else None)]

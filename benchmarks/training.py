@@ -1,8 +1,9 @@
 """The systems of the `training` and `stalls` benchmarks: a model, how it is run, and where its batches come from.
 
 A step is what a run does: forward, loss, backward, optimizer. `eager NCHW` is how these models are usually run first:
-contiguous float32, images scaled and normalised one operation at a time. `channels-last` and `compiled` are this
-project's own network, with its input head. `cached batch` feeds the same batch of real images again and again: no
+contiguous, images scaled and normalised one operation at a time. `channels-last` and `compiled` are this project's own
+network, with its input head. All compute in what the device trains in by default, but for those `in fp32`. `cached
+batch` feeds the same batch of real images again and again: no
 loader can be faster than that.
 """
 
@@ -23,10 +24,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-STYLES = ("eager NCHW", "channels-last", "compiled")
+EAGER, LAST, COMPILED = STYLES = ("eager NCHW", "channels-last", "compiled")
+FP32 = " in fp32"
+"""Ends the name of a style that is float32 whatever the device trains in."""
 CACHED, NATIVE, COLD, FOLDER = "cached batch", "native loader", "native loader, cold files", "ImageFolder"
+RAW, COLD_RAW, RESIDENT = "native loader, raw", "native loader, raw, cold files", "resident loader"
 MATRIX = "matrix multiply"
 """The system that measures the device's peak: products of square matrices, counted in GFLOP."""
+
+_FORMS = {
+    NATIVE: ("shards-jpg", "native"),
+    COLD: ("shards-cold", "native"),
+    RAW: ("shards-raw", "native"),
+    COLD_RAW: ("shards-cold-raw", "native"),
+    RESIDENT: ("shards-jpg", "resident"),
+}
+"""Of each of our loaders: the form of the images, and the engine."""
 
 _MATRIX_SIDE = 2048
 
@@ -63,11 +76,12 @@ def set_up(name: str, job: TrainingJob) -> Running:
 
     device = devices.choose(job.device)
     devices.prepare(device)
-    if name == MATRIX:
-        return _matrix(device)
+    if name.startswith(MATRIX):
+        return _matrix(device, precision_of(name, device))
     style, _, source = name.partition(", ")
-    if style == "compiled":
-        _compiler_cache(job, cold=source == CACHED)
+    compiled = style.startswith(COMPILED)
+    if compiled:
+        _compiler_cache(job, style, cold=source == CACHED)
     step = _step(style, job, device)
     feed = _feed(source, style, job, device)
     waited = 0.0
@@ -89,13 +103,20 @@ def set_up(name: str, job: TrainingJob) -> Running:
         begin = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - begin)
-    about = {"compile_s": max(seconds[0] - min(seconds[1:]), 0.0)} if style == "compiled" and source == CACHED else {}
+    about = {"compile_s": max(seconds[0] - min(seconds[1:]), 0.0)} if compiled and source == CACHED else {}
     return Running(once, feed.reset, about, waited=lambda: waited)
 
 
-def _compiler_cache(job: TrainingJob, cold: bool) -> None:
-    """A compiler cache of this model's systems alone; cold: emptied, so that what is timed is a cold start."""
-    home = job.work.cache / "compiled" / job.model
+def precision_of(name: str, device: "torch.device") -> str:
+    """What a system computes in: `fp32` where its style says so, else what `train.run` takes by default here."""
+    from train import device as devices
+
+    return "fp32" if FP32 in name else devices.precision(device, "auto").value
+
+
+def _compiler_cache(job: TrainingJob, style: str, cold: bool) -> None:
+    """A compiler cache of this model and style alone; cold: emptied, so that what is timed is a cold start."""
+    home = job.work.cache / "compiled" / f"{job.model}-{style.replace(' ', '-')}"
     if cold:
         shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True, exist_ok=True)
@@ -119,8 +140,8 @@ def _step(style: str, job: TrainingJob, device: "torch.device") -> "Callable[[Te
     recipe = RECIPES[models.family(job.model)]
     counts = list(data.manifest.counts["train"].values())
     loss = Loss("logit-adjusted", counts, device)
-    precision = "fp32" if style == "eager NCHW" else devices.precision(device, "auto").value
-    if style == "eager NCHW":
+    precision = precision_of(style, device)
+    if style.startswith(EAGER):
         net = _plain(net, mean, std).to(device)
         net = net.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         optimizer = _plain_optimizer(net, recipe.optimizer)
@@ -129,7 +150,7 @@ def _step(style: str, job: TrainingJob, device: "torch.device") -> "Callable[[Te
         optimizer = devices.optimizer(models.parameter_groups(net, recipe.weight_decay), recipe.optimizer, 1e-3)
     net.train()
     scaler = devices.scaler(device, precision)
-    model = torch.compile(net, dynamic=False) if style == "compiled" else net
+    model = torch.compile(net, dynamic=False) if style.startswith(COMPILED) else net
 
     def step(images: "Tensor", colour: "Tensor", labels: "Tensor") -> None:
         with devices.autocast(device, precision):
@@ -178,19 +199,19 @@ def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> 
         return _Feed(_endless_folder(job.work, device), lambda: None)
     if source == CACHED:
         batch = next(_endless_native(job, device))
-        if style == "eager NCHW":
+        if style.startswith(EAGER):
             batch = (batch[0].contiguous(), *batch[1:])
         return _Feed(itertools.repeat(batch), lambda: None)
-    if source == NATIVE:
-        return _Feed(_endless_native(job, device), lambda: None)
-    held = _endless_native(job, device, "shards-cold")
+    if source in (NATIVE, RAW, RESIDENT):
+        return _Feed(_endless_native(job, device, source), lambda: None)
+    held = _endless_native(job, device, source)
     feed = _Feed(held, lambda: None)
 
     def reset() -> None:
         nonlocal held
         held.close()  # while the files are mapped, the kernel keeps them
-        drop_from_cache(prepared("shards-cold", job.work) / "set")
-        held = _endless_native(job, device, "shards-cold")
+        drop_from_cache(prepared(_FORMS[source][0], job.work) / "set")
+        held = _endless_native(job, device, source)
         first = next(held)  # opening and the first batch are not counted
         feed.batches = itertools.chain([first], held)
 
@@ -199,7 +220,7 @@ def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> 
 
 
 def _endless_native(
-    job: TrainingJob, device: "torch.device", form: str = "shards-jpg"
+    job: TrainingJob, device: "torch.device", source: str = NATIVE
 ) -> "Generator[tuple[Tensor, Tensor, Tensor], None, None]":
     """This project's batches, epoch after epoch; the files are open for as long as this is."""
     from contextlib import closing
@@ -207,6 +228,7 @@ def _endless_native(
     from shards import Loader, ShardSet
 
     work = job.work
+    form, engine = _FORMS[source]
     with (
         ShardSet(prepared(form, work) / "set") as data,
         closing(
@@ -214,6 +236,7 @@ def _endless_native(
                 data.select("train"),
                 batch_size=work.batch_size,
                 resolution=work.resolution_px,
+                engine=engine,
                 device=device,
                 threads=work.workers,
             )
@@ -237,13 +260,12 @@ def _endless_folder(work: Work, device: "torch.device") -> "Iterator[tuple[Tenso
             yield images.to(device, non_blocking=True), colour, labels.to(device, non_blocking=True)
 
 
-def _matrix(device: "torch.device") -> Running:
-    """Products of square matrices in the device's training precision; counts GFLOP (2 n³ a product)."""
+def _matrix(device: "torch.device", precision: str) -> Running:
+    """Products of square matrices in one precision; counts GFLOP (2 n³ a product)."""
     import torch
 
     from train import device as devices
 
-    precision = devices.precision(device, "auto").value
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     left, right = (torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=device, dtype=kind) for _ in range(2))
     out = torch.empty_like(left)

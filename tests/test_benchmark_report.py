@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -113,14 +114,18 @@ def test_the_report_command_writes_both(results):
 def test_both_ways_to_train_a_study_finish_every_cell(tmp_path):
     source = write_source(tmp_path)
     work = Work(source, tmp_path / "bench", packed_px=64, resolution_px=32, batch_size=8, copies=1)
-    job = GridJob(work, ("resnet18",), fractions=(1.0,), seeds=(0,), device="cpu")
-    assert job.cells == 1
+    job = GridJob(work, ("resnet18",), fractions=(0.5, 1.0), seeds=(0,), device="cpu")
+    assert job.cells == 2
     for name in (SHARED, ALONE):
         running = set_up(name, job)
-        assert running.once() == 1
+        assert running.once() == 2
         (overhead,) = (tmp_path / "bench/grid").glob(f"{name.replace(' ', '-').replace(',', '')}.overhead")
-        (share,) = map(float, overhead.read_text().split())  # of the second study: the first was to warm up
-        assert 0 < share < 1
+        (line,) = overhead.read_text().splitlines()  # of the second study: the first was to warm up
+        found = json.loads(line)
+        assert 0 < found["overhead_share"] < 1
+        assert ("later_cell_s" in found) == (name == SHARED)
+        if name == SHARED:
+            assert 0 < found["later_cell_s"] < 30
 
 
 def test_a_study_that_cannot_run_is_a_failed_row(tmp_path):

@@ -21,9 +21,9 @@ from benchmarks.predicting import (
     rows_of,
     set_up,
     shard_files,
-    verdict,
 )
 from benchmarks.starts import StartFailedError, start_predict, start_serve
+from benchmarks.targets import verdict
 from benchmarks.work import Work
 from shards.errors import DataError
 from tests.benchdata import IMAGES, write_source

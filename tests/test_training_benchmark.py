@@ -3,15 +3,30 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.cold import StillCachedError, cached_share, drop_from_cache
 from benchmarks.measure import Row, Sample, Series
-from benchmarks.speed import SYSTEMS, _share_of_peak, training_text
-from benchmarks.stalls import _stall, _utilization, agreement, stalls_text
-from benchmarks.training import CACHED, COLD, FOLDER, MATRIX, NATIVE, TrainingJob, set_up, system_name
+from benchmarks.speed import IN_FP32, RATIOS, SYSTEMS, _share_of_peak, training_text
+from benchmarks.stalls import _stall, _utilization, agreement, by_engine, stalls_text
+from benchmarks.training import (
+    CACHED,
+    COLD,
+    FOLDER,
+    FP32,
+    MATRIX,
+    NATIVE,
+    RAW,
+    RESIDENT,
+    TrainingJob,
+    precision_of,
+    set_up,
+    system_name,
+)
 from benchmarks.work import Work
 from shards.errors import UsageError
 from tests.benchdata import write_source
+from train.device import Decision
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +43,14 @@ def series(*per_s: float, wait: float = math.nan) -> Series:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "source"),
-    [("eager NCHW", CACHED), ("eager NCHW", FOLDER), ("channels-last", NATIVE), ("channels-last", COLD)],
+    [
+        ("eager NCHW", CACHED),
+        (f"eager NCHW{FP32}", FOLDER),
+        ("channels-last", NATIVE),
+        ("channels-last", COLD),
+        ("channels-last", RAW),
+        ("channels-last", RESIDENT),
+    ],
 )
 def test_every_way_to_train_makes_steps(job, style, source):
     running = set_up(system_name(style, source), job)
@@ -54,8 +76,23 @@ def test_the_matrix_product_counts_gflop(job):
 
 
 def test_every_style_stands_beside_its_own_ceiling():
-    styles = {name.partition(", ")[0] for name in SYSTEMS}
-    assert {system_name(style, CACHED) for style in styles} <= set(SYSTEMS)
+    known = {*SYSTEMS, *IN_FP32}
+    styles = {name.partition(", ")[0] for name in known}
+    assert {system_name(style, CACHED) for style in styles} <= known
+    assert {name for pair in RATIOS for name in pair} <= known
+
+
+def test_each_engine_is_told_from_the_others():
+    """Rows of three engines: each keeps its own, and all stand beside the one cached batch."""
+    rows = [Row("stalls", system_name("channels-last", CACHED), "img_per_s", "img/s", 50.0, model="resnet18")]
+    for value, source in ((0.1, NATIVE), (0.2, RAW), (0.3, RESIDENT)):
+        name = system_name("channels-last", source)
+        rows.append(Row("stalls", name, "prep_stall", "1", value, model="resnet18", page_cache="warm"))
+    found = {engine: own for _, engine, own in by_engine(rows)}
+    assert list(found) == ["jpg", "raw", "resident"]
+    assert [own["warm", "prep_stall"].value for own in found.values()] == [0.1, 0.2, 0.3]
+    assert all(own["", "img_per_s"].value == 50.0 for own in found.values())
+    assert "| resnet18 | raw | 50.0 | 0.20 |" in stalls_text(rows)
 
 
 def test_files_leave_the_page_cache_and_come_back(tmp_path):
@@ -111,11 +148,11 @@ def test_tables_show_failures_and_lines_under_the_mark():
     rows = [
         Row("stalls", name, "accelerator_utilization", "1", 0.8, model="resnet18", page_cache="warm"),
         Row("stalls", name, "prep_stall", "1", None, model="resnet18", page_cache="warm", failed="no disk"),
-        Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18"),
+        Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18", precision="bf16"),
     ]
     assert "0.80 (under 90%)" in stalls_text(rows)
     assert "no disk" in stalls_text(rows)
-    assert "| resnet18 | channels-last, native loader | 20.0 |" in training_text(rows)
+    assert "| resnet18 | channels-last, native loader | bf16 | 20.0 |" in training_text(rows)
 
 
 @pytest.mark.parametrize(("options", "said"), [(["--model", "resnet19"], "resnet19"), (["--only", "nothing"], "eager")])
@@ -127,3 +164,13 @@ def test_wrong_choices_are_named(options, said, tmp_path):
     found = CliRunner().invoke(main, ["training", *options, "--source", str(tmp_path), "--cache", str(tmp_path)])
     assert isinstance(found.exception, UsageError)
     assert said in str(found.exception)
+
+
+def test_the_name_of_a_style_says_its_precision(monkeypatch):
+    device = torch.device("cpu")
+    own = precision_of(system_name("compiled", CACHED), device)
+    assert own == precision_of(MATRIX, device)
+    monkeypatch.setattr("train.device.precision", lambda device, choice: Decision("bf16", "a device that has it"))
+    assert precision_of(system_name("compiled", CACHED), device) == "bf16"
+    assert precision_of(system_name(f"compiled{FP32}", CACHED), device) == "fp32"
+    assert precision_of(MATRIX + FP32, device) == "fp32"

@@ -17,6 +17,7 @@ import torch
 
 from shards import ShardSet
 from shards.errors import DataError, DermscaleError, UsageError
+from shards.format import CLASSES
 from tests.train_runs import assert_same_run, child_environment, losses, small, start_worker, weights
 from train import device as devices
 from train import loop
@@ -26,6 +27,7 @@ from train.loop import Stopped, train_once
 from train.metrics import balanced_accuracy
 from train.record import environment, read_decisions
 from train.result import used_temperature
+from train.results import finished
 from train.workspace import Workspace
 
 PLAIN = {}
@@ -277,6 +279,27 @@ def test_the_run_folder_is_whole_and_true(tiny_shards: Path, whole: Path) -> Non
     epochs = [line for line in epochs if line["kind"] == "epoch"]
     assert [line["epoch"] for line in epochs] == [1, 2]
     assert epochs[0]["loss"] == pytest.approx(np.mean(losses(whole)[:4]))
+
+
+def test_metrics_are_told_at_the_training_prior_too(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:
+    result = json.loads((whole / "result.json").read_text())
+    counts = np.array(list(result["training_images_per_class"].values()), float)
+    table = pd.read_parquet(whole / "predictions.parquet").query("split == 'test'")
+    called = table[[f"logit_{dx}" for dx in CLASSES]].to_numpy() + np.log(counts / counts.sum())
+    right = float((called.argmax(axis=1) == table["label"].to_numpy()).mean())
+    other = result["test_training_prior"]
+    assert (result["test"]["prior"], other["prior"]) == ("balanced", "training")
+    assert other["accuracy"]["value"] == pytest.approx(right)
+    assert set(other) == set(result["test"]) and other["temperature_scaling"] is not None
+    row = finished(result, small(tiny_shards).to_dict(), "cell")
+    for end, key in (("", "value"), ("_low", "low"), ("_high", "high")):
+        for name in ("accuracy", "macro_f1", "expected_calibration_error"):
+            assert row[f"{name}_training_prior{end}"] == other[name][key]
+            assert row[f"{name}{end}"] == result["test"][name][key]
+    config = small(tiny_shards, loss="plain", epochs=1)
+    plain = train_once(config, tmp_path / "plain")
+    assert plain["test"]["prior"] == "training" and plain["test_training_prior"] == plain["test"]
+    assert not [name for name in finished(plain, config.to_dict(), "cell") if "training_prior" in name]
 
 
 def test_predictions_hold_each_val_and_test_image_once(tiny_shards: Path, whole: Path) -> None:

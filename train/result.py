@@ -1,5 +1,6 @@
 """The end of a run: the metrics of its last weights, its predictions, and result.json."""
 
+import functools
 import json
 import time
 from dataclasses import asdict
@@ -31,18 +32,20 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
     labels = {split: run.selections[split].labels for split in parts}
     test, rows = run.selections["test"], parts["test"].samples
     no_lesions = all(lesion is None for lesion in run.data.column("lesion_id")[rows])
-    metrics = evaluate(
+    measured = functools.partial(
+        evaluate,
         parts["test"].logits,
         labels["test"],
         None if no_lesions else test.lesion_ids,
         split=run.data.column("split")[rows],
         image_id=test.image_ids,
-        prior=prior,
         logits_prior=prior,
         training_prior=run.class_counts,
         val_logits=parts["val"].logits,
         val_labels=labels["val"],
     )
+    metrics = measured(prior=prior)
+    at_training_prior = metrics if prior == "training" else measured(prior="training")
     progress.seconds["eval"] += time.perf_counter() - began
     temperature = used_temperature(metrics)
     shares = {
@@ -74,6 +77,7 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
         "epochs": len(run.sizes),
         "steps": progress.step,
         "test": metrics,
+        "test_training_prior": at_training_prior,
         "val": {"balanced_accuracy": balanced_accuracy(parts["val"].logits, labels["val"])},
         "train_loss": progress.loss,
         "weights": f"average with decay {config.ema}" if config.ema else "of the last step",

@@ -15,16 +15,23 @@ RESULTS = "results.csv"
 FIRST = ("cell", "status", "model", "fraction", "seed", "subset_seed", "n_train")
 """The columns that say which cell a row is; the others follow in the order in which rows first have them."""
 
+AT_TRAINING_PRIOR = ("accuracy", "macro_f1", "expected_calibration_error")
+"""The metrics that are in the table at the training prior too: that of networks trained with plain cross-entropy."""
+
 
 def finished(result: dict[str, Any], config: dict[str, Any], name: str) -> dict[str, Any]:
     """The row of a finished cell from its result.json and config.json.
 
     Every metric as `name`, `name_low`, `name_high` (95 %), per class as `recall_mel` …; `_s` seconds, `_bytes` bytes.
+    `accuracy_training_prior` …: of the calls and probabilities at the training set's class frequencies, where those of
+    the run are for another prior.
     """
     from train.metrics import flatten
 
     decisions = {key: taken["value"] for key, taken in result["decisions"].items()}
     scaling = result["test"]["temperature_scaling"]
+    other = result.get("test_training_prior")
+    other = flatten(other) if other and result["test"]["prior"] != "training" else {}
     return {
         "cell": name,
         "status": "finished",
@@ -43,6 +50,12 @@ def finished(result: dict[str, Any], config: dict[str, Any], name: str) -> dict[
         "parameters": result["parameters"],
         "flops_per_image": result["flops_per_image"],
         **flatten(result["test"]),
+        **{
+            f"{name}_training_prior{end}": other[f"{name}{end}"]
+            for name in AT_TRAINING_PRIOR
+            for end in ("", "_low", "_high")
+            if other
+        },
         "prior": result["test"]["prior"],
         "temperature": scaling["temperature"] if scaling else None,
         "val_balanced_accuracy": result["val"]["balanced_accuracy"],

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from shards import cli
+from tests.test_record import full_disk
 from tests.train_runs import child_environment
+from train.record import RunFolder
 from train.run import main
 
 SMALL = ["--model", "test_resnet", "--epochs", "1", "--batch-size", "16", "--resolution", "32", "--compile", "off"]
@@ -165,3 +168,30 @@ def test_a_full_disk_is_one_line(
     assert len(errors.splitlines()) == 1
     assert "disk is full" in errors
     assert "checkpoint.pt" in errors
+
+
+@pytest.mark.parametrize("moment", ["log", "steps", "epoch"])
+def test_a_disk_that_fills_up_while_recording_is_one_line(
+    command: Callable[..., tuple[int, str, str]],
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    folders: list[RunFolder] = []
+    raised: list[threading.ExceptHookArgs] = []
+    real = getattr(RunFolder, moment)
+
+    def after_the_disk_is_full(folder: RunFolder, *arguments: object) -> None:
+        full_disk(folder.path)
+        folders.append(folder)
+        real(folder, *arguments)
+
+    monkeypatch.setattr(RunFolder, moment, after_the_disk_is_full)
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    code, _, errors = command(*SMALL, "--data", tiny_shards, "--out", tmp_path / "run")
+    assert (code, errors) == (1, "error: the disk is full: free some space and start again\n")
+    assert not raised  # what a thread fails with would be printed as a traceback
+    assert folders[0]._metrics.closed
+    assert folders[0]._log.closed
+    assert folders[0]._lock.closed

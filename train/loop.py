@@ -1,6 +1,7 @@
 """One run, from the shard set to result.json, to be read from top to bottom."""
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -137,15 +138,18 @@ def _train(
     def fetch() -> None:
         """Fetch the losses since the last time, the only host sync of training; check and record them."""
         values = world.sum(losses[: len(rates)].clone()).tolist()
-        for step, (value, lr) in enumerate(zip(values, rates, strict=True), progress.step - len(rates)):
-            if not math.isfinite(value):
-                raise DermscaleError(
-                    f"the loss is {value} at step {step} (epoch {progress.epoch + 1}, learning rate {lr:.3g}): "
-                    f"use a lower --lr{'' if run.precision == 'fp32' else ' or --precision fp32'}"
-                )
+        good = list(itertools.takewhile(math.isfinite, values))
+        first = progress.step - len(rates)
+        for value in good:
             progress.epoch_loss += value
-            if folder is not None:
-                folder.step(step, progress.epoch, value, lr)
+        if folder is not None:
+            folder.steps(first, progress.epoch, good, rates[: len(good)])
+        if len(good) < len(values):
+            bad, step, lr = values[len(good)], first + len(good), rates[len(good)]
+            raise DermscaleError(
+                f"the loss is {bad} at step {step} (epoch {progress.epoch + 1}, learning rate {lr:.3g}): "
+                f"use a lower --lr{'' if run.precision == 'fp32' else ' or --precision fp32'}"
+            )
         rates.clear()
 
     def save() -> None:

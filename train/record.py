@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import socket
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read
 
 if TYPE_CHECKING:
     from shards.shardset import ShardSet
+    from train.board import Board
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, PREDICTIONS, WEIGHTS, LOG = "metrics.jsonl", "predictions.parquet", "model.safetensors", "log.txt"
@@ -62,7 +64,7 @@ class RunFolder:
         Raises DataError where the folder is in use or holds something else, UsageError where its settings differ.
         """
         self.path = out
-        self._board: Any = None
+        self._board: Board | None = None
         if out.exists() and not out.is_dir():
             raise DataError(f"{out}: is a file; choose a folder with --out")
         held = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
@@ -93,22 +95,19 @@ class RunFolder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close the files and give the folder back."""
-        try:
-            if self._board is not None:
-                self._board.close()
-            self._metrics.close()
-            self._log.close()
-        finally:
-            self._lock.close()
+        """Close the files and give the folder back, whatever closing one of them comes to."""
+        with ExitStack() as files:
+            for file in (self._lock, self._log, self._metrics, self._board):  # the last one is closed first
+                if file is not None:
+                    files.callback(file.close)
 
     def rewind(self, metrics_bytes: int, step: int) -> None:
         """Start recording; forget what came after a checkpoint: metrics beyond `metrics_bytes`, events from `step`."""
         self._metrics.truncate(metrics_bytes)
         self._metrics.seek(0, os.SEEK_END)
-        from torch.utils.tensorboard.writer import SummaryWriter
+        from train.board import Board
 
-        self._board = SummaryWriter(str(self.path), purge_step=step)
+        self._board = Board(self.path, step)
 
     def metrics_bytes(self) -> int:
         """Flush metrics.jsonl to the disk; its size, which a checkpoint keeps."""
@@ -116,23 +115,27 @@ class RunFolder:
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
-    def step(self, step: int, epoch: int, loss: float, lr: float) -> None:
-        """Record one optimizer step (0 the first)."""
-        self._line({"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr})
-        self._scalars({"loss/step": loss, "lr": lr}, step)
+    def steps(self, first: int, epoch: int, losses: list[float], rates: list[float]) -> None:
+        """Record optimizer steps: number `first` (0 the first of all) and those after it."""
+        rows = list(enumerate(zip(losses, rates, strict=True), first))
+        lines = [{"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr} for step, (loss, lr) in rows]
+        self._record(lines, [({"loss/step": loss, "lr": lr}, step) for step, (loss, lr) in rows])
 
     def epoch(self, step: int, numbers: dict[str, Any]) -> None:
         """Record one epoch; `step` is the number of steps done by its end."""
-        self._line({"kind": "epoch", "step": step, **numbers})
-        self._scalars({f"epoch/{k}": v for k, v in numbers.items() if isinstance(v, float)}, step)
+        scalars = {f"epoch/{name}": value for name, value in numbers.items() if isinstance(value, float)}
+        self._record([{"kind": "epoch", "step": step, **numbers}], [(scalars, step)])
+
+    def _record(self, lines: list[dict[str, Any]], points: list[tuple[dict[str, float], int]]) -> None:
+        """Write lines to metrics.jsonl, and once they are there, points to TensorBoard's events."""
+        for line in lines:
+            self._metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._metrics.flush()
-
-    def _line(self, record: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-
-    def _scalars(self, numbers: dict[str, float], step: int) -> None:
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        if self._board is None:
+            raise ValueError("`rewind` comes before anything is recorded")
+        for numbers, step in points:
+            self._board.scalars(numbers, step)
+        self._board.flush()
 
     def log(self, text: str) -> None:
         """Add a line with the time to log.txt."""

@@ -504,10 +504,15 @@ def test_tiles_of_another_set_are_refused(tiny_shards, single):
 def test_pictures_can_stand_alone(found):
     for figure in draw(found):
         for chart in figure.charts:
-            text = standalone(chart)
+            text = standalone(chart, figure.legend)
             root = ElementTree.fromstring(text)
             assert root.tag == "{http://www.w3.org/2000/svg}svg" and float(root.get("width")) > 100
             assert "prefers-color-scheme" in text
+            shown = {part.text: part for part in root.iter("{http://www.w3.org/2000/svg}text")}
+            alone = ElementTree.fromstring(standalone(chart))
+            for _, name in figure.legend:  # below what is drawn without it, and inside the picture
+                assert float(alone.get("height")) < float(shown[name].get("y")) < float(root.get("height"))
+                assert float(shown[name].get("x")) + 7 * len(name) < float(root.get("width"))
 
 
 @pytest.mark.slow

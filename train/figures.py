@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.analysis import METRICS, Analysis, Size
-from train.svg import Label, Plot, Scale, legend, linear, logarithmic, short
+from train.svg import Label, Plot, Scale, linear, logarithmic, short
 
 NAMES = {
     "balanced_accuracy": "balanced accuracy",
@@ -25,13 +25,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture of the report. charts: `<svg>` elements. legend: HTML. caption: what the marks mean, plain text."""
+    """A picture of the report. charts: `<svg>` elements. legend: series and name of each. caption: what marks mean."""
 
     name: str
     title: str
     charts: Sequence[str]
     caption: str
-    legend: str = ""
+    legend: Sequence[tuple[int, str]] = ()
     table: Table | None = None
     more: Table | None = None
 
@@ -66,9 +66,9 @@ def _axis(metric: str) -> Label:
     return Label("plain" if "auc" in metric else "percent")
 
 
-def model_legend(found: Analysis) -> str:
-    """The models' markers, dashes and colours."""
-    return legend([(found.study.series(model), model) for model in found.study.models])
+def model_legend(found: Analysis) -> list[tuple[int, str]]:
+    """The series of each model, which tells its marker, dashes and colour."""
+    return [(found.study.series(model), model) for model in found.study.models]
 
 
 # ------------------------------------------------------------------ learning curves

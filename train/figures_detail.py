@@ -4,7 +4,7 @@ from html import escape
 
 from train.analysis import METRICS, Analysis, confusion, recalls, reliability
 from train.figures import NAMES, Figure, Table, model_legend, percent
-from train.svg import Label, Plot, Scale, legend, linear, logarithmic, wrap
+from train.svg import Label, Plot, Scale, linear, logarithmic, wrap
 
 CELL_PX = 40
 
@@ -134,7 +134,7 @@ def calibration(found: Analysis) -> Figure | None:
         "diagonal, 80 % sure means right 80 % of the time; below it a model is too sure of itself. Larger markers hold "
         "more images. Bars: 95 % intervals before scaling. The temperature is fitted on the validation split."
     )
-    names = legend([(0, "as trained"), (1, "after temperature scaling")])
+    names = [(0, "as trained"), (1, "after temperature scaling")]
     table = Table(("model", "probabilities", "confidence", "accuracy", "share of images"), rows)
     return Figure("reliability", "How far probabilities can be trusted", charts, caption, names, table)
 

@@ -61,7 +61,7 @@ def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data:
         for figure in figures:
             for number, chart in enumerate(figure.charts):
                 name = chart.split('id="', 1)[1].split('"', 1)[0] if len(figure.charts) > 1 else figure.name
-                write_durably(pictures / f"{name or number}.svg", standalone(chart).encode())
+                write_durably(pictures / f"{name or number}.svg", standalone(chart, figure.legend).encode())
     click.echo(f"{target}: {len(read_study.runs)} runs, {len(figures)} pictures, {len(page) / 1e6:.1f} MB")
 
 

@@ -5,6 +5,7 @@ from html import escape
 from importlib.resources import files
 
 from train.figures import Figure, Table
+from train.svg import legend, legend_below
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What the page may load: nothing but what is in it."""
@@ -57,7 +58,8 @@ def section(name: str, heading: str, body: str) -> str:
 def figure(one: Figure) -> str:
     """A section with a picture, what it shows, and the numbers behind it."""
     kind = "one" if len(one.charts) == 1 else "small" if len(one.charts) > 2 else ""
-    body = f'{one.legend}<div class="charts {kind}">{"".join(one.charts)}</div>'
+    names = legend(one.legend) if one.legend else ""
+    body = f'{names}<div class="charts {kind}">{"".join(one.charts)}</div>'
     body += f'<p class="caption">{escape(one.caption)}</p>'
     if one.table is not None:
         body += f"<details><summary>The numbers</summary>{table(one.table)}</details>"
@@ -98,11 +100,19 @@ def tiles(items: Sequence[tuple[str, str, str]], note: str) -> str:
     return f'<p class="warn">{escape(note)}</p><div class="tiles">{pictures}</div>'
 
 
-def standalone(svg: str) -> str:
-    """A chart as a file of its own, which follows the reader's light or dark setting."""
+def standalone(svg: str, names: Sequence[tuple[int, str]] = ()) -> str:
+    """A chart as a file of its own, which follows the reader's light or dark setting.
+
+    names: series and name of what its legend shows, below it.
+    """
     root = svg.replace('<svg class="chart"', '<svg xmlns="http://www.w3.org/2000/svg" class="chart"', 1)
     head, rest = root.split(">", 1)
     width, height = head.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()
+    if names:
+        drawn, room = legend_below(names, float(width), float(height))
+        head = head.replace(f'viewBox="0 0 {width} {height}"', f'viewBox="0 0 {width} {float(height) + room:g}"')
+        height = f"{float(height) + room:g}"
+        rest = rest.removesuffix("</svg>") + drawn + "</svg>"
     rules = style().replace(":root {", "svg {") + "svg .page { fill: var(--page); }"
     return (
         f'{head} width="{width}" height="{height}"><style>{rules}</style>'

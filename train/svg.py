@@ -273,10 +273,29 @@ def legend(names: Sequence[tuple[int, str]]) -> str:
     """What the marker, dashes and colour of each (series, name) stand for, as HTML that wraps with the page."""
     items = []
     for series, name in names:
-        dash = f' stroke-dasharray="{DASHES[series % len(DASHES)]}"' if DASHES[series % len(DASHES)] else ""
-        items.append(
-            f'<span><svg viewBox="0 0 34 14" width="34" height="14" aria-hidden="true">'
-            f'<polyline class="line c{series % MARKERS}" points="1,7 33,7"{dash}/>'
-            f'<path class="point c{series % MARKERS}" d="{marker(series, 17, 7, 4)}"/></svg>{escape(name)}</span>'
-        )
+        mark = f'<svg viewBox="0 0 34 14" width="34" height="14" aria-hidden="true">{_legend_mark(series, 1, 7)}</svg>'
+        items.append(f"<span>{mark}{escape(name)}</span>")
     return f'<p class="legend">{"".join(items)}</p>'
+
+
+def legend_below(names: Sequence[tuple[int, str]], width: float, top: float) -> tuple[str, float]:
+    """The same as SVG elements below a chart of `width` px that ends at `top`; and the height that they need."""
+    parts, x, y = [], 8.0, top + 12.0
+    for series, name in names:
+        needed = 44 + 7.5 * len(name) + 14  # letters are 12 px high, and so wide at most on average
+        if x > 8.0 and x + needed > width:
+            x, y = 8.0, y + 20.0
+        parts.append(_legend_mark(series, x, y))
+        parts.append(f'<text class="ink" x="{x + 40:g}" y="{y + 4:g}">{escape(name)}</text>')
+        x += needed
+    return "".join(parts), y + 12.0 - top
+
+
+def _legend_mark(series: int, x: float, y: float) -> str:
+    """A piece of a series' line, 32 px long from x, with its marker."""
+    dash = f' stroke-dasharray="{DASHES[series % len(DASHES)]}"' if DASHES[series % len(DASHES)] else ""
+    colour = f"c{series % MARKERS}"
+    return (
+        f'<polyline class="line {colour}" points="{x:g},{y:g} {x + 32:g},{y:g}"{dash}/>'
+        f'<path class="point {colour}" d="{marker(series, x + 16, y, 4)}"/>'
+    )

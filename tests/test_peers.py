@@ -96,7 +96,12 @@ def test_wrong_labels_are_refused(labels):
 
 def test_every_form_is_read_by_somebody_and_every_system_has_its_form():
     assert {system.form for system in SYSTEMS.values()} <= set(FORMS)
-    assert set(FORMS) - {system.form for system in SYSTEMS.values()} == {"source", "shards-cold", "shards-split"}
+    assert set(FORMS) - {system.form for system in SYSTEMS.values()} == {
+        "source",
+        "shards-cold",
+        "shards-cold-raw",
+        "shards-split",
+    }
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_files_keep_their_order_whatever_the_batch(runs, mixed):
 
 
 def test_the_isic_submission_is_what_its_scorer_demands(runs, raw, tmp_path):
-    # the rules of isic_challenge_scoring/load_csv.py 5.6; the scorer itself needs pandas 2
+    # the rules of isic_challenge_scoring/load_csv.py 5.6; the scorer itself needs pandas 2, so it is not installed here
     out = tmp_path / "submission.csv"
     images = sorted(raw.rglob("*.jpg"))[:9]
     assert predict_here("--run", runs["quick"], *images, "--isic", "--out", out) == 0

@@ -167,13 +167,13 @@ def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
 
     shown = sorted(rows, key=lambda row: -(row.value or 0.0))
     longest = max((row.high or row.value or 0.0 for row in shown), default=0.0) or 1.0
-    left, width, step = 250, 720, 24
-    room = width - left - 190
+    left = 16 + 6.8 * max((len(row.system) for row in shown), default=0)  # letters are about so wide on average
+    width, step = left + 470, 24
+    room = 280
     parts = []
     for i, row in enumerate(shown):
         y = 12 + i * step
-        label = row.system if not row.model else f"{row.model}: {row.system}"
-        parts.append(f'<text class="ink" x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<text class="ink" x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(row.system)}</text>')
         if row.value is None:
             parts.append(f'<text class="ink" x="{left}" y="{y + 12}">failed: {escape(row.failed[:60])}</text>')
             continue

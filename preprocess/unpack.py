@@ -9,6 +9,8 @@ import shutil
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from preprocess.progress import Progress
@@ -58,6 +60,16 @@ def members(archive: zipfile.ZipFile, name: str, suffix: str) -> dict[str, zipfi
     return found
 
 
+@contextmanager
+def _opened(archive_path: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive that is read within; what zipfile and zlib say of a damaged one is a DataError with its name."""
+    try:
+        with zipfile.ZipFile(archive_path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise DataError(f"{archive_path.name}: is damaged or no zip archive ({error})") from None
+
+
 def unpack_images(archive_path: Path, target: Path, images: int) -> None:
     """Unpack the `.jpg` members of an archive into the new folder `target`, aside first and renamed when whole.
 
@@ -67,7 +79,7 @@ def unpack_images(archive_path: Path, target: Path, images: int) -> None:
     if aside.exists():  # left by a run that was killed
         shutil.rmtree(aside)
     try:
-        with zipfile.ZipFile(archive_path) as archive:
+        with _opened(archive_path) as archive:
             found = members(archive, archive_path.name, ".jpg")
             if len(found) != images:
                 raise DataError(f"{archive_path.name}: holds {len(found):,} images, and the official one {images:,}")
@@ -77,9 +89,6 @@ def unpack_images(archive_path: Path, target: Path, images: int) -> None:
                     with archive.open(info) as source, (aside / name).open("wb") as file:
                         shutil.copyfileobj(source, file, 1 << 20)
                     bar.advance(1)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise DataError(f"{archive_path.name}: is damaged or no zip archive ({error})") from None
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -89,11 +98,8 @@ def unpack_images(archive_path: Path, target: Path, images: int) -> None:
 
 def read_only_member(archive_path: Path, suffix: str) -> bytes:
     """The content of an archive's one member with `suffix`. Raises DataError as `unpack_images` does."""
-    try:
-        with zipfile.ZipFile(archive_path) as archive:
-            found = members(archive, archive_path.name, suffix)
-            if len(found) != 1:
-                raise DataError(f"{archive_path.name}: holds {len(found)} {suffix} files, and one is expected")
-            return archive.read(next(iter(found.values())))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise DataError(f"{archive_path.name}: is damaged or no zip archive ({error})") from None
+    with _opened(archive_path) as archive:
+        found = members(archive, archive_path.name, suffix)
+        if len(found) != 1:
+            raise DataError(f"{archive_path.name}: holds {len(found)} {suffix} files, and one is expected")
+        return archive.read(next(iter(found.values())))

@@ -73,9 +73,6 @@ def main(
     from train.images import find_images
     from train.notice import NOTICE
 
-    with cli.importing():
-        from train.predictor import Predictor
-
     files, left_out = find_images(images)
     if left_out:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
@@ -85,6 +82,8 @@ def main(
     if isic:
         output.check_names(files)
     with cli.importing():
+        from train.predictor import Predictor
+
         predictor = Predictor(folder, device)
     explainer = None
     if explain:

@@ -28,6 +28,31 @@ def asked(python: Path) -> list[str]:
     return [line for line in file.read_text().splitlines() if line.startswith("-m")] if file.exists() else []
 
 
+def test_a_full_disk_is_said_before_anything_is_installed(tmp_path: Path) -> None:
+    python = executable(tmp_path / "system" / "python3")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    df = tmp_path / "tools" / "df"
+    df.parent.mkdir()
+    df.write_text("#!/bin/sh\necho Filesystem 1024-blocks Used Available\necho /dev/disk 9999999 0 $FREE_KIB\n")
+    df.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "VENV")}
+    environment["PATH"] = f"{df.parent}{os.pathsep}{environment['PATH']}"
+
+    def install(free_kib: int) -> subprocess.CompletedProcess:
+        command = ["make", "install", f"PYTHON={python}"]
+        known = environment | {"FREE_KIB": str(free_kib)}
+        return subprocess.run(command, cwd=tmp_path, env=known, capture_output=True, text=True, check=False)
+
+    failed = install(3 * 2**20)
+    assert failed.returncode == 2
+    assert ".venv needs 8 GiB and the disk here has 3.0 GiB left" in failed.stderr.splitlines()[0]
+    assert asked(python) == []
+    assert "left" not in install(9 * 2**20).stderr
+    assert asked(python) == ["-m venv .venv"]
+
+
 @pytest.mark.parametrize("there", [[], ["python"], ["python", "pip"]], ids=["nothing", "no pip", "a whole venv"])
 def test_a_venv_is_made_where_there_is_none_with_pip_and_its_progress_is_shown(
     tmp_path: Path, there: list[str]

@@ -159,16 +159,18 @@ def _write_lesion(lesion: PlannedLesion, folders: dict[str, Path], seed: int, di
 def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: int) -> list[PlannedLesion]:
     """Write the folder `out`, aside first and renamed when whole; returns what it holds.
 
-    Raises DataError when `out` holds something already or another process is writing it, UsageError for too few images.
+    Raises DataError when `out` holds something already, lies inside a file, or another process is writing it;
+    UsageError for too few images.
     """
     import cv2
 
     from preprocess.locking import exclusive
     from preprocess.progress import Progress
-    from shards.writer import sync_folder, write_durably
+    from shards.writer import refuse_inside_file, sync_folder, write_durably
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is there already and not empty; choose another --out, or remove it first")
+    refuse_inside_file(out)
     lesions = plan(images, seed)
     rows = sorted((row for lesion in lesions for row in lesion.rows), key=lambda row: row["image_id"])
     aside = out.with_name(f".{out.name}.partial")

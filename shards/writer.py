@@ -222,11 +222,16 @@ class ShardSetWriter:
         return manifest
 
 
-def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """Raise DataError where `out` cannot become a shard set: a file, a foreign folder, or a set and no `overwrite`."""
+def refuse_inside_file(out: Path) -> None:
+    """Raise DataError where one of the folders that `out` shall lie in is a file."""
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir():
         raise DataError(f"{out}: cannot be made, because {above} is a file; choose another folder")
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raise DataError where `out` cannot become a shard set: a file, a foreign folder, or a set and no `overwrite`."""
+    refuse_inside_file(out)
     if not out.exists():
         return
     if not out.is_dir():

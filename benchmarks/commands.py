@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.options import Told, advance, chosen, command_line, common, images, publish, shared
+from benchmarks.options import (
+    Told,
+    advance,
+    chosen,
+    command_line,
+    common,
+    images,
+    kept,
+    publish,
+    shared,
+    training_options,
+)
 
 if TYPE_CHECKING:
     from benchmarks.machine import Environment
@@ -14,37 +25,32 @@ if TYPE_CHECKING:
     from benchmarks.training import TrainingJob
 
 
-def _models(command: Callable) -> Callable:
-    """The options of the benchmarks that train."""
-    for option in (
-        click.option("--model", "models", multiple=True, help="Repeatable.  [default: all eight, quick resnet18]"),
-        click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px."),
-        click.option("--batch-size", type=int, default=16, show_default=True, help="Images per step."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    ):
-        command = option(command)
-    return command
+_ADD = click.option("--add", is_flag=True, help="Keep what the table in --out has of models that are not named now.")
 
 
 @click.command()
 @shared
-@_models
+@training_options()
+@_ADD
 @click.option("--fp32", is_flag=True, help="Also eager and compiled in float32, where the device trains in less.")
 def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool, **settings: Any) -> None:
     """Images per second of the models: eager, channels-last, compiled, each beside a cached batch."""
-    from benchmarks.speed import IN_FP32, SYSTEMS, measure_training, training_text
+    from benchmarks.speed import IN_FP32, SYSTEMS, matrix_products, measure_training, training_text
+    from train import device as devices
 
     names = chosen({name: name for name in (*SYSTEMS, *(IN_FP32 if fp32 else ()))}, only)
 
     def measure(job: "TrainingJob", machine: "Environment", rounds: int, seconds: float, told: Told) -> list["Row"]:
         return measure_training(job, names, machine, rounds=rounds, seconds=seconds, told=told)
 
-    _train("training", measure, len(names) + 2, training_text, quick, rounds, **settings)
+    peaks = matrix_products(names, devices.choose(settings["device"]))
+    _train("training", measure, len(names) + len(peaks), training_text, quick, rounds, **settings)
 
 
 @click.command()
 @shared
-@_models
+@training_options()
+@_ADD
 @click.option(
     "--style",
     type=click.Choice(["eager NCHW", "channels-last", "compiled"]),
@@ -93,6 +99,7 @@ def _train(
     resolution: int,
     batch_size: int,
     device: str,
+    add: bool,
 ) -> None:
     """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
     from benchmarks.machine import environment
@@ -108,23 +115,21 @@ def _train(
     rounds = rounds or (5 if quick else 6)
     work = Work(images(source), cache, 400, resolution, batch_size, workers, copies=2 if quick else 4)
     machine = environment(command_line())
-    rows: list[Row] = []
+    table = f"{name}-quick" if quick else name
+    rows = kept(out, table, models) if add else []
     with Progress(name, len(models) * systems * (1 + rounds), "runs") as bar:
         for model in models:
             job = TrainingJob(work, model, device)
             rows += measure(job, machine, rounds, 0.5 if quick else 4.0, advance(bar))
-            publish(out, f"{name}-quick" if quick else name, rows, text, show=model == models[-1])
+            publish(out, table, rows, text, show=model == models[-1])
 
 
 @click.command()
 @shared
-@click.option("--model", "models", multiple=True, default=["resnet18"], show_default=True, help="Repeatable.")
-@click.option("--resolution", type=int, default=64, show_default=True, help="Side of the images, px.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Images per step.")
+@training_options(["resnet18"], resolution=64)
 @click.option("--epochs", type=click.IntRange(1), help="Of every cell.  [default: 20, quick 1]")
 @click.option("--fractions", default="1/8,1/4,1/2,1", show_default=True, help="Of every model and seed.")
 @click.option("--compile", type=click.Choice(["on", "off"]), default="on", show_default=True, help="torch.compile.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def grid(
     quick: bool,
     out: Path,

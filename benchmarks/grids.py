@@ -184,5 +184,5 @@ def grid_text(rows: Sequence[Row]) -> str:
     parts = ["## Grid\n", pivot([row for row in own if not row.beside], across)]
     ratios = [[f"{row.system} / {row.beside}", cell(row)] for row in own if row.beside]
     parts += [grid(["ratio", "cells/s"], ratios), targets_text(own), busy_text(own), notes(own)]
-    parts.append(machine_text(own[0].environment if own else None))
+    parts.append(machine_text(own))
     return "\n".join(part for part in parts if part)

@@ -100,7 +100,7 @@ def loader_text(rows: Sequence[Row]) -> str:
                 lines.append([f"{above} / {below}", *_last_cells(found)])
             parts.append(grid(["ratio", *(f"{px} px" for px in resolutions)], lines))
     parts += [targets_text(own), notes(own)]
-    parts.append(machine_text(own[0].environment if own else None))
+    parts.append(machine_text(own))
     return "\n".join(part for part in parts if part)
 
 

@@ -1,15 +1,17 @@
 """What the subcommands of `benchmarks.run` share: options, the choice of systems, and writing tables."""
 
+import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from benchmarks.measure import Row
     from preprocess.progress import Progress
 
 Told = Callable[[str], None]
@@ -42,10 +44,38 @@ def shared(command: Callable) -> Callable:
     for option in (
         common,
         click.option("--only", multiple=True, help="Only systems whose name contains this; repeatable."),
-        click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads or processes."),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            default=lambda: len(os.sched_getaffinity(0)),
+            show_default="the cores",
+            help="Threads or processes.",
+        ),
     ):
         command = option(command)
     return command
+
+
+def training_options(models: Sequence[str] = (), resolution: int = 224) -> Callable[[Callable], Callable]:
+    """The options of the benchmarks that train, with these defaults; no models: all eight, or resnet18 alone."""
+    if models:
+        model = click.option("--model", "models", multiple=True, default=models, show_default=True, help="Repeatable.")
+    else:
+        model = click.option(
+            "--model", "models", multiple=True, help="Repeatable.  [default: all eight, quick resnet18]"
+        )
+
+    def add(command: Callable) -> Callable:
+        for option in (
+            model,
+            click.option("--resolution", default=resolution, show_default=True, help="Side of the images, px."),
+            click.option("--batch-size", default=16, show_default=True, help="Images per step."),
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        ):
+            command = option(command)
+        return command
+
+    return add
 
 
 def chosen(systems: dict, only: tuple[str, ...]) -> list:
@@ -73,6 +103,14 @@ def command_line() -> str:
     """The command line as a user would type it, without the machine's own paths."""
     words = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in sys.argv[1:]]
     return shlex.join(["python", "-m", "benchmarks.run", *words])
+
+
+def kept(out: Path, name: str, models: Collection[str]) -> list["Row"]:
+    """The rows of a table that are of other models than these; none where there is no table yet."""
+    from benchmarks.tables import read_csv
+
+    table = out / f"{name}.csv"
+    return [row for row in read_csv(table) if row.model not in models] if table.exists() else []
 
 
 def publish(out: Path, name: str, rows: list, text: Callable[[list], str], show: bool = True) -> None:

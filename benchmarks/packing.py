@@ -168,5 +168,5 @@ def packing_text(rows: Sequence[Row]) -> str:
         parts.append(busy_text(part))
         if lines:
             parts += ["Ratios of images per second, taken within each round:\n", grid(["ratio", "images/s"], lines)]
-    parts += [targets_text(own), notes(own), machine_text(own[0].environment if own else None)]
+    parts += [targets_text(own), notes(own), machine_text(own)]
     return "\n".join(part for part in parts if part)

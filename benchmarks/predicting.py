@@ -228,7 +228,7 @@ def predicting_text(rows: Sequence[Row]) -> str:
     ratios = [[f"{row.system} / {row.beside}", cell(row), verdict(row)] for row in own if row.beside]
     parts.append(grid(["ratio", "img/s", "meant to be"], ratios))
     parts.append(grid(["start", "s", "meant to be"], [[row.system, cell(row), verdict(row)] for row in starts]))
-    parts += [busy_text(own), notes(own), machine_text(own[0].environment if own else None)]
+    parts += [busy_text(own), notes(own), machine_text(own)]
     return "\n".join(part for part in parts if part)
 
 

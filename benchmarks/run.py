@@ -60,7 +60,7 @@ def loader(
             seconds = 0.5 if quick else 2.0
             told = advance(bar)
             rows += measure_loaders(systems, job, machine, rounds=rounds, seconds=seconds, told=told)
-    publish(out, "loader-quick" if quick else "loader", rows, loader_text)
+            publish(out, "loader-quick" if quick else "loader", rows, loader_text, show=job is todo[-1])
 
 
 @main.command()

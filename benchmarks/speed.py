@@ -1,7 +1,7 @@
 """The `training` benchmark: images per second of the models, each beside its ceiling and the usual way to train it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, Series, ratio_row, series_rows, summary_row
@@ -23,6 +23,9 @@ from benchmarks.training import (
     system_name,
 )
 from benchmarks.worker import Told, take_turns
+
+if TYPE_CHECKING:
+    import torch
 
 BASELINE = system_name(EAGER + FP32, FOLDER)
 FORWARD_AND_BACKWARD = 3
@@ -50,6 +53,14 @@ _NOTES = {
 }
 
 
+def matrix_products(names: Sequence[str], device: "torch.device") -> dict[str, str]:
+    """Precision → the system that measures the matrix peak in it, of each precision that one of `names` computes in."""
+    peaks = {precision_of(MATRIX, device): MATRIX}
+    if any(FP32 in name for name in names):
+        peaks.setdefault("fp32", MATRIX + FP32)
+    return peaks
+
+
 def measure_training(
     job: TrainingJob, names: Sequence[str], environment: Environment, *, rounds: int, seconds: float, told: Told
 ) -> list[Row]:
@@ -58,10 +69,7 @@ def measure_training(
     from train import models
 
     device = devices.choose(job.device)
-    own_precision = precision_of(MATRIX, device)
-    peaks = {own_precision: MATRIX}
-    if any(FP32 in name for name in names):
-        peaks.setdefault("fp32", MATRIX + FP32)
+    peaks = matrix_products(names, device)
     chosen = [*names, *peaks.values()]
     series, about = take_turns(set_up, chosen, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
     parameters, forward = models.cost(job.model, job.work.resolution_px, 7)
@@ -137,5 +145,5 @@ def training_text(rows: Sequence[Row]) -> str:
         shown = (facts.get(name) for name in ("parameters", "forward_flop_per_image"))
         lines.append([model, *(cell(row) for row in shown), "; ".join(f"{cell(r)} {r.precision}" for r in peaks)])
     parts.append(grid(["model", "parameters", "FLOP / image, forward", "matrix peak, GFLOP/s"], lines))
-    parts += [notes(own), machine_text(own[0].environment if own else None)]
+    parts += [notes(own), machine_text(own)]
     return "\n".join(part for part in parts if part)

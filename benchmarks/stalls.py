@@ -131,7 +131,7 @@ def stalls_text(rows: Sequence[Row]) -> str:
     header = ["model", "engine", "img/s cached", "prep stall", "data wait", "the two", "AU warm"]
     header += ["whole stall, cold", "data wait, cold", "the two, cold", "AU cold", "fetch stall"]
     parts.append(grid(header, lines))
-    parts += [busy_text(own), notes(own), machine_text(own[0].environment if own else None)]
+    parts += [busy_text(own), notes(own), machine_text(own)]
     return "\n".join(part for part in parts if part)
 
 

@@ -108,13 +108,16 @@ def grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(_escape(text) for text in line) + " |" for line in table) + "\n"
 
 
-def machine_text(machine: Environment | None) -> str:
-    """The environment as a short Markdown list."""
-    if machine is None:
-        return ""
+def machine_text(rows: Iterable[Row]) -> str:
+    """The commands that made the rows and the machines that they ran on, each once, as a short Markdown list."""
+    found = dict.fromkeys(row.environment for row in rows if row.environment is not None)
+    commands = [f"- Command: `{m.command}`, {m.date}, commit {m.commit or 'unknown'}\n" for m in found]
+    return "".join([*commands, *dict.fromkeys(_machine(m) for m in found)])
+
+
+def _machine(machine: Environment) -> str:
     gpu = machine.gpu if machine.gpu == "none" else f"{machine.gpu}, driver {machine.gpu_driver}, {machine.gpu_mhz} MHz"
     return (
-        f"- Command: `{machine.command}`, {machine.date}, commit {machine.commit or 'unknown'}\n"
         f"- {machine.cpu}, {machine.cores} cores, {machine.cpu_mhz} MHz, {machine.ram_gib} GiB; GPU: {gpu}\n"
         f"- {machine.kernel}, Python {machine.python}; {machine.versions}\n"
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.options import advance, chosen, command_line, images, publish, shared
+from benchmarks.options import advance, chosen, command_line, images, publish, shared, training_options
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @shared
-@click.option("--model", "models", multiple=True, default=["resnet18"], show_default=True, help="Repeatable.")
+@training_options(["resnet18"])
 @click.option(
     "--style",
     type=click.Choice(["channels-last", "compiled"]),
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, min_open=True),
     help="Least length of the timed span of a system in a round, s.  [default: 10, quick 3]",
 )
-@click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Images per step.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def utilization(
     quick: bool,
     out: Path,

@@ -54,7 +54,7 @@ def utilization_text(rows: Sequence[Row]) -> str:
     parts.append(_readings(own))
     parts += [_missing(own), _cost(own), busy_text(own)]
     parts.append(notes([row for row in own if row.metric == "img_per_s" or (row.failed and _is_samplers(row))]))
-    parts.append(machine_text(own[0].environment if own else None))
+    parts.append(machine_text(own))
     return "\n".join(part for part in parts if part)
 
 

@@ -1,5 +1,6 @@
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks.measure import (
     series_rows,
     summary_row,
 )
-from benchmarks.tables import COLUMNS, cell, figure, notes, pivot, read_csv, write_csv
+from benchmarks.tables import COLUMNS, cell, figure, machine_text, notes, pivot, read_csv, write_csv
 from shards.errors import DataError
 
 
@@ -128,6 +129,16 @@ def test_csv_gives_back_the_rows(tmp_path: Path):
     ]  # fmt: skip
     write_csv(tmp_path / "out" / "loader.csv", rows)
     assert read_csv(tmp_path / "out" / "loader.csv") == rows
+
+
+def test_every_command_of_a_table_is_listed_and_its_machine_once():
+    first = replace(environment("run training --model resnet18"), date="2026-01-01")
+    second = replace(first, command="run training --add --model alexnet")
+    row = Row("training", "x", "img_per_s", "img/s", 1.0, environment=first)
+    text = machine_text([row, row, replace(row, environment=second)])
+    assert [line.count("Command") for line in text.splitlines()] == [1, 1, 0, 0]
+    assert first.command in text and second.command in text
+    assert machine_text([replace(row, environment=None)]) == ""
 
 
 def test_csv_of_another_shape_or_with_damage_is_refused(tmp_path: Path):

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import commands
 from benchmarks.cold import StillCachedError, cached_share, drop_from_cache
 from benchmarks.measure import Row, Sample, Series
-from benchmarks.speed import IN_FP32, RATIOS, SYSTEMS, _share_of_peak, training_text
+from benchmarks.speed import IN_FP32, RATIOS, SYSTEMS, _share_of_peak, matrix_products, training_text
 from benchmarks.stalls import _stall, _utilization, agreement, by_engine, stalls_text
+from benchmarks.tables import read_csv
 from benchmarks.training import (
     CACHED,
     COLD,
@@ -166,6 +168,41 @@ def test_wrong_choices_are_named(options, said, tmp_path):
     assert said in str(found.exception)
 
 
+def test_models_are_added_to_the_table_that_is_there(tmp_path):
+    def run(model: str, value: float, add: bool) -> None:
+        def measure(job, machine, *_):
+            return [Row("training", "x", "img_per_s", "img/s", value, model=job.model, environment=machine)]
+
+        commands._train(
+            "training",
+            measure,
+            1,
+            training_text,
+            False,
+            5,
+            models=(model,),
+            source=tmp_path,
+            cache=tmp_path,
+            out=tmp_path,
+            workers=1,
+            resolution=64,
+            batch_size=2,
+            device="cpu",
+            add=add,
+        )
+
+    def found() -> dict:
+        return {row.model: row.value for row in read_csv(tmp_path / "training.csv")}
+
+    run("alexnet", 1.0, add=True)  # there is no table yet
+    run("resnet18", 2.0, add=True)
+    assert found() == {"alexnet": 1.0, "resnet18": 2.0}
+    run("alexnet", 3.0, add=True)  # measured again: its old rows go
+    assert found() == {"resnet18": 2.0, "alexnet": 3.0}
+    run("resnet34", 4.0, add=False)
+    assert found() == {"resnet34": 4.0}
+
+
 def test_the_name_of_a_style_says_its_precision(monkeypatch):
     device = torch.device("cpu")
     own = precision_of(system_name("compiled", CACHED), device)
@@ -174,3 +211,7 @@ def test_the_name_of_a_style_says_its_precision(monkeypatch):
     assert precision_of(system_name("compiled", CACHED), device) == "bf16"
     assert precision_of(system_name(f"compiled{FP32}", CACHED), device) == "fp32"
     assert precision_of(MATRIX + FP32, device) == "fp32"
+    assert matrix_products(SYSTEMS[:2], device) == {"bf16": MATRIX}
+    assert matrix_products(IN_FP32, device) == {"bf16": MATRIX, "fp32": MATRIX + FP32}
+    monkeypatch.setattr("train.device.precision", lambda device, choice: Decision("fp32", "a device that has no more"))
+    assert matrix_products(IN_FP32, device) == {"fp32": MATRIX}  # one product serves both

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny shard set made on the spot, and the folder of real images where there is one."""
+"""Shared fixtures: a tiny shard set made on the spot, a run on it, and the folder of real images where there is one."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,8 @@ from shards.format import CLASSES, EncodeSpec
 from shards.jpeg import encode_jpeg
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter
+
+pytest.register_assert_rewrite("tests.report_pages", "tests.train_runs")  # a failing assert shows its values there too
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +94,14 @@ def shard_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet]:
     folder = tmp_path_factory.mktemp("sets")
     sets = {kind: ShardSet(write_set(folder / kind, kind)) for kind in ("jpg", "raw", "mixed")}
     return sets | {"sizes": ShardSet(write_set(folder / "sizes", "mixed", size=None))}
+
+
+@pytest.fixture(scope="session")
+def whole(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of `tests.train_runs.small`, to compare others with; nobody may change it."""
+    from tests.train_runs import small
+    from train.loop import train_once
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train_once(small(tiny_shards), out)
+    return out

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def small(data: Path, **changes: Any) -> Config:
         "checkpoint_s": 0.0,
     }
     return Config(**(settings | changes))
+
+
+def at(call: int, action: Callable[[], bool]) -> Callable[[], bool]:
+    """A `stop` that does `action` when asked for the `call`-th time."""
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return action() if asked == call else False
+
+    return stop
 
 
 def losses(run: Path) -> list[float]:

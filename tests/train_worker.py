@@ -1,4 +1,4 @@
-"""Not a test: a process of a training job that can be told to die. Run by test_loop.py and test_distributed.py.
+"""Not a test: a process of a training job that can be told to die. Run by test_resume.py and test_distributed.py.
 
     python tests/train_worker.py '{"config": {…}, "out": "…", "kill_at": 3, "kill_rank": 1}'
 

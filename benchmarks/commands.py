@@ -34,7 +34,10 @@ _ADD = click.option("--add", is_flag=True, help="Keep what the table in --out ha
 @_ADD
 @click.option("--fp32", is_flag=True, help="Also eager and compiled in float32, where the device trains in less.")
 def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool, **settings: Any) -> None:
-    """Images per second of the models: eager, channels-last, compiled, each beside a cached batch."""
+    """Images per second of the models: eager, channels-last, compiled, each beside a cached batch.
+
+    Compiling starts cold: a minute for resnet18 on two cores, most of what --quick takes.
+    """
     from benchmarks.speed import IN_FP32, SYSTEMS, matrix_products, measure_training, training_text
     from train import device as devices
 

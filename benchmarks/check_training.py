@@ -73,6 +73,7 @@ def training_steps(
             devices.synchronize(device)
             waited, began = 0.0, time.perf_counter()
             for _ in range(steps):
+                devices.synchronize(device)  # else the host, running ahead, waits for batches that are not yet needed
                 asked = time.perf_counter()
                 batch = source()
                 waited += time.perf_counter() - asked

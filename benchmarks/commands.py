@@ -1,6 +1,7 @@
 """The subcommands of `benchmarks.run` that train."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,9 @@ def stalls(
         raise UsageError("--only: the systems of `stalls` belong together; choose models with --model")
 
     def measure(job: "TrainingJob", machine: "Environment", rounds: int, seconds: float, told: Told) -> list["Row"]:
-        return measure_stalls(job, style, engines, machine, rounds=rounds, seconds=seconds, told=told)
+        return measure_stalls(
+            replace(job, waited_for=True), style, engines, machine, rounds=rounds, seconds=seconds, told=told
+        )
 
     engines = engines or (("jpg",) if quick else tuple(ENGINES))
     systems = 1 + sum(len(ENGINES[engine]) for engine in engines)
@@ -105,6 +108,7 @@ def _train(
     add: bool,
 ) -> None:
     """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
+    from benchmarks.forms import sized
     from benchmarks.machine import environment
     from benchmarks.training import TrainingJob
     from benchmarks.work import Work
@@ -116,8 +120,8 @@ def _train(
         timm_name(model)
         check_resolution(model, resolution)
     rounds = rounds or (5 if quick else 6)
-    work = Work(images(source), cache, 400, resolution, batch_size, workers, copies=2 if quick else 4)
-    machine = environment(command_line())
+    work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
+    machine = environment(command_line(work))
     table = f"{name}-quick" if quick else name
     rows = kept(out, table, models) if add else []
     with Progress(name, len(models) * systems * (1 + rounds), "runs") as bar:
@@ -128,46 +132,42 @@ def _train(
 
 
 @click.command()
-@shared
+@common
 @training_options(["resnet18"], resolution=64)
 @click.option("--epochs", type=click.IntRange(1), help="Of every cell.  [default: 20, quick 1]")
-@click.option("--fractions", default="1/8,1/4,1/2,1", show_default=True, help="Of every model and seed.")
-@click.option("--compile", type=click.Choice(["on", "off"]), default="on", show_default=True, help="torch.compile.")
+@click.option("--fractions", help="Of every model and seed.  [default: 1/8,1/4,1/2,1, quick 1]")
+@click.option("--compile", type=click.Choice(["on", "off"]), help="torch.compile.  [default: on, quick off]")
 def grid(
     quick: bool,
     out: Path,
     cache: Path,
     source: Path,
     rounds: int | None,
-    workers: int,
-    only: tuple[str, ...],
     models: tuple[str, ...],
     resolution: int,
     batch_size: int,
     epochs: int | None,
-    fractions: str,
-    compile: str,
+    fractions: str | None,
+    compile: str | None,
     device: str,
 ) -> None:
-    """A study whose cells share a worker process, against one process per cell.
-
-    --quick: the whole training split only, without torch.compile.
-    """
-    from fractions import Fraction
-
+    """A study whose cells share a worker process, against one process per cell."""
+    from benchmarks.forms import sized
     from benchmarks.grids import GridJob, grid_text, measure_grid
     from benchmarks.machine import environment
     from benchmarks.work import Work
     from preprocess.progress import Progress
-    from shards.errors import UsageError
+    from train.cells import parse_fractions
+    from train.models import check_resolution, timm_name
 
-    if only:
-        raise UsageError("--only: `grid` compares two systems, and needs both")
-    work = Work(images(source), cache, 200, resolution, batch_size, workers, copies=1)
-    shares = (1.0,) if quick else tuple(float(Fraction(share)) for share in fractions.split(","))
+    for model in models:
+        timm_name(model)
+        check_resolution(model, resolution)
+    shares = tuple(parse_fractions(fractions or ("1" if quick else "1/8,1/4,1/2,1")))
+    work = sized(Work(images(source), cache, 200, resolution, batch_size), 312)
     epochs = epochs or (1 if quick else 20)
-    job = GridJob(work, tuple(models), shares, (0, 1), epochs, "off" if quick else compile, device)
-    machine = environment(command_line())
+    job = GridJob(work, tuple(models), shares, (0, 1), epochs, compile or ("off" if quick else "on"), device)
+    machine = environment(command_line(work))
     rounds = rounds or (5 if quick else 6)
     with Progress("grid", 2 * (1 + rounds), "studies") as bar:
         rows = measure_grid(job, machine, rounds=rounds, told=advance(bar))
@@ -176,13 +176,16 @@ def grid(
 
 @click.command()
 @common
-@click.option("--packed", "packed_px", type=int, default=400, show_default=True, help="Longer side packed, px.")
+@click.option(
+    "--packed", "packed_px", type=click.IntRange(1), default=400, show_default=True, help="Longer side packed, px."
+)
 @click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px.")
 @click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def predict(
     quick: bool, out: Path, cache: Path, source: Path, rounds: int | None, packed_px: int, resolution: int, device: str
 ) -> None:
     """Prediction beside evaluation with a resnet18, and how long `train.predict` and `train.serve` take to start."""
+    from benchmarks.forms import sized
     from benchmarks.machine import environment
     from benchmarks.predicting import measure_predicting, predicting_text
     from benchmarks.work import Work
@@ -190,8 +193,8 @@ def predict(
     from train.models import check_resolution
 
     check_resolution("resnet18", resolution)
-    work = Work(images(source), cache, packed_px, resolution, batch_size=64, copies=1 if quick else 2)
-    machine = environment(command_line())
+    work = sized(Work(images(source), cache, packed_px, resolution, batch_size=64), 312 if quick else 624)
+    machine = environment(command_line(work))
     rounds = rounds or (6 if quick else 9)
     with Progress("predict", 1 + 3 * (1 + rounds) + 2 * (1 + rounds), "runs") as bar:
         rows = measure_predicting(

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +44,27 @@ def prepared(form: str, work: Work) -> Path:
 
 
 def _key(work: Work) -> str:
-    """Another source or number of copies is another data set."""
+    """Another source or number of samples is another data set."""
     import xxhash
 
-    names = "\n".join(f"{path.name} {path.stat().st_size}" for path, _, _ in originals(work))
-    return f"{xxhash.xxh3_64_hexdigest(names.encode())[:8]}-x{work.copies}"
+    files = "\n".join(f"{path.name} {path.stat().st_size}" for path, _, _ in originals(work))
+    return f"{xxhash.xxh3_64_hexdigest(files.encode())[:8]}-{len(names(work))}"
+
+
+def sized(work: Work, samples: int) -> Work:
+    """The same job on about `samples` samples, whatever the source holds: copies of few originals, or a part of many.
+
+    Raises DataError where the source is not what it should be.
+    """
+    return replace(work, copies=max(1, samples // len(originals(replace(work, most=None)))), most=samples)
+
+
+def described(work: Work) -> str:
+    """What a job reads, in words: `312 images of originals, 8 times each`; with fewer samples, for whole batches."""
+    count, whole = len(originals(work)), len(names(work))
+    times = f", {work.copies} times each" if work.copies > 1 else ""
+    fewer = f", of which {whole:,} samples" if whole < count * work.copies else ""
+    return f"{count:,} images of {work.source.resolve().name}{times}{fewer}"
 
 
 def originals(work: Work) -> list[tuple[Path, int, dict[str, str]]]:
@@ -56,17 +73,36 @@ def originals(work: Work) -> list[tuple[Path, int, dict[str, str]]]:
     if not table.is_file():
         raise DataError(f"{table}: missing; --source must be a HAM10000-shaped folder of original images")
     with table.open(encoding="utf-8", newline="") as file:
-        rows = {row["image_id"]: row for row in csv.DictReader(file)}
+        reader = csv.DictReader(file)
+        absent = {"image_id", "lesion_id", "dx"} - set(reader.fieldnames or ())
+        if absent:
+            raise DataError(f"{table}: has no column {', '.join(sorted(absent))}")
+        rows = {row["image_id"]: row for row in reader}
     files = sorted(path for part in _PARTS for path in (work.source / part).glob("*.jpg"))
-    found = [(path, CLASSES.index(rows[path.stem]["dx"]), rows[path.stem]) for path in files if path.stem in rows]
+    found = [path for path in files if path.stem in rows][: work.most]
     if not found:
         raise DataError(f"{work.source}: holds no image that its HAM10000_metadata.csv lists")
-    return found
+    unknown = next((path.stem for path in found if rows[path.stem]["dx"] not in CLASSES), None)
+    if unknown is not None:
+        raise DataError(f"{table}: {unknown} has the unknown dx '{rows[unknown]['dx']}'")
+    return [(path, CLASSES.index(rows[path.stem]["dx"]), rows[path.stem]) for path in found]
+
+
+def samples(work: Work) -> list[tuple[str, Path, int, dict[str, str]]]:
+    """Every sample: its name, the original that it is, its label and its row of the metadata.
+
+    As many as fill a batch for every worker: loaders drop an incomplete batch, some before and some after they have
+    decoded it, some one for each worker.
+    """
+    of_all = originals(work)
+    found = [(f"{path.stem}c{copy}", path, label, row) for copy in range(work.copies) for path, label, row in of_all]
+    whole = work.batch_size * work.workers
+    return found[: max(len(found) // whole * whole, 0) or None]
 
 
 def names(work: Work) -> list[tuple[str, Path, int]]:
     """Every sample: its name, the original that it is, and its label."""
-    return [(f"{path.stem}c{copy}", path, label) for copy in range(work.copies) for path, label, _ in originals(work)]
+    return [(name, path, label) for name, path, label, _ in samples(work)]
 
 
 def packed_pixels(path: Path, packed_px: int) -> np.ndarray:
@@ -95,11 +131,9 @@ def _source(work: Work, folder: Path) -> None:
     images = folder / _PARTS[0]
     images.mkdir()
     rows = []
-    for copy in range(work.copies):
-        for path, _, row in originals(work):
-            name = f"{path.stem}c{copy}"
-            (images / f"{name}.jpg").symlink_to(path.resolve())
-            rows.append({**row, "image_id": name, "lesion_id": f"{row['lesion_id']}c{copy}"})
+    for name, path, _, row in samples(work):
+        (images / f"{name}.jpg").symlink_to(path.resolve())
+        rows.append({**row, "image_id": name, "lesion_id": f"{row['lesion_id']}c{name.rpartition('c')[2]}"})
     with (folder / "HAM10000_metadata.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

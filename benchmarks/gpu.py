@@ -6,6 +6,7 @@ the cached-batch ceiling. `benchmarks/sampling.py` reads this many times a secon
 
 from collections.abc import Callable
 from statistics import fmean
+from time import perf_counter
 from typing import Any
 
 from shards.errors import DataError
@@ -36,6 +37,10 @@ _GPM = {  # ours → GPM metrics of nvml.h, of which the mean is taken
     "pcie_rx_mib_per_s": ("NVML_GPM_METRIC_PCIE_RX_PER_SEC",),
     "nvjpg_percent": tuple(f"NVML_GPM_METRIC_NVJPG_{i}_UTIL" for i in range(8)),
 }
+
+# NVIDIA's NVML API Reference Guide, GPM Functions, nvmlGpmMetricsGet: the two samples of a metric should be taken more
+# than 100 ms apart, since GPM renews its counters no more often. A shorter window may hold no renewal, and say nothing.
+_GPM_WINDOW_S = 0.11
 
 
 class GpuSource:
@@ -142,11 +147,15 @@ class _Gpm:
         self._old, self._new = nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()
         self._ids = [getattr(nvml, name) for names in _GPM.values() for name in names]
         nvml.nvmlGpmSampleGet(device, self._old)
+        self._taken_s = perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading; what this GPU does not count is left out."""
+        """Means since the last sample, none until it is old enough; what this GPU does not count is left out."""
+        if perf_counter() - self._taken_s < _GPM_WINDOW_S:
+            return {}
         nvml = self._nvml
         nvml.nvmlGpmSampleGet(self._device, self._new)
+        self._taken_s = perf_counter()
         asked = nvml.c_nvmlGpmMetricsGet_t()
         asked.version = nvml.NVML_GPM_METRICS_GET_VERSION
         asked.numMetrics = len(self._ids)

@@ -16,7 +16,7 @@ from benchmarks.measure import Row, ratio_row, series_rows, summary_row
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
 from benchmarks.targets import targets_text
 from benchmarks.work import Work
-from benchmarks.worker import Running, Told, take_turns
+from benchmarks.worker import SET_UP_LIMIT_S, Running, Told, take_turns
 
 SHARED, ALONE = "one grid, shared worker", "one process per cell"
 
@@ -140,7 +140,16 @@ def _overheads(name: str, job: GridJob) -> Path:
 
 def measure_grid(job: GridJob, environment: Environment, *, rounds: int, told: Told) -> list[Row]:
     """Time whole studies, start-up included, in turn."""
-    series, _ = take_turns(set_up, [SHARED, ALONE], job, job.work.cache / "logs", rounds=rounds, seconds=0.0, told=told)
+    series, _ = take_turns(
+        set_up,
+        [SHARED, ALONE],
+        job,
+        job.work.cache / "logs",
+        rounds=rounds,
+        seconds=0.0,
+        told=told,
+        limit_s=SET_UP_LIMIT_S * job.cells,
+    )
     overheads = {
         name: [json.loads(line) for line in _overheads(name, job).read_text(encoding="utf-8").splitlines()]
         for name in (SHARED, ALONE)

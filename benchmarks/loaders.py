@@ -38,7 +38,7 @@ def measure_loaders(
 ) -> list[Row]:
     """Time the systems in turn on one job. seconds: least length of a timed round. told: is given each step's name.
 
-    Every system is set up, its output checked over an epoch that is thrown away; then `rounds` rounds count.
+    Every system is set up, its first batch checked and its first epoch thrown away; then `rounds` rounds count.
     A system that cannot be set up, gives wrong images, fails or hangs has rows that say so.
     """
     _, size = stats(work)
@@ -78,10 +78,11 @@ def loader_text(rows: Sequence[Row]) -> str:
     """The rows as Markdown: a table per packed size and workers, the ratios, then notes and the machine."""
     own = [row for row in rows if row.benchmark == "loader"]
     parts = ["## Loader\n"]
-    for size in dict.fromkeys(_size(row) for row in own if _size(row)):
-        part = [row for row in own if _size(row) in (size, "")]
+    sizes = packed_sizes(own)
+    for size in dict.fromkeys(sizes):
+        part = [row for row, packed in zip(own, sizes, strict=True) if packed == size]
         resolutions = sorted({row.resolution_px for row in part if row.resolution_px}, reverse=True)
-        parts.append(f"### Packed at {size}\n")
+        parts += [f"### Packed at {size}\n"] if size else []
         parts.append("Images per second and CPU seconds per 1,000 images: median [interval].\n")
         across = []
         for px in resolutions:
@@ -108,9 +109,17 @@ def _is(px: int, metric: str) -> Callable[[Row], bool]:
     return lambda row: row.resolution_px == px and row.metric == metric
 
 
-def _size(row: Row) -> str:
-    found = re.match(r"\d+x\d+", row.packed)
-    return found.group() if found else ""
+def packed_sizes(rows: Sequence[Row]) -> list[str]:
+    """Of each row the size, `341x256`, that was packed for its job; systems that read no packed images take part too.
+
+    Rows stand job by job, each job's with some of packed images first; empty where a table has none.
+    """
+    found, size = [], ""
+    for row in rows:
+        packed = re.match(r"\d+x\d+", row.packed)
+        size = packed.group() if packed else size
+        found.append(size)
+    return found
 
 
 def _last_cells(table: str) -> list[str]:

@@ -123,9 +123,13 @@ def _gpu() -> tuple[str, str, str]:
             return "none", "", ""
         device = pynvml.nvmlDeviceGetHandleByIndex(0)
         name = pynvml.nvmlDeviceGetName(device) + (f" (1 of {count})" if count > 1 else "")
-        sm = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
-        memory = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_MEM)
-        return name, pynvml.nvmlSystemGetDriverVersion(), f"SM {sm}, memory {memory}"
+        try:
+            sm = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
+            memory = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_MEM)
+            clocks = f"SM {sm}, memory {memory}"
+        except pynvml.NVMLError:
+            clocks = ""  # not every device tells them
+        return name, pynvml.nvmlSystemGetDriverVersion(), clocks
     finally:
         pynvml.nvmlShutdown()
 

@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
+    from benchmarks.work import Work
     from preprocess.progress import Progress
 
 Told = Callable[[str], None]
@@ -99,10 +100,15 @@ def images(source: Path) -> Path:
     return inner if inner.is_dir() else source
 
 
-def command_line() -> str:
-    """The command line as a user would type it, without the machine's own paths."""
+def command_line(work: "Work") -> str:
+    """The command line as a user would type it, without the machine's own paths; what it read is a comment at its end.
+
+    Raises DataError where the source is not what it should be.
+    """
+    from benchmarks.forms import described
+
     words = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in sys.argv[1:]]
-    return shlex.join(["python", "-m", "benchmarks.run", *words])
+    return f"{shlex.join(['python', '-m', 'benchmarks.run', *words])}  # {described(work)}"
 
 
 def kept(out: Path, name: str, models: Collection[str]) -> list["Row"]:

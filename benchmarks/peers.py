@@ -50,8 +50,11 @@ def _pairs(loader: Any) -> Iterator[Batch]:
         yield (batch["image"], batch["label"]) if isinstance(batch, dict) else (batch[0], batch[1])
 
 
-def image_folder(work: Work, folder: Path) -> Epoch:
-    """torchvision's ImageFolder and PyTorch's DataLoader: what most people start with."""
+def image_folder(work: Work, folder: Path, pin: bool = False) -> Epoch:
+    """torchvision's ImageFolder and PyTorch's DataLoader: what most people start with.
+
+    pin: batches come in page-locked memory, from which a GPU copies while the CPU goes on.
+    """
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
@@ -62,6 +65,7 @@ def image_folder(work: Work, folder: Path) -> Epoch:
         num_workers=work.workers,
         drop_last=True,
         persistent_workers=True,
+        pin_memory=pin,
     )
     return lambda: _pairs(loader)
 
@@ -153,7 +157,7 @@ SYSTEMS: dict[str, System] = {s.name: s for s in (*OURS, *FFCV, *DALI, *TORCH, *
 
 
 def set_up(name: str, work: Work) -> Running:
-    """Make a system's data where it is not there yet, open it, and check what comes out over one whole epoch.
+    """Make a system's data where it is not there yet, open it, run one epoch, and check the first batch of it.
 
     Raises MissingPeerError naming what is not installed, WrongBatchError where the output is not what was asked for.
     """
@@ -172,7 +176,7 @@ def set_up(name: str, work: Work) -> Running:
         checked += len(batch[0])
     if not checked:
         raise WrongBatchError("no batch came")
-    return Running(once)
+    return Running(once, system.before(epoch) if system.before else lambda: None)
 
 
 def need(packages: Sequence[str]) -> None:

@@ -4,6 +4,7 @@
 # The peers live in an environment of their own (benchmarks/install_peers.sh).
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,26 @@ def max_resolution(height: int, width: int, packed_px: int) -> float:
     return ratio * longer
 
 
+@cache
+def one_max_resolution(work: Work) -> float:
+    """The `max_resolution` for all originals, found once a process: FFCV's users know it, so it is no part of packing.
+
+    Raises DataError where images of several sizes need several.
+    """
+    from PIL import Image
+
+    from benchmarks.forms import originals
+
+    sizes = set()
+    for path, _, _ in originals(work):
+        with Image.open(path) as image:
+            sizes.add((image.height, image.width))
+    limits = {max_resolution(height, width, work.packed_px) for height, width in sizes}
+    if len(limits) > 1:
+        raise DataError(f"FFCV packs with one max_resolution, and the sizes {sorted(sizes)} need several")
+    return limits.pop()
+
+
 def write_beton(work: Work, file: Path, write_mode: str) -> None:
     """Pack the originals with FFCV's DatasetWriter."""
     from ffcv.fields import IntField, RGBImageField
@@ -63,15 +84,10 @@ def write_beton(work: Work, file: Path, write_mode: str) -> None:
 
     from benchmarks.forms import names
 
-    files = [(path, label) for _, path, label in names(work)]
-    samples = Originals(files)
-    sizes = {samples[i][0].shape[:2] for i in range(len(files) // work.copies)}
-    limits = {max_resolution(height, width, work.packed_px) for height, width in sizes}
-    if len(limits) > 1:
-        raise DataError(f"FFCV packs with one max_resolution, and the sizes {sorted(sizes)} need several")
-    image = RGBImageField(write_mode=write_mode, max_resolution=limits.pop(), jpeg_quality=QUALITY)  # type: ignore[arg-type]
+    limit = one_max_resolution(work)
+    image = RGBImageField(write_mode=write_mode, max_resolution=limit, jpeg_quality=QUALITY)  # type: ignore[arg-type]
     writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=work.workers)
-    writer.from_indexed_dataset(samples)
+    writer.from_indexed_dataset(Originals([(path, label) for _, path, label in names(work)]))
 
 
 def beton_payload_bytes(file: Path) -> int:

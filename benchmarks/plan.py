@@ -18,6 +18,8 @@ SPARE = 0.1  # of the GPU's memory, as the resident engine leaves it to the mode
 HAM10000_IMAGES = 10_015
 """Tschandl et al. 2018, doi:10.1038/sdata.2018.161: all images of HAM10000."""
 CHANNEL_BYTES = 3
+LINK = "PCIe"
+"""How `Way.limits` calls the link to the GPU."""
 READERS = 2  # threads that feed DALI (`shards.engines.dali_feed`)
 
 
@@ -156,6 +158,11 @@ def gpu_rate(gpu: str, model: str, resolution_px: int) -> Span:
     return share_of_peak(gpu, model).times(peak / train_flop(model, resolution_px))
 
 
+def python_rate(costs: Costs, kind: str) -> Span:
+    """img/s of `jpg` or `raw` that the Python of one process gives: one core's worth of it."""
+    return Span(0.5, 1.0).times(1 / (costs.s("python") + (costs.s("cut") if kind == "jpg" else 0.0)))
+
+
 def ways(machine: Machine, costs: Costs, images: int) -> tuple[Way, ...]:
     """The ways to load on a machine, from the one that asks for least to the one that asks for most."""
     from shards.engines.dali import Graph
@@ -166,13 +173,12 @@ def ways(machine: Machine, costs: Costs, images: int) -> tuple[Way, ...]:
     def cores(seconds: float) -> Span:
         return Span(0.5, 1.0).times(spare_cores / seconds)
 
-    def python(seconds: float) -> Span:  # one process a GPU, and one core's worth of Python in each
-        return Span(0.5, 1.0).times(gpus / seconds)
+    def python(kind: str) -> Span:  # one process a GPU
+        return python_rate(costs, kind).times(gpus)
 
     def link(bytes_: float) -> Span:
         return Span(card.pcie[0].value, card.pcie[1].value).times(1e9 * gpus / bytes_)
 
-    jpg_python = costs.s("python") + costs.s("cut")
     fed = costs.s("feed")
     # The JPEGs that the hardware decoder is not given go through a hybrid one, whose part on the CPU is less than all.
     hybrid = (1 - Graph("jpg").hw_decoder_load) * costs.s("decode whole")
@@ -186,7 +192,7 @@ def ways(machine: Machine, costs: Costs, images: int) -> tuple[Way, ...]:
         Way(
             "jpg, native",
             "native",
-            (("CPU cores", cores(costs.s("jpg"))), ("Python", python(jpg_python)), ("PCIe", link(pixels))),
+            (("CPU cores", cores(costs.s("jpg"))), ("Python", python("jpg")), (LINK, link(pixels))),
         ),
         Way(
             "jpg, dali",
@@ -195,13 +201,13 @@ def ways(machine: Machine, costs: Costs, images: int) -> tuple[Way, ...]:
                 ("JPEG decoding", decoders),
                 ("CPU cores", beside),
                 ("feeding DALI", Span(0.5, READERS).times(gpus / fed)),
-                ("PCIe", link(costs.jpg_bytes)),
+                (LINK, link(costs.jpg_bytes)),
             ),
         ),
         Way(
             "raw, native",
             "native",
-            (("CPU cores", cores(costs.s("raw"))), ("Python", python(costs.s("python"))), ("PCIe", link(pixels))),
+            (("CPU cores", cores(costs.s("raw"))), ("Python", python("raw")), (LINK, link(pixels))),
         ),
         Way(
             "resident",
@@ -242,6 +248,12 @@ def images_in(gigabytes: float, bytes_per_image: float) -> int:
     return int(gigabytes * 1e9 / bytes_per_image)
 
 
-def cores_needed(gpu: Span, seconds: float) -> Span:
-    """Cores, the training process's own among them, that load as fast as one GPU trains."""
-    return Span(1 + math.ceil(gpu.low * seconds), 1 + math.ceil(2 * gpu.high * seconds))
+def cores_needed(gpu: Span, seconds: float, python: Span) -> Span | None:
+    """Cores, the training process's own among them, that load as fast as one GPU trains; None where none do.
+
+    python: img/s that the Python of one process gives (`python_rate`). Cores beyond those that it keeps busy do not
+    help: where the GPU may outrun it, the range ends with them.
+    """
+    if gpu.low >= python.high:
+        return None
+    return Span(1 + math.ceil(gpu.low * seconds), 1 + math.ceil(2 * min(gpu.high, python.low) * seconds))

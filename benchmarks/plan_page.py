@@ -2,6 +2,7 @@
 
 from benchmarks.plan import (
     HAM10000_IMAGES,
+    LINK,
     SPARE,
     Machine,
     Span,
@@ -11,8 +12,10 @@ from benchmarks.plan import (
     images_in,
     plan,
     published_flop,
+    python_rate,
     relative_share,
     share_of_peak,
+    ways,
 )
 from benchmarks.plan_costs import PARTS, Costs
 from benchmarks.plan_words import cpu, digits, exact, span
@@ -71,8 +74,8 @@ training, and both names where the ranges overlap.
 
 _NOT_COUNTED = """## What this leaves out
 
-- Whether threads scale: they were measured up to 2. The Python part assumes that one process runs one core's worth of
-  it; the training loop's own Python shares that core and is not counted.
+- Whether threads scale: the costs are of one. The Python part assumes that one process runs one core's worth of it;
+  the training loop's own Python shares that core and is not counted.
 - What DALI's hybrid decoder takes from the GPU's cores, and exactly what from the CPU: no figure per image was found.
 - The first images of an epoch, disks that are slower than the rate above, the memory bandwidth of the host (at the
   rates above a small part of what servers have), communication between GPUs, and batches too small to fill a GPU.
@@ -91,14 +94,25 @@ def _in_short(costs: Costs) -> str:
             sure = [each.model for each in plans if each.ways[position].verdict(each.gpu) == "GPU"]
             cells.append("all eight" if len(sure) == len(plans) else ", ".join(sure) or "none")
         lines.append(cells)
-    ways = [way.name for way in plan(MACHINES[0], next(iter(SAME_GPU)), costs).ways]
+    names = [way.name for way in ways(MACHINES[0], costs, HAM10000_IMAGES)]
+    wide = " The link to the GPU is nowhere the narrowest part." if _link_is_wide(costs) else ""
     return f"""## In short
 
 Models with which the GPU is sure to be the limit, over the whole of both ranges:
 
-{grid(["machine", *ways], lines)}
-Resident, as long as the set fits. The link to the GPU is nowhere the narrowest part.
+{grid(["machine", *names], lines)}
+Resident, as long as the set fits.{wide}
 """
+
+
+def _link_is_wide(costs: Costs) -> bool:
+    """Whether something else is narrower than the link in every way to load, at both ends of the range."""
+    for machine in MACHINES:
+        for way in ways(machine, costs, HAM10000_IMAGES):
+            link = dict(way.limits).get(LINK)
+            if link is not None and (link.low <= way.rate.low or link.high <= way.rate.high):
+                return False
+    return True
 
 
 def _measured(costs: Costs) -> str:
@@ -113,8 +127,8 @@ def _measured(costs: Costs) -> str:
     jpg, raw, crop = (exact(value) for value in (costs.jpg_bytes, costs.raw_bytes, costs.crop_px))
     return f"""## What an image costs a CPU
 
-One core of {cpu(costs)}, {machine.cpu_mhz} MHz, in a virtual machine of
-{machine.cores} cores that others shared; one thread. {costs.images} real images packed at {width}×{height} px, of
+One core of {cpu(costs)}, {machine.cpu_mhz} MHz, of
+{machine.cores} that the process could use; one thread. {costs.images} images packed at {width}×{height} px, of
 {jpg} bytes as JPEG and {raw} raw; random-resized crops of {crop} px on average to {costs.resolution_px} px.
 CPU time, not the clock's: medians of {costs.rounds} rounds with 95 % intervals.
 
@@ -222,12 +236,26 @@ def _bottlenecks(costs: Costs) -> str:
         cells = [model]
         for gpu in GPUS:
             rate = gpu_rate(gpu, model, costs.resolution_px)
-            cells += [_count(cores_needed(rate, costs.s(part))) for part in ("jpg", "raw")]
+            cells += [_cores(rate, costs, kind) for kind in ("jpg", "raw")]
         lines.append(cells)
     titles = [f"{card.name}, {kind}" for card in GPUS.values() for kind in ("jpg", "raw")]
     parts.append("Cores that one GPU needs, its training process's among them, for the native engine:\n")
     parts.append(grid(["model", *titles], lines))
+    jpg, raw = (span(python_rate(costs, kind)) for kind in ("jpg", "raw"))
+    parts.append(
+        f"One process's Python gives {jpg} img/s of jpg and {raw} of raw. Where the GPU may train faster,\n"
+        "the cores are those that Python keeps busy, and more do not help; where it is sure to, no number does.\n"
+    )
     return "\n".join(parts)
+
+
+def _cores(gpu: Span, costs: Costs, kind: str) -> str:
+    """The cores that one GPU needs, and whether Python gives way before they are enough."""
+    python = python_rate(costs, kind)
+    needed = cores_needed(gpu, costs.s(kind), python)
+    if needed is None:
+        return "Python limits first"
+    return _count(needed) + (", then Python limits" if gpu.high > python.low else "")
 
 
 def _count(range_: Span) -> str:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from benchmarks.grids import grid_text
-from benchmarks.loaders import loader_text
+from benchmarks.loaders import loader_text, packed_sizes
 from benchmarks.measure import Row
 from benchmarks.packing import packing_text
 from benchmarks.predicting import predicting_in_words, predicting_text
@@ -147,9 +147,9 @@ def _stalls_in_words(rows: Sequence[Row]) -> list[str]:
             if stall is not None and stall.value is not None:
                 apart = agreement(stall, wait)
                 said.append(
-                    f"Stalls: {model}, {engine}, with {cache} files loses {100 * stall.value:.1f} % of its time"
+                    f"Stalls: {model}, {engine}, {cache} files: {100 * stall.value:.1f} % of the time lost"
                     + (
-                        f" (counted in the loop: {100 * wait.value:.1f} %; {apart})"
+                        f" (counted as waiting in the loop: {100 * wait.value:.1f} %; {apart})"
                         if wait and wait.value is not None
                         else ""
                     )
@@ -205,21 +205,12 @@ def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str
     for name, rows in results.items():
         main_metric = "cells_per_s" if name == "grid" else "img_per_s"
         body = []
-        groups = dict.fromkeys((row.resolution_px, _size(row), row.model) for row in rows if row.metric == main_metric)
-        sizes = dict.fromkeys(size for _, size, _ in groups if size)
-        for i, (px, size, model) in enumerate(groups):
-            if name == "loader" and not size:
-                continue  # the ceilings without a packed size stand in every other picture
-            part = [
-                row
-                for row in rows
-                if row.metric == main_metric
-                and (row.resolution_px, row.model) == (px, model)
-                and (_size(row) == size or (name == "loader" and not _size(row)))
-            ]
-            title = ", ".join(
-                filter(None, (model, f"packed at {size}" if size in sizes else "", f"{px} px" if px else ""))
-            )
+        groups: dict[tuple, list[Row]] = {}
+        for row, size in zip(rows, packed_sizes(rows), strict=True):
+            if row.metric == main_metric:
+                groups.setdefault((row.resolution_px, size, row.model), []).append(row)
+        for i, ((px, size, model), part) in enumerate(groups.items()):
+            title = ", ".join(filter(None, (model, f"packed at {size}" if size else "", f"{px} px" if px else "")))
             body.append(f"<h3>{escape(title)}</h3><div class='charts one'>")
             body.append(bars(f"{name}-{i}", f"{TITLES[name]}: {title}", part, part[0].unit) + "</div>")
         if name == "utilization":
@@ -235,11 +226,6 @@ def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str
         [] if machine is None or machine.gpu != "none" else ["No GPU was there: nothing here was measured on one."]
     )
     return whole("What was measured", lead, warnings, findings, sections)
-
-
-def _size(row: Row) -> str:
-    first = row.packed.split(" ")[0]
-    return first if "x" in first and first[0].isdigit() else ""
 
 
 def _html(text: str) -> str:

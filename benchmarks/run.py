@@ -6,6 +6,7 @@ Each benchmark writes one CSV under --out and the Markdown made from it. The pee
 interpreter; with another one their rows say so.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -25,10 +26,18 @@ def main() -> None:
 @main.command()
 @shared
 @click.option(
-    "--packed", "packed_px", type=int, multiple=True, help="Longer side packed.  [default: 341 400, quick 341]"
+    "--packed",
+    "packed_px",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Longer side packed.  [default: 341 400, quick 341]",
 )
 @click.option(
-    "--resolution", "resolutions_px", type=int, multiple=True, help="Output side.  [default: 224 128, quick 224]"
+    "--resolution",
+    "resolutions_px",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Output side.  [default: 224 128, quick 224]",
 )
 def loader(
     quick: bool,
@@ -42,6 +51,7 @@ def loader(
     resolutions_px: tuple[int, ...],
 ) -> None:
     """Images per second and CPU seconds of loaders at equal work."""
+    from benchmarks.forms import sized
     from benchmarks.loaders import jobs, loader_text, measure_loaders
     from benchmarks.machine import environment
     from benchmarks.peers import SYSTEMS
@@ -49,8 +59,8 @@ def loader(
     from preprocess.progress import Progress
 
     systems = chosen(SYSTEMS, only)
-    work = Work(images(source), cache, workers=workers, copies=2 if quick else 8)
-    machine = environment(command_line())
+    work = sized(Work(images(source), cache, workers=workers), 624 if quick else 2496)
+    machine = environment(command_line(work))
     rounds = rounds or (6 if quick else 9)
     packed_px = packed_px or ((341,) if quick else (341, 400))
     todo = jobs(work, packed_px, resolutions_px or ((224,) if quick else (224, 128)))
@@ -65,7 +75,9 @@ def loader(
 
 @main.command()
 @shared
-@click.option("--packed", "packed_px", type=int, multiple=True, help="Longer side packed.  [default: 400]")
+@click.option(
+    "--packed", "packed_px", type=click.IntRange(1), multiple=True, help="Longer side packed.  [default: 400]"
+)
 def pack(
     quick: bool,
     out: Path,
@@ -77,6 +89,7 @@ def pack(
     packed_px: tuple[int, ...],
 ) -> None:
     """Images per second, bytes and PSNR of writers, by write mode."""
+    from benchmarks.forms import sized
     from benchmarks.machine import environment
     from benchmarks.packers import PACKERS
     from benchmarks.packing import measure_packing, packing_text
@@ -85,14 +98,13 @@ def pack(
 
     systems = chosen(PACKERS, only)
     rounds = rounds or (6 if quick else 9)
-    machine = environment(command_line())
+    work = sized(Work(images(source), cache, workers=workers), 312 if quick else 624)
+    machine = environment(command_line(work))
     rows = []
     with Progress("pack", len(packed_px or (400,)) * len(systems) * (1 + rounds), "runs") as bar:
         for px in packed_px or (400,):
-            work = Work(images(source), cache, workers=workers, packed_px=px, copies=1 if quick else 2)
-            seconds = 0.5 if quick else 2.0
-            told = advance(bar)
-            rows += measure_packing(systems, work, machine, rounds=rounds, seconds=seconds, told=told)
+            job, seconds, told = replace(work, packed_px=px), 0.5 if quick else 2.0, advance(bar)
+            rows += measure_packing(systems, job, machine, rounds=rounds, seconds=seconds, told=told)
     publish(out, "pack-quick" if quick else "pack", rows, packing_text)
 
 

@@ -85,12 +85,18 @@ def _columns(job: TrainingJob, name: str, environment: Environment) -> dict[str,
 
 
 def agreement(stall: Row | None, wait: Row | None) -> str:
-    """Whether the differential stall and the counted wait say the same, in words."""
+    """Whether the differential stall and the counted wait say the same, in words: they do where the stall's whole
+    interval lies within `AGREE_WITHIN` of the wait, they do not where none of it does."""
     if stall is None or wait is None or stall.value is None or wait.value is None:
         return ""
-    apart = abs(stall.value - wait.value)
-    points = f"{100 * apart:.1f} points apart"
-    return points if apart <= AGREE_WITHIN else f"{points}: they do not agree"
+    points = f"{100 * abs(stall.value - wait.value):.1f} points apart"
+    low, high = (stall.value if end is None else end for end in (stall.low, stall.high))
+    from_below, to_above = wait.value - AGREE_WITHIN, wait.value + AGREE_WITHIN
+    if from_below <= low and high <= to_above:
+        return f"{points}: they agree"
+    if high < from_below or low > to_above:
+        return f"{points}: they do not agree"
+    return f"{points}, undecided: the stall lies between {100 * low:.1f} and {100 * high:.1f} %"
 
 
 def by_engine(rows: Sequence[Row]) -> list[tuple[str, str, dict[tuple[str, str], Row]]]:

@@ -116,7 +116,8 @@ def machine_text(rows: Iterable[Row]) -> str:
 
 
 def _machine(machine: Environment) -> str:
-    gpu = machine.gpu if machine.gpu == "none" else f"{machine.gpu}, driver {machine.gpu_driver}, {machine.gpu_mhz} MHz"
+    clocks = f", {machine.gpu_mhz} MHz" if machine.gpu_mhz else ""
+    gpu = machine.gpu if machine.gpu == "none" else f"{machine.gpu}, driver {machine.gpu_driver}{clocks}"
     return (
         f"- {machine.cpu}, {machine.cores} cores, {machine.cpu_mhz} MHz, {machine.ram_gib} GiB; GPU: {gpu}\n"
         f"- {machine.kernel}, Python {machine.python}; {machine.versions}\n"

@@ -46,11 +46,16 @@ _MATRIX_SIDE = 2048
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is trained. work: the images; its batch_size is that of training. device: as `train.run` takes it."""
+    """What is trained. work: the images; its batch_size is that of training. device: as `train.run` takes it.
+
+    waited_for: the device ends each step before the next batch is asked for, so that what is counted as waiting is
+    time in which it had nothing to do. Else a host that runs ahead of a GPU waits for batches that are not yet needed.
+    """
 
     work: Work
     model: str
     device: str = "auto"
+    waited_for: bool = False
 
 
 def system_name(style: str, source: str) -> str:
@@ -60,7 +65,8 @@ def system_name(style: str, source: str) -> str:
 
 @dataclass
 class _Feed:
-    """Where batches come from. batches: endless; reset: untimed, before each round."""
+    """Where batches come from. batches: endless, but for cold files one epoch, for a second one would find them warm;
+    reset: untimed, before each round."""
 
     batches: "Iterator[tuple[Tensor, Tensor, Tensor]]"
     reset: Callable[[], None]
@@ -90,9 +96,13 @@ def set_up(name: str, job: TrainingJob) -> Running:
         nonlocal waited
         count = 0
         for _ in range(20 if device.type == "cuda" else 1):  # a GPU is waited for once in 20 steps
+            if job.waited_for:
+                devices.synchronize(device)
             begin = time.perf_counter()
-            batch = next(feed.batches)
+            batch = next(feed.batches, None)
             waited += time.perf_counter() - begin
+            if batch is None:
+                break
             step(*batch)
             count += len(batch[0])
         devices.synchronize(device)
@@ -198,20 +208,20 @@ def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> 
     if source == FOLDER:
         return _Feed(_endless_folder(job.work, device), lambda: None)
     if source == CACHED:
-        batch = next(_endless_native(job, device))
+        batch = next(_native(job, device))
         if style.startswith(EAGER):
             batch = (batch[0].contiguous(), *batch[1:])
         return _Feed(itertools.repeat(batch), lambda: None)
     if source in (NATIVE, RAW, RESIDENT):
-        return _Feed(_endless_native(job, device, source), lambda: None)
-    held = _endless_native(job, device, source)
+        return _Feed(_native(job, device, source), lambda: None)
+    held = _native(job, device, source)
     feed = _Feed(held, lambda: None)
 
     def reset() -> None:
         nonlocal held
         held.close()  # while the files are mapped, the kernel keeps them
         drop_from_cache(prepared(_FORMS[source][0], job.work) / "set")
-        held = _endless_native(job, device, source)
+        held = _native(job, device, source, epochs=1)
         first = next(held)  # opening and the first batch are not counted
         feed.batches = itertools.chain([first], held)
 
@@ -219,10 +229,10 @@ def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> 
     return feed
 
 
-def _endless_native(
-    job: TrainingJob, device: "torch.device", source: str = NATIVE
+def _native(
+    job: TrainingJob, device: "torch.device", source: str = NATIVE, epochs: int | None = None
 ) -> "Generator[tuple[Tensor, Tensor, Tensor], None, None]":
-    """This project's batches, epoch after epoch; the files are open for as long as this is."""
+    """This project's batches, epoch after epoch, without end by default; the files are open for as long as this is."""
     from contextlib import closing
 
     from shards import Loader, ShardSet
@@ -242,7 +252,7 @@ def _endless_native(
             )
         ) as loader,
     ):
-        while True:
+        for _ in itertools.count() if epochs is None else range(epochs):
             for batch in loader:
                 yield batch.images, batch.colour, batch.labels
 
@@ -253,7 +263,7 @@ def _endless_folder(work: Work, device: "torch.device") -> "Iterator[tuple[Tenso
 
     from benchmarks.peers import image_folder
 
-    epoch = image_folder(work, prepared("originals", work))
+    epoch = image_folder(work, prepared("originals", work), pin=device.type == "cuda")
     colour = torch.eye(3, 4).repeat(work.batch_size, 1, 1).to(device)
     while True:
         for images, labels in epoch():

@@ -47,6 +47,7 @@ def utilization(
     The raw readings go to utilization-timeline.csv beside the table, from which `report` draws them.
     Rounds are 6 here unless --rounds says otherwise, 5 with --quick.
     """
+    from benchmarks.forms import sized
     from benchmarks.machine import environment
     from benchmarks.suite import readings_of
     from benchmarks.timeline import write_timeline
@@ -63,9 +64,9 @@ def utilization(
         timm_name(model)
         check_resolution(model, resolution)
     rounds = rounds or (5 if quick else 6)
-    work = Work(images(source), cache, 400, resolution, batch_size, workers, copies=2 if quick else 4)
+    work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
     chosen_device = devices.choose(device)
-    machine = environment(command_line())
+    machine = environment(command_line(work))
     name = "utilization-quick" if quick else "utilization"
     rows: list[Row] = []
     moments: list[Moment] = []

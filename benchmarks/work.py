@@ -22,6 +22,7 @@ class Work:
     source: HAM10000-shaped folder of originals. cache: folder for the prepared forms. packed_px: longer side of the
     packed images. resolution_px: side of the images that come out. workers: threads or processes. copies: how many
     times each original stands in the data set, under names of its own, so that an epoch is long enough to time.
+    most: originals that are used, the first by name; None for all. `forms.sized` finds the two.
     """
 
     source: Path
@@ -31,6 +32,7 @@ class Work:
     batch_size: int = 64
     workers: int = 2
     copies: int = 8
+    most: int | None = None
 
 
 Batch = tuple[Any, Any]
@@ -46,6 +48,7 @@ class System:
 
     form: the data set on disk that it reads (`forms.FORMS`). packages: distributions that it needs. note: what it does
     differently. open: sets up and returns how to start an epoch. ceiling: True for a bound that gives no batches.
+    before: of what `open` returned, what throws away batches that were made ready outside the clock.
     """
 
     name: str
@@ -55,6 +58,7 @@ class System:
     note: str = ""
     ceiling: bool = False
     encoding: str = "jpg"
+    before: Callable[[Any], Callable[[], None]] | None = None
 
 
 class WrongBatchError(Exception):

@@ -40,7 +40,8 @@ def _unknown() -> float:
 
 @dataclass(frozen=True)
 class Running:
-    """A system that is set up. once: one whole pass; returns the number of images. before: untimed, before each round.
+    """A system that is set up. once: one whole pass; returns the number of images, 0 where the round has no more of
+    them. before: untimed, before each round.
 
     about: figures found while setting up, by metric. waited: seconds that passes have spent waiting for data so far.
     """
@@ -137,12 +138,21 @@ Told = Callable[[str], None]
 
 
 def take_turns(
-    set_up: SetUp, names: Sequence[str], job: Any, logs: Path, *, rounds: int, seconds: float, told: Told
+    set_up: SetUp,
+    names: Sequence[str],
+    job: Any,
+    logs: Path,
+    *,
+    rounds: int,
+    seconds: float,
+    told: Told,
+    limit_s: float = SET_UP_LIMIT_S,
 ) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
     """Set up every system in a process of its own, then run them in turn, `rounds` times.
 
-    seconds: least length of a round. Setting up has to include one pass, which warms up. Returns the timed runs of
-    each system, and the figures found while setting it up. One that fails or hangs keeps the reason.
+    seconds: least length of a round. limit_s: what setting up, and a round beyond its least length, may take. Setting
+    up has to include one pass, which warms up. Returns the timed runs of each system, and the figures found while
+    setting it up. One that fails or hangs keeps the reason.
     """
     context = start_server()
     series: dict[str, Series] = {}
@@ -151,9 +161,7 @@ def take_turns(
         running: dict[str, Callable[[], Sample]] = {}
         for name in names:
             told(f"set up {name}")
-            worker = stack.enter_context(
-                Worker(context, set_up, name, job, logs=logs, limit_s=SET_UP_LIMIT_S + 20 * seconds)
-            )
+            worker = stack.enter_context(Worker(context, set_up, name, job, logs=logs, limit_s=limit_s + 20 * seconds))
             try:
                 about[name] = worker.ready()
             except SystemFailedError as error:
@@ -164,6 +172,14 @@ def take_turns(
             running, rounds, warmup=0, told=lambda round_, name: told(f"round {round_ + 1} of {rounds}, {name}")
         )
     return series, about
+
+
+def _asked(pipe: Connection) -> float | None:
+    """The seconds of the next round; None when the parent has closed the pipe, for all rounds are done."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
 
 
 def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, start_method: str) -> None:
@@ -178,18 +194,20 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
         begin = time.perf_counter()
         system = set_up(name, job)
         pipe.send(("ready", system.about | {"set_up_s": time.perf_counter() - begin}))
-        while True:
-            seconds = pipe.recv()
+        while (seconds := _asked(pipe)) is not None:
             system.before()
             waited, cpu_s, begin = system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
             count, passed = 0, 0.0
             while passed < seconds or not count:
-                count += system.once()
+                done = system.once()
                 passed = time.perf_counter() - begin
+                count += done
+                if not done:
+                    break
+            if not count:
+                raise ValueError("a round gave no image")
             cpu_s = tree_cpu_s(os.getpid()) - cpu_s
             pipe.send(("done", (count, passed, cpu_s, math.nan, system.waited() - waited)))
-    except EOFError:
-        pass  # the parent closed the pipe: all rounds are done
     except Exception as error:  # noqa: BLE001 - whatever the system raises is its row's reason
         traceback.print_exc()  # into the log
         with contextlib.suppress(BrokenPipeError):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.grids import ALONE, SHARED, GridJob, grid_text, measure_grid, set_up
+from benchmarks.loaders import loader_text
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series, ratio_row, series_rows, summary_row
 from benchmarks.predicting import EVALUATION, PREDICT, START_PREDICT
@@ -84,6 +85,18 @@ def test_page_stands_alone_and_escapes_what_it_shows(results):
     assert "<here>" not in html
     assert html.count("<svg") == 3
     assert "nothing here was measured on one" in html
+
+
+def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_measured_in():
+    def job(size: str, rate: float) -> list[Row]:
+        known = {"benchmark": "loader", "resolution_px": 224}
+        rows = series_rows(series(*[3 * rate] * 6), system="dermscale native jpg", packed=f"{size} jpg", **known)
+        return rows + series_rows(series(*[rate] * 6), system="torchvision ImageFolder", packed="originals", **known)
+
+    first, second = loader_text([*job("341x256", 100), *job("400x300", 50)]).split("### Packed at 400x300")
+    assert "| torchvision ImageFolder | 100" in first and "| torchvision ImageFolder | 50" in second
+    whole = page({"loader": [*job("341x256", 100), *job("400x300", 50)]})
+    assert whole.count(">torchvision ImageFolder</text>") == 2
 
 
 def test_bars_are_as_long_as_their_values():

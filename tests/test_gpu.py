@@ -1,6 +1,7 @@
 """Reading a GPU's driver, against a scripted stand-in for it: no figure here is a measurement of any GPU."""
 
 import ctypes
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -9,11 +10,16 @@ import pynvml
 import pytest
 
 from benchmarks.gpu import UNITS, GpuSource
-from benchmarks.sampling import CoreSource, Sampler
+from benchmarks.machine import environment
+from benchmarks.measure import Row
+from benchmarks.sampling import HZ, CoreSource, Sampler
+from benchmarks.tables import machine_text
 from shards.errors import DataError
 
 STAND_IN = "scripted stand-in, no GPU"
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
+GPM_REFRESH_S = 0.1
+"""NVML API reference, GPM Functions: a metric's two samples should be further apart than this."""
 
 
 class ScriptedDriver:
@@ -28,6 +34,7 @@ class ScriptedDriver:
         self.unknown = {getattr(pynvml, f"NVML_GPM_METRIC_{name}") for name in unknown_metrics}
         self.calls, self.samples, self.open = [], [], 0
         self.taken = 0
+        self.windows_s = []
 
     def __getattr__(self, name):
         if name.startswith("NVML_"):
@@ -47,6 +54,9 @@ class ScriptedDriver:
 
     def nvmlShutdown(self):  # noqa: N802
         self.open -= 1
+
+    def nvmlDeviceGetCount(self):  # noqa: N802
+        return 1
 
     def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
         self._call("by_index")
@@ -96,7 +106,7 @@ class ScriptedDriver:
     def nvmlGpmSampleGet(self, device, sample):  # noqa: N802
         self._call("gpm")
         self.taken += 1
-        sample.taken = self.taken
+        sample.taken, sample.at_s = self.taken, time.perf_counter()
 
     def nvmlGpmSampleFree(self, sample):  # noqa: N802
         self.samples.remove(sample)
@@ -104,24 +114,32 @@ class ScriptedDriver:
     def nvmlGpmMetricsGet(self, asked):  # noqa: N802
         assert asked.version == pynvml.NVML_GPM_METRICS_GET_VERSION
         at = [ctypes.cast(sample, ctypes.c_void_p).value for sample in (asked.sample1, asked.sample2)]
-        first, second = (next(s.taken for s in self.samples if address(s) == a) for a in at)
-        assert first == second - 1, "GPM's metrics are of the time between two samples, the older first"
+        first, second = (next(s for s in self.samples if address(s) == a) for a in at)
+        assert first.taken == second.taken - 1, "GPM's metrics are of the time between two samples, the older first"
+        self.windows_s.append(second.at_s - first.at_s)
+        stale = self.windows_s[-1] <= GPM_REFRESH_S  # the counters were not renewed for sure
         for place in range(asked.numMetrics):
             metric = asked.metrics[place]
-            unknown = metric.metricId in self.unknown
-            metric.nvmlReturn = NOT_SUPPORTED if unknown else pynvml.NVML_SUCCESS
-            metric.value = 0.0 if unknown else float(metric.metricId)
+            refused = NOT_SUPPORTED if metric.metricId in self.unknown else pynvml.NVML_ERROR_NO_DATA if stale else None
+            metric.nvmlReturn = refused or pynvml.NVML_SUCCESS
+            metric.value = 0.0 if refused else float(metric.metricId)
 
 
 def address(sample):
     return ctypes.cast(sample, ctypes.c_void_p).value
 
 
+def read_with_gpm(source):
+    """A reading that GPM has had the time for."""
+    time.sleep(1.2 * GPM_REFRESH_S)
+    return source.read()
+
+
 def test_a_hopper_tells_everything_and_gives_all_back():
     driver = ScriptedDriver()
     source = GpuSource("GPU-scripted", nvml=driver)
     for _ in range(3):
-        found = source.read()
+        found = read_with_gpm(source)
         assert set(found) == set(UNITS)
     assert found["memory_used_bytes"] == 3 << 30 and found["power_w"] == 123
     assert (found["sm_mhz"], found["memory_mhz"]) == (1400, 2600)
@@ -133,6 +151,19 @@ def test_a_hopper_tells_everything_and_gives_all_back():
     assert source.about == {"device": STAND_IN, "driver": "0.0", "missing": {}}
     source.close()
     assert driver.open == 0 and not driver.samples
+
+
+def test_gpm_is_read_no_faster_than_it_renews_its_counters():
+    driver = ScriptedDriver()
+    source = GpuSource(nvml=driver)
+    gpm = {name for name in UNITS if UNITS[name].startswith("GPM")}
+    told = []
+    for _ in range(7):
+        time.sleep(1 / HZ)
+        found = source.read()
+        assert set(found) in (set(UNITS), set(UNITS) - gpm - {"pcie_rx_mib_per_s", "pcie_tx_mib_per_s"})
+        told.append(gpm <= set(found))
+    assert sum(told) == len(driver.windows_s) >= 3 and min(driver.windows_s) > GPM_REFRESH_S
 
 
 @pytest.mark.parametrize("driver", [ScriptedDriver(gpm=False), ScriptedDriver(refused={"gpm?"})])
@@ -150,11 +181,22 @@ def test_an_older_gpu_has_no_gpm_and_reads_pcie_by_turns(driver):
 def test_what_a_device_cannot_tell_is_missing_with_the_reason():
     driver = ScriptedDriver(refused={"power", "rates"}, unknown_metrics=["ANY_TENSOR_UTIL", "NVJPG_7_UTIL"])
     source = GpuSource(nvml=driver)
-    found = source.read()
+    found = read_with_gpm(source)
     assert not {"power_w", "busy_percent", "memory_busy_percent", "tensor_percent"} & set(found)
     assert set(source.about["missing"]) == {"power_w", "busy_percent", "memory_busy_percent"}
     assert "Not Supported" in source.about["missing"]["power_w"]
     assert found["nvjpg_percent"] == pytest.approx(43.0)
+
+
+@pytest.mark.parametrize(("refused", "clocks"), [((), "SM 1400, memory 2600"), (("clock",), "")])
+def test_a_gpu_that_does_not_tell_its_clocks_is_described_without(monkeypatch, refused, clocks):
+    driver = ScriptedDriver(refused=refused)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    machine = environment("x")
+    assert (machine.gpu, machine.gpu_driver, machine.gpu_mhz) == (STAND_IN, "0.0", clocks)
+    assert driver.open == 0
+    shown = f"GPU: {STAND_IN}, driver 0.0" + (f", {clocks} MHz" if clocks else "") + "\n"
+    assert shown in machine_text([Row("x", "y", "z", "1", 1.0, environment=machine)])
 
 
 def test_no_driver_and_no_such_gpu_are_refused_in_a_line():

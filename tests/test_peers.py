@@ -12,13 +12,13 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.forms import FORMS, originals, packed_size, prepared, stats
+from benchmarks.forms import FORMS, described, names, originals, packed_size, prepared, sized, stats
 from benchmarks.measure import Series, summary_row
 from benchmarks.packers import PACKERS
 from benchmarks.packing import judge, psnr_db
 from benchmarks.packing import set_up as set_up_packer
 from benchmarks.peers import SYSTEMS, need, set_up
-from benchmarks.peers_ffcv import max_resolution
+from benchmarks.peers_ffcv import max_resolution, one_max_resolution
 from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
 from benchmarks.worker import Running, SystemFailedError, Worker, start_server, take_turns
 from shards import ShardSet
@@ -161,6 +161,40 @@ def test_a_source_without_images_is_refused(tmp_path):
         originals(Work(tmp_path, tmp_path))
 
 
+def test_samples_fill_a_batch_for_every_worker_so_that_no_loader_drops_what_it_decoded(work):
+    assert len(names(work)) == IMAGES * 2  # 80 are whole batches of 8 for 2 workers
+    fewer = replace(work, batch_size=12)
+    assert names(fewer) == names(work)[:72]
+    assert len(ShardSet(prepared("shards-jpg", fewer) / "set").select("train")) == 72
+    assert len(names(replace(work, batch_size=64))) == IMAGES * 2  # too few for that: all
+
+
+def test_a_job_has_its_size_whatever_the_source_holds(work):
+    assert (sized(work, 120).copies, len(names(sized(work, 120)))) == (3, 112)
+    part = sized(work, 20)
+    assert (part.copies, len(originals(part)), len(names(part))) == (1, 20, 16)
+    assert described(part).startswith(f"20 images of {work.source.name}, of which 16 samples")
+    assert prepared("originals", part) != prepared("originals", work)
+
+
+def test_metadata_that_cannot_be_used_are_named(tmp_path):
+    table = tmp_path / "HAM10000_metadata.csv"
+    (tmp_path / "HAM10000_images_part_1").mkdir()
+    (tmp_path / "HAM10000_images_part_1" / "ISIC_1.jpg").touch()
+    table.write_text("image_id,dx\nISIC_1,nv\n")
+    with pytest.raises(DataError, match="no column lesion_id"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,mole\n")
+    with pytest.raises(DataError, match="ISIC_1 has the unknown dx 'mole'"):
+        originals(Work(tmp_path, tmp_path))
+
+
+def test_ffcvs_size_is_known_before_its_writer_is_timed(work, monkeypatch):
+    monkeypatch.setattr("cv2.imread", lambda *_: pytest.fail("decodes an original"))
+    one_max_resolution.cache_clear()
+    assert one_max_resolution(work) == pytest.approx(160, abs=1)
+
+
 # ------------------------------------------------------------------ the systems themselves
 
 
@@ -236,6 +270,13 @@ def test_psnr_falls_with_what_is_lost(work):
     assert bad["psnr_source_db"] < good["psnr_source_db"]
 
 
+def test_psnr_is_of_the_same_originals_in_whatever_order_they_were_packed(work, monkeypatch):
+    monkeypatch.setattr("benchmarks.packing._JUDGED", 3)
+    paths = [path for path, _, _ in originals(work)]
+    packed = [(p.stem, cv2.resize(cv2.imread(str(p), cv2.IMREAD_COLOR_RGB), (160, 120))) for p in paths[:6]]
+    assert judge(work, iter(packed)) == pytest.approx(judge(work, iter([*packed[::-1], *packed])))
+
+
 # ------------------------------------------------------------------ the process of a system
 
 
@@ -259,6 +300,10 @@ def sick(name: str, job: object) -> Running:
             time.sleep(600)
         if name == "breaks":
             raise RuntimeError("broken in the middle")
+        if name == "ends early":
+            raise EOFError
+        if name == "gives nothing":
+            return 0
         return 10
 
     return Running(once)
@@ -295,7 +340,14 @@ def test_a_worker_runs_whole_passes_for_at_least_the_time_asked(context, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("dies", "died with exit code -11"), ("hangs", "no answer"), ("breaks", "broken in the middle")]
+    ("name", "said"),
+    [
+        ("dies", "died with exit code -11"),
+        ("hangs", "no answer"),
+        ("breaks", "broken in the middle"),
+        ("ends early", "EOFError"),
+        ("gives nothing", "no image"),
+    ],
 )
 def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(context, tmp_path, name, said):
     with Worker(context, sick, name, None, logs=tmp_path, limit_s=60) as worker:
@@ -306,6 +358,17 @@ def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(cont
         group = worker._process.pid
     time.sleep(0.3)
     assert not [process for process, its_group in living() if group in (process, its_group)]
+
+
+def scarce(name: str, job: object) -> Running:
+    left = [10, 10]
+    return Running(lambda: left.pop() if left else 0, lambda: left.extend([10] * (2 - len(left))))
+
+
+def test_a_round_ends_where_a_system_has_no_more(context, tmp_path):
+    with Worker(context, scarce, "few", None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        assert [worker.run(5.0).count for _ in range(2)] == [20, 20]
 
 
 def test_turns_go_on_without_the_one_that_cannot_start(tmp_path):

@@ -21,11 +21,12 @@ from benchmarks.plan import (
     images_in,
     plan,
     published_flop,
+    python_rate,
     relative_share,
     ways,
 )
 from benchmarks.plan_costs import PARTS
-from benchmarks.plan_page import MACHINES, page
+from benchmarks.plan_page import MACHINES, _cores, _in_short, page
 from benchmarks.plan_words import digits, in_words, span
 from benchmarks.published import BACKWARD, GPUS, H100_HOST, MIXER_GMACS, SAME_GPU, Figure, Gpu
 from benchmarks.run import main
@@ -158,9 +159,42 @@ def test_resident_is_offered_while_it_fits(costs):
 
 def test_cores_needed_reach_the_gpu(costs):
     gpu = gpu_rate("h100", "resnet18", 224)
-    needed = cores_needed(gpu, costs.s("jpg"))
+    needed = cores_needed(gpu, costs.s("jpg"), Span(math.inf, math.inf))
+    assert needed is not None
     assert (needed.low - 1) / costs.s("jpg") >= gpu.low > (needed.low - 2) / costs.s("jpg")
     assert (needed.high - 1) / (2 * costs.s("jpg")) >= gpu.high > (needed.high - 2) / (2 * costs.s("jpg"))
+
+
+def test_cores_beyond_what_python_keeps_busy_are_not_asked_for(costs):
+    made_up = {"jpg": 420e-6, "cut": 10e-6, "python": 30e-6, "raw": 125e-6}
+    seconds = {name: dataclasses.replace(cost, median=made_up.get(name, 0.0)) for name, cost in costs.seconds.items()}
+    costs = dataclasses.replace(costs, seconds=seconds)
+    assert python_rate(costs, "jpg") == Span(pytest.approx(12_500), pytest.approx(25_000))
+    assert _cores(Span(10_000, 12_400), costs, "jpg") == "6–12"
+    assert _cores(Span(10_000, 200_000), costs, "jpg") == "6–12, then Python limits"
+    assert _cores(Span(24_990, 200_000), costs, "jpg") == "12, then Python limits"
+    assert _cores(Span(25_010, 200_000), costs, "jpg") == "Python limits first"
+    assert _cores(Span(25_010, 200_000), costs, "raw") == "5–6, then Python limits"
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_python_stands_among_the_cores_where_it_stands_in_the_verdict(costs, gpu):
+    """On a machine with more cores than any process can use, what is left is Python."""
+    jpg, _, raw, _ = ways(Machine(gpu, 1, 10_000), costs, HAM10000_IMAGES)
+    ends = {"GPU": "", "GPU or Python": ", then Python limits", "Python": "Python limits first"}
+    for model in SAME_GPU:
+        rate = gpu_rate(gpu, model, costs.resolution_px)
+        for kind, way in (("jpg", jpg), ("raw", raw)):
+            assert way.rate == python_rate(costs, kind)
+            cell = _cores(rate, costs, kind)
+            assert cell.lstrip("0123456789–") == ends[way.verdict(rate)]
+
+
+def test_the_page_calls_the_link_wide_only_where_it_is(costs):
+    sentence = "The link to the GPU is nowhere the narrowest part."
+    assert sentence in _in_short(costs)
+    quick = {name: dataclasses.replace(cost, median=cost.median / 100) for name, cost in costs.seconds.items()}
+    assert sentence not in _in_short(dataclasses.replace(costs, seconds=quick))
 
 
 def test_numbers_keep_three_digits():

@@ -133,8 +133,12 @@ def test_stalls_are_shares_of_the_slower_ones_time():
 
 def test_agreement_is_said_in_points():
     stall, wait = Row("stalls", "x", "prep_stall", "1", 0.20), Row("stalls", "x", "data_wait", "1", 0.17)
-    assert agreement(stall, wait) == "3.0 points apart"
+    assert agreement(stall, wait) == "3.0 points apart: they agree"
     assert agreement(stall, replace(wait, value=0.1)) == "10.0 points apart: they do not agree"
+    wide = replace(stall, low=-0.1, high=0.3)
+    assert agreement(wide, wait) == "3.0 points apart, undecided: the stall lies between -10.0 and 30.0 %"
+    assert agreement(replace(stall, low=0.19, high=0.21), wait) == "3.0 points apart: they agree"
+    assert agreement(replace(stall, low=0.28, high=0.31), wait).endswith("they do not agree")
     assert agreement(stall, replace(wait, value=None)) == ""
 
 
@@ -157,21 +161,31 @@ def test_tables_show_failures_and_lines_under_the_mark():
     assert "| resnet18 | channels-last, native loader | bf16 | 20.0 |" in training_text(rows)
 
 
-@pytest.mark.parametrize(("options", "said"), [(["--model", "resnet19"], "resnet19"), (["--only", "nothing"], "eager")])
-def test_wrong_choices_are_named(options, said, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("training", ["--model", "resnet19"], "resnet19"),
+        ("training", ["--only", "nothing"], "eager"),
+        ("grid", ["--model", "resnet19"], "resnet19"),
+        ("grid", ["--fractions", "abc"], "'abc' is not a number"),
+        ("grid", ["--fractions", "1/0"], "'1/0' is not a number"),
+        ("stalls", ["--only", "cached"], "belong together"),
+    ],
+)
+def test_wrong_choices_are_named(command, options, said, tmp_path):
     from click.testing import CliRunner
 
     from benchmarks.run import main
 
-    found = CliRunner().invoke(main, ["training", *options, "--source", str(tmp_path), "--cache", str(tmp_path)])
+    found = CliRunner().invoke(main, [command, *options, "--source", str(tmp_path), "--cache", str(tmp_path)])
     assert isinstance(found.exception, UsageError)
     assert said in str(found.exception)
 
 
-def test_models_are_added_to_the_table_that_is_there(tmp_path):
+def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
     def run(model: str, value: float, add: bool) -> None:
-        def measure(job, machine, *_):
-            return [Row("training", "x", "img_per_s", "img/s", value, model=job.model, environment=machine)]
+        def measure(one, machine, *_):
+            return [Row("training", "x", "img_per_s", "img/s", value, model=one.model, environment=machine)]
 
         commands._train(
             "training",
@@ -181,7 +195,7 @@ def test_models_are_added_to_the_table_that_is_there(tmp_path):
             False,
             5,
             models=(model,),
-            source=tmp_path,
+            source=job.work.source,
             cache=tmp_path,
             out=tmp_path,
             workers=1,

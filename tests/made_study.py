@@ -10,7 +10,7 @@ import pandas as pd
 
 from shards.format import CLASSES
 from train.calibration import softmax
-from train.cells import cell_name
+from train.cells import cell_name, seed_pairs
 from train.config import Config
 from train.leakage import RESULT
 from train.metrics import evaluate
@@ -148,6 +148,7 @@ def write_study(
     models: tuple[str, ...] = ("resnet18", "alexnet"),
     fractions: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0),
     seeds: tuple[int, ...] = (0, 1, 2),
+    subset_seeds: tuple[int, ...] | None = None,
     lesions: int = 300,
     budget: str = "epochs",
     fail: tuple[str, ...] = (),
@@ -162,11 +163,11 @@ def write_study(
     journal = []
     for model in models:
         for fraction in fractions:
-            for seed in seeds:
-                config = replace(base, model=model, fraction=fraction, seed=seed, subset_seed=seed)
-                name, n = cell_name(config), round(WHOLE * fraction) + seed
+            for seed, subset in seed_pairs(fraction, seeds, subset_seeds):
+                config = replace(base, model=model, fraction=fraction, seed=seed, subset_seed=subset)
+                name, n = cell_name(config), round(WHOLE * fraction) + subset
                 entry = {"cell": name, "outcome": "finished", "wall_s": 20.0, "note": "", "error": ""}
-                entry |= {"model": model, "fraction": fraction, "seed": seed, "subset_seed": seed, "n_train": n}
+                entry |= {"model": model, "fraction": fraction, "seed": seed, "subset_seed": subset, "n_train": n}
                 if name in fail:
                     entry |= {"outcome": "failed", "error": "the loss is nan at step 3"}
                 else:

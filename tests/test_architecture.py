@@ -50,8 +50,14 @@ def test_dali_stands_in_one_file_of_the_library():
 
 
 def test_cuda_is_named_in_one_file_of_training():
-    files = [f.name for f in (ROOT / "train").rglob("*.py") if "torch.cuda" in f.read_text()]
+    signs = ("torch.cuda", 'type == "cuda"', "convert_sync_batchnorm")
+    files = [f.name for f in (ROOT / "train").rglob("*.py") if any(sign in f.read_text() for sign in signs)]
     assert set(files) <= {"device.py"}
+
+
+def test_cuda_is_named_among_the_engines_of_the_library_alone():
+    files = [f for f in (ROOT / "shards").rglob("*.py") if "torch.cuda" in f.read_text()]
+    assert {f.parent.name for f in files} <= {"engines"}
 
 
 def test_every_entry_is_known():

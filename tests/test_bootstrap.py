@@ -71,6 +71,18 @@ def test_few_degrees_of_freedom_widen_the_interval_and_raise_p_as_students_t_doe
         assert two_sided_p(replicates, 2.0, freedom=freedom) == pytest.approx(2 * stats.t.sf(2, freedom), abs=0.001)
 
 
+@pytest.mark.parametrize("tail", [1.0, -1.0], ids=["right", "left"])
+@pytest.mark.parametrize("freedom", [1.0, 2.0])
+def test_an_interval_holds_its_value_however_few_the_degrees_of_freedom(tail, freedom):
+    """Student's t is ±12.7 at 1: beyond the pole of BCa's correction for skewness, which must not turn its sign."""
+    replicates = tail * np.random.default_rng(7).exponential(size=(2000, 3))
+    value = np.quantile(replicates, [0.1, 0.5, 0.9], axis=0).diagonal()
+    low, high = interval(replicates, value, freedom=freedom)
+    assert (low <= value).all() and (value <= high).all() and (low < high).all()
+    narrower = interval(replicates, value)
+    assert (low <= narrower[0]).all() and (high >= narrower[1]).all()
+
+
 def test_pooled_degrees_of_freedom_are_welchs():
     one, two = np.random.default_rng(0).normal(size=9), 3 * np.random.default_rng(1).normal(size=14)
     welch = stats.ttest_ind(one, two, equal_var=False).df

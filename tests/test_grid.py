@@ -94,6 +94,8 @@ def test_a_batch_that_a_fraction_cannot_fill_is_made_to_fit_and_noted():
     assert large.config.batch_size == 32 and not large.note
     with pytest.raises(UsageError, match="1 training image"):
         plan(BASE, ["resnet18"], [0.001], [0], None, "epochs", whole)
+    with pytest.raises(UsageError, match="--batch-size 1: batch norm"):
+        plan(replace(BASE, batch_size=1), ["resnet18"], [1.0], [0], None, "epochs", whole)
 
 
 @pytest.mark.parametrize("images", range(1, 40))
@@ -128,12 +130,21 @@ def test_wrong_seeds_are_refused(text, option):
 
 def test_changed_settings_are_refused_with_the_difference_and_the_same_go_on(tmp_path):
     same = {"epochs": 4, "lr": None}
-    with StudyFolder(tmp_path / "study", same), pytest.raises(DataError, match="another grid is running"):
-        StudyFolder(tmp_path / "study", same)
+    with StudyFolder(tmp_path / "study", same) as folder:
+        with pytest.raises(DataError, match="another grid is running"):
+            StudyFolder(tmp_path / "study", same)
+        leave(folder, "result.json")
     with pytest.raises(UsageError, match="epochs: 4, now 5"):
         StudyFolder(tmp_path / "study", {"epochs": 5, "lr": None})
     with StudyFolder(tmp_path / "study", {"epochs": 4, "lr": None}):
         pass
+
+
+def leave(folder: StudyFolder, name: str) -> None:
+    """Leave a file in a cell's run folder."""
+    run = folder.cell(Cell(BASE, 1000, 10).name)
+    run.mkdir(parents=True)
+    (run / name).write_text("{}")
 
 
 def test_a_folder_with_other_things_is_not_touched(tmp_path):
@@ -147,8 +158,8 @@ def test_a_grid_may_come_after_what_leakage_left_in_its_folder(tmp_path):
     out = tmp_path / "study"
     with StudyFolder(out / LEAKAGE, {"model": "resnet18"}):
         pass
-    with StudyFolder(out, {"epochs": 4}):
-        pass
+    with StudyFolder(out, {"epochs": 4}) as folder:
+        leave(folder, "result.json")
     with pytest.raises(UsageError, match="epochs: 4, now 5"), StudyFolder(out, {"epochs": 5}):
         pass
     with StudyFolder(out / LEAKAGE, {"model": "resnet18"}):

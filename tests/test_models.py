@@ -65,6 +65,7 @@ def test_unknown_model_lists_the_known() -> None:
         ("resnet18", 16, None, "32 px"),
         ("swin_tiny_patch4_window7_224", 96, 64, "fixed"),
         ("test_vit", 40, None, "cannot"),
+        ("vit_small_patch14_dinov2", 448, 224, "256 px"),  # 14 divides both ends of the ramp
     ],
 )
 def test_impossible_sizes_are_refused_by_name(name: str, px: int, start: int | None, words: str) -> None:

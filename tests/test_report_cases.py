@@ -55,6 +55,15 @@ def test_equal_steps_are_told_and_few_runs_too(tmp_path):
     assert "interaction cannot be told from the seed" in words(page)
 
 
+def test_seeds_that_meet_several_subsets_are_counted_as_such(tmp_path):
+    out = write_study(tmp_path / "s", fractions=(0.5,), seeds=(0, 1), subset_seeds=(0, 1), lesions=60, resamples=20)
+    one, page = compose_folder(out)
+    text = told(one)
+    assert "8 runs of 2 models" in text and "with 2 seeds and 2 subset seeds" in text
+    assert "(2 seeds and 2 subset seeds: " in text and "4 seeds" not in text
+    assert "4 pairs of runs share 2 " in words(page)
+
+
 def test_a_study_without_spread_says_that_there_is_nothing_to_share_out(tmp_path):
     out = write_study(tmp_path / "s", fractions=(0.5, 1.0), seeds=(0, 1), lesions=60)
     for path in out.glob("cells/*/result.json"):
@@ -111,6 +120,50 @@ def test_runs_of_different_sets_do_not_share_a_report(tmp_path):
     path = out / "cells" / "resnet18_f1_s1_u1" / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shard_set_sha256": "cd" * 32}))
     with pytest.raises(DataError, match="2 different shard sets"):
+        study_data.read(out)
+
+
+def run_folders(out: Path, **runs: Config) -> Path:
+    """A folder of run folders without a grid."""
+    test = made_test_set(np.random.default_rng(2), 60)
+    for name, config in runs.items():
+        write_run(out / name, config, round(2000 * config.fraction), test, resamples=20)
+    return out
+
+
+PLAIN = Config(model="resnet18", resolution=64, epochs=12)
+
+
+def test_run_folders_that_differ_in_model_fraction_seed_and_batch_share_a_report(tmp_path):
+    small = replace(PLAIN, fraction=0.25, batch_size=32)
+    alex = replace(PLAIN, model="alexnet", lr=0.01)
+    out = run_folders(tmp_path, a=PLAIN, b=replace(PLAIN, seed=1), c=small, d=alex)
+    assert len(study_data.read(out).runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"epochs": 30}, "epochs: 12, and 30"),
+        ({"start_resolution": 32}, "start_resolution: None, and 32"),
+        ({"loss": "plain"}, "loss: logit-adjusted, and plain"),
+        ({"weights": "w.safetensors"}, "weights: None, and w.safetensors"),
+        ({"weights": "w.safetensors", "model": "alexnet"}, "weights: None, and of a file"),
+    ],
+    ids=["epochs", "ramp", "loss", "weights", "weights of another model"],
+)
+def test_run_folders_with_different_settings_are_no_seeds_of_each_other(tmp_path, change, told):
+    out = run_folders(tmp_path, one=PLAIN, two=replace(PLAIN, seed=1, **change))
+    with pytest.raises(DataError, match=rf"one and two were trained with different settings \({told}\).*apart"):
+        study_data.read(out)
+
+
+def test_the_same_cell_twice_is_refused_and_models_may_have_weights_of_their_own(tmp_path):
+    tuned = replace(PLAIN, weights="a.safetensors")
+    out = run_folders(tmp_path, a=tuned, b=replace(tuned, model="alexnet", weights="b.safetensors"))
+    assert len(study_data.read(out).runs) == 2
+    run_folders(tmp_path, c=tuned)
+    with pytest.raises(DataError, match="a and c are both resnet18 on fraction 1 with seed 0 and subset seed 0"):
         study_data.read(out)
 
 

@@ -217,6 +217,29 @@ def test_a_damaged_record_of_decisions_has_them_taken_anew(
     }
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_with_a_checkpoint_too_decisions_are_kept_only_where_they_were_taken(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    config, out, threads = small(tiny_shards, epochs=1), tmp_path / "run", torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)  # as torchrun, which gives each process one
+        with pytest.raises(Stopped):
+            train_once(config, out, stop=at(2, lambda: True))
+        torch.set_num_threads(threads)
+        environment = json.loads((out / "environment.json").read_text())
+        (out / "environment.json").write_text(json.dumps(environment | {"world_size": world_size}))
+        if world_size == 2:  # decided anew it may be fp16, of whose scaler the checkpoint holds nothing
+            monkeypatch.setattr(devices, "scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0))
+        taken = train_once(config, out, resume=True)["decisions"]
+        assert taken["threads"]["value"] == str(threads + (world_size == 1))
+        assert (taken == environment["decisions"]) == (world_size == 1)
+        log = (out / "log.txt").read_text().split("going on at step")[1]
+        assert f"threads: {taken['threads']['value']} ({taken['threads']['reason']})" in log
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ------------------------------------------------------------------ the checkpoint
 
 

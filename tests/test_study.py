@@ -122,6 +122,35 @@ def test_all_models_against_each_other_are_the_single_differences_over_shared_se
     assert model_differences({}) == []
 
 
+@pytest.mark.parametrize(("shared", "what"), [(1, "subset seeds"), (0, "seeds")])
+def test_crossed_runs_are_no_surer_than_the_subsets_or_seeds_that_they_share(shared, what):
+    """Nine runs that are three, each three times, say exactly what the three say."""
+    three = {
+        model: [make_ready(predictions(skill, 10 * j + i, lesions=80), **PRIORS) for i, skill in enumerate(skills)]
+        for j, (model, skills) in enumerate([("a", (1.2, 1.5, 1.8)), ("b", (1.0, 1.1, 0.9))])
+    }
+    keys = [(seed, subset) for seed in range(3) for subset in range(3)]
+    crossed = {model: {key: runs[key[shared]] for key in keys} for model, runs in three.items()}
+    alone = {model: {(i, i): run for i, run in enumerate(runs)} for model, runs in three.items()}
+    (nine,), (few,) = (model_differences(runs, resamples=100) for runs in (crossed, alone))
+    for name, cell in nine["metrics"].items():
+        expected = few["metrics"][name]
+        assert cell["runs"] == 9 and cell["p"] == pytest.approx(expected["p"]), name
+        assert cell["difference"] == pytest.approx(expected["difference"])
+        assert cell["note"] == f"9 pairs of runs share 3 {what} and count as 3 independent ones"
+        assert expected["note"] == ""
+
+
+def test_on_one_subset_the_seeds_are_independent():
+    sides = {
+        model: [make_ready(predictions(1.0 + 0.2 * i, 5 * j + i, lesions=80), **PRIORS) for i in range(3)]
+        for j, model in enumerate("ab")
+    }
+    keyed = {model: {(seed, 0): run for seed, run in enumerate(runs)} for model, runs in sides.items()}
+    (one,) = model_differences(keyed, resamples=50)
+    assert one["metrics"] == model_difference(sides["a"], sides["b"], resamples=50)
+
+
 def test_runs_on_different_tests_are_refused():
     table = predictions(1.0)
     run = make_ready(table, **PRIORS)
@@ -195,6 +224,14 @@ def test_subsets_that_move_all_sizes_together_are_noticed():
     table = study_table(shared=0.02)
     told = learning_curve(table[table["model"] == "alexnet"], "balanced_accuracy", resamples=50)
     assert any("the intervals are too narrow" in note for note in told["notes"])
+
+
+def test_a_curve_whose_form_does_not_fit_is_noted():
+    table = study_table()
+    jump = np.where(table["n_train"] < 500, 0.3, 0.7) + 0.005 * np.random.default_rng(0).normal(size=len(table))
+    jumping = table.assign(balanced_accuracy=jump)
+    told = learning_curve(jumping[table["model"] == "alexnet"], "balanced_accuracy", resamples=50)
+    assert any("its form does not fit" in note and "p < 0.001" in note for note in told["notes"])
 
 
 def test_few_sizes_give_points_and_a_reason_but_no_curve():

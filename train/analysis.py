@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import DataError
+from train.config import Config, resolution_of
 from train.leakage import RESULT
 from train.results import read_json
 from train.study_data import Run, Study
@@ -108,7 +109,8 @@ def _compare(found: Analysis, resamples: int) -> None:
 def _sizes(study: Study, model: str) -> list[Size]:
     sizes = []
     for fraction in sorted({run.row["fraction"] for run in study.of(model)}):
-        rows = [run.row for run in study.of(model, fraction)]
+        runs = study.of(model, fraction)
+        rows = [run.row for run in runs]
         known = {m: [row[m] for row in rows if row[m] is not None] for m in METRICS}
         sizes.append(
             Size(
@@ -120,15 +122,21 @@ def _sizes(study: Study, model: str) -> list[Size]:
                 low={m: min(v) if v else None for m, v in known.items()},
                 high={m: max(v) if v else None for m, v in known.items()},
                 train_s=float(np.mean([row["train_s"] for row in rows])),
-                training_flops=float(np.mean([training_flops(row) for row in rows])),
+                training_flops=float(np.mean([training_flops(run) for run in runs])),
             )
         )
     return sizes
 
 
-def training_flops(row: dict[str, Any]) -> float:
-    """Floating point operations of a run's training, from its row: three forward passes for each image seen."""
-    return TRAINING_PASSES * row["flops_per_image"] * row["steps"] * row["batch_size"]
+def training_flops(run: Run) -> float:
+    """Floating point operations of a run's training: three forward passes for each image, at the size it was seen at.
+
+    A pass costs about as its pixels: with a ramp of resolutions, the epochs' mean share of the full size's.
+    """
+    row, full = run.row, run.config["resolution"]
+    ramp = Config(row["model"], resolution=full, start_resolution=run.config.get("start_resolution"))
+    share = np.mean([(resolution_of(ramp, epoch, row["epochs"]) / full) ** 2 for epoch in range(row["epochs"])])
+    return TRAINING_PASSES * row["flops_per_image"] * row["steps"] * row["batch_size"] * float(share)
 
 
 # ------------------------------------------------------------------ tables pooled over the seeds

@@ -205,7 +205,10 @@ def interval(
     if kind == "bca":
         z0, a = bend(flat, middle)
         shifted = z0 + t.ppf(levels, freedom)
-        levels = ndtr(z0 + shifted / (1 - a * shifted))
+        # Past the pole of the correction its sign would turn, and both ends run to the same extreme: at 1 or 2 degrees
+        # of freedom t is so far out. The end is the outermost replicate there.
+        left = 1 - a * shifted
+        levels = ndtr(z0 + np.divide(shifted, left, out=np.copysign(np.inf, shifted), where=left > 0))
     ordered, counts = np.sort(flat, axis=0), (~np.isnan(flat)).sum(axis=0)
     low, high = (_quantiles(ordered, counts, level) for level in levels)
     if kind == "basic":

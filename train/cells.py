@@ -107,6 +107,14 @@ def fitting_batch(batch_size: int, images: int) -> int:
     return batch_size if batch_size <= images else 1 << (images.bit_length() - 1)
 
 
+def check_batch(batch_size: int) -> None:
+    """Raise UsageError for a batch that no model with batch norm can be trained on."""
+    if batch_size < LEAST_BATCH:
+        raise UsageError(
+            f"--batch-size {batch_size}: batch norm needs {LEAST_BATCH} images; choose {LEAST_BATCH} or more"
+        )
+
+
 def plan(
     base: Config,
     models: Sequence[str],
@@ -122,8 +130,10 @@ def plan(
     that `base.epochs` need on the whole training split (or `base.steps`), and is evaluated about as often on the way:
     its epochs are short, and an evaluation after each would take longer than the training. count: (fraction, subset
     seed) → training images. Large fractions come first because they fail first where memory is short, and tell the most
-    about the time that is left. Raises UsageError where a fraction leaves too few images to train on.
+    about the time that is left. Raises UsageError for too small a batch, and where a fraction leaves too few
+    images to train on.
     """
+    check_batch(base.batch_size)
     if budget not in BUDGETS:
         raise UsageError(f"--budget '{budget}' is unknown: use one of {', '.join(BUDGETS)}")
     whole = count(1.0, seeds[0] if subset_seeds is None else subset_seeds[0])
@@ -134,9 +144,9 @@ def plan(
         for fraction in sorted(fractions, reverse=True):
             for seed, subset_seed in seed_pairs(fraction, seeds, subset_seeds):
                 images = count(fraction, subset_seed)
-                batch = fitting_batch(base.batch_size, images)
-                if batch < LEAST_BATCH:
+                if images < LEAST_BATCH:
                     raise UsageError(f"--fractions {fraction:g} leaves {images} training image: choose a larger one")
+                batch = fitting_batch(base.batch_size, images)
                 note = "" if batch == base.batch_size else (
                     f"batch size {base.batch_size} → {batch}: the fraction holds {images} images"
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What depends on the device: the only file of train/ that names CUDA, so that CPU tests run every other line."""
+"""What depends on the device: the only file of train/ with lines for CUDA, so that CPU tests run every other one."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Decision:
-    """What was taken, and why: kept in the log, the run record and the checkpoint."""
+    """What was taken, and why: kept in the log and the run record."""
 
     value: str
     reason: str
@@ -80,6 +80,20 @@ def environment(device: torch.device) -> dict[str, Any]:
 def process_group_backend(device: torch.device) -> str:
     """Gloo for tensors on the CPU (flags, predictions) and, on a GPU, NCCL for the gradients."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def own_gpu(device: torch.device) -> list[int] | None:
+    """The `device_ids` of DistributedDataParallel: this process's GPU, None on a CPU."""
+    return [device.index] if device.type == "cuda" else None
+
+
+def synced_batch_norm(model: nn.Module, device: torch.device) -> nn.Module | None:
+    """`model` with PyTorch's own batch norm over all processes, which needs a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from timm.layers.norm_act import convert_sync_batchnorm  # also those of timm that hold an activation
+
+    return convert_sync_batchnorm(model)
 
 
 # ------------------------------------------------------------------ precision

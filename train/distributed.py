@@ -47,7 +47,7 @@ class World:
         """A model whose gradients are averaged over the ranks after each backward pass."""
         if self.size == 1:
             return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
+        ids = devices.own_gpu(self.device)
         parallel = nn.parallel.DistributedDataParallel
         # buffers (running means) matter to evaluation only: `same_buffers` sends them once before it
         known = inspect.signature(parallel).parameters
@@ -224,10 +224,9 @@ def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     kinds = {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if not kinds:
         raise UsageError("--sync-batch-norm: this model has no batch norm; leave the option out")
-    if device.type == "cuda":
-        from timm.layers.norm_act import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(model)
+    on_gpu = devices.synced_batch_norm(model, device)
+    if on_gpu is not None:
+        return on_gpu
     if kinds != {nn.BatchNorm2d}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise UsageError(f"--sync-batch-norm on a CPU: plain BatchNorm2d only, and this model has {names}")

@@ -244,7 +244,8 @@ def cost(found: Analysis, metric: str = METRICS[0]) -> Figure:
     caption = (
         "Each marker is the mean of one model's runs on one fraction, bars span the seeds, lines join its "
         "fractions from small to large. Left: seconds of training as measured. Right: three forward "
-        "passes for each image seen, which does not depend on the machine. Up and to the left is better."
+        "passes for each image seen, at the size it was seen at, which does not depend on the machine. Up and to the "
+        "left is better."
     )
     head = ("model", "training images", "mean", "training time", "training FLOPs")
     rows = [

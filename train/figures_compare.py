@@ -41,6 +41,7 @@ def forest(found: Analysis, metric: str) -> Figure | None:
         "training lesions; bars are 95 % intervals from a paired bootstrap over lesions"
         + (" and the spread of the seeds" if seeds else "; with one seed they speak of these trained networks only")
         + ". Squares: p under 0.05 after Holm's correction for all pairs; circles: not told apart."
+        + "".join(f" Note: {note}." for note in dict.fromkeys(cell["note"] for cell in cells) if note)
     )
     table = Table(("models", "difference (95 %)", "p", "p, Holm", "pairs of runs"), rows)
     return Figure(

@@ -8,6 +8,7 @@ from train.analysis import METRICS, Analysis, Size, best_model
 from train.figures import between, percent, points, score
 from train.figures_compare import clear, p_value, share
 from train.findings_trust import count, listed
+from train.study_data import Run
 
 FEW = 3
 """Up to so many models are each described in words; of more, the best is, and the others in a table."""
@@ -34,12 +35,11 @@ def _done(found: Analysis) -> Iterator[str]:
     study = found.study
     test = study.runs[0].result["test"]
     sizes = sorted({run.row["n_train"] for run in study.runs})
-    seeds = {run.key for run in study.runs}
     span = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
     lesions = f" of {test['lesions']:,} lesions" if test["lesions"] is not None else ""
     yield (
         f"{count(len(study.runs), 'run')} of {count(len(study.models), 'model')} ({listed(study.models)}) on {span} "
-        f"training images, with {count(len(seeds), 'seed')}, tested on {test['images']:,} images{lesions}."
+        f"training images, with {_seeds(study.runs)}, tested on {test['images']:,} images{lesions}."
     )
     budget = (study.settings or {}).get("budget")
     if budget == "epochs" and len(sizes) > 1:
@@ -54,6 +54,14 @@ def _done(found: Analysis) -> Iterator[str]:
         )
     if study.failed:
         yield f"{count(len(study.failed), 'cell')} failed and missing below, listed at the end."
+
+
+def _seeds(runs: list[Run]) -> str:
+    """`3 seeds`, or `3 seeds and 3 subset seeds` where one seed met several subsets."""
+    keys = {run.key for run in runs}
+    seeds, subsets = ({key[place] for key in keys} for place in (0, 1))
+    told = count(len(seeds), "seed")
+    return told if len(keys) == len(seeds) else f"{told} and {count(len(subsets), 'subset seed')}"
 
 
 def _best(found: Analysis) -> Iterator[str]:
@@ -73,7 +81,7 @@ def _best(found: Analysis) -> Iterator[str]:
         highs = [cell["high"] for cell in cells if cell["high"] is not None]
         yield (
             f"{best} reaches a mean balanced accuracy of {score(metric, size.mean[metric])} with {size.n:,.0f} images "
-            f"({size.seeds} seeds: {score(metric, size.low[metric])} to {score(metric, size.high[metric])})."
+            f"({_seeds(runs)}: {score(metric, size.low[metric])} to {score(metric, size.high[metric])})."
         )
         if lows:
             yield (

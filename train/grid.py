@@ -18,6 +18,8 @@ from train.cells import BUDGETS, EIGHT, FRACTIONS
 from train.options import training_options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from shards.shardset import ShardSet
     from train.cells import Cell
     from train.config import Config
@@ -80,6 +82,7 @@ def main(
 
     names = parse_models(models)
     base = Config(model=names[0], **options)
+    check(names, base)
     with ShardSet(base.data) as data:
         cells = plan(
             base,
@@ -90,7 +93,6 @@ def main(
             budget,
             lambda fraction, seed: len(data.select("train", fraction, seed)),
         )
-        _check(names, base)
         study = settings(base, budget, data)
     with StudyFolder(out, study) as folder:
         return run(cells, folder, base.device, keep)
@@ -105,15 +107,27 @@ def settings(base: "Config", budget: str, data: "ShardSet") -> dict[str, Any]:
     return shared | {"budget": budget, "shard_set": data.manifest.index_sha256, "split_unit": split.get("unit")}
 
 
-def _check(names: list[str], base: "Config") -> None:
-    """Raise UsageError for an unknown model or an impossible resolution, before anything is written."""
+def check(names: "Sequence[str]", base: "Config") -> None:
+    """Refuse, before anything is written, what would fail every cell.
+
+    Raises UsageError for an unknown model, an impossible resolution, a device that is not there or a precision that it
+    cannot compute in, DataError for weights that cannot be read.
+    """
     every_one_fits = base.resolution >= 64 and base.resolution % 32 == 0 and base.start_resolution is None
-    if every_one_fits and all(name in EIGHT for name in names):
+    known = every_one_fits and all(name in EIGHT for name in names)
+    everywhere = base.device in ("auto", "cpu") and base.precision in ("auto", "fp32")
+    if known and everywhere and base.weights is None:
         return  # and torch, which takes seconds, stays out of this process
+    from train import device as devices
     from train import models
+    from train.weights import read_weights
 
     for name in names:
         models.check_resolution(name, base.resolution, base.start_resolution)
+    if not everywhere:
+        devices.precision(devices.choose(base.device), base.precision)
+    if base.weights is not None:
+        read_weights(Path(base.weights))
 
 
 def run(cells: "list[Cell]", folder: "StudyFolder", device: str, keep: str = "weights") -> int:

@@ -37,13 +37,15 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
     from dataclasses import replace
 
     from shards.shardset import ShardSet
-    from train.cells import Cell, fitting_batch, parse_seeds
+    from train.cells import Cell, check_batch, fitting_batch, parse_seeds
     from train.config import Config
-    from train.grid import run, settings
+    from train.grid import check, run, settings
     from train.study_folder import StudyFolder
 
     base = Config(model=model, **options)
     numbers = parse_seeds(seeds, "--seeds")
+    check([model], base)
+    check_batch(base.batch_size)
     with ShardSet(base.data) as data:
         if data.manifest.split.get("unit") != "image":
             raise DataError(

@@ -97,9 +97,9 @@ def _train(
         nonlocal folder
         folder = stack.enter_context(RunFolder(out, config, resume))
         result, state = read_result(out), checkpoint.load(out)
-        # a run that was killed before its first checkpoint keeps to its decisions too: others may give other bits
+        # from the record: it is there before the first checkpoint, and tells on which machine they were taken
         here = environment(selections["train"].data, devices.environment(device), {}, world.size)
-        return result, state, state["decisions"] if state else read_decisions(out, here)
+        return result, state, read_decisions(out, here)
 
     result, state, kept = world.from_first(open_folder)
     if result is not None:

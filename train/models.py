@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UsageError
+from train.config import RAMP_STEP_PX
 from train.head import InputHead
 from train.weights import Norm, Weights, downloading, first_line, load_fitting, read_weights
 
@@ -106,8 +107,8 @@ def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
                     f"use {max(size // known.multiple_px, 1) * known.multiple_px}"
                 )
         return
-    for size in {px, least}:
-        body = _skeleton(name, px).eval()
+    body = _skeleton(name, px).eval()
+    for size in (*range(least, px, RAMP_STEP_PX), px):  # 14 px divide both 224 and 448 and no size between
         try:
             body(torch.empty(1, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError, ValueError) as error:

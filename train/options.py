@@ -1,4 +1,4 @@
-"""The options of training that `train.run` and `train.grid` share. Each is a field of `train.config.Config`."""
+"""The options of training that `train.run`, `train.grid` and `train.leakage` share: fields of `train.config.Config`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,6 @@ _OPTIONS = (
     click.option("--engine", default="auto", help="Loader: auto, native, dali or resident."),
     click.option("--pretrained", is_flag=True, help="Start from ImageNet weights (downloaded once)."),
     click.option("--weights", type=click.Path(), help="Start from the weights in this file (.safetensors or .pt)."),
-    click.option("--sync-batch-norm", is_flag=True, help="Batch norm over all processes of the job."),
     click.option("--eval-epochs", default=1, help="Epochs from one evaluation on the validation split to the next."),
     click.option("--checkpoint-s", default=60.0, help="Least seconds between two checkpoints; 0: after every step."),
 )

@@ -25,7 +25,7 @@ from shards.plan import Augment, evaluation_plan
 from train import device as devices
 from train.calibration import at_prior, check_prior, softmax
 from train.images import Picture
-from train.record import CONFIG, WEIGHTS
+from train.record import CONFIG, RESULT, WEIGHTS
 from train.resnet import LAYERS, ResNet
 from train.weights import read_weights
 
@@ -72,9 +72,7 @@ def read_about(run: Path) -> About:
 
     path = run / WEIGHTS
     if not path.is_file():
-        unfinished = (run / CONFIG).is_file()
-        what = "this run is not finished; go on with --resume" if unfinished else "not a run folder"
-        raise DataError(f"{run}: {what} (no {WEIGHTS})")
+        raise DataError(f"{run}: {_why_without_weights(run)} (no {WEIGHTS})")
     try:
         with safe_open(path, framework="pt") as file:
             raw: dict[str, str] = file.metadata() or {}
@@ -97,6 +95,16 @@ def read_about(run: Path) -> About:
         raise DataError(f"{path}: does not say its {error.args[0]}; train the run again with this release") from None
     except (TypeError, ValueError, UsageError) as error:
         raise DataError(f"{path}: its description is damaged ({error})") from None
+
+
+def _why_without_weights(run: Path) -> str:
+    """Why a folder holds no weights, and what to do."""
+    if (run / RESULT).is_file():
+        return (
+            "the weights of this finished run were not kept (`--keep results`); to have them, delete this folder and "
+            "start the grid again with --keep weights, which trains this cell anew"
+        )
+    return "this run is not finished; go on with --resume" if (run / CONFIG).is_file() else "not a run folder"
 
 
 def load_network(run: Path, about: About) -> "Classifier":

@@ -94,7 +94,6 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it. The model's names are plain: neither the compiler's nor DDP's prefix."""
         return {
-            "decisions": {name: (taken.value, taken.reason) for name, taken in self.decided.items()},
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -106,7 +105,8 @@ class Run:
         """Put back what `state` gave."""
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16 before, which a new decision may have changed
+            self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.net.load_state_dict(state["average"])
         self.loaders["train"].load_state_dict(state["loader"])
@@ -143,7 +143,7 @@ def prepare(
     kept: dict[str, tuple[str, str]] | None,
     stack: ExitStack,
 ) -> Run:
-    """Build a run, not yet compiled or distributed. kept: the decisions of its earlier start, as `Run.state` has them.
+    """Build a run, not yet compiled or distributed. kept: the decisions of its earlier start, where they still hold.
 
     stack: closes the loaders. Raises UsageError or DataError as the parts do.
     """

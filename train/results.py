@@ -8,7 +8,7 @@ from typing import Any
 
 from shards.errors import DataError
 from shards.writer import write_durably
-from train.record import CONFIG, ENVIRONMENT, read_result
+from train.record import CONFIG, read_result
 from train.study_folder import CELLS, read_journal
 
 RESULTS = "results.csv"
@@ -114,11 +114,6 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     names = {path.name for path in (folder / CELLS).iterdir() if path.is_dir()} if (folder / CELLS).is_dir() else set()
     found = {name: read_row(folder, name, journal.get(name)) for name in sorted(names | set(journal))}
     return {name: row for name, row in found.items() if row is not None}
-
-
-def read_environment(folder: Path, name: str) -> dict[str, Any]:
-    """The environment.json of a cell. Raises DataError where it is missing or damaged."""
-    return read_json(folder / CELLS / name / ENVIRONMENT)
 
 
 def write_table(folder: Path, rows: dict[str, dict[str, Any]]) -> None:

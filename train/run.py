@@ -28,6 +28,7 @@ _STARTED = time.perf_counter()
 @click.option("--seed", default=0, help="Seed of weights, order and augmentation.")
 @click.option("--subset-seed", default=0, help="Which lesions a fraction holds.")
 @training_options
+@click.option("--sync-batch-norm", is_flag=True, help="Batch norm over all processes of the job.")
 @click.option("--resume", is_flag=True, help="Go on from the run folder's checkpoint, if it has one.")
 def main(out: str | None, resume: bool, **options: Any) -> int:
     """Train and evaluate one model; write everything about it into a run folder.

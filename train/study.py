@@ -128,19 +128,24 @@ def model_difference(
     metrics: Sequence[str] = COMPARED,
     resamples: int = 1000,
     seed: int = 0,
+    keys: Sequence[Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Mean difference of two models over runs paired by seed: as `paired_difference`, with "runs" and "includes_seeds".
+    """Mean difference of two models over runs paired by seed: as `paired_difference`, with "runs", "includes_seeds" and
+    "note", which is empty where there is nothing to say.
 
     first, second: runs of the same seeds in the same order, all on one test set. The variance of the mean is that over
     resampled lesions plus that between the pairs over their number; the interval and p are Student's t with Welch and
-    Satterthwaite's degrees of freedom. One pair: `paired_difference`, and includes_seeds is False.
+    Satterthwaite's degrees of freedom. One pair: `paired_difference`, and includes_seeds is False. keys: (seed, subset
+    seed) of each pair; pairs that share one of them are not independent and count as fewer. None: all are independent.
     """
     if len(first) != len(second) or not first:
         raise DataError(f"{len(first)} and {len(second)} runs: a difference between models needs pairs of equal seeds")
+    if keys is not None and len(keys) != len(first):
+        raise DataError(f"{len(keys)} keys for {len(first)} pairs of runs: a difference between models needs one each")
     _same_test([*first, *second])
     bootstrap = LesionBootstrap(first[0].scores.labels, first[0].lesion_id, resamples=resamples, seed=seed)
     found = replicate([run.scores for run in (*first, *second)], bootstrap)
-    return _of_pairs(found[: len(first)], found[len(first) :], bootstrap, metrics)
+    return _of_pairs(found[: len(first)], found[len(first) :], bootstrap, metrics, keys or range(len(first)))
 
 
 def _of_pairs(
@@ -148,6 +153,7 @@ def _of_pairs(
     second: Sequence[dict[str, Floats]],
     bootstrap: LesionBootstrap,
     metrics: Sequence[str],
+    keys: Sequence[Any],
 ) -> dict[str, dict[str, Any]]:
     """`model_difference` from the replicates of the runs."""
     from scipy.stats import t
@@ -155,14 +161,14 @@ def _of_pairs(
     pairs = len(first)
     if pairs == 1:
         alone = _of_one_pair(first[0], second[0], bootstrap, metrics)
-        return {name: cell | {"runs": 1, "includes_seeds": False} for name, cell in alone.items()}
+        return {name: cell | {"runs": 1, "includes_seeds": False, "note": ""} for name, cell in alone.items()}
     told: dict[str, dict[str, Any]] = {}
     for name in metrics:
         ones, twos = (np.stack([run[name] for run in half]) for half in (first, second))
         gaps = ones - twos  # (pairs, R + 1)
         mean = float(gaps[:, 0].mean())
         by_lesion = float(np.nanvar(gaps[:, 1:].mean(axis=0), ddof=1))
-        by_seed = float(gaps[:, 0].var(ddof=1)) / pairs
+        by_seed, independent, note = _between_pairs(gaps[:, 0], keys)
         whole = by_lesion + by_seed
         cell = {"value": number(mean), "low": None, "high": None}
         p = None
@@ -171,7 +177,7 @@ def _of_pairs(
             if name == "balanced_accuracy":
                 recalls = [np.stack([run["recall"] for run in half]).mean(axis=0) for half in (first, second)]
                 freed = mean_freedom(recalls[0] - recalls[1], bootstrap)
-            freedom = pooled_freedom(np.array([by_lesion, by_seed]), np.array([freed, pairs - 1]))
+            freedom = pooled_freedom(np.array([by_lesion, by_seed]), np.array([freed, independent - 1]))
             reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * np.sqrt(whole)
             cell |= {"low": number(max(mean - reach, -1.0)), "high": number(min(mean + reach, 1.0))}
             p = number(float(2 * t.sf(abs(mean) / np.sqrt(whole), freedom))) if whole > 0 else float(mean == 0)
@@ -182,8 +188,32 @@ def _of_pairs(
             "p": p,
             "runs": pairs,
             "includes_seeds": True,
+            "note": note,
         }
     return told
+
+
+def _between_pairs(gaps: Floats, keys: Sequence[Any]) -> tuple[float, int, str]:
+    """The variance of the mean of (pairs,) differences from their spread, from how many independent ones it is, a note.
+
+    keys: of each pair. Where (seed, subset seed) are crossed, nine pairs may share three subsets: their variance over
+    nine would take what all runs of a subset share for chance that averages out. The means by subset seed, or by seed,
+    are independent in what they do not share; the larger of both variances is taken, as neither part is known.
+    """
+    ways = [(float(gaps.var(ddof=1)) / gaps.size, gaps.size, "")]
+    if all(isinstance(key, tuple) and len(key) == 2 for key in keys):
+        crossed = []
+        for place, what in ((1, "subset seeds"), (0, "seeds")):
+            shared = np.array([key[place] for key in keys])
+            groups = [gaps[shared == one] for one in np.unique(shared)]
+            if len(groups) > 1:  # one group has no spread: what all runs share is then no part of the difference
+                variance = float(np.var([group.mean() for group in groups], ddof=1)) / len(groups)
+                note = (
+                    f"{gaps.size} pairs of runs share {len(groups)} {what} and count as {len(groups)} independent ones"
+                )
+                crossed.append((variance, len(groups), note if len(groups) < gaps.size else ""))
+        ways = crossed or ways
+    return max(ways, key=lambda way: way[0])
 
 
 def model_differences(
@@ -195,8 +225,9 @@ def model_differences(
 ) -> list[dict[str, Any]]:
     """`model_difference` for every two models that share a seed. Each run is measured once.
 
-    runs: by model, then by seed (anything that pairs runs). Returns {"first", "second", "metrics"} for each two, in the
-    order of `runs`. Raises DataError unless all were tested on the same images.
+    runs: by model, then by (seed, subset seed), of which pairs may share one, or by anything else that pairs runs and
+    is independent. Returns {"first", "second", "metrics"} for each two, in the order of `runs`. Raises DataError unless
+    all were tested on the same images.
     """
     every = [run for by_seed in runs.values() for run in by_seed.values()]
     if not every:
@@ -210,7 +241,7 @@ def model_differences(
         shared = [key for key in found[first] if key in found[second]]
         if shared:
             halves = [[found[model][key] for key in shared] for model in (first, second)]
-            cells = _of_pairs(halves[0], halves[1], bootstrap, metrics)
+            cells = _of_pairs(halves[0], halves[1], bootstrap, metrics, shared)
             told.append({"first": first, "second": second, "metrics": cells})
     return told
 
@@ -246,7 +277,7 @@ def learning_curve(runs: "pd.DataFrame", metric: str, *, resamples: int = 1000, 
         "hold_out": hold_out_largest(n, y, resamples=resamples, seed=seed),
         "band": band,
         "points": [{"n": float(a), "value": float(b), "seed": s} for a, b, s in zip(n, y, seeds, strict=True)],
-        "notes": [*curve.reasons, *_shared_subsets(rows, curve, n, y)],
+        "notes": [*curve.reasons, *_other_shape(curve), *_shared_subsets(rows, curve, n, y)],
     }
 
 
@@ -261,6 +292,17 @@ def _test_error(rows: "pd.DataFrame", metric: str) -> tuple[Floats, Floats] | No
     logs = np.log(known["n_train"].to_numpy(dtype=np.float64))
     places = np.unique(logs)
     return places, np.array([width[logs == place].mean() for place in places])
+
+
+def _other_shape(curve: LearningCurve) -> list[str]:
+    """A note where the sizes' means lie farther from the curve than the spread of their runs explains."""
+    p = curve.lack_of_fit_p
+    if p is None or p >= 0.05:
+        return []
+    told = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return [
+        f"the means of the sizes lie farther off the curve than chance explains ({told}): its form does not fit them"
+    ]
 
 
 def _shared_subsets(rows: "pd.DataFrame", curve: LearningCurve, n: Floats, y: Floats) -> list[str]:

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from train.study import Tested
 
 
+ALIKE = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "ema")
+"""Settings that change what is learnt, by which runs that a report pools may not differ. Learning rates and batch sizes
+are not among them: they follow the model and the size of the training set."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One finished run: its folder, what its JSON files hold, and its row of results.csv."""
@@ -98,8 +103,8 @@ class Study:
 def read(folder: Path) -> Study:
     """The study, the folder of run folders, or the single run in `folder`.
 
-    Raises DataError where there is none, where nothing is finished, where a file is damaged, or where the runs were
-    tested on different shard sets, whose results cannot stand beside each other.
+    Raises DataError where there is none, where nothing is finished, where a file is damaged, or where the runs cannot
+    stand beside each other: tested on different shard sets, or, without a grid, trained with different settings.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; make a study with `python -m train.grid --out {folder}`")
@@ -124,9 +129,41 @@ def read(folder: Path) -> Study:
             f"{folder}: its runs come from {len(sets)} different shard sets, so their test images differ; "
             "report the runs of each set apart"
         )
+    if settings is None:  # a grid's settings differ only where its options say so
+        _refuse_mixed(folder, runs)
     order = {name: i for i, name in enumerate(EIGHT)}
     runs.sort(key=lambda r: (order.get(r.row["model"], len(order)), r.row["model"], r.row["fraction"], r.key))
     return Study(folder, settings, runs, lost)
+
+
+def _refuse_mixed(folder: Path, runs: list[Run]) -> None:
+    """Raise DataError unless plain run folders differ only in what a report compares: no two may be the same cell."""
+    cells: dict[tuple[Any, ...], Run] = {}
+    of_model: dict[str, Run] = {}
+    for run in runs:
+        model, name = run.row["model"], run.folder.name
+        for other in (runs[0], of_model.setdefault(model, run)):
+            apart = _apart(other, run)
+            if apart:
+                raise DataError(
+                    f"{folder}: {other.folder.name} and {name} were trained with different settings "
+                    f"({'; '.join(apart)}), so they are no repeats of each other; report them apart, from two folders"
+                )
+        twin = cells.setdefault((model, run.row["fraction"], *run.key), run)
+        if twin is not run:
+            raise DataError(
+                f"{folder}: {twin.folder.name} and {name} are both {model} on fraction {run.row['fraction']:g} with "
+                f"seed {run.key[0]} and subset seed {run.key[1]}; a report takes one, so move the other elsewhere"
+            )
+
+
+def _apart(one: Run, other: Run) -> list[str]:
+    """The settings by which two runs learn differently, model, fraction and seeds aside: `epochs: 10, and 30`."""
+    settings = [{key: run.config.get(key) for key in (*ALIKE, "weights")} for run in (one, other)]
+    if one.row["model"] != other.row["model"]:  # each model has a file of its own
+        settings = [known | {"weights": "of a file" if known["weights"] else None} for known in settings]
+    mine, theirs = settings
+    return [f"{key}: {mine[key]}, and {theirs[key]}" for key in mine if mine[key] != theirs[key]]
 
 
 def _run(path: Path, entry: dict[str, Any] | None) -> Run:

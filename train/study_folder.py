@@ -8,6 +8,7 @@ logs/         what workers and libraries printed
 import fcntl
 import json
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,8 @@ STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
 LEAKAGE = "leakage"
 """A study of its own inside (see train.leakage), which may be there before the folder's own."""
 VERSION = 1
+_WORTH_KEEPING = ("result.json", "checkpoint.pt")
+"""Files of a cell that hold training: where no cell has one, a study has nothing that other settings would spoil."""
 
 
 def read_study(folder: Path) -> dict[str, Any]:
@@ -55,27 +58,27 @@ def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
     return last
 
 
+def holds_training(folder: Path) -> bool:
+    """Whether any cell of a study has finished or left a checkpoint."""
+    return any(True for name in _WORTH_KEEPING for _ in folder.glob(f"{CELLS}/*/{name}"))
+
+
 class StudyFolder:
     """A study that is being run. A context manager: it holds the folder's lock."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Make the folder for `settings`, or open one that was made with the same.
 
-        Raises UsageError with the difference where the settings changed, DataError where the folder is in use or holds
-        something else.
+        A folder in which nothing was trained yet takes other settings and forgets its failed cells: else a mistyped
+        option, which fails them all, could not be corrected. Raises UsageError with the difference where the settings
+        of a study that holds training changed, DataError where the folder is in use or holds something else.
         """
         self.path = path
         if path.exists() and not path.is_dir():
             raise DataError(f"{path}: is a file; choose a folder with --out")
         held = path.is_dir() and any(e.name != LEAKAGE and not e.name.startswith(".") for e in path.iterdir())
-        if held:
-            old = read_study(path)["settings"]
-            changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
-            if changed:
-                raise UsageError(
-                    f"{path}: this study was started with other settings ({'; '.join(changed)}); keep them, or choose "
-                    "another --out"
-                )
+        old = read_study(path)["settings"] if held else settings
+        changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
         path.mkdir(parents=True, exist_ok=True)
         self._lock: IO[bytes] = (path / ".lock").open("wb")
         try:
@@ -83,7 +86,15 @@ class StudyFolder:
         except OSError:
             self._lock.close()
             raise DataError(f"{path}: another grid is running here; wait for it or choose another --out") from None
-        if not held:
+        if changed and holds_training(path):
+            self._lock.close()
+            raise UsageError(
+                f"{path}: this study was started with other settings ({'; '.join(changed)}); keep them, or choose "
+                "another --out"
+            )
+        if changed:
+            self._forget_cells()  # only with the lock: no other grid can be training them
+        if changed or not held:
             text = json.dumps({"version": VERSION, "settings": settings}, indent=2, ensure_ascii=False)
             write_durably(path / STUDY, text.encode() + b"\n")
         self._journal = (path / JOURNAL).open("ab")
@@ -98,6 +109,12 @@ class StudyFolder:
         """Give the folder back."""
         self._journal.close()
         self._lock.close()
+
+    def _forget_cells(self) -> None:
+        """Delete the folders of cells that came to nothing, which hold the old settings, and what became of them."""
+        if (self.path / CELLS).is_dir():
+            shutil.rmtree(self.path / CELLS)
+        (self.path / JOURNAL).unlink(missing_ok=True)
 
     def cell(self, name: str) -> Path:
         """The run folder of a cell."""

@@ -3,6 +3,7 @@
 Interpreter, imports, shard set, network and compiled code are paid for by the first cell; `Workspace` keeps them.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -68,14 +69,19 @@ class _Voice:
 
     def warn(self, text: str) -> None:
         """Send it to the grid."""
-        self._pipe.send(Warned(text))
+        self._send(Warned(text))
 
     def at(self, phase: str, done: int, total: int) -> None:
         """Send it, four times a second at most."""
         now = time.monotonic()
         if phase != self._phase or now - self._sent >= self.INTERVAL_S:
             self._phase, self._sent = phase, now
-            self._pipe.send(At(phase, done, total))
+            self._send(At(phase, done, total))
+
+    def _send(self, news: At | Warned) -> None:
+        # where the grid has died the run must get as far as asking whether to stop, which writes its checkpoint
+        with contextlib.suppress(OSError):
+            self._pipe.send(news)
 
 
 def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:

@@ -1,0 +1,74 @@
+"""What can go wrong with a grid's options: refused before anything is written, and what is said is true."""
+
+from pathlib import Path
+
+import pytest
+
+from shards.errors import DataError, UsageError
+from tests.test_grid import BASE, leave
+from train import grid, leakage, run
+from train.cells import Cell
+from train.predictor import read_about
+from train.study_folder import StudyFolder, read_journal, read_study
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake that gets as far as the cells is a failure of the test."""
+    monkeypatch.setattr("train.grid.run", lambda *_: pytest.fail("the cells were started"))
+
+
+@pytest.mark.parametrize("command", [grid, leakage])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (("resnt18",), UsageError, "resnt18.*did you mean"),
+        (("vit_b16", "--resolution", "100"), UsageError, "multiples of 16"),
+        (("resnet18", "--device", "cuda:99"), UsageError, "GPU 99"),
+        (("resnet18", "--device", "tpu"), UsageError, "'tpu' is unknown"),
+        (("resnet18", "--device", "cpu", "--precision", "fp16"), UsageError, "fp16: needs a GPU"),
+        (("resnet18", "--weights", "missing.pt"), DataError, "missing.pt: no such file"),
+        (("resnet18", "--batch-size", "1"), UsageError, "--batch-size 1: .* choose 2 or more"),
+    ],
+)
+def test_what_would_fail_every_cell_is_refused_before_anything_is_written(
+    command, arguments, kind, words, tiny_shards, tmp_path
+):
+    option = "--models" if command is grid else "--model"
+    options = [option, *arguments, "--data", str(tiny_shards), "--out", str(tmp_path / "study")]
+    with pytest.raises(kind, match=words):
+        command.main.main(options, standalone_mode=False)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("kept", ["result.json", "checkpoint.pt"])
+def test_a_study_that_trained_nothing_yet_takes_other_settings_and_forgets_its_failed_cells(tmp_path, kept):
+    out, cell = tmp_path / "study", Cell(BASE, 1000, 10)
+    with StudyFolder(out, {"device": "cuda"}) as folder:
+        leave(folder, "config.json")
+        folder.ended(cell, "failed", "no GPU", 1.0)
+        with pytest.raises(DataError, match="another grid is running"):
+            StudyFolder(out, {"device": "cpu"})
+        assert read_journal(out) and folder.cell(cell.name).exists()  # which the other grid is using
+    with StudyFolder(out, {"device": "cpu"}) as folder:
+        assert read_study(out)["settings"] == {"device": "cpu"}
+        assert not read_journal(out) and not folder.cell(cell.name).exists()
+        leave(folder, kept)
+    with pytest.raises(UsageError, match="device: cpu, now cuda"):
+        StudyFolder(out, {"device": "cuda"})
+    assert (folder.cell(cell.name) / kept).exists()
+
+
+def test_batch_norm_over_processes_is_offered_only_where_there_are_several():
+    offering = [c for c in (grid, leakage, run) if "sync_batch_norm" in {option.name for option in c.main.params}]
+    assert offering == [run]
+
+
+def test_weights_that_were_not_kept_are_not_called_those_of_an_unfinished_run(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="not finished; go on with --resume"):
+        read_about(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(DataError, match=r"were not kept .*--keep weights") as error:
+        read_about(tmp_path)
+    assert "not finished" not in str(error.value) and "--resume" not in str(error.value)

@@ -144,7 +144,7 @@ def _consumers(device: torch.device) -> dict[str, Callable[[], AbstractContextMa
 
 def _self_check(selection: Selection, device: torch.device, variant: str) -> Found:
     """The check that `auto` makes in a process of its own, made afresh."""
-    verdicts.cache_file(verdicts.key_of(selection.data, device, variant)).unlink(missing_ok=True)
+    verdicts.cache_file(verdicts.key_of(selection.data, device, variant, selection.samples)).unlink(missing_ok=True)
     passed, reason = selfcheck.check(selection, device, variant)
     return passed, {"reason": reason}
 

@@ -44,7 +44,9 @@ def read_test_source(folder: Path) -> Source:
         source.warnings.append(
             f"the labels of the {NAME} set carry no lesion: intervals on this test split resample images, not lesions"
         )
-    source.about = {"dataset": NAME, "metadata_sha256": sha256_of(table), "known_missing": [NOT_IN_ARCHIVE]}
+    column = "image_id" if by_lesion else "image"
+    known = [NOT_IN_ARCHIVE] if any(row.get(column) == NOT_IN_ARCHIVE for _, row in read_table(table, ())) else []
+    source.about = {"dataset": NAME, "metadata_sha256": sha256_of(table), "known_missing": known}
     return source
 
 

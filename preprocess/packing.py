@@ -140,7 +140,7 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             if rejected:
                 writer.attach(QUARANTINE, quarantine_csv(rejected))
             mean, std = tally.moments()
-            split = {"ratio": list(settings.ratio), "seed": settings.seed, "unit": settings.unit}
+            split = {"ratio": list(_ratio(settings, test)), "seed": settings.seed, "unit": settings.unit}
             about = tally.about(source) | {"quarantined": len(rejected)}
             manifest = writer.finish(
                 mean=mean,
@@ -172,19 +172,23 @@ def _drop_seen(source: Source, test: Source) -> None:
     test.records = kept
 
 
+def _ratio(settings: Settings, test: Source | None) -> tuple[int, int, int]:
+    """The ratio that `source` is split by: nothing of it goes to the test split where `test` is that split."""
+    return settings.ratio if test is None else (*settings.ratio[:2], 0)
+
+
 def _planned(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
     """Every image with its split, in packed order: train, val, test, each in the order of a keyed hash of the image_id.
 
     The hash mixes the classes, so that a reader that only goes through the tars in order sees all of them early.
     """
-    ratio = settings.ratio if test is None else (*settings.ratio[:2], 0)
     labels = [CLASSES.index(record.dx) for record in source.records]
     by_image = settings.unit == "image"
     lesions = [
         f"image {record.image_id}" if by_image or record.lesion_id is None else record.lesion_id
         for record in source.records
     ]
-    splits = split_lesions(np.array(labels), lesions, ratio, settings.seed).tolist()
+    splits = split_lesions(np.array(labels), lesions, _ratio(settings, test), settings.seed).tolist()
     jobs = [_Job(source, record, split) for record, split in zip(source.records, splits, strict=True)]
     if test is not None:
         jobs += [_Job(test, record, "test") for record in test.records]

@@ -76,12 +76,15 @@ class Source:
 
 
 def quarantine_csv(rejected: Iterable[Rejected]) -> bytes:
-    """quarantine.csv: `image_id,file,reason`, one line for everything that was left out."""
+    """quarantine.csv: `image_id,file,reason`, one line for everything that was left out.
+
+    UTF-8; bytes of a file name that are none stand as `\\udcXX`, so that one such name costs no packing.
+    """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["image_id", "file", "reason"])
     rows.writerows([r.image_id, r.file, r.reason] for r in rejected)
-    return text.getvalue().encode()
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def sha256_of(path: Path) -> str:

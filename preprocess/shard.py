@@ -108,7 +108,7 @@ def main(
     from preprocess.ham10000 import read_source
     from preprocess.isic2018 import read_test_source
     from preprocess.packing import QUARANTINE, Settings, pack
-    from shards.writer import refuse_occupied
+    from shards.place import refuse_occupied
 
     refuse_occupied(out, overwrite)
     raw = read_source(source)

@@ -159,21 +159,24 @@ def _write_lesion(lesion: PlannedLesion, folders: dict[str, Path], seed: int, di
 def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: int) -> list[PlannedLesion]:
     """Write the folder `out`, aside first and renamed when whole; returns what it holds.
 
-    Raises DataError when `out` holds something already, lies inside a file, or another process is writing it;
-    UsageError for too few images.
+    Raises DataError when `out` holds something already, lies inside a file, is the top of a file system, or another
+    process is writing it; UsageError for too few images.
     """
     import cv2
 
     from preprocess.locking import exclusive
     from preprocess.progress import Progress
-    from shards.writer import refuse_inside_file, sync_folder, write_durably
+    from shards.durable import sync_folder, write_durably
+    from shards.place import beside, real_place, refuse_inside_file, refuse_mount
 
+    refuse_mount(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is there already and not empty; choose another --out, or remove it first")
     refuse_inside_file(out)
     lesions = plan(images, seed)
     rows = sorted((row for lesion in lesions for row in lesion.rows), key=lambda row: row["image_id"])
-    aside = out.with_name(f".{out.name}.partial")
+    place = real_place(out)
+    aside = beside(place, "partial")
     with exclusive(aside, f"writing {out}"):
         for left in aside.iterdir():  # by a run that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -194,8 +197,8 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
             write_durably(aside / METADATA[0], ("\n".join(lines) + "\n").encode())
             for part in PARTS:
                 sync_folder(aside / part)
-            aside.rename(out)  # replaces `out` only where that is an empty folder
-            sync_folder(out.parent)
+            aside.rename(place)  # replaces it only where that is an empty folder
+            sync_folder(place.parent)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             if aside.exists():

@@ -4,6 +4,7 @@ Only the last part of a member's name is used, so the worst archive could do no 
 that try more (absolute paths, `..`, links, encryption, bombs) are refused whole before anything is written.
 """
 
+import lzma
 import os
 import shutil
 import stat
@@ -22,6 +23,9 @@ _MOST_TIMES = 200
 """Members that unpack to more than this many times their packed size are refused; real ones stay below 20."""
 _SMALL_BYTES = 1 << 20  # below this, no ratio is suspicious
 _LONGEST_NAME = 200
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError, OSError)
+"""ValueError: a name flagged as UTF-8 that is none, an offset before the file. OSError: bz2 raises it for a damaged
+stream, without the number that those of the system have."""
 
 
 def members(archive: zipfile.ZipFile, name: str, suffix: str) -> dict[str, zipfile.ZipInfo]:
@@ -62,11 +66,13 @@ def members(archive: zipfile.ZipFile, name: str, suffix: str) -> dict[str, zipfi
 
 @contextmanager
 def _opened(archive_path: Path) -> Iterator[zipfile.ZipFile]:
-    """An archive that is read within; what zipfile and zlib say of a damaged one is a DataError with its name."""
+    """An archive that is read within; what zipfile and its decoders raise for a damaged one becomes a DataError."""
     try:
         with zipfile.ZipFile(archive_path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise DataError(f"{archive_path.name}: is damaged or no zip archive ({error})") from None
 
 

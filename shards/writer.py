@@ -1,11 +1,10 @@
 """Writes a shard set: deterministic USTAR tars, their DALI index files, index.parquet, and the manifest last.
 
-Everything is written into a folder beside the final one (`.NAME.partial`), flushed to the disk, and swapped into place
-in one rename, so a crash at any moment leaves either the old set or the new one, whole.
+Everything is written into a folder beside the final one (`.NAME.partial`), flushed to the disk, and swapped into place,
+so a crash at any moment leaves either the old set or the new one, whole. The swap is one step where the file system can
+exchange two names; `place.py` says what a crash leaves where it cannot.
 """
 
-import ctypes
-import errno
 import fcntl
 import json
 import os
@@ -14,11 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
-from shards.durable import sync_folder, write_durably
+from shards.durable import sync_folder as sync_folder
+from shards.durable import write_durably
 from shards.errors import DataError, UsageError
 from shards.format import (
     CLASSES,
@@ -30,6 +30,7 @@ from shards.format import (
     ShardInfo,
 )
 from shards.index_file import IndexFile
+from shards.place import beside, real_place, recover, refuse_occupied, swap_into_place
 from shards.tar import BLOCK, Shard
 
 _SUFFIX = {"jpg": "jpg", "raw": "npy"}
@@ -51,30 +52,6 @@ class PackedSample:
     metadata: dict[str, Any]
 
 
-def _swap_into_place(new: Path, final: Path) -> None:
-    """Make `new` the folder `final`; an older `final` goes away only after that. Atomic where renameat2 is had."""
-    if not final.exists():
-        new.rename(final)
-        sync_folder(final.parent)
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    exchanged = False
-    if hasattr(libc, "renameat2"):
-        at_fdcwd, rename_exchange = -100, 2
-        code = libc.renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(final), rename_exchange)
-        exchanged = code == 0
-        if not exchanged and ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(final))
-    if exchanged:
-        old = new
-    else:  # a file system without the exchange: two renames; the old set stays whole beside it in between
-        old = final.with_name(f".{final.name}.old")
-        final.rename(old)
-        new.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(old)
-
-
 class ShardSetWriter:
     """Writes samples, in the order they come, to a new shard set. A context manager; without `finish` nothing stays.
 
@@ -86,12 +63,13 @@ class ShardSetWriter:
         """Open `out` for writing.
 
         Raises UsageError when `shard_bytes` is under 1 MiB, DataError when `out` already holds something and
-        `overwrite` is False, or when `out` is a folder that is no shard set, or when another packing to it is running.
+        `overwrite` is False, or when `out` is a folder that is no shard set or cannot be renamed, or when another
+        packing to it is running.
         """
         if shard_bytes < 1 << 20:
             raise UsageError(f"shard size {shard_bytes} bytes is under 1 MiB")
         self.out, self.encode, self.shard_bytes = out, encode, shard_bytes
-        self._partial = out.with_name(f".{out.name}.partial")
+        self._overwrite = overwrite
         self._shard: Shard | None = None
         self._infos: list[ShardInfo] = []
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
@@ -99,21 +77,38 @@ class ShardSetWriter:
         self._seen: set[str] = set()
         self._counts: dict[str, dict[str, int]] = {}
         refuse_occupied(out, overwrite)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = out.with_name(f".{out.name}.lock").open("wb")
+        self._final = real_place(out)
+        self._partial = beside(self._final, "partial")
+        self._lock = self._take_lock()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._lock.fileno()).st_ino != Path(self._lock.name).stat().st_ino:
+            recover(self._final)
+            refuse_occupied(out, overwrite)  # what was recovered is a set too
+            if self._partial.exists():  # left by a packing that was killed
+                shutil.rmtree(self._partial)
+            self._partial.mkdir()
+            self._index = IndexFile(self._partial / INDEX)
+        except BaseException:
+            self._give_lock_back()
+            raise
+
+    def _take_lock(self) -> IO[bytes]:
+        """Be the only one that packs to this place, while the file is open. Raises DataError where another one is."""
+        self._final.parent.mkdir(parents=True, exist_ok=True)
+        lock = beside(self._final, "lock").open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino != Path(lock.name).stat().st_ino:
                 raise BlockingIOError  # the other process removed this file after it was opened here
         except (BlockingIOError, FileNotFoundError):
-            self._lock.close()
+            lock.close()
             raise DataError(
-                f"{out}: another process is packing to this folder; wait for it or choose another"
+                f"{self.out}: another process is packing to this folder; wait for it or choose another"
             ) from None
-        if self._partial.exists():  # left by a packing that was killed
-            shutil.rmtree(self._partial)
-        self._partial.mkdir()
-        self._index = IndexFile(self._partial / INDEX)
+        return lock
+
+    def _give_lock_back(self) -> None:
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
 
     def __enter__(self) -> "ShardSetWriter":
         """Enter the context."""
@@ -127,11 +122,10 @@ class ShardSetWriter:
         self._flusher.shutdown()
         if self._partial.exists():
             shutil.rmtree(self._partial)
-        Path(self._lock.name).unlink(missing_ok=True)
-        self._lock.close()
+        self._give_lock_back()
 
     def attach(self, name: str, content: bytes) -> None:
-        """Put one more file into the folder, beside the shards; it is no part of the format."""
+        """Put one more file into the folder; under a name that FORMAT.md does not have, the set is never replaced."""
         write_durably(self._partial / name, content)
 
     def add(self, sample: PackedSample) -> None:
@@ -195,7 +189,10 @@ class ShardSetWriter:
         licence: str,
         versions: dict[str, str],
     ) -> Manifest:
-        """Close the last shard, write the index and the manifest, and swap the folder into place."""
+        """Close the last shard, write the index and the manifest, and swap the folder into place.
+
+        Raises DataError where nothing was packed, and where others filled the folder meanwhile.
+        """
         if self._shard is None:
             raise DataError("no image was packed: the source is empty, or every image was left out")
         self._end(self._shard)
@@ -218,30 +215,9 @@ class ShardSetWriter:
         if self._flush is not None:
             self._flush.result()
         write_durably(self._partial / MANIFEST, manifest.to_json().encode())
-        _swap_into_place(self._partial, self.out)
+        refuse_occupied(self._final, self._overwrite)  # the folder may have been filled meanwhile
+        swap_into_place(self._partial, self._final)
         return manifest
-
-
-def refuse_inside_file(out: Path) -> None:
-    """Raise DataError where one of the folders that `out` shall lie in is a file."""
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise DataError(f"{out}: cannot be made, because {above} is a file; choose another folder")
-
-
-def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """Raise DataError where `out` cannot become a shard set: a file, a foreign folder, or a set and no `overwrite`."""
-    refuse_inside_file(out)
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DataError(f"{out}: is a file; choose a folder")
-    if not any(out.iterdir()):
-        return
-    if not (out / MANIFEST).exists():
-        raise DataError(f"{out}: holds other files and no shard set; choose an empty or a new folder")
-    if not overwrite:
-        raise DataError(f"{out}: already holds a shard set; add --overwrite to replace it, or choose another folder")
 
 
 def check_image_id(image_id: str) -> None:

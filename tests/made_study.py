@@ -183,6 +183,7 @@ def write_leakage(study: Path) -> dict[str, Any]:
     def gain(value: float) -> dict[str, dict[str, Any]]:
         ends = {"value": value, "low": value - 0.03, "high": value + 0.04}
         cell = {"first": 0.6 + value, "second": 0.6, "difference": ends, "p": 0.01, "runs": 2, "includes_seeds": True}
+        cell["note"] = ""
         return {metric: dict(cell) for metric in COMPARED}
 
     result = {

@@ -1,6 +1,7 @@
 """Raw bytes → payload: damage is seen, pixels are the right ones, and the bytes follow from the arguments alone."""
 
 import io
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -130,6 +131,33 @@ def test_exif_oddities():
     assert exif_orientation(jpeg()[:2] + comment + with_exif(jpeg(), 8)[2:]) == 8
     with pytest.raises(BadImageError, match="EXIF"):
         exif_orientation(jpeg()[:2] + b"\xff\xe1\x00\x0cExif\0\0junk" + jpeg()[2:])
+
+
+def with_table(order: str, *entries: tuple[int, int, int, bytes], count: int | None = None) -> bytes:
+    """A JPEG whose EXIF data are one directory. entries: tag, type, count, value. count: what it says they are."""
+    table = b"".join(struct.pack(f"{order}HHL4s", *entry) for entry in entries)
+    head = struct.pack(f"{order}2sHLH", b"II" if order == "<" else b"MM", 42, 8, count or len(entries))
+    segment = b"Exif\0\0" + head + table + bytes(4)
+    return jpeg()[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + jpeg()[2:]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("kind", "letter"), [(3, "H"), (4, "L"), (8, "h"), (9, "l")])
+def test_the_orientation_is_read_as_pillow_reads_it(order, kind, letter):
+    for orientation in range(1, 10):
+        value = struct.pack(order + letter, orientation).ljust(4, b"\0")
+        data = with_table(order, (0x0100, 4, 1, bytes(4)), (0x0112, kind, 1, value), (0x0128, 3, 1, bytes(4)))
+        pillow = Image.open(io.BytesIO(data)).getexif()[0x0112]
+        assert exif_orientation(data) == (pillow if pillow <= 8 else 1)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_damaged_exif_never_passes_for_upright(order):
+    beyond = (0x010F, 2, 40, struct.pack(f"{order}L", 60_000))  # the maker's name, beyond the segment
+    orientation = (0x0112, 3, 1, struct.pack(f"{order}H2x", 6))
+    assert exif_orientation(with_table(order, beyond, orientation)) == 6
+    with pytest.raises(BadImageError, match=r"damaged EXIF data .3 entries, and room for 1"):
+        exif_orientation(with_table(order, beyond, count=3))
 
 
 def exact_area(image: np.ndarray, height: int, width: int) -> np.ndarray:

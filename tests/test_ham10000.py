@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 from collections import Counter
 
@@ -195,6 +196,12 @@ def test_quarantine_lists_everything(raw):
         (r.image_id, r.file, r.reason) for r in source.rejected
     ]
     assert len(listed) == 2
+
+
+def test_quarantine_lists_a_file_whose_name_is_no_utf8(raw):
+    (raw / PART / os.fsdecode(b"caf\xe9.jpg")).write_bytes(jpeg())
+    (line,) = list(csv.DictReader(io.StringIO(quarantine_csv(read_source(raw).rejected).decode())))
+    assert line["file"] == f"{PART}/caf\\udce9.jpg" and "is not listed" in line["reason"]
 
 
 def test_the_official_metadata(real_images):

@@ -36,6 +36,19 @@ def test_official_test_set(official_test):
     assert source.about["known_missing"] == [NOT_IN_ARCHIVE]
 
 
+@pytest.mark.parametrize("with_lesions", [False, True])
+def test_the_known_image_is_recorded_only_where_the_labels_list_it(official_test, with_lesions):
+    table = [{"image": f"ISIC_003{n:04d}"} | {name: str(float(name == "NV")) for name in ONE_HOT} for n in range(21)]
+    path = next(official_test.glob("*/*.csv"))
+    if with_lesions:
+        path.unlink()
+        path = path.with_suffix(".tab")
+        table = [row | {"image_id": f"ISIC_003{n:04d}"} for n, row in enumerate(rows(21))]
+    write_table(path, table, "\t" if with_lesions else ",")
+    source = read_test_source(official_test)
+    assert len(source.records) == 21 and source.about["known_missing"] == []
+
+
 def test_only_the_known_image_may_be_missing(official_test):
     images = official_test / "ISIC2018_Task3_Test_Images"
     (images / f"{NOT_IN_ARCHIVE}.jpg").write_bytes(jpeg())  # somebody has it: left out all the same

@@ -179,6 +179,15 @@ def test_a_batch_larger_than_the_training_set_is_refused(tiny_shards: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_splits_that_do_not_fit_in_memory_together_are_refused_before_training(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_bytes = 72 * 72 * 96 * 3
+    monkeypatch.setattr("shards.engines.resident.free_bytes", lambda device: int(1.3 * train_bytes))  # train alone fits
+    with pytest.raises(UsageError, match="for 120 images"):
+        train_once(small(tiny_shards, engine="resident"), tmp_path / "run")
+
+
 def test_a_compiler_that_fails_is_replaced_by_eager(
     tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,7 @@ def test_differences_are_those_of_the_engines(shard_sets):
     [
         (python("os.abort()"), "crashed: SIGABRT"),
         (python("os.kill(os.getpid(), 11)"), "crashed: SIGSEGV"),
-        (python("time.sleep(60)"), "hung: no answer in 1 s"),
+        (python("os.kill(os.getpid(), 8)"), "crashed: SIGFPE"),
         (answers({"jpg": {"mean": 9.0, "max": 80.0, "within_4": 0.5}}), "disagreed with native"),
     ],
 )
@@ -101,11 +101,19 @@ def test_whole_image_decode_is_next_where_region_decode_crashes(shard_sets):
     assert reason.startswith("region decode crashed: SIGABRT") and "whole-image decode with a slice agreed" in reason
 
 
-def test_a_failure_that_says_nothing_of_the_decoder_is_not_kept(shard_sets, cache):
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise RuntimeError('CUDA out of memory')", "could not be checked: RuntimeError: CUDA out of memory"),
+        ("os.kill(os.getpid(), 9)", "ended from outside: SIGKILL"),  # as the kernel does where memory ran out
+        ("os.kill(os.getpid(), 15)", "ended from outside: SIGTERM"),
+        ("time.sleep(60)", "hung: no answer in 2 s"),
+    ],
+)
+def test_a_failure_that_says_nothing_of_the_decoder_is_not_kept(shard_sets, cache, code, words):
     selection = shard_sets["jpg"].select("train")
-    child = python("raise RuntimeError('CUDA out of memory')")
-    passed, reason = selfcheck.check(selection, CPU, "region", child=child)
-    assert not passed and "could not be checked: RuntimeError: CUDA out of memory" in reason
+    passed, reason = selfcheck.check(selection, CPU, "region", child=python(code), timeout_s=2)
+    assert not passed and words in reason
     assert not cache.exists()
     assert selfcheck.check(selection, CPU, "region", child=answers(AGREES))[0]
 
@@ -126,6 +134,17 @@ def test_a_verdict_hangs_on_gpu_driver_versions_variant_and_packing(shard_sets, 
     verdicts.keep(verdicts.cache_file(key), key, True, "agreed")
     assert verdicts.read(verdicts.cache_file(key), key) == (True, "agreed")
     assert verdicts.read(verdicts.cache_file(key), others[0]) is None
+
+
+def test_a_verdict_hangs_on_the_encodings_that_were_checked(shard_sets):
+    """Two sets of one write mode, as `smart` with two thresholds makes them."""
+    raw, mixed = shard_sets["raw"], shard_sets["mixed"]
+    assert raw.manifest.encode == mixed.manifest.encode
+    assert verdicts.key_of(raw, CPU, "region") != verdicts.key_of(mixed, CPU, "region")
+    only_raw = np.flatnonzero(mixed.column("encoding") == "raw")
+    assert verdicts.key_of(mixed, CPU, "region", only_raw)["encodings"] == ["raw"]
+    selfcheck.check(raw.select("train"), CPU, "region", child=answers(AGREES))
+    assert not selfcheck.check(mixed.select("train"), CPU, "region", child=python("os.abort()"))[0]
 
 
 def test_a_damaged_or_unwritable_cache_means_another_check(shard_sets, cache, caplog):

@@ -262,6 +262,7 @@ def test_the_official_test_set_becomes_the_test_split(raw, official_test, tmp_pa
     for lesion, dataset, split in zip(*(data.column(n) for n in ("lesion_id", "dataset", "split")), strict=True):
         assert (lesion is None) == (dataset == "isic2018_task3_test") == (split == "test")
     assert data.manifest.split["test_source"] == "ISIC 2018 Task 3 test"
+    assert data.manifest.split["ratio"] == [70, 10, 0]
     assert data.manifest.source["test"]["known_missing"] == ["ISIC_0035068"]
     assert "Codella" in data.manifest.citation and "Tschandl" in data.manifest.citation
 

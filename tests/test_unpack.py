@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from preprocess.unpack import read_only_member
 from shards.errors import DataError
 from tests.download_server import FILES, WHOLE, WHOLE_TEST, Server, run, serving, tree, zip_of
 
@@ -81,6 +82,36 @@ def test_a_hostile_archive_writes_nothing_and_ends_in_one_line(server: Server, t
     assert "\n" not in str(caught.value)
     assert "nothing was unpacked" in str(caught.value)
     assert tree(tmp_path) == ["a/b/out/HAM10000_metadata.csv"]
+
+
+def packed(method: int, name: str, old: bytes, new: bytes) -> bytes:
+    """An archive with one member, and then other bytes in the place of some."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr(name, b"image,NV\n" * 50)
+    assert old in buffer.getvalue()
+    return buffer.getvalue().replace(old, new)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        packed(zipfile.ZIP_STORED, "\u00e9.csv", b"\xc3\xa9", b"\xff\xfe"),
+        packed(zipfile.ZIP_BZIP2, "a.csv", b"BZh9", b"BZx9"),
+        packed(zipfile.ZIP_LZMA, "a.csv", b"\x05\x00\x5d", b"\x05\x00\xff"),
+    ],
+    ids=["a name that is no UTF-8", "bzip2", "lzma"],
+)
+def test_what_other_decoders_say_of_a_damaged_archive_is_one_line(tmp_path: Path, content: bytes) -> None:
+    archive = tmp_path / "labels.zip"
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=r"labels\.zip: is damaged or no zip archive"):
+        read_only_member(archive, ".csv")
+
+
+def test_an_error_of_the_system_is_no_fault_of_the_archive(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_only_member(tmp_path / "absent.zip", ".csv")
 
 
 LABELS = b"image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n"

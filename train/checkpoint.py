@@ -10,8 +10,8 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
+from shards.durable import sync_folder
 from shards.errors import DataError
-from shards.writer import sync_folder
 from train import device as devices
 
 FILE = "checkpoint.pt"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shards import Loader, Selection, ShardSet
+from shards.engines.resident import check_memory
 from shards.errors import UsageError
 from shards.order import rank_slice
 from train import checkpoint, compiling, models
@@ -173,6 +174,8 @@ def prepare(
         )
         stack.callback(loaders[split].close)
         engine = loaders[split].engine_name
+    if engine == "resident":  # each alone may fit, and the test split is decoded after hours of training
+        check_memory(list(selections.values()), str(device))
     length = len(loaders["train"])
     total = config.steps or config.epochs * length
     epochs = math.ceil(total / length)

@@ -75,6 +75,10 @@ class BufferPool:
         self._held.append(self._allocate(shape))
         return self._held[-1]
 
+    def clear(self) -> None:
+        """Let all buffers go; those that somebody uses live on until he lets go of them too."""
+        self._held.clear()
+
 
 class _Scratch:
     """One thread's memory between decoding and the batch, small enough to stay in its core's cache."""
@@ -208,6 +212,7 @@ class NativeEngine:
         return scratch
 
     def close(self) -> None:
-        """Stop the threads. Batches that were handed over stay valid."""
+        """Stop the threads and give the buffers' memory back. Batches that were handed over stay valid."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._buffers.clear()
         self._mapped.clear()

@@ -9,7 +9,7 @@ kernel is not built, differ from them by 1 in about one value of eight. On a CPU
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,24 @@ _CHUNK_BYTES = 64 << 20  # decoded before each copy to a GPU
 _EAGER_PIXELS = 1 << 20  # output pixels at a time where nothing fuses the steps, to stay near the caches
 
 
+def needed_bytes(selection: "Selection") -> int:
+    """What the pixels of a selection take, decoded."""
+    heights, widths = (selection.data.column(name)[selection.samples].astype(np.int64) for name in ("height", "width"))
+    return int((heights * widths).sum()) * 3
+
+
+def check_memory(selections: "Sequence[Selection]", device: str) -> None:
+    """Raise UsageError where `device` has no memory for all these selections at once, saying how much is needed."""
+    needed, free = sum(needed_bytes(selection) for selection in selections), free_bytes(device)
+    if needed > free * (1 - _SPARE):
+        count = sum(len(selection) for selection in selections)
+        raise UsageError(
+            f"engine 'resident' needs {needed / 1e9:.3g} GB on {device} for {count:,} images of "
+            f"{needed / 3 / count:,.0f} px on average, and of the {free / 1e9:.3g} GB free it leaves a tenth to the "
+            "model: use another engine, a smaller fraction, or pack with a smaller --max-resolution"
+        )
+
+
 class ResidentEngine:
     """Holds a selection's pixels on the device: (pixels, 3) uint8, image after image, of whatever sizes."""
 
@@ -53,29 +71,19 @@ class ResidentEngine:
         self._widths = widths
         self._pixels: torch.Tensor | None = None
         self._gather: Callable[..., torch.Tensor] = _gather_in_parts
-        self._check_memory()
+        check_memory([selection], device)
 
     @property
     def needed_bytes(self) -> int:
         """What the pixels take."""
-        return int(self._starts[-1]) * 3
-
-    def _check_memory(self) -> None:
-        free = free_bytes(self.device)
-        if self.needed_bytes > free * (1 - _SPARE):
-            count, mean = len(self.selection), self._starts[-1] / len(self.selection)
-            raise UsageError(
-                f"engine 'resident' needs {self.needed_bytes / 1e9:.3g} GB on {self.device} for {count:,} images of "
-                f"{mean:,.0f} px on average, and of the {free / 1e9:.3g} GB free it leaves a tenth to the model: use "
-                "another engine, a smaller fraction, or pack with a smaller --max-resolution"
-            )
+        return needed_bytes(self.selection)
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. The first run decodes the selection."""
         import torch
 
         if self._pixels is None:
-            self._check_memory()  # again: another engine may have filled it since
+            check_memory([self.selection], self.device)  # again: another engine may have filled it since
             self._pixels = self._load()
             if self.compiled:
                 self._gather = _compiled(self._pixels)

@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 NAMES = {"region": "region decode", "whole": "whole-image decode with a slice"}
 TIMEOUT_S = 180.0  # a process that starts CUDA and loads four batches takes seconds; a cold disk a minute
 _BATCH, _ROUNDS, _RESOLUTION = 64, 4, 224
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+"""Signals that a process brings on itself. Others come from outside, such as SIGKILL where memory ran out."""
 
 
 def best_variant(
@@ -61,9 +63,10 @@ def check(
 ) -> tuple[bool, str]:
     """Whether the variant agrees with the native engine on this device, and how that was found out.
 
-    A verdict on the decoder is kept; a failure of another kind, such as a GPU without free memory, is not.
+    A verdict on the decoder is kept; a failure that may have another cause is not: a GPU without free memory, a signal
+    from outside, no answer in time from a slow disk.
     """
-    key = verdicts.key_of(selection.data, device, variant)
+    key = verdicts.key_of(selection.data, device, variant, selection.samples)
     file = verdicts.cache_file(key)
     kept = verdicts.read(file, key)
     if kept is not None:
@@ -101,13 +104,15 @@ def _ask_child(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return False, f"hung: no answer in {timeout_s:.0f} s", True
+        return False, f"hung: no answer in {timeout_s:.0f} s", False
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         raise
     if process.returncode < 0:
-        return False, f"crashed: {signal.Signals(-process.returncode).name}", True
+        ended_by = signal.Signals(-process.returncode)
+        crashed = ended_by in _CRASHES
+        return False, f"{'crashed' if crashed else 'ended from outside'}: {ended_by.name}", crashed
     if process.returncode > 0:
         last = (errors.strip().splitlines() or ["no message"])[-1]
         return False, f"could not be checked: {last}", False

@@ -16,24 +16,29 @@ def to_device(buffers: Iterable[np.ndarray], device: str) -> Iterator[torch.Tens
     """Copy pinned (n, S, S, 3) uint8 buffers to `device` on a stream of their own; yields (n, 3, S, S) channels-last.
 
     The copy of a batch is started one batch before it is handed over, so that it runs beside the step before. The
-    consumer's stream waits for it on the device; the host never does. A buffer is held until its copy is done.
+    consumer's stream waits for it on the device; the host does only when this ends. A buffer is held until its copy is
+    done.
     """
     copies = torch.cuda.Stream(device)
     busy: deque[tuple[np.ndarray, torch.cuda.Event]] = deque()
     waiting: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-    for buffer in buffers:
-        while busy and busy[0][1].query():
-            busy.popleft()
-        with torch.cuda.stream(copies):
-            images = torch.from_numpy(buffer).to(device, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(copies)
-        busy.append((buffer, done))
-        waiting.append((images, done))
-        if len(waiting) > 1:
+    try:
+        for buffer in buffers:
+            while busy and busy[0][1].query():
+                busy.popleft()
+            with torch.cuda.stream(copies):
+                images = torch.from_numpy(buffer).to(device, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record(copies)
+            busy.append((buffer, done))
+            waiting.append((images, done))
+            if len(waiting) > 1:
+                yield _hand_over(*waiting.popleft(), device)
+        while waiting:
             yield _hand_over(*waiting.popleft(), device)
-    while waiting:
-        yield _hand_over(*waiting.popleft(), device)
+    finally:  # at the end, or where the consumer stops early: the pool may fill these buffers again right after
+        for _, done in busy:
+            done.synchronize()
 
 
 def _hand_over(images: torch.Tensor, done: torch.cuda.Event, device: str) -> torch.Tensor:

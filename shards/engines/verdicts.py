@@ -1,7 +1,7 @@
 """Verdicts of the dali engine's check, kept from run to run.
 
 One file a verdict, named after all that it hangs on: the GPU's model, the driver, the versions of the libraries, the
-graph's variant and how the set is packed. To check again, delete the file.
+graph's variant, how the set is packed and which encodings were checked. To check again, delete the file.
 """
 
 import json
@@ -11,17 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from shards.shardset import ShardSet
 
 _log = logging.getLogger(__name__)
 
-_REVISION = 1  # of what is checked and how: another one makes old verdicts void
+_REVISION = 2  # of what is checked and how: another one makes old verdicts void
 
 
-def key_of(data: "ShardSet", device: "torch.device", variant: str) -> dict[str, Any]:
-    """All that a verdict hangs on."""
+def key_of(
+    data: "ShardSet", device: "torch.device", variant: str, samples: "np.ndarray | None" = None
+) -> dict[str, Any]:
+    """All that a verdict hangs on. samples: those that are checked, all of the set's where None.
+
+    Their encodings count, not the write mode alone: with `smart` or `proportion` a set can be all raw, and what agreed
+    there has not decoded one JPEG.
+    """
     from importlib.metadata import distributions
 
     names = ("nvidia-dali", "nvidia-nvimgcodec", "nvidia-nvjpeg", "torch", "opencv-python-headless")
@@ -30,6 +37,7 @@ def key_of(data: "ShardSet", device: "torch.device", variant: str) -> dict[str, 
         name: next((v for n, v in sorted(found.items()) if f"{n}-".startswith(f"{name}-")), "none") for name in names
     }
     encode = data.manifest.encode
+    encodings = data.column("encoding") if samples is None else data.column("encoding")[samples]
     return {
         "revision": _REVISION,
         "variant": variant,
@@ -37,6 +45,7 @@ def key_of(data: "ShardSet", device: "torch.device", variant: str) -> dict[str, 
         "driver": _driver_version(device),
         "versions": versions,
         "packed": [encode.write_mode, encode.subsampling, encode.restart, encode.max_resolution],
+        "encodings": sorted(set(encodings.tolist())),
     }
 
 

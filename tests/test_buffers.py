@@ -1,0 +1,86 @@
+"""The memory that batches travel in: written again only when nothing reads it any more, and given back at the end."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from shards.engines import Work, transfer
+from shards.engines.native import NativeEngine
+from shards.plan import Augment, training_plan
+
+
+class Copy:
+    """Stands in for the event behind a copy that is not done before somebody waits for it."""
+
+    made: list["Copy"] = []  # noqa: RUF012 (the fixture empties it)
+
+    def __init__(self) -> None:
+        self.done = False
+        self.made.append(self)
+
+    def record(self, stream: object) -> None:
+        """Nothing: the copy goes on."""
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = True
+
+
+@pytest.fixture
+def copies(monkeypatch) -> list[Copy]:
+    """The copies of `to_device`, made without CUDA."""
+    monkeypatch.setattr(Copy, "made", [])
+    monkeypatch.setattr(torch.cuda, "Event", Copy)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(transfer, "_hand_over", lambda images, done, device: images)
+    return Copy.made
+
+
+def buffers(broken: bool = False) -> Iterator[np.ndarray]:
+    for _ in range(4):
+        yield np.zeros((2, 8, 8, 3), np.uint8)
+    if broken:
+        raise ValueError("damaged")
+
+
+def test_copies_are_waited_for_at_the_end(copies):
+    assert len(list(transfer.to_device(buffers(), "cpu"))) == 4
+    assert [copy.done for copy in copies] == [True] * 4
+
+
+def test_copies_are_waited_for_where_the_consumer_stops_early(copies):
+    batches = transfer.to_device(buffers(), "cpu")
+    next(batches)
+    assert [copy.done for copy in copies] == [False] * 2  # meanwhile the host waits for none
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert [copy.done for copy in copies] == [True] * 2
+
+
+def test_copies_are_waited_for_where_loading_fails(copies):
+    with pytest.raises(ValueError, match="damaged"):
+        list(transfer.to_device(buffers(broken=True), "cpu"))
+    assert [copy.done for copy in copies] == [True] * 4
+
+
+def test_a_closed_engine_gives_its_buffers_back_and_batches_stay_valid(shard_sets):
+    data = shard_sets["jpg"]
+    samples = data.select("train").samples[:6]
+    plan = training_plan(0, 0, samples, data.column("height")[samples], data.column("width")[samples], Augment())
+    engine = NativeEngine(data, threads=1)
+    batch, *others = list(engine.run([Work(samples, plan.boxes, plan.symmetry)] * 3, 32))
+    before = batch.clone()
+    held = [weakref.ref(buffer) for buffer in engine._buffers._held]
+    del others
+    assert len(held) == 3
+    engine.close()
+    gc.collect()
+    assert sum(ref() is not None for ref in held) == 1
+    assert torch.equal(batch, before)

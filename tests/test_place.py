@@ -1,0 +1,205 @@
+"""Where a set is put: links, mounted and current folders, what others keep there, and what a crash leaves."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from preprocess import synthetic
+from shards import place
+from shards.durable import write_durably
+from shards.errors import DataError
+from shards.format import EncodeSpec
+from shards.shardset import ShardSet
+from shards.writer import PackedSample, ShardSetWriter
+
+METADATA = dict.fromkeys(["lesion_id", "dx_type", "age", "sex", "localization", "dataset"])
+
+
+def add(writer: ShardSetWriter, images: int = 1) -> None:
+    for number in range(images):
+        writer.add(PackedSample(b"x", "jpg", 1, 1, "train", {"image_id": f"A{number}", "dx": "nv"} | METADATA))
+
+
+def finish(writer: ShardSetWriter) -> None:
+    writer.finish(mean=(0, 0, 0), std=(1, 1, 1), split={}, source={}, citation="", licence="", versions={})
+
+
+def pack(out: Path, images: int = 1, overwrite: bool = False) -> Path:
+    with ShardSetWriter(out, EncodeSpec(), 1 << 20, overwrite) as writer:
+        add(writer, images)
+        finish(writer)
+    return out
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def painted(monkeypatch):
+    """Synthetic folders without their pictures."""
+    monkeypatch.setattr(synthetic, "_write_lesion", lambda lesion, *_: len(lesion.rows))
+
+
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """A file system as NFS is."""
+    monkeypatch.setattr(place, "_exchange", lambda one, other: False)
+
+
+# ------------------------------------------------------------------ links, mounted and current folders
+
+
+def test_a_link_stays_and_the_set_goes_where_it_leads(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "data").mkdir()
+    link = tmp_path / "data" / "shards"
+    link.symlink_to("../scratch/shards")
+    for images in (1, 2, 3):
+        pack(link, images, overwrite=True)
+        assert link.is_symlink() and len(ShardSet(link)) == images
+        assert (names(tmp_path / "data"), names(tmp_path / "scratch")) == (["shards"], ["shards"])
+    with pytest.raises(DataError, match=r"data/shards: already holds a shard set; add --overwrite"):
+        pack(link)
+
+
+def test_a_synthetic_folder_goes_where_a_link_leads(tmp_path, painted):
+    (tmp_path / "scratch").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("scratch")
+    synthetic.write_folder(link, images=40, seed=0, difficulty=0.5, workers=1)
+    assert link.is_symlink() and "HAM10000_metadata.csv" in names(tmp_path / "scratch")
+    assert names(tmp_path) == ["link", "scratch"]
+
+
+@pytest.mark.parametrize("out", ["/", "/proc"])
+def test_the_top_of_a_file_system_is_refused_in_one_line(out):
+    text = f"{out}: is the top of a file system, .*; choose a folder inside it"
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=text):
+            place.refuse_occupied(Path(out), overwrite)
+    with pytest.raises(DataError, match=text):
+        synthetic.write_folder(Path(out), images=40, seed=0, difficulty=0.5, workers=1)
+
+
+def test_a_mounted_folder_is_refused_by_the_name_of_the_link_to_it(tmp_path):
+    (tmp_path / "link").symlink_to("/proc")
+    with pytest.raises(DataError, match=r"link: is the top of a file system"):
+        ShardSetWriter(tmp_path / "link", EncodeSpec(), 1 << 20, overwrite=True)
+    assert names(tmp_path) == ["link"]
+
+
+def test_the_current_folder_is_filled(tmp_path, monkeypatch, painted):
+    for name in ("set", "raw"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "set")
+    pack(Path())
+    monkeypatch.chdir(tmp_path / "raw")
+    synthetic.write_folder(Path(), images=40, seed=0, difficulty=0.5, workers=1)
+    assert len(ShardSet(tmp_path / "set")) == 1 and (tmp_path / "raw" / "HAM10000_metadata.csv").exists()
+    assert names(tmp_path) == ["raw", "set"]
+
+
+# ------------------------------------------------------------------ what others keep there
+
+
+@pytest.mark.parametrize(
+    "manifest", [{"manifest_version": 3, "name": "extension"}, ["index.js"], {"format_version": "1"}, None]
+)
+def test_a_manifest_of_something_else_is_no_reason_to_replace_a_folder(tmp_path, manifest):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "manifest.json").write_text("{" if manifest is None else json.dumps(manifest))
+    (project / "index.html").write_text("precious")
+    with pytest.raises(DataError, match=r"project: holds other files and no shard set"):
+        pack(project, overwrite=True)
+    assert names(project) == ["index.html", "manifest.json"] and names(tmp_path) == ["project"]
+
+
+def test_a_set_that_somebody_keeps_other_files_in_is_not_replaced(tmp_path):
+    out = pack(tmp_path / "set")
+    (out / "quarantine.csv").write_text("image_id,file,reason\n")
+    pack(out, overwrite=True)
+    (out / "thesis").mkdir()
+    with pytest.raises(DataError, match="holds 'thesis', which is no part of a shard set and would be lost"):
+        pack(out, overwrite=True)
+    assert (out / "thesis").is_dir()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path, overwrite):
+    out = tmp_path / "set"
+    with (
+        pytest.raises(DataError, match="holds other files and no shard set"),
+        ShardSetWriter(out, EncodeSpec(), 1 << 20, overwrite) as writer,
+    ):
+        add(writer)
+        out.mkdir()
+        (out / "thesis.txt").write_text("precious")
+        finish(writer)
+    assert (names(tmp_path), names(out)) == (["set"], ["thesis.txt"])
+
+
+# ------------------------------------------------------------------ what a crash leaves
+
+
+def test_a_set_is_replaced_without_the_exchange_too(tmp_path, no_exchange):
+    out = pack(tmp_path / "set")
+    for images in (2, 3):
+        pack(out, images, overwrite=True)
+        assert len(ShardSet(out)) == images and names(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("empty_folder", [False, True])
+def test_a_set_that_a_crash_left_aside_is_put_back(tmp_path, empty_folder):
+    out = pack(tmp_path / "set", 2)
+    out.rename(tmp_path / ".set.old")  # as after the first of the two renames
+    if empty_folder:
+        out.mkdir()
+    with pytest.raises(DataError, match="already holds a shard set; add --overwrite"):
+        pack(out)
+    assert len(ShardSet(out)) == 2 and names(tmp_path) == ["set"]
+
+
+def test_what_a_crash_left_of_an_old_set_is_cleared(tmp_path, no_exchange):
+    out = pack(tmp_path / "set", 2)
+    left = tmp_path / ".set.old"
+    left.mkdir()
+    (left / "shard-00007.tar").touch()
+    pack(out, 3, overwrite=True)
+    assert len(ShardSet(out)) == 3 and names(tmp_path) == ["set"]
+
+
+def test_an_old_set_loses_its_manifest_first(tmp_path, monkeypatch, no_exchange):
+    out = pack(tmp_path / "set")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(place.shutil, "rmtree", killed)
+        pack(out, 2, overwrite=True)
+    assert "manifest.json" not in names(tmp_path / ".set.old")
+    pack(out, 3, overwrite=True)
+    assert len(ShardSet(out)) == 3 and names(tmp_path) == ["set"]
+
+
+def test_what_is_in_the_way_and_no_shard_set_is_left_alone(tmp_path):
+    mine = tmp_path / ".set.old"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"\.set\.old: is in the way of packing to set and no shard set; move it away"):
+        pack(tmp_path / "set")
+    assert names(tmp_path) == [".set.old"] and names(mine) == ["thesis.txt"]
+
+
+def test_a_full_disk_leaves_nothing_aside(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*report\.md'"):
+        write_durably(tmp_path / "report.md", b"x")
+    assert names(tmp_path) == []

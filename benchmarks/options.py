@@ -100,15 +100,17 @@ def images(source: Path) -> Path:
     return inner if inner.is_dir() else source
 
 
-def command_line(work: "Work") -> str:
-    """The command line as a user would type it, without the machine's own paths; what it read is a comment at its end.
+def command_line(work: "Work | None" = None) -> str:
+    """The command line as a user would type it, without the machine's own paths; what `work` reads is a comment at its
+    end.
 
     Raises DataError where the source is not what it should be.
     """
     from benchmarks.forms import described
 
     words = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in sys.argv[1:]]
-    return f"{shlex.join(['python', '-m', 'benchmarks.run', *words])}  # {described(work)}"
+    command = shlex.join(["python", "-m", "benchmarks.run", *words])
+    return command if work is None else f"{command}  # {described(work)}"
 
 
 def kept(out: Path, name: str, models: Collection[str]) -> list["Row"]:

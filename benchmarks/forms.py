@@ -51,16 +51,21 @@ def _key(work: Work) -> str:
     return f"{xxhash.xxh3_64_hexdigest(files.encode())[:8]}-{len(names(work))}"
 
 
-def sized(work: Work, samples: int) -> Work:
+def sized(work: Work, samples: int, *, whole_batches: bool = False) -> Work:
     """The same job on about `samples` samples, whatever the source holds: copies of few originals, or a part of many.
 
-    Raises DataError where the source is not what it should be.
+    whole_batches: as many as fill a batch for every worker. Loaders drop an incomplete batch, some before and some
+    after they have decoded it, some one for each worker. Raises DataError where the source is not what it should be.
     """
-    return replace(work, copies=max(1, samples // len(originals(replace(work, most=None)))), most=samples)
+    count = len(originals(replace(work, most=None)))
+    copies = max(1, samples // count)
+    used, batches = min(count, samples) * copies, work.batch_size * work.workers
+    fitting = used // batches * batches if whole_batches else 0
+    return replace(work, copies=copies, most=samples, samples=fitting or None)
 
 
 def described(work: Work) -> str:
-    """What a job reads, in words: `312 images of originals, 8 times each`; with fewer samples, for whole batches."""
+    """What a job reads, in words: `312 images of originals, 8 times each`, and how many of these samples it uses."""
     count, whole = len(originals(work)), len(names(work))
     times = f", {work.copies} times each" if work.copies > 1 else ""
     fewer = f", of which {whole:,} samples" if whole < count * work.copies else ""
@@ -89,15 +94,10 @@ def originals(work: Work) -> list[tuple[Path, int, dict[str, str]]]:
 
 
 def samples(work: Work) -> list[tuple[str, Path, int, dict[str, str]]]:
-    """Every sample: its name, the original that it is, its label and its row of the metadata.
-
-    As many as fill a batch for every worker: loaders drop an incomplete batch, some before and some after they have
-    decoded it, some one for each worker.
-    """
+    """Every sample: its name, the original that it is, its label and its row of the metadata."""
     of_all = originals(work)
     found = [(f"{path.stem}c{copy}", path, label, row) for copy in range(work.copies) for path, label, row in of_all]
-    whole = work.batch_size * work.workers
-    return found[: max(len(found) // whole * whole, 0) or None]
+    return found[: work.samples]
 
 
 def names(work: Work) -> list[tuple[str, Path, int]]:

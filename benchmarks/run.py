@@ -59,7 +59,7 @@ def loader(
     from preprocess.progress import Progress
 
     systems = chosen(SYSTEMS, only)
-    work = sized(Work(images(source), cache, workers=workers), 624 if quick else 2496)
+    work = sized(Work(images(source), cache, workers=workers), 624 if quick else 2496, whole_batches=True)
     machine = environment(command_line(work))
     rounds = rounds or (6 if quick else 9)
     packed_px = packed_px or ((341,) if quick else (341, 400))

@@ -22,7 +22,8 @@ class Work:
     source: HAM10000-shaped folder of originals. cache: folder for the prepared forms. packed_px: longer side of the
     packed images. resolution_px: side of the images that come out. workers: threads or processes. copies: how many
     times each original stands in the data set, under names of its own, so that an epoch is long enough to time.
-    most: originals that are used, the first by name; None for all. `forms.sized` finds the two.
+    most: originals that are used, the first by name. samples: of all copies, the first that are used. None for all.
+    `forms.sized` finds the three.
     """
 
     source: Path
@@ -33,6 +34,7 @@ class Work:
     workers: int = 2
     copies: int = 8
     most: int | None = None
+    samples: int | None = None
 
 
 Batch = tuple[Any, Any]

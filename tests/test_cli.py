@@ -66,4 +66,5 @@ def test_a_folder_below_a_file_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     assert ended(synthetic.main, monkeypatch, "--out", tmp_path / "file" / "x", "--images", 40) == 1
     errors = capsys.readouterr().err
-    assert errors.startswith(f"error: {tmp_path / 'file'}") and "Not a directory" in errors and errors.count("\n") == 1
+    assert errors.startswith(f"error: {tmp_path / 'file' / 'x'}: ") and "file is a file" in errors
+    assert errors.count("\n") == 1

@@ -100,7 +100,7 @@ def start(run: Path, data: Path | None, device: str) -> Started:
             raise
         session.why_none = str(error)
     _sessions.append(session)
-    threading.Thread(target=_prepare, args=(session,), daemon=True).start()
+    threading.Thread(target=_prepare, args=(session,), name="consult", daemon=True).start()
     about = session.predictor.about
     return Started(about.model, about.prior, about.temperature, about.resolution, credit)
 

@@ -87,7 +87,8 @@ def markdown(results: dict[str, list[Row]]) -> str:
 
 
 def in_words(name: str, rows: Sequence[Row]) -> list[str]:
-    """The main findings of a benchmark as sentences; only what the rows say."""
+    """The main findings of a benchmark as sentences; only what the rows say. Ratios of its first sizes, and those that
+    have a target: the others are in the tables."""
     if name == "training":
         return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows)]
     if name == "stalls":
@@ -97,13 +98,21 @@ def in_words(name: str, rows: Sequence[Row]) -> list[str]:
     if name == "predict":
         return predicting_in_words(rows)
     said = []
-    for row in rows:
+    places = {}
+    for row, size in zip(rows, packed_sizes(rows), strict=True):
         if row.beside and row.value is not None:
+            place = (size, row.resolution_px)
+            places[place] = None
+            if place != next(iter(places)) and not verdict(row):
+                continue
             where = ", ".join(filter(None, (row.packed, f"{row.resolution_px} px" if row.resolution_px else "")))
             meant = f"; {verdict(row)}" if verdict(row) else ""
             said.append(
                 f"{TITLES[name]}: {row.system} is {cell(row)} times {row.beside} ({where or 'all cells'}){meant}."
             )
+    if len(places) > 1:
+        others = ", ".join(f"{size} → {px} px" for size, px in list(places)[1:])
+        said.append(f"{TITLES[name]}: the same for {others} is in the tables.")
     failed = dict.fromkeys((row.system, row.failed) for row in rows if row.failed and not row.beside)
     said += [f"{TITLES[name]}: {system} failed: {reason}." for system, reason in failed]
     return said

@@ -99,6 +99,21 @@ def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_me
     assert whole.count(">torchvision ImageFolder</text>") == 2
 
 
+def test_words_are_of_the_first_sizes_and_name_the_others():
+    def ratio(size: str, px: int) -> Row:
+        columns = {
+            "benchmark": "loader",
+            "system": "dermscale native jpg",
+            "packed": f"{size} jpg",
+            "resolution_px": px,
+        }
+        return ratio_row(series(*[300.0] * 6), series(*[100.0] * 6), beside="webdataset", **columns)
+
+    first, others = in_words("loader", [ratio("341x256", 224), ratio("341x256", 128), ratio("400x300", 224)])
+    assert "(341x256 jpg, 224 px)" in first
+    assert others == "Loading: the same for 341x256 → 128 px, 400x300 → 224 px is in the tables."
+
+
 def test_bars_are_as_long_as_their_values():
     rows = [Row("loader", name, "img_per_s", "img/s", value) for name, value in (("a", 50.0), ("b", 100.0))]
     svg = bars("x", "title", [*rows, Row("loader", "c", "img_per_s", "img/s", None, failed="why")], "img/s")

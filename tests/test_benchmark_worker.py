@@ -1,0 +1,114 @@
+"""The process that each system of a benchmark lives in: rounds, failures, and turns."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.measure import Series, summary_row
+from benchmarks.worker import Running, SystemFailedError, Worker, start_server, take_turns
+
+
+def well(name: str, job: object) -> Running:
+    def once() -> int:
+        time.sleep(0.02)
+        return 10
+
+    return Running(once, about={"size": 3.0})
+
+
+def sick(name: str, job: object) -> Running:
+    if name == "cannot start":
+        raise OSError("no such\nformat")
+
+    def once() -> int:
+        if name == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if name == "hangs":
+            subprocess.Popen(["sleep", "600"])
+            time.sleep(600)
+        if name == "breaks":
+            raise RuntimeError("broken in the middle")
+        if name == "ends early":
+            raise EOFError
+        if name == "gives nothing":
+            return 0
+        return 10
+
+    return Running(once)
+
+
+def living() -> list[tuple[int, int]]:
+    """Processes that are not zombies, each with its group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            found.append((int(stat.parent.name), int(group)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def context():
+    return start_server(preload=("numpy",))
+
+
+def test_a_worker_runs_whole_passes_for_at_least_the_time_asked(context, tmp_path):
+    with Worker(context, well, "fine", None, logs=tmp_path, limit_s=60) as worker:
+        about = worker.ready()
+        assert about["size"] == 3.0
+        assert about["set_up_s"] >= 0
+        sample = worker.run(0.1)
+    assert sample.seconds >= 0.1
+    assert sample.count % 10 == 0
+    assert sample.count >= 10
+    assert sample.cpu_s < sample.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dies", "died with exit code -11"),
+        ("hangs", "no answer"),
+        ("breaks", "broken in the middle"),
+        ("ends early", "EOFError"),
+        ("gives nothing", "no image"),
+    ],
+)
+def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(context, tmp_path, name, said):
+    with Worker(context, sick, name, None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        worker.limit_s = 2
+        with pytest.raises(SystemFailedError, match=said):
+            worker.run(0.1)
+        group = worker._process.pid
+    time.sleep(0.3)
+    assert not [process for process, its_group in living() if group in (process, its_group)]
+
+
+def scarce(name: str, job: object) -> Running:
+    left = [10, 10]
+    return Running(lambda: left.pop() if left else 0, lambda: left.extend([10] * (2 - len(left))))
+
+
+def test_a_round_ends_where_a_system_has_no_more(context, tmp_path):
+    with Worker(context, scarce, "few", None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        assert [worker.run(5.0).count for _ in range(2)] == [20, 20]
+
+
+def test_turns_go_on_without_the_one_that_cannot_start(tmp_path):
+    series, about = take_turns(
+        sick, ["cannot start", "fine"], None, tmp_path, rounds=3, seconds=0.01, told=lambda step: None
+    )
+    assert series["cannot start"] == Series(failed="OSError: no such format")
+    assert len(series["fine"].samples) == 3
+    assert "fine" in about
+    row = summary_row([], series["cannot start"].failed, benchmark="x", system="s", metric="m", unit="u")
+    assert row.failed

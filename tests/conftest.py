@@ -82,6 +82,12 @@ def npy_bytes(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def anonymous_bytes() -> int:
+    """This process's own memory, without pages of files, of which libraries and shards map more at any time."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JPEG set of 120 pictures, 96x72 px, in train, val and test."""

@@ -3,9 +3,7 @@
 import gc
 import hashlib
 import json
-import os
 import threading
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +16,7 @@ from shards import Augment, Loader, ShardSet, jpeg
 from shards.engines import resample
 from shards.errors import DataError, UsageError
 from shards.kernels import in_use
-from tests.conftest import write_set
+from tests.conftest import anonymous_bytes, write_set
 
 
 def batches(loader):
@@ -283,12 +281,7 @@ def test_augment_is_obeyed(tiny_shards):
 
 
 def test_memory_stays_constant_over_twenty_epochs(shard_sets):
-    """Resident memory grows by no more than the prefetch buffers."""
-
-    def resident_bytes() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
+    """Memory grows by no more than the prefetch buffers."""
     for kind in ("jpg", "raw"):
         loader = Loader(shard_sets[kind].select("train"), batch_size=8, resolution=160, threads=2, prefetch=2)
         batch_bytes = 8 * 160 * 160 * 3
@@ -298,5 +291,5 @@ def test_memory_stays_constant_over_twenty_epochs(shard_sets):
             for batch in loader:
                 assert len(batch.images) == 8
             gc.collect()
-            sizes.append(resident_bytes())
+            sizes.append(anonymous_bytes())
         assert sizes[-1] - sizes[1] <= (2 + 2) * batch_bytes, kind

@@ -27,12 +27,18 @@ if TYPE_CHECKING:
 
 
 _ADD = click.option("--add", is_flag=True, help="Keep what the table in --out has of models that are not named now.")
+_SECONDS = click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    help="Least length of a round, s; it has at least four steps.  [default: 4, quick 0.5]",
+)
 
 
 @click.command()
 @shared
 @training_options()
 @_ADD
+@_SECONDS
 @click.option("--fp32", is_flag=True, help="Also eager and compiled in float32, where the device trains in less.")
 def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool, **settings: Any) -> None:
     """Images per second of the models: eager, channels-last, compiled, each beside a cached batch.
@@ -55,6 +61,7 @@ def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool,
 @shared
 @training_options()
 @_ADD
+@_SECONDS
 @click.option(
     "--style",
     type=click.Choice(["eager NCHW", "channels-last", "compiled"]),
@@ -106,6 +113,7 @@ def _train(
     batch_size: int,
     device: str,
     add: bool,
+    seconds: float | None,
 ) -> None:
     """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
     from benchmarks.forms import sized
@@ -127,7 +135,7 @@ def _train(
     with Progress(name, len(models) * systems * (1 + rounds), "runs") as bar:
         for model in models:
             job = TrainingJob(work, model, device)
-            rows += measure(job, machine, rounds, 0.5 if quick else 4.0, advance(bar))
+            rows += measure(job, machine, rounds, seconds or (0.5 if quick else 4.0), advance(bar))
             publish(out, table, rows, text, show=model == models[-1])
 
 

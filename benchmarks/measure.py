@@ -21,7 +21,7 @@ class Sample:
     `seconds`, those spent waiting for a batch. Both nan where unknown.
     """
 
-    count: int
+    count: float
     seconds: float
     cpu_s: float
     other_cpu: float = math.nan

@@ -110,7 +110,7 @@ def set_up(name: str, work: Work) -> Running:
         size = sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
         about = {"bytes_per_image": packer.payload_bytes(first) / count, "file_bytes_per_image": size / count}
         about |= judge(work, packer.read(work, first))
-    return Running(once, clean, about)
+    return Running(once, clean, about=about)
 
 
 def measure_packing(

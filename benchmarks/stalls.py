@@ -63,8 +63,8 @@ def _stall(slower: Series, faster: Series, metric: str, columns: dict[str, Any])
 
 
 def _utilization(own: Series, cached: Series, columns: dict[str, Any]) -> Row:
-    """MLPerf Storage's AU: the time that computing alone takes, over the time that training took. The
-    first steps are not in it: setting up, and the first batch of a cold round, come before the clock."""
+    """MLPerf Storage's AU: the time that computing alone takes, over the time that training took. Setting up and the
+    first steps of every round come before the clock."""
     failed = own.failed or cached.failed
     shares = [] if failed else [s.per_s / c.per_s for s, c in zip(own.samples, cached.samples, strict=True)]
     return summary_row(shares, failed, metric="accelerator_utilization", unit="1", **columns)
@@ -142,6 +142,9 @@ def stalls_text(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row | None) -> str:
+    """On which side of MLPerf Storage's line the whole interval lies."""
     if row is None or row.value is None:
         return ""
-    return "" if row.value >= AU_LINE else f" (under {AU_LINE:.0%})"
+    low, high = (row.value if end is None else end for end in (row.low, row.high))
+    said = "at least" if low >= AU_LINE else "under" if high < AU_LINE else "undecided:"
+    return f" ({said} {AU_LINE:.0%})"

@@ -41,13 +41,14 @@ def _unknown() -> float:
 @dataclass(frozen=True)
 class Running:
     """A system that is set up. once: one whole pass; returns the number of images, 0 where the round has no more of
-    them. before: untimed, before each round.
+    them. before: untimed, before each round. least: passes that a round has at least.
 
     about: figures found while setting up, by metric. waited: seconds that passes have spent waiting for data so far.
     """
 
-    once: Callable[[], int]
+    once: Callable[[], float]
     before: Callable[[], None] = _nothing
+    least: int = 1
     about: dict[str, float] = field(default_factory=dict)
     waited: Callable[[], float] = _unknown
 
@@ -197,11 +198,11 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
         while (seconds := _asked(pipe)) is not None:
             system.before()
             waited, cpu_s, begin = system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
-            count, passed = 0, 0.0
-            while passed < seconds or not count:
+            count, passes, passed = 0, 0, 0.0
+            while passed < seconds or passes < system.least:
                 done = system.once()
                 passed = time.perf_counter() - begin
-                count += done
+                count, passes = count + done, passes + 1
                 if not done:
                     break
             if not count:

@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import xxhash
 
-from shards.durable import sync_folder as sync_folder
 from shards.durable import write_durably
 from shards.errors import DataError, UsageError
 from shards.format import (

@@ -92,15 +92,25 @@ def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(cont
     assert not [process for process, its_group in living() if group in (process, its_group)]
 
 
+def in_threes(name: str, job: object) -> Running:
+    return Running(lambda: 10, least=3)
+
+
 def scarce(name: str, job: object) -> Running:
     left = [10, 10]
-    return Running(lambda: left.pop() if left else 0, lambda: left.extend([10] * (2 - len(left))))
+    return Running(lambda: left.pop() if left else 0, lambda: left.extend([10] * (2 - len(left))), least=5)
 
 
 def test_a_round_ends_where_a_system_has_no_more(context, tmp_path):
     with Worker(context, scarce, "few", None, logs=tmp_path, limit_s=60) as worker:
         worker.ready()
         assert [worker.run(5.0).count for _ in range(2)] == [20, 20]
+
+
+def test_a_round_has_the_least_number_of_passes(context, tmp_path):
+    with Worker(context, in_threes, "slow", None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        assert worker.run(1e-9).count == 30
 
 
 def test_turns_go_on_without_the_one_that_cannot_start(tmp_path):

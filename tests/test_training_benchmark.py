@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import commands
 from benchmarks.cold import StillCachedError, cached_share, drop_from_cache
+from benchmarks.forms import prepared
 from benchmarks.measure import Row, Sample, Series
 from benchmarks.speed import IN_FP32, RATIOS, SYSTEMS, _share_of_peak, matrix_products, training_text
 from benchmarks.stalls import _stall, _utilization, agreement, by_engine, stalls_text
@@ -26,6 +27,7 @@ from benchmarks.training import (
     system_name,
 )
 from benchmarks.work import Work
+from shards import ShardSet
 from shards.errors import UsageError
 from tests.benchdata import write_source
 from train.device import Decision
@@ -64,6 +66,18 @@ def test_every_way_to_train_makes_steps(job, style, source):
 
 
 @pytest.mark.slow
+def test_a_round_starts_when_what_was_read_ahead_is_used_up(job):
+    """So that the counted steps wait as they would in the middle of a training."""
+    running = set_up(system_name("channels-last", COLD), job)
+    running.before()
+    left = 0
+    while running.once():
+        left += 1
+    images = len(ShardSet(prepared("shards-cold", job.work) / "set").select("train"))
+    assert left == images // 8 - 2 and running.least >= 4
+
+
+@pytest.mark.slow
 def test_a_cached_batch_never_waits_and_a_loader_is_seen_waiting(job):
     cached, folder = (set_up(system_name("channels-last", source), job) for source in (CACHED, FOLDER))
     for running in (cached, folder):
@@ -74,7 +88,7 @@ def test_a_cached_batch_never_waits_and_a_loader_is_seen_waiting(job):
 
 
 def test_the_matrix_product_counts_gflop(job):
-    assert set_up(MATRIX, job).once() == round(2 * 2 * 2048**3 / 1e9)
+    assert set_up(MATRIX, job).once() == pytest.approx(2 * 2 * 2048**3 / 1e9)
 
 
 def test_every_style_stands_beside_its_own_ceiling():
@@ -157,6 +171,8 @@ def test_tables_show_failures_and_lines_under_the_mark():
         Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18", precision="bf16"),
     ]
     assert "0.80 (under 90%)" in stalls_text(rows)
+    for ends, said in (((0.7, 0.95), "(undecided: 90%)"), ((0.91, 0.95), "(at least 90%)"), ((0.7, 0.85), "(under")):
+        assert said in stalls_text([replace(rows[0], low=ends[0], high=ends[1])])
     assert "no disk" in stalls_text(rows)
     assert "| resnet18 | channels-last, native loader | bf16 | 20.0 |" in training_text(rows)
 
@@ -203,6 +219,7 @@ def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
             batch_size=2,
             device="cpu",
             add=add,
+            seconds=None,
         )
 
     def found() -> dict:

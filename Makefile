@@ -15,7 +15,7 @@ install: $(BIN)/.installed ## create .venv and install everything, in the tested
 $(BIN)/.installed: pyproject.toml constraints.txt $(wildcard shards/*.c shards/engines/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=python3.11 or newer" >&2; exit 1; }
 	@# pip says `No space left on device` after minutes, and names neither the place nor the need.
-	@test -e $(VENV) || df -Pk . | awk -v venv=$(VENV) 'END { if ($$4 < 8 * 2 ^ 20) { printf "error: %s needs 8 GiB and the disk here has %.1f GiB left; make room, or set VENV to a folder on another disk\n", venv, $$4 / 2 ^ 20; exit 1 } }' >&2
+	@test -e $(VENV) || { at="$$(realpath -m $(VENV))"; until [ -e "$$at" ]; do at="$$(dirname "$$at")"; done; df -Pk "$$at"; } | awk -v venv=$(VENV) 'END { if ($$4 < 8 * 2 ^ 20) { printf "error: %s needs 8 GiB and its disk has %.1f GiB left; make room, or set VENV to a folder on another disk\n", venv, $$4 / 2 ^ 20; exit 1 } }' >&2
 	@# Where Debian's python3-venv is missing, a venv is left that has a python and no pip.
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'

@@ -19,15 +19,15 @@ from pathlib import Path
 import click
 
 from preprocess.fetch import RemoteFile, fetch, open_session, part_of
-from preprocess.ham10000 import CITATION, LICENCE, read_source
+from preprocess.ham10000 import CITATION, HOME, LICENCE, read_source
 from preprocess.isic2018 import CITATION as TEST_CITATION
 from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT
 from preprocess.locking import exclusive
 from preprocess.records import list_images
 from preprocess.unpack import read_only_member, unpack_images
 from shards import cli
+from shards.durable import write_durably
 from shards.errors import DataError, UsageError
-from shards.writer import write_durably
 
 TEST_FOLDER = "ISIC2018_Task3_Test"
 _DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile"
@@ -241,7 +241,7 @@ def _check_whole(items: Sequence[Item], out: Path) -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("data/ham10000"),
+    default=HOME,
     help="Where the files go; archives are removed once unpacked.",
 )
 @click.option("--test-set", is_flag=True, help="Also the official test set of ISIC 2018 Task 3.")
@@ -260,7 +260,7 @@ def main(out: Path, test_set: bool, base_url: str | None) -> None:
     items = [item for item in OFFICIAL if test_set or not item.test]
     download(items, out, base_url)
     click.echo(f"{sum(item.images for item in items):,} images in {out}, whole and checked")
-    where = "" if out == Path("data/ham10000") else f" --source {out}"
+    where = "" if out == HOME else f" --source {out}"
     click.echo(
         f"Pack them: python -m preprocess.shard{where}{f' --test-source {out / TEST_FOLDER}' if test_set else ''}"
     )

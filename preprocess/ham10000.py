@@ -19,6 +19,8 @@ CITATION = (
     "data: doi:10.7910/DVN/DBW86T"
 )
 LICENCE = "CC BY-NC 4.0"
+HOME = Path("data/ham10000")
+"""Where the raw folder is unless a command is told otherwise."""
 _MANY_VIEWS = 50
 """Images of one lesion above which a CSV looks augmented: in HAM10000 no lesion has more than 6."""
 
@@ -29,11 +31,10 @@ def read_source(folder: Path) -> Source:
     What is wrong with single images or rows is in `rejected` of the result. Raises DataError when there is no folder,
     no metadata, a needed column is missing, or nothing is left.
     """
-    how = (
-        "get HAM10000 with `python -m preprocess.download`, "
-        f"or write a synthetic set with `python -m preprocess.synthetic --out {folder}`"
-    )
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: is a file; name the folder that holds {METADATA[0]}")
+    how = _how_to_get(folder)
+    if not folder.exists():
         raise DataError(f"{folder}: no such folder; {how}")
     table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if table is None:
@@ -53,6 +54,17 @@ def read_source(folder: Path) -> Source:
         source.citation, source.licence = "computed images (preprocess.synthetic), no patients", "Apache-2.0"
     source.about = {"dataset": "synthetic" if synthetic else "HAM10000", "metadata_sha256": sha256_of(table)}
     return source
+
+
+def _how_to_get(folder: Path) -> str:
+    """What to do about a folder that lacks the data. A synthetic set is only written to a new or an empty one."""
+    where = "" if folder == HOME else f" --out {folder}"
+    filled = folder.exists() and any(folder.iterdir())
+    place, name = ("a new folder", "NEW") if filled else ("it", folder)
+    return (
+        f"get HAM10000 with `python -m preprocess.download{where}`, or write a synthetic set into {place} with "
+        f"`python -m preprocess.synthetic --out {name}`"
+    )
 
 
 def read_metadata(

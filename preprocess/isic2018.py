@@ -28,7 +28,7 @@ _DATASET = "isic2018_task3_test"
 def read_test_source(folder: Path) -> Source:
     """Read the test images and labels; single faults are in `rejected`. Raises DataError when either is not there."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; get it with `python -m preprocess.download`")
+        raise DataError(f"{folder}: no such folder; get it with `python -m preprocess.download --test-set`")
     inside = [folder, *sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith("ISIC2018_Task3_Test"))]
     table = _labels(folder, inside)
     source = Source(folder, CITATION, LICENCE)
@@ -57,7 +57,7 @@ def _labels(folder: Path, inside: list[Path]) -> Path:
     if not tables:
         raise DataError(
             f"{folder}: holds no ISIC2018_Task3_Test_GroundTruth.csv, here or in a folder ISIC2018_Task3_Test*; "
-            "get it with `python -m preprocess.download`"
+            "get it with `python -m preprocess.download --test-set`"
         )
     return next((table for table in tables if "lesion_id" in table_columns(table)[0]), tables[0])
 

@@ -78,7 +78,7 @@ class Source:
 def quarantine_csv(rejected: Iterable[Rejected]) -> bytes:
     """quarantine.csv: `image_id,file,reason`, one line for everything that was left out.
 
-    UTF-8; bytes of a file name that are none stand as `\\udcXX`, so that one such name costs no packing.
+    UTF-8. A byte of a file name that is not UTF-8 is written as `\\udcXX`: such a name must not stop a packing.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -94,7 +94,7 @@ def sha256_of(path: Path) -> str:
 
 
 def table_columns(path: Path) -> tuple[list[str], str]:
-    """Names of the columns of a CSV or tab-separated file, and its delimiter. Raises DataError when it has none."""
+    """Names of the columns of a CSV or tab-separated file, and its delimiter. Raises DataError for one without."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             head = file.readline()
@@ -103,7 +103,10 @@ def table_columns(path: Path) -> tuple[list[str], str]:
     if not head.strip():
         raise DataError(f"{path}: is empty; use the official CSV")
     delimiter = "\t" if "\t" in head else ","
-    return [name.strip() for name in next(csv.reader([head], delimiter=delimiter))], delimiter
+    try:
+        return [name.strip() for name in next(csv.reader([head], delimiter=delimiter))], delimiter
+    except csv.Error as error:
+        raise DataError(f"{path}: line 1 cannot be read ({error}); use the official CSV") from None
 
 
 def read_table(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -183,7 +183,7 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
         for part in PARTS:
             (aside / part).mkdir()
         half = (len(rows) + 1) // 2
-        folders = {row["image_id"]: aside / PARTS[place >= half] for place, row in enumerate(rows)}
+        folders = {row["image_id"]: aside / PARTS[number >= half] for number, row in enumerate(rows)}
         threads = cv2.getNumThreads()
         cv2.setNumThreads(0)  # one lesion a worker; OpenCV's own threads would only get in their way
         pool = ThreadPoolExecutor(workers)

@@ -4,7 +4,6 @@ Only the last part of a member's name is used, so the worst archive could do no 
 that try more (absolute paths, `..`, links, encryption, bombs) are refused whole before anything is written.
 """
 
-import lzma
 import os
 import shutil
 import stat
@@ -23,9 +22,8 @@ _MOST_TIMES = 200
 """Members that unpack to more than this many times their packed size are refused; real ones stay below 20."""
 _SMALL_BYTES = 1 << 20  # below this, no ratio is suspicious
 _LONGEST_NAME = 200
-_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError, OSError)
-"""ValueError: a name flagged as UTF-8 that is none, an offset before the file. OSError: bz2 raises it for a damaged
-stream, without the number that those of the system have."""
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError)
+"""What zipfile and zlib raise for damaged archives; UnicodeDecodeError: for a name flagged as UTF-8 that is none."""
 
 
 def members(archive: zipfile.ZipFile, name: str, suffix: str) -> dict[str, zipfile.ZipInfo]:
@@ -48,6 +46,10 @@ def members(archive: zipfile.ZipFile, name: str, suffix: str) -> dict[str, zipfi
             reason = f"its name is longer than {_LONGEST_NAME} characters"
         elif info.flag_bits & 1:
             reason = "it is encrypted"
+        elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            reason = "it is neither stored nor deflated"
+        elif not 0 <= info.header_offset < archive.start_dir:  # zipfile would seek there all the same
+            reason = "it begins outside the archive"
         elif info.file_size > max(_SMALL_BYTES, _MOST_TIMES * info.compress_size):
             reason = f"it would unpack to {info.file_size:,} bytes from {info.compress_size:,}"
         if reason:
@@ -71,9 +73,8 @@ def _opened(archive_path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(archive_path) as archive:
             yield archive
     except _DAMAGED as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DataError(f"{archive_path.name}: is damaged or no zip archive ({error})") from None
+        reason = "it ends too early" if isinstance(error, EOFError) else error  # which has no text
+        raise DataError(f"{archive_path.name}: is damaged or no zip archive ({reason})") from None
 
 
 def unpack_images(archive_path: Path, target: Path, images: int) -> None:

@@ -53,15 +53,16 @@ def info(folder: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
     """Read every byte of the set in FOLDER and compare all checksums. Exit code 1 where something is damaged."""
+    from rich.console import Console
     from rich.progress import track
 
     from shards.shardset import ShardSet
 
     with ShardSet(folder) as data:
-        files = len(data.manifest.shards)
+        files, screen = len(data.manifest.shards), Console(stderr=True)
         damage = [
             f"{name}: {wrong}"
-            for name, problems in track(data.verify(), "verifying", total=files, transient=True)
+            for name, problems in track(data.verify(), "verifying", total=files, console=screen, transient=True)
             for wrong in problems
         ]
         for line in damage:
@@ -89,9 +90,9 @@ def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool
     import cv2
     import numpy as np
 
+    from shards.durable import write_durably
     from shards.loader import Loader
     from shards.shardset import ShardSet
-    from shards.writer import write_durably
 
     with ShardSet(folder) as data:
         selection = data.select("train")

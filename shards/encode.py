@@ -126,6 +126,10 @@ def _read_exif(segment: bytes) -> int:
             raise ValueError(f"{entries} entries, and room for {len(table) // 12}")
         for tag, kind, count, value in struct.iter_unpack(f"{order}HHL4s", table):
             if tag == 0x0112 and kind in _INTEGERS and count:
+                if count * struct.calcsize(order + _INTEGERS[kind]) > len(
+                    value
+                ):  # then `value` is a place, and no orientation
+                    raise ValueError(f"{count} orientations")
                 (orientation,) = struct.unpack_from(order + _INTEGERS[kind], value)
                 return orientation if 1 <= orientation <= 8 else 1
     except (ValueError, struct.error) as error:

@@ -140,8 +140,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """The epoch's batches from its start, or from where a loaded state stood.
 
-        After its last batch a training loader stands at the start of the next epoch, whose first batches are already
-        under way: an epoch of a small fraction is short, and waiting for its first batch anew each time would tell.
+        After the last batch the loader stands at the start of the next pass. In training that is the next epoch, whose
+        first batches are already under way: an epoch of a small fraction is short, and waiting for its first batch
+        anew each time would tell.
         """
         start, self._resume = self._resume, 0
         self._position = start
@@ -157,8 +158,8 @@ class Loader:
                 part = stream.asked.popleft()
                 number += 1
                 self._position = number
-                if self.train and number == count:
-                    self.epoch, self._position = self.epoch + 1, 0
+                if number == count:
+                    self.epoch, self._position = self.epoch + self.train, 0
                 yield Batch(
                     images=pixels,
                     labels=self._to_device(part.labels),

@@ -17,8 +17,13 @@ from shards.durable import sync_folder
 from shards.errors import DataError
 from shards.format import INDEX, MANIFEST
 
-_FILES = re.compile(rf"shard-\d{{5,}}\.(tar|idx)|quarantine\.csv|{re.escape(INDEX)}|{re.escape(MANIFEST)}")
-"""The names in a shard set (FORMAT.md). A folder with any other is never removed."""
+_FILES = re.compile(
+    rf"shard-\d{{5,}}\.(tar|idx)|quarantine\.csv|{re.escape(INDEX)}|{re.escape(MANIFEST)}|\.nfs[0-9a-f]+"
+)
+"""The names in a shard set (FORMAT.md), and NFS's for a file that was removed while another process had it open.
+
+A folder with any other is never removed."""
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def real_place(out: Path) -> Path:
@@ -32,11 +37,21 @@ def beside(place: Path, what: str) -> Path:
 
 
 def refuse_mount(out: Path) -> None:
-    """Raise DataError where `out` is `/` or another place that a disk is mounted at: it cannot be renamed."""
-    if os.path.ismount(real_place(out)):
+    """Raise DataError where `out` is `/` or another place that a folder is mounted at: it cannot be renamed."""
+    place = real_place(out)
+    if os.path.ismount(place) or os.fsencode(place) in _mounted():
         raise DataError(
             f"{out}: is the top of a file system, which no new folder can take the place of; choose a folder inside it"
         )
+
+
+def _mounted() -> set[bytes]:
+    """The places that the system says something is mounted at; `ismount` cannot see those within one file system."""
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return set()
+    return {re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4]) for line in lines}
 
 
 def refuse_inside_file(out: Path) -> None:
@@ -92,7 +107,7 @@ def _strange(folder: Path) -> str | None:
 def recover(place: Path) -> None:
     """Put right what a swap of two renames left beside `place` when it was killed; call it under the packer's lock.
 
-    Raises DataError where what lies there is not of a shard set.
+    Raises DataError where what lies there is not of a shard set, or cannot be removed.
     """
     old = beside(place, "old")
     if not os.path.lexists(old):
@@ -102,8 +117,13 @@ def recover(place: Path) -> None:
     if (old / MANIFEST).exists() and not (place.exists() and any(place.iterdir())):
         old.rename(place)
         sync_folder(place.parent)
-    else:
+        return
+    try:
         shutil.rmtree(old)
+    except OSError as error:
+        raise DataError(
+            f"{old}: is left of an older set and cannot be removed ({error.strerror}); end what still reads it"
+        ) from None
 
 
 def swap_into_place(new: Path, place: Path) -> None:
@@ -119,7 +139,7 @@ def swap_into_place(new: Path, place: Path) -> None:
         new.rename(place)
     sync_folder(place.parent)
     (old / MANIFEST).unlink(missing_ok=True)  # first: what a kill leaves of `old` must not be taken for a whole set
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # NFS keeps a file that is still read; the next packing clears what is left
 
 
 def _exchange(one: Path, other: Path) -> bool:

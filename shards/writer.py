@@ -5,7 +5,6 @@ so a crash at any moment leaves either the old set or the new one, whole. The sw
 exchange two names; `place.py` says what a crash leaves where it cannot.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from shards.format import (
     ShardInfo,
 )
 from shards.index_file import IndexFile
+from shards.locking import lock
 from shards.place import beside, real_place, recover, refuse_occupied, swap_into_place
 from shards.tar import BLOCK, Shard
 
@@ -91,19 +91,20 @@ class ShardSetWriter:
             raise
 
     def _take_lock(self) -> IO[bytes]:
-        """Be the only one that packs to this place, while the file is open. Raises DataError where another one is."""
+        """Be the only one that packs to this place, while the file is open. Raises DataError as `lock` does."""
         self._final.parent.mkdir(parents=True, exist_ok=True)
-        lock = beside(self._final, "lock").open("wb")
+        path = beside(self._final, "lock")
+        busy = "another process is packing to this folder; wait for it or choose another"
+        file = path.open("wb")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_ino != Path(lock.name).stat().st_ino:
-                raise BlockingIOError  # the other process removed this file after it was opened here
-        except (BlockingIOError, FileNotFoundError):
-            lock.close()
-            raise DataError(
-                f"{self.out}: another process is packing to this folder; wait for it or choose another"
-            ) from None
-        return lock
+            lock(file, self.out, busy)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            raise DataError(f"{self.out}: {busy}")  # it removed this file after that was opened here
+        except BaseException:
+            file.close()
+            raise
 
     def _give_lock_back(self) -> None:
         Path(self._lock.name).unlink(missing_ok=True)
@@ -119,12 +120,14 @@ class ShardSetWriter:
             with suppress(OSError):  # unfinished files are unwanted, and on a full disk closing one fails again
                 close()
         self._flusher.shutdown()
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
+        shutil.rmtree(self._partial, ignore_errors=True)  # the next packing clears what cannot be removed now
         self._give_lock_back()
 
     def attach(self, name: str, content: bytes) -> None:
-        """Put one more file into the folder; under a name that FORMAT.md does not have, the set is never replaced."""
+        """Put one more file into the folder.
+
+        Its name must be one of FORMAT.md's: `--overwrite` refuses a set that holds any other.
+        """
         write_durably(self._partial / name, content)
 
     def add(self, sample: PackedSample) -> None:

@@ -1,22 +1,28 @@
 """The downloader as a whole against a local server: every case ends whole, or in one clear line."""
 
+import hashlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from preprocess import download as dl
+from preprocess import shard
+from preprocess.fetch import RemoteFile
 from preprocess.ham10000 import read_source
 from preprocess.isic2018 import read_test_source
 from preprocess.locking import exclusive
+from shards import ShardSet
 from shards.errors import DataError, UsageError
 from tests.download_server import FILES, WHOLE, WHOLE_TEST, Server, items_of, picture, run, serving, tree, zip_of
+from tests.rawdata import jpeg, rows, write_table
 
 
 @pytest.fixture
@@ -160,6 +166,39 @@ def test_the_command_ends_in_one_line(server: Server, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: HAM10000_metadata.csv: the server's file has ")
+
+
+def test_downloading_and_packing_work_without_any_option(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The official layout with real JPEGs, in an empty working folder."""
+    table = rows(60)
+    write_table(tmp_path / "table.csv", table)
+    names = ["HAM10000_metadata.csv", "HAM10000_images_part_1.zip", "HAM10000_images_part_2.zip"]
+    archives = [
+        zip_of({f"{row['image_id']}.jpg": jpeg(n) for n, row in enumerate(p)}) for p in (table[:30], table[30:])
+    ]
+    contents = [(tmp_path / "table.csv").read_bytes(), *archives]
+    server.files = dict(zip(names, contents, strict=True))
+    items = []
+    for item, content in zip(dl.OFFICIAL, contents, strict=False):
+        remote = RemoteFile(
+            item.remote.name, f"{server.url}/{item.remote.name}", len(content), hashlib.md5(content).hexdigest()
+        )
+        items.append(replace(item, remote=remote, images=item.images and 30))
+    monkeypatch.setattr(dl, "OFFICIAL", tuple(items))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    fetched = CliRunner().invoke(dl.main, [])
+    assert fetched.exit_code == 0, fetched.output
+    assert fetched.output.endswith(
+        "60 images in data/ham10000, whole and checked\nPack them: python -m preprocess.shard\n"
+    )
+    packed = CliRunner().invoke(shard.main, [])
+    assert packed.exit_code == 0, packed.output
+    assert "60 images packed in data/shards" in packed.output
+    assert len(ShardSet(work / "data" / "shards")) == 60
 
 
 def test_an_address_that_is_none_is_wrong_usage(tmp_path: Path) -> None:

@@ -158,6 +158,10 @@ def test_damaged_exif_never_passes_for_upright(order):
     assert exif_orientation(with_table(order, beyond, orientation)) == 6
     with pytest.raises(BadImageError, match=r"damaged EXIF data .3 entries, and room for 1"):
         exif_orientation(with_table(order, beyond, count=3))
+    for kind, letter, count in ((3, "H", 3), (4, "L", 2)):  # too many for the entry, which then says where they are
+        with pytest.raises(BadImageError, match=rf"damaged EXIF data .{count} orientations"):
+            value = struct.pack(f"{order}{letter}", 6).ljust(4, b"\0")
+            exif_orientation(with_table(order, (0x0112, kind, count, value)))
 
 
 def exact_area(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -44,7 +44,7 @@ def test_a_connection_that_is_cut_again_and_again_is_taken_up_where_it_ended(ser
 
 
 def test_a_server_that_stalls_is_asked_again(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fe, "_TIMEOUT_S", (5, 0.3))
+    monkeypatch.setattr(fe, "_TIMEOUT_S", (5, 2))
     server.script = ["stall:8192"]
     path = bring(server, tmp_path)
     assert path.read_bytes() == FILES[path.name]

@@ -5,6 +5,7 @@ import io
 import os
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -64,14 +65,28 @@ def test_layouts_do_not_matter(raw, tmp_path):
     assert read_source(with_mark).records == expected
 
 
-def test_no_folder_no_metadata_no_images(tmp_path):
-    with pytest.raises(DataError, match=r"no such folder.*preprocess\.download.*preprocess\.synthetic"):
-        read_source(tmp_path / "absent")
-    with pytest.raises(DataError, match="holds no HAM10000_metadata"):
-        read_source(tmp_path)
-    write_table(tmp_path / METADATA, rows(3))
-    with pytest.raises(DataError, match="no images"):
-        read_source(tmp_path)
+def test_no_folder_no_metadata_no_images(tmp_path, monkeypatch):
+    """The advice works in each case: a synthetic set is only written to a new or an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("raw")
+    get = r"get HAM10000 with `python -m preprocess\.download --out raw`, or write a synthetic set into "
+    there = f"{get}it with `python -m preprocess\\.synthetic --out raw`"
+    elsewhere = f"{get}a new folder with `python -m preprocess\\.synthetic --out NEW`"
+    with pytest.raises(DataError, match=f"raw: no such folder; {there}"):
+        read_source(folder)
+    with pytest.raises(DataError, match=r"no such folder; get HAM10000 with `python -m preprocess\.download`"):
+        read_source(Path("data/ham10000"))
+    folder.mkdir()
+    with pytest.raises(DataError, match=rf"raw: holds no HAM10000_metadata\.csv; {there}"):
+        read_source(folder)
+    (folder / "notes.txt").touch()
+    with pytest.raises(DataError, match=rf"raw: holds no HAM10000_metadata\.csv; {elsewhere}"):
+        read_source(folder)
+    write_table(folder / METADATA, rows(3))
+    with pytest.raises(DataError, match=f"raw: no images in it .*; {elsewhere}"):
+        read_source(folder)
+    with pytest.raises(DataError, match=r"notes\.txt: is a file"):
+        read_source(folder / "notes.txt")
 
 
 @pytest.mark.parametrize("column", ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"])

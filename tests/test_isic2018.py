@@ -84,7 +84,7 @@ def test_the_table_with_lesions_is_preferred(official_test):
 
 
 def test_no_test_set(tmp_path):
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match=r"no such folder; .*preprocess\.download --test-set`"):
         read_test_source(tmp_path / "absent")
     with pytest.raises(DataError, match="holds no ISIC2018_Task3_Test_GroundTruth"):
         read_test_source(tmp_path)

@@ -35,22 +35,54 @@ def test_a_full_disk_is_said_before_anything_is_installed(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     df = tmp_path / "tools" / "df"
     df.parent.mkdir()
-    df.write_text("#!/bin/sh\necho Filesystem 1024-blocks Used Available\necho /dev/disk 9999999 0 $FREE_KIB\n")
+    df.write_text(
+        '#!/bin/sh\necho "$@" > "$ASKED"\n'
+        "echo Filesystem 1024-blocks Used Available\necho /dev/disk 9999999 0 $FREE_KIB\n"
+    )
     df.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "VENV")}
+    environment["ASKED"] = str(tmp_path / "df-asked")
     environment["PATH"] = f"{df.parent}{os.pathsep}{environment['PATH']}"
 
-    def install(free_kib: int) -> subprocess.CompletedProcess:
-        command = ["make", "install", f"PYTHON={python}"]
+    def install(free_kib: int, *options: str) -> subprocess.CompletedProcess:
+        command = ["make", "install", f"PYTHON={python}", *options]
         known = environment | {"FREE_KIB": str(free_kib)}
         return subprocess.run(command, cwd=tmp_path, env=known, capture_output=True, text=True, check=False)
 
     failed = install(3 * 2**20)
     assert failed.returncode == 2
-    assert ".venv needs 8 GiB and the disk here has 3.0 GiB left" in failed.stderr.splitlines()[0]
+    assert ".venv needs 8 GiB and its disk has 3.0 GiB left" in failed.stderr.splitlines()[0]
+    assert (tmp_path / "df-asked").read_text() == f"-Pk {tmp_path}\n"
+    other = tmp_path / "other"
+    other.mkdir()
+    install(3 * 2**20, f"VENV={other}/new/venv")
+    assert (tmp_path / "df-asked").read_text() == f"-Pk {other}\n"
     assert asked(python) == []
     assert "left" not in install(9 * 2**20).stderr
     assert asked(python) == ["-m venv .venv"]
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_continuous_integration_installs_what_a_bare_debian_lacks(tmp_path: Path, bare: bool) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if not bare:
+        (tmp_path / "Python.h").touch()
+    said = {
+        "python3": f'[ "$2" = "import ensurepip" ] && exit {int(bare)}; echo {tmp_path}',
+        "apt-get": f'echo "$@" >> {tmp_path}/asked',
+        "id": "echo 0",
+    } | dict.fromkeys(("make", "c++", "chromium"), "")
+    for name, script in said.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "HAM10000_SAMPLE": "x"}
+    subprocess.run(["bash", tmp_path / ".ci" / "run"], env=environment, check=True)
+    asked = (tmp_path / "asked").read_text() if bare else ""
+    assert asked.endswith("python3-venv python3-dev\n" if bare else "")
+    assert bare == (tmp_path / "asked").exists()
 
 
 @pytest.mark.parametrize("there", [[], ["python"], ["python", "pip"]], ids=["nothing", "no pip", "a whole venv"])

@@ -8,7 +8,7 @@ import pytest
 
 from preprocess import synthetic
 from shards import place
-from shards.durable import write_durably
+from shards.durable import whole_file, write_durably
 from shards.errors import DataError
 from shards.format import EncodeSpec
 from shards.shardset import ShardSet
@@ -89,6 +89,18 @@ def test_a_mounted_folder_is_refused_by_the_name_of_the_link_to_it(tmp_path):
     with pytest.raises(DataError, match=r"link: is the top of a file system"):
         ShardSetWriter(tmp_path / "link", EncodeSpec(), 1 << 20, overwrite=True)
     assert names(tmp_path) == ["link"]
+
+
+def test_a_folder_mounted_from_the_same_file_system_is_refused(tmp_path, monkeypatch):
+    table = tmp_path / "mountinfo"
+    out = tmp_path / "my data"
+    out.mkdir()
+    place_there = str(out).replace(" ", r"\040")
+    table.write_text(f"22 1 8:1 / / rw - ext4 /dev/sda rw\n36 22 8:1 /x {place_there} rw,noatime - ext4 /dev/sda rw\n")
+    monkeypatch.setattr(place, "_MOUNTS", table)
+    with pytest.raises(DataError, match="my data: is the top of a file system"):
+        pack(out)
+    assert len(ShardSet(pack(out / "set"))) == 1
 
 
 def test_the_current_folder_is_filled(tmp_path, monkeypatch, painted):
@@ -175,13 +187,36 @@ def test_what_a_crash_left_of_an_old_set_is_cleared(tmp_path, no_exchange):
 def test_an_old_set_loses_its_manifest_first(tmp_path, monkeypatch, no_exchange):
     out = pack(tmp_path / "set")
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(place.shutil, "rmtree", killed)
         pack(out, 2, overwrite=True)
     assert "manifest.json" not in names(tmp_path / ".set.old")
+    pack(out, 3, overwrite=True)
+    assert len(ShardSet(out)) == 3 and names(tmp_path) == ["set"]
+
+
+def test_what_nfs_keeps_of_an_old_set_is_cleared_by_the_next_packing(tmp_path, monkeypatch, no_exchange):
+    out, old = pack(tmp_path / "set"), tmp_path / ".set.old"
+    remove = place.shutil.rmtree
+
+    def read_meanwhile(folder: Path, ignore_errors: bool = False) -> None:
+        """As rmtree on NFS, where another process has a file of the folder open."""
+        remove(folder, ignore_errors=ignore_errors)
+        if folder == old:
+            folder.mkdir()
+            (folder / ".nfs000000000001").touch()
+            if not ignore_errors:
+                raise OSError(16, "Device or resource busy", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.shutil, "rmtree", read_meanwhile)
+        pack(out, 2, overwrite=True)
+        assert len(ShardSet(out)) == 2 and names(tmp_path) == [".set.old", "set"]
+        with pytest.raises(DataError, match=r"\.set\.old: is left of .*\(Device or resource busy\); end what still"):
+            pack(out, 3, overwrite=True)
     pack(out, 3, overwrite=True)
     assert len(ShardSet(out)) == 3 and names(tmp_path) == ["set"]
 
@@ -203,3 +238,12 @@ def test_a_full_disk_leaves_nothing_aside(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: '.*report\.md'"):
         write_durably(tmp_path / "report.md", b"x")
     assert names(tmp_path) == []
+
+
+def test_what_stops_in_the_middle_leaves_the_old_file_and_nothing_aside(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    write_durably(path, b"old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["checkpoint.pt"] and path.read_bytes() == b"old"

@@ -82,6 +82,27 @@ def test_stop_writes_a_checkpoint_and_says_how_to_go_on(tiny_shards: Path, whole
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("unwanted", [(), ("checkpoint.pt",)], ids=["kept", "unwanted"])
+def test_the_end_of_training_is_saved_only_where_its_checkpoint_stays(
+    tiny_shards: Path, whole: Path, tmp_path: Path, unwanted: tuple[str, ...]
+) -> None:
+    config, path = small(tiny_shards, checkpoint_s=1e6), tmp_path / "run" / "checkpoint.pt"
+    with pytest.raises(Crash):  # in the second batch of the test split
+        train_once(config, path.parent, stop=at(16, crash), unwanted=unwanted)
+    assert path.exists() == (not unwanted)
+    with pytest.raises(Stopped):  # where all of training is still to be done, and where none is
+        train_once(config, path.parent, resume=True, stop=at(16 if unwanted else 4, lambda: True), unwanted=unwanted)
+    assert torch.load(path, weights_only=True)["progress"]["epoch"] == 2
+    train_once(config, path.parent, resume=True, unwanted=unwanted)
+    assert_same_run(whole, path.parent)
+
+
+def test_a_checkpoint_that_is_due_at_the_end_of_training_is_written(tiny_shards: Path, tmp_path: Path) -> None:
+    train_once(small(tiny_shards, checkpoint_s=0), tmp_path / "run", unwanted=("checkpoint.pt",))
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["epoch"] == 2
+
+
 def test_sigterm_writes_a_checkpoint_and_exits(tiny_shards: Path, tmp_path: Path) -> None:
     arguments = [
         "--model",
@@ -259,7 +280,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny_shards: Path, whole: Path, t
     (out / ".checkpoint.pt.partial").symlink_to("/dev/full")  # every write to it fails as on a full disk
     with pytest.raises(OSError, match="No space left") as error:
         train_once(small(tiny_shards, checkpoint_s=0), out, resume=True)
-    assert "checkpoint.pt" in str(error.value.filename)
-    (out / ".checkpoint.pt.partial").unlink()
+    assert error.value.filename == str(out / "checkpoint.pt")
+    assert not (out / ".checkpoint.pt.partial").is_symlink()
     train_once(small(tiny_shards), out, resume=True)
     assert_same_run(whole, out)

@@ -5,6 +5,7 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -84,28 +85,49 @@ def test_a_hostile_archive_writes_nothing_and_ends_in_one_line(server: Server, t
     assert tree(tmp_path) == ["a/b/out/HAM10000_metadata.csv"]
 
 
-def packed(method: int, name: str, old: bytes, new: bytes) -> bytes:
-    """An archive with one member, and then other bytes in the place of some."""
+def packed(method: int = zipfile.ZIP_DEFLATED, name: str = "a.csv", content: bytes = b"image,NV\n" * 50) -> bytes:
+    """An archive with one member."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
-        archive.writestr(name, b"image,NV\n" * 50)
-    assert old in buffer.getvalue()
-    return buffer.getvalue().replace(old, new)
+        archive.writestr(name, content)
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        packed(zipfile.ZIP_STORED, "\u00e9.csv", b"\xc3\xa9", b"\xff\xfe"),
-        packed(zipfile.ZIP_BZIP2, "a.csv", b"BZh9", b"BZx9"),
-        packed(zipfile.ZIP_LZMA, "a.csv", b"\x05\x00\x5d", b"\x05\x00\xff"),
-    ],
-    ids=["a name that is no UTF-8", "bzip2", "lzma"],
-)
-def test_what_other_decoders_say_of_a_damaged_archive_is_one_line(tmp_path: Path, content: bytes) -> None:
+NAMED = packed(zipfile.ZIP_STORED, "\u00e9.csv")
+UNREADABLE = {
+    "a name that is no UTF-8": (NAMED.replace(b"\xc3\xa9", b"\xff\xfe"), "is damaged or no zip archive ('utf-8' codec"),
+    "bzip2": (packed(zipfile.ZIP_BZIP2), "'a.csv', and it is neither stored nor deflated"),
+    "lzma": (packed(zipfile.ZIP_LZMA), "'a.csv', and it is neither stored nor deflated"),
+    "its first bytes are lost": (packed()[20:], "'a.csv', and it begins outside the archive"),
+    "its last bytes are lost": (packed()[:-30], "is damaged or no zip archive (File is not a zip file)"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_archive_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
+    content, reason = UNREADABLE[kind]
     archive = tmp_path / "labels.zip"
     archive.write_bytes(content)
-    with pytest.raises(DataError, match=r"labels\.zip: is damaged or no zip archive"):
+    with pytest.raises(DataError) as caught:
+        read_only_member(archive, ".csv")
+    assert str(caught.value).startswith("labels.zip: ") and reason in str(caught.value)
+
+
+def test_an_archive_that_ends_within_a_member_says_so(tmp_path: Path) -> None:
+    archive = tmp_path / "labels.zip"
+    archive.write_bytes(packed())
+    with (
+        mock.patch.object(zipfile.ZipFile, "read", side_effect=EOFError),
+        pytest.raises(DataError, match=r"labels\.zip: is damaged or no zip archive \(it ends too early\)"),
+    ):
+        read_only_member(archive, ".csv")
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError("ours")])
+def test_an_error_of_our_own_is_no_fault_of_the_archive(tmp_path: Path, error: Exception) -> None:
+    archive = tmp_path / "labels.zip"
+    archive.write_bytes(packed())
+    with mock.patch("preprocess.unpack.members", side_effect=error), pytest.raises(type(error), match="ours"):
         read_only_member(archive, ".csv")
 
 

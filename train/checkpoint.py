@@ -1,6 +1,5 @@
 """One file from which an interrupted run goes on as if nothing had happened: the old one or the new one, whole."""
 
-import os
 import pickle
 import random
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from shards.durable import sync_folder
+from shards.durable import whole_file
 from shards.errors import DataError
 from train import device as devices
 
@@ -50,19 +49,9 @@ class Progress:
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, text, lists, dicts) to checkpoint.pt: aside, flushed to the disk, renamed."""
-    path = folder / FILE
-    aside = folder / f".{FILE}.partial"
-    try:
-        with aside.open("wb") as file:
-            torch.save({"version": VERSION, **state}, cast(IO[bytes], _Plain(file)))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    aside.replace(path)
-    sync_folder(folder)
+    """Write `state` (tensors, numbers, text, lists, dicts) to checkpoint.pt, whole or not at all."""
+    with whole_file(folder / FILE) as file:
+        torch.save({"version": VERSION, **state}, cast(IO[bytes], _Plain(file)))
 
 
 class _Plain:

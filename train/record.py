@@ -7,7 +7,6 @@ model.safetensors    the reported weights          predictions.parquet  logits a
 result.json          written last: a run without it is not finished
 """
 
-import fcntl
 import io
 import json
 import os
@@ -22,9 +21,10 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from shards import kernels
+from shards.durable import write_durably
 from shards.errors import DataError, UsageError
 from shards.format import CLASSES
-from shards.writer import write_durably
+from shards.locking import lock
 from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read_config
 
 if TYPE_CHECKING:
@@ -79,12 +79,10 @@ class RunFolder:
         out.mkdir(parents=True, exist_ok=True)
         self._lock: IO[bytes] = (out / ".lock").open("wb")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(self._lock, out, "another process is training in this folder; wait for it or choose another")
+        except DataError:
             self._lock.close()
-            raise DataError(
-                f"{out}: another process is training in this folder; wait for it or choose another"
-            ) from None
+            raise
         if not held:
             write_durably(out / CONFIG, to_json(config.to_dict()))
         self._metrics = (out / METRICS).open("ab")

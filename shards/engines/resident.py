@@ -35,8 +35,14 @@ _EAGER_PIXELS = 1 << 20  # output pixels at a time where nothing fuses the steps
 
 def needed_bytes(selection: "Selection") -> int:
     """What the pixels of a selection take, decoded."""
-    heights, widths = (selection.data.column(name)[selection.samples].astype(np.int64) for name in ("height", "width"))
+    heights, widths = _sides(selection)
     return int((heights * widths).sum()) * 3
+
+
+def _sides(selection: "Selection") -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths of a selection's images, (N,) int64 each, px."""
+    height, width = (selection.data.column(name)[selection.samples].astype(np.int64) for name in ("height", "width"))
+    return height, width
 
 
 def check_memory(selections: "Sequence[Selection]", device: str) -> None:
@@ -65,18 +71,11 @@ class ResidentEngine:
         self.selection, self.device = selection, device
         self.threads = threads or available_cores()
         self.compiled = device != "cpu" if compiled is None else compiled
-        data, rows = selection.data, selection.samples
-        heights, widths = (data.column(name)[rows].astype(np.int64) for name in ("height", "width"))
-        self._starts = np.concatenate([[0], np.cumsum(heights * widths)])  # in pixels
-        self._widths = widths
+        heights, self._widths = _sides(selection)
+        self._starts = np.concatenate([[0], np.cumsum(heights * self._widths)])  # in pixels
         self._pixels: torch.Tensor | None = None
         self._gather: Callable[..., torch.Tensor] = _gather_in_parts
         check_memory([selection], device)
-
-    @property
-    def needed_bytes(self) -> int:
-        """What the pixels take."""
-        return needed_bytes(self.selection)
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. The first run decodes the selection."""
@@ -106,7 +105,7 @@ class ResidentEngine:
         import torch
 
         began = time.monotonic()
-        size = f"{len(self.selection):,} images, {self.needed_bytes / 1e9:.3g} GB"
+        size = f"{len(self.selection):,} images, {self._starts[-1] * 3 / 1e9:.3g} GB"
         _log.info("resident: decoding %s onto %s", size, self.device)
         pixels = torch.empty((int(self._starts[-1]), 3), dtype=torch.uint8, device=self.device)
         with ThreadPoolExecutor(self.threads, thread_name_prefix="shards-resident") as pool:

@@ -21,10 +21,8 @@ _log = logging.getLogger(__name__)
 _REVISION = 2  # of what is checked and how: another one makes old verdicts void
 
 
-def key_of(
-    data: "ShardSet", device: "torch.device", variant: str, samples: "np.ndarray | None" = None
-) -> dict[str, Any]:
-    """All that a verdict hangs on. samples: those that are checked, all of the set's where None.
+def key_of(data: "ShardSet", device: "torch.device", variant: str, samples: "np.ndarray") -> dict[str, Any]:
+    """All that a verdict hangs on. samples: numbers of those that are checked, (n,).
 
     Their encodings count, not the write mode alone: with `smart` or `proportion` a set can be all raw, and what agreed
     there has not decoded one JPEG.
@@ -37,7 +35,6 @@ def key_of(
         name: next((v for n, v in sorted(found.items()) if f"{n}-".startswith(f"{name}-")), "none") for name in names
     }
     encode = data.manifest.encode
-    encodings = data.column("encoding") if samples is None else data.column("encoding")[samples]
     return {
         "revision": _REVISION,
         "variant": variant,
@@ -45,7 +42,7 @@ def key_of(
         "driver": _driver_version(device),
         "versions": versions,
         "packed": [encode.write_mode, encode.subsampling, encode.restart, encode.max_resolution],
-        "encodings": sorted(set(encodings.tolist())),
+        "encodings": sorted(set(data.column("encoding")[samples].tolist())),
     }
 
 
@@ -93,7 +90,7 @@ def read(file: Path, key: dict[str, Any]) -> tuple[bool, str] | None:
 
 def keep(file: Path, key: dict[str, Any], passed: bool, reason: str) -> None:
     """Write a verdict; where that fails, the next process checks again."""
-    from shards.writer import write_durably
+    from shards.durable import write_durably
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

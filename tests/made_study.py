@@ -12,9 +12,9 @@ from shards.format import CLASSES
 from train.calibration import softmax
 from train.cells import cell_name, seed_pairs
 from train.config import Config
+from train.differences import COMPARED
 from train.leakage import RESULT
 from train.metrics import evaluate
-from train.study import COMPARED
 from train.study_folder import LEAKAGE
 
 SHARES = np.array([0.033, 0.051, 0.11, 0.011, 0.111, 0.67, 0.014])
@@ -98,7 +98,7 @@ def write_run(
         "flops_per_image": int(flops),
         "img_per_s": 2e11 / flops * float(rng.uniform(0.9, 1.1)),
         "data_wait_fraction": float(rng.uniform(0.0, 0.03)),
-        "seconds": {"train": train_s, "start": 2.0, "compile": 0.0, "eval": 3.0, "save": 0.2},
+        "seconds": {"train": train_s, "start": 2.0, "compile": 0.0, "eval": 3.0, "save": 0.2, "write": 0.3},
         "peak_memory_bytes": 1_200_000_000,
         "device": "made-up device",
         "world_size": 1,
@@ -177,27 +177,32 @@ def write_study(
     return folder
 
 
-def write_leakage(study: Path) -> dict[str, Any]:
-    """Write what `train.leakage` would have measured into a study's folder; its content."""
+def made_leakage(*, every: float = 0.05, seen: float = 0.12, unseen: float = -0.01, seeds: int = 2) -> dict[str, Any]:
+    """What `train.leakage` would have measured: gains of all test images and of both kinds, −0.03 to +0.04 about."""
 
     def gain(value: float) -> dict[str, dict[str, Any]]:
         ends = {"value": value, "low": value - 0.03, "high": value + 0.04}
-        cell = {"first": 0.6 + value, "second": 0.6, "difference": ends, "p": 0.01, "runs": 2, "includes_seeds": True}
-        cell["note"] = ""
+        cell = {"first": 0.6 + value, "second": 0.6, "difference": ends, "p": 0.01, "runs": seeds}
+        cell |= {"includes_seeds": seeds > 1, "note": ""}
         return {metric: dict(cell) for metric in COMPARED}
 
-    result = {
+    return {
         "model": "resnet18",
-        "seeds": [0, 1],
+        "seeds": list(range(seeds)),
         "training_images": 5000,
         "training_lesions": {"leaky": 4200, "apart": 3900},
         "test_images": {"all": 2000, "seen": 800, "unseen": 1200},
         "epochs": 12,
         "resolution_px": 64,
-        "all": gain(0.05),
-        "seen": gain(0.12),
-        "unseen": gain(-0.01),
+        "all": gain(every),
+        "seen": gain(seen),
+        "unseen": gain(unseen),
     }
+
+
+def write_leakage(study: Path) -> dict[str, Any]:
+    """Write `made_leakage` into a study's folder; its content."""
+    result = made_leakage()
     (study / LEAKAGE).mkdir()
     (study / LEAKAGE / RESULT).write_text(json.dumps(result))
     return result

@@ -7,11 +7,13 @@ prints a table; the tests run the same functions with fewer repeats, and docstri
 
 import click
 import numpy as np
+from scipy.stats import t
 
 from train.bootstrap import Groups, LesionBootstrap, interval, two_sided_p
 from train.curves import fit_curve, hold_out_largest
-from train.metrics import SCALARS, evaluate, mean_freedom, prepare
-from train.study import Tested, model_difference
+from train.differences import Tested, between_pairs, model_difference
+from train.estimates import estimate, mean_freedom
+from train.metrics import SCALARS, evaluate, prepare
 from train.variance import SOURCES, variance_shares
 
 LESIONS = np.array([46, 65, 145, 15, 123, 300, 20])
@@ -73,6 +75,36 @@ def balanced_accuracy(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS)
         mean = found.mean(axis=1)
         low, high = interval(mean[1:], mean[0], freedom=mean_freedom(found, bootstrap))
         held += bool(low <= recalls.mean() <= high)
+    return held / repeats
+
+
+def recall_of_few(recall, lesions, repeats, resamples=200, seed=0):
+    """Share of repeats whose interval of one class's recall holds the true one, for a class of so few lesions."""
+    rng = np.random.default_rng(seed)
+    counts, recalls = np.array([lesions, 40, 0, 0, 0, 0, 0]), np.array([recall, 0.5, 0, 0, 0, 0, 0])
+    held = 0
+    for i in range(repeats):
+        labels, ids, right = lesions_and_answers(rng, recalls.clip(1e-6), counts)
+        bootstrap = LesionBootstrap(labels, ids, resamples=resamples, seed=i)
+        groups = Groups(2 * labels + right[:, 0], 4)
+        missed, found = np.concatenate([groups.sums(weights) for weights in bootstrap.weights()], axis=1)[:2]
+        held += holds(estimate(found / (missed + found), freedom=lesions - 1, lesions=lesions), recall)
+    return held / repeats
+
+
+def crossed_pairs(repeats, seed_sd=1.0, subset_sd=1.0, own_sd=1.0, seeds=3, subsets=3, seed=0):
+    """Share of repeats whose interval of a mean difference, 0, of crossed seeds and subset seeds holds it."""
+    rng = np.random.default_rng(seed)
+    keys = [(s, u) for s in range(seeds) for u in range(subsets)]
+    held = 0
+    for _ in range(repeats):
+        gaps = (
+            np.repeat(seed_sd * rng.normal(size=seeds), subsets)
+            + np.tile(subset_sd * rng.normal(size=subsets), seeds)
+            + own_sd * rng.normal(size=len(keys))
+        )
+        variance, freedom, _ = between_pairs(gaps, keys)
+        held += abs(gaps.mean()) <= t.ppf(0.975, freedom) * variance**0.5
     return held / repeats
 
 
@@ -217,6 +249,10 @@ def main(repeats: int, resamples: int, only: str | None) -> None:
                 share = balanced_accuracy(recalls, repeats, resamples, lesions=lesions)
                 click.echo(f"balanced accuracy, {name} recalls, {label} lesions: {share:.3f}")
     if only in (None, "metrics"):
+        for recall in (0.02, 0.1, 0.5, 0.9, 0.98):
+            for lesions in (12, 20):
+                share = recall_of_few(recall, lesions, repeats, resamples)
+                click.echo(f"recall {recall} of a class of {lesions} lesions: {share:.3f}")
         for prior in ("balanced", "training"):
             for sharpness in (1.0, 1.6):
                 for name, share in every_metric(repeats, prior, sharpness, resamples).items():
@@ -229,6 +265,9 @@ def main(repeats: int, resamples: int, only: str | None) -> None:
         for seed_sd in (0.0, 0.03, 0.1):
             share = models_with_seeds(repeats, seed_sd=seed_sd)
             click.echo(f"difference over 3 seeds, seed spread {seed_sd:.2f}: {share:.3f}")
+        for seed_sd, subset_sd, own_sd in ((1, 1, 0.3), (1, 1, 1), (0.3, 1, 1), (0, 0, 1)):
+            share = crossed_pairs(repeats, seed_sd, subset_sd, own_sd)
+            click.echo(f"3 seeds × 3 subset seeds, spreads {seed_sd}, {subset_sd} and {own_sd}: {share:.3f}")
     if only in (None, "curves"):
         for name in CURVES:
             shares = curve(name, repeats, resamples)

@@ -15,8 +15,10 @@ from tests.made_study import test_set as made_test_set
 from tests.made_study import write_run, write_study
 from tests.report_pages import assert_drawn, browse, compose_folder, told, words
 from train import analysis, study_data
-from train.cells import cell_name
+from train.cells import EIGHT, cell_name
 from train.config import Config
+from train.figures_detail import results_table
+from train.findings import curve as told_of_curve
 from train.report import draw
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,54 @@ def single(tmp_path_factory) -> Path:
 
 
 # ------------------------------------------------------------------ the words
+
+
+CURVE = {
+    "curve": {"identifiable": True, "reasons": [], "a": {"value": 0.62, "low": 0.6, "high": 0.65}},
+    "hold_out": {"inside": True, "predicted": 0.5, "low": 0.48, "high": 0.52, "observed": 0.513},
+    "doubts": [],
+    "band": [
+        {"n": 5600, "value": 0.478, "low": 0.46, "high": 0.49},
+        {"n": 11200, "value": 0.515, "low": 0.5, "high": 0.53},
+    ],
+    "notes": ["a note"],
+}
+
+
+def test_a_curve_that_held_is_told_beyond_the_data_without_a_gain_over_its_own_present():
+    text = " ".join(told_of_curve(CURVE, "balanced_accuracy"))
+    assert (
+        "Twice as many as now would give 51.5 % (50.0 % to 53.0 %) on these test lesions by the fitted curve." in text
+    )
+    assert "came, as predicted." in text and "the curve ends at 62.0 % (60.0 % to 65.0 %)" in text
+    assert "points" not in text and text.endswith("Note: a note.")
+
+
+def test_of_a_curve_in_doubt_nothing_beyond_the_data_is_told_but_why():
+    doubts = ["fitted without the largest size, it does not foretell that", "and another"]
+    failed = CURVE | {"hold_out": CURVE["hold_out"] | {"inside": False}, "doubts": doubts}
+    text = " ".join(told_of_curve(failed, "balanced_accuracy"))
+    assert "51.3 % came, NOT as predicted." in text
+    assert f"No figure beyond the data is told, for the fitted curve is in doubt: {'; '.join(doubts)}." in text
+    assert "51.5 %" not in text and "62.0 %" not in text and "Twice" not in text
+
+
+def test_a_curve_in_doubt_is_drawn_and_tabled_to_the_largest_size_only(tmp_path):
+    out = write_study(
+        tmp_path / "s", models=("resnet18",), fractions=(0.0625, 0.125, 0.25, 0.5, 1.0), lesions=60, resamples=20
+    )
+    for path in out.glob("cells/resnet18_f1_*/result.json"):
+        result = json.loads(path.read_text())
+        result["test"]["balanced_accuracy"]["value"] = 0.2
+        path.write_text(json.dumps(result))
+    one, page = compose_folder(out)
+    told_curve = one.curves["balanced_accuracy"]["resnet18"]
+    assert told_curve["doubts"] and told_curve["band"][-1]["n"] == pytest.approx(told_curve["curve"]["n_max"])
+    figure = next(f for f in draw(one) if f.name == "curves-balanced_accuracy")
+    assert "foretold" not in figure.charts[0] and "A curve in doubt ends where the data do." in figure.caption
+    (row,) = figure.more.rows
+    assert (row[1], row[3]) == ("–", "–") and "in doubt: " in row[-1]
+    assert "No figure beyond the data is told" in words(page)
 
 
 def test_a_model_is_not_better_than_its_twin(tmp_path):
@@ -61,7 +111,7 @@ def test_seeds_that_meet_several_subsets_are_counted_as_such(tmp_path):
     text = told(one)
     assert "8 runs of 2 models" in text and "with 2 seeds and 2 subset seeds" in text
     assert "(2 seeds and 2 subset seeds: " in text and "4 seeds" not in text
-    assert "4 pairs of runs share 2 " in words(page)
+    assert "4 pairs of runs share 2 subset seeds and 2 seeds" in words(page)
 
 
 def test_a_study_without_spread_says_that_there_is_nothing_to_share_out(tmp_path):
@@ -102,6 +152,22 @@ def test_a_browser_draws_the_report_of_a_single_run(single, tmp_path):
     one, page = compose_folder(single)
     seen, console = browse(page, tmp_path, width=500)
     assert_drawn(seen, console, sum(len(figure.charts) for figure in draw(one)))
+
+
+@pytest.mark.slow
+def test_a_study_of_hundreds_of_cells_is_a_page(tmp_path):
+    fractions = tuple(0.5**i for i in range(7))
+    out = write_study(tmp_path / "s", models=EIGHT, fractions=fractions, lesions=30, resamples=10)
+    one, page = compose_folder(out)
+    assert "168 runs of 8 models" in words(page) and len(one.differences) == 28
+    assert page.count('<svg class="chart" id="curve-balanced_accuracy-') == 8
+    assert all(len(by_fraction) == 7 for by_fraction in one.sizes.values())
+    assert {size.runs for by_fraction in one.sizes.values() for size in by_fraction} == {3}
+    assert "speed" in page and len(page) < 5_000_000
+
+
+def test_the_table_of_results_names_the_prior_of_its_calls(single):
+    assert "calls and probabilities for the balanced prior" in results_table(compose_folder(single)[0]).head[0]
 
 
 def test_many_models_get_a_learning_curve_each(tmp_path):

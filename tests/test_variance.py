@@ -77,6 +77,15 @@ def test_gaps_in_the_grid_are_told():
     assert any("different numbers of runs" in note for note in notes)
 
 
+def test_runs_that_share_subsets_are_told_to_count_as_independent():
+    table = grid(runs=4)
+    alone, crossed = (
+        variance_shares(table.assign(subset_seed=subset), "score", resamples=50)["notes"]
+        for subset in (table["seed"], table["seed"] % 2)
+    )
+    assert alone == [] and len(crossed) == 1 and "share subset seeds" in crossed[0]
+
+
 def test_too_little_to_share_out_is_refused():
     with pytest.raises(DataError, match="at least two models and two sizes, and there are 1 and 4"):
         variance_shares(grid(models=1), "score")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import DataError
-from train.config import Config, resolution_of
+from train.config import Config, pixel_share
 from train.leakage import RESULT
 from train.results import read_json
 from train.study_data import Run, Study
@@ -22,12 +22,12 @@ TRAINING_PASSES = 3
 
 @dataclass(frozen=True)
 class Size:
-    """One model's runs of one fraction, summed up: means, and the lowest and highest of the seeds."""
+    """One model's runs of one fraction, summed up: their number, means, and the lowest and highest of them."""
 
     model: str
     fraction: float
     n: float
-    seeds: int
+    runs: int
     mean: dict[str, float | None]
     low: dict[str, float | None]
     high: dict[str, float | None]
@@ -39,7 +39,7 @@ class Size:
 class Analysis:
     """The numbers of a report. By metric, by model, or both; what could not be computed is missing and has a reason.
 
-    curves[metric][model]: `study.learning_curve`. differences: `study.model_differences` at `compared_at`, with
+    curves[metric][model]: `study.learning_curve`. differences: `differences.model_differences` at `compared_at`, with
     `p_holm` beside each p. variance[metric]: `variance.variance_shares`, or the reason for none as text. sizes: by
     model and rising fraction. leakage: what `train.leakage` measured in the study's folder `leakage`.
     """
@@ -82,7 +82,7 @@ def _compare(found: Analysis, resamples: int) -> None:
     """Fill in the differences between models at the largest fraction that the most models share."""
     from statsmodels.stats.multitest import multipletests
 
-    from train.study import model_differences
+    from train.differences import model_differences
 
     study = found.study
     by_fraction: dict[float, dict[str, dict[tuple[int, int], Run]]] = {}
@@ -117,7 +117,7 @@ def _sizes(study: Study, model: str) -> list[Size]:
                 model=model,
                 fraction=fraction,
                 n=float(np.mean([row["n_train"] for row in rows])),
-                seeds=len(rows),
+                runs=len(rows),
                 mean={m: float(np.mean(v)) if v else None for m, v in known.items()},
                 low={m: min(v) if v else None for m, v in known.items()},
                 high={m: max(v) if v else None for m, v in known.items()},
@@ -135,8 +135,8 @@ def training_flops(run: Run) -> float:
     """
     row, full = run.row, run.config["resolution"]
     ramp = Config(row["model"], resolution=full, start_resolution=run.config.get("start_resolution"))
-    share = np.mean([(resolution_of(ramp, epoch, row["epochs"]) / full) ** 2 for epoch in range(row["epochs"])])
-    return TRAINING_PASSES * row["flops_per_image"] * row["steps"] * row["batch_size"] * float(share)
+    images = row["steps"] * row["batch_size"]
+    return TRAINING_PASSES * row["flops_per_image"] * images * pixel_share(ramp, row["epochs"])
 
 
 # ------------------------------------------------------------------ tables pooled over the seeds

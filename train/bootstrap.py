@@ -219,6 +219,19 @@ def interval(
     return np.where(empty, np.nan, low).reshape(shape), np.where(empty, np.nan, high).reshape(shape)
 
 
+def exact_interval(share: Floats | float, lesions: Ints | int) -> tuple[Floats, Floats]:
+    """Ends of the 95 % interval of shares of so many independent lesions (Clopper & Pearson 1934, Biometrika 26:404).
+
+    For shares that no resample moves, such as 0 of 12 lesions, which say that the true one is below 0.27 and not that
+    it is 0. Arrays that broadcast to the shape of the shares, or numbers; at least one lesion each.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    n = np.broadcast_to(np.asarray(lesions, dtype=np.float64), np.shape(share))
+    low, high = proportion_confint(np.asarray(share) * n, n, alpha=1 - CONFIDENCE, method="beta")
+    return np.asarray(low), np.asarray(high)
+
+
 def two_sided_p(replicates: Floats, value: float, *, freedom: float = np.inf) -> float:
     """p of the hypothesis that a difference is 0: 1 − the confidence of the `t` interval that just reaches it.
 

@@ -143,6 +143,15 @@ def resolved(config: Config, family: str) -> Config:
     )
 
 
+def check_batch(batch_size: int, family: str, processes: int = 1) -> None:
+    """Raise UsageError where a global batch leaves a process fewer images than a model family can be trained on."""
+    least = (2 if family == "batchnorm" else 1) * processes
+    if batch_size < least:
+        why = "batch norm needs 2 images in each process" if family == "batchnorm" else "each process needs an image"
+        shared = f" with {processes} processes" if processes > 1 else ""
+        raise UsageError(f"--batch-size {batch_size}{shared}: {why}; choose {least} or more")
+
+
 def read_config(path: Path) -> Config:
     """The settings that a run folder's config.json holds. Raises DataError where it is missing or damaged."""
     try:
@@ -185,3 +194,11 @@ def resolution_of(config: Config, epoch: int, epochs: int) -> int:
         return config.resolution
     smaller = (config.resolution - start) // RAMP_STEP_PX
     return start + RAMP_STEP_PX * (epoch * smaller // ramp)
+
+
+def pixel_share(config: Config, epochs: int) -> float:
+    """The mean over `epochs` of the pixels an image is trained at, as a share of the full size's: 1 without a ramp.
+
+    What a step costs grows about as they do.
+    """
+    return sum((resolution_of(config, epoch, epochs) / config.resolution) ** 2 for epoch in range(epochs)) / epochs

@@ -36,7 +36,8 @@ class LearningCurve:
     """A fitted curve. Estimates are {"value", "low", "high"}, 95 %; an open end is None.
 
     a: the score with endless data, b and c: how far below it and how fast it rises. identifiable: False where the
-    data do not bound them, and `reasons` says why; values between the measured sizes are good all the same.
+    data do not bound them, and `reasons` says why; values between the measured sizes are good all the same where the
+    form fits (`lack_of_fit_p`).
     noise_sd: standard deviation of a run at the largest size; noise_power: its variance falls as n^−noise_power.
     lack_of_fit_p: small where the means of the sizes lie farther from the curve than their runs from each other.
     """
@@ -66,11 +67,13 @@ class LearningCurve:
         value, low, high = self.fit.value_at(float(n))
         return {"n": float(n), "value": value, "low": low, "high": high}
 
-    def band(self, points: int = 40) -> list[dict[str, float]]:
-        """`at` for sizes evenly spaced in log n, from the smallest to twice the largest. Empty without a fit."""
+    def band(self, points: int = 40, *, beyond: bool = True) -> list[dict[str, float]]:
+        """`at` for sizes evenly spaced in log n, from the smallest to twice the largest, or to the largest where not
+        beyond the data. Empty without a fit."""
         if self.fit is None:
             return []
-        return [self.at(float(n)) for n in np.geomspace(self.n_min, EXTRAPOLATION * self.n_max, points)]
+        end = self.n_max * (EXTRAPOLATION if beyond else 1.0)
+        return [self.at(float(n)) for n in np.geomspace(self.n_min, end, points)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the fit itself, for JSON."""

@@ -80,7 +80,7 @@ def learning_curves(found: Analysis, metric: str) -> Figure:
     models = [model for model in study.models if model in curves]
     alone = len(models) > TOGETHER
     values = [p["value"] for c in curves.values() for p in c["points"]]
-    if all(size.seeds == 1 for model in models for size in found.sizes[model]):
+    if all(size.runs == 1 for model in models for size in found.sizes[model]):
         rows = [row for row in study.table.to_dict("records") if row[metric] == row[metric]]
         values += [
             row[f"{metric}_{end}"] for row in rows for end in ("low", "high") if row[f"{metric}_{end}"] is not None
@@ -101,7 +101,7 @@ def learning_curves(found: Analysis, metric: str) -> Figure:
         name = f"curve-{metric}-{group[0]}"
         plot = Plot(name, title, told, x, y, "training images", NAMES[metric], width=350 if alone else 440)
         measured = max(curves[model]["curve"]["n_max"] for model in group)
-        if any(curves[model]["band"] for model in group):
+        if any(curves[model]["band"] and not curves[model]["doubts"] for model in group):
             plot.rule(x=measured)
             plot.text(plot.px(measured) + 4, plot.height - plot.bottom - 6, "foretold", kind="note")
         for model in models if alone else []:
@@ -114,13 +114,14 @@ def learning_curves(found: Analysis, metric: str) -> Figure:
         charts.append(plot.svg())
     fitted = [model for model in models if curves[model]["band"]]
     caption = "Every point is one run (seed). "
-    if all(size.seeds == 1 for model in models for size in found.sizes[model]):
+    if all(size.runs == 1 for model in models for size in found.sizes[model]):
         caption += "Bars are the runs' own 95 % intervals, for other test lesions. "
     if fitted:
         caption += (
             "Lines are fitted curves a − b·n^−c; the dark band is their 95 % interval over seeds and training subsets"
             + (", the pale one holds the sampling of the test lesions too" if alone or len(models) == 1 else "")
             + ", drawn to twice the largest measured size and no further: right of the dots nothing was measured. "
+            + ("A curve in doubt ends where the data do. " if any(curves[m]["doubts"] for m in fitted) else "")
         )
     if len(fitted) < len(models):
         caption += "Where no curve could be fitted, a line joins the means. "
@@ -128,7 +129,7 @@ def learning_curves(found: Analysis, metric: str) -> Figure:
         [
             model,
             f"{size.n:,.0f}",
-            str(size.seeds),
+            str(size.runs),
             *(score(metric, v[metric]) for v in (size.mean, size.low, size.high)),
         ]
         for model in models
@@ -159,10 +160,12 @@ def _curve_table(found: Analysis, metric: str, models: Sequence[str]) -> Table:
         curve, check = told["curve"], told["hold_out"]
         c = curve["c"]
         rate = "–" if c["value"] is None else f"{c['value']:.2f} ({_end(c['low'])} to {_end(c['high'])})"
-        ahead = between(metric, told["band"][-1]) if told["band"] else "–"
+        beyond = told["band"] and not told["doubts"]
+        ahead = between(metric, told["band"][-1]) if beyond else "–"
         foretold = "–" if check["predicted"] is None else between(metric, {**check, "value": check["predicted"]})
-        notes = [*told["notes"], *([check["reason"]] if check["reason"] else [])]
-        a = score(metric, curve["a"]["value"]) if curve["a"]["low"] is None else between(metric, curve["a"])
+        notes = [*(f"in doubt: {doubt}" for doubt in told["doubts"]), *told["notes"]]
+        notes += [check["reason"]] if check["reason"] else []
+        a = between(metric, curve["a"]) if beyond else "–"
         rows.append([model, a, rate, ahead, foretold, score(metric, check["observed"]), "; ".join(notes)])
     return Table(head, rows)
 
@@ -196,7 +199,7 @@ def _curve(plot: Plot, found: Analysis, metric: str, model: str, *, patients: bo
     else:
         means = [(s.n, s.mean[metric]) for s in found.sizes[model]]
         plot.line([(n, mean) for n, mean in means if mean is not None], series)
-    for run in found.study.of(model) if all(size.seeds == 1 for size in found.sizes[model]) else []:
+    for run in found.study.of(model) if all(size.runs == 1 for size in found.sizes[model]) else []:
         row = run.row
         if row[metric] is not None and row[f"{metric}_low"] is not None:
             plot.interval(row["n_train"], row[f"{metric}_low"], row[f"{metric}_high"], series)
@@ -267,7 +270,7 @@ def _cost_chart(found: Analysis, metric: str, y: Scale, name: str, what: str, la
             continue
         plot.line([(of(s), s.mean[metric] or 0.0) for s in known], series)
         for s in known:
-            if s.seeds > 1:
+            if s.runs > 1:
                 plot.interval(of(s), s.low[metric] or 0.0, s.high[metric] or 0.0, series)
             plot.point(
                 of(s),

@@ -135,10 +135,11 @@ def leakage(found: Analysis) -> Figure | None:
         charts.append(plot.svg(y_ticks=False))
     lesions = told["training_lesions"]
     caption = (
-        f"{told['model']}, trained {len(told['seeds'])} times each on two sets of {told['training_images']:,} images "
+        f"{told['model']}, {len(told['seeds'])} × trained on each of two sets of {told['training_images']:,} images "
         "with the same count of every class: one with the views of test lesions that a split by image leaves there "
         f"({lesions['leaky']:,} lesions), one without any ({lesions['apart']:,} lesions). Same test images, paired by "
-        "lesion; bars are 95 % intervals. The gain is false: new patients have no such views."
+        "lesion; bars are 95 % intervals. A gain is false, for new patients have no such views; where the lesion is "
+        "not in training nothing can leak, and a difference is of the networks."
     )
     head = ("test images", "metric", "images", "with views", "without", "gain (95 %)")
     return Figure("leakage", "What a split by image gains falsely", charts, caption, table=Table(head, rows))

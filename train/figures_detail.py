@@ -183,8 +183,19 @@ def speed(found: Analysis) -> Figure:
         "One marker a cell. Speed counts training alone, compiling and evaluation apart. Waiting is time in which the "
         "training loop had no batch to work on."
     )
-    head = ("cell", "img/s", "data wait", "start s", "compile s", "train s", "evaluate s", "save s", "peak memory MB")
-    seconds = ("start_s", "compile_s", "train_s", "eval_s", "save_s")
+    head = (
+        "cell",
+        "img/s",
+        "data wait",
+        "start s",
+        "compile s",
+        "train s",
+        "evaluate s",
+        "save s",
+        "write s",
+        "peak memory MB",
+    )
+    seconds = ("start_s", "compile_s", "train_s", "eval_s", "save_s", "write_s")
     cells = [
         [
             row["cell"],
@@ -209,8 +220,10 @@ def results_table(found: Analysis) -> Table:
         "malignant_auc",
         "expected_calibration_error",
     )
+    prior = found.study.runs[0].result["test"]["prior"]
     head = (
-        "model", "parameters", "training images", "runs", *(NAMES[m] for m in METRICS), "accuracy", "macro F1",
+        f"model (calls and probabilities for the {prior} prior)",
+        "parameters", "training images", "runs", *(NAMES[m] for m in METRICS), "accuracy", "macro F1",
         "melanoma found at 90 % specificity", "malignant AUC", "calibration error",
     )  # fmt: skip
     rows = []

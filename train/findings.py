@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from train import findings_trust
-from train.analysis import METRICS, Analysis, Size, best_model
+from train.analysis import METRICS, Analysis, best_model
 from train.figures import between, percent, points, score
 from train.figures_compare import clear, p_value, share
 from train.findings_trust import count, listed
@@ -148,7 +148,7 @@ def _data(found: Analysis) -> Iterator[str]:
         sizes = [size for size in found.sizes[model] if size.mean[metric] is not None]
         first, last = sizes[0], sizes[-1]
         gained = f"{last.n / first.n:.0f} times the images ({first.n:,.0f} to {last.n:,.0f}) brought"
-        sentences = [f"{model}: {gained} {points(metric, gains[model])}.", *_curve(curves[model], last, metric)]
+        sentences = [f"{model}: {gained} {points(metric, gains[model])}.", *curve(curves[model], metric)]
         yield " ".join(sentences)
     checks = [told["hold_out"]["inside"] for told in curves.values() if told["hold_out"]["inside"] is not None]
     if len(gains) > FEW and checks:
@@ -158,30 +158,28 @@ def _data(found: Analysis) -> Iterator[str]:
         )
 
 
-def _curve(told: dict[str, Any], last: Size, metric: str) -> Iterator[str]:
-    curve, band, check = told["curve"], told["band"], told["hold_out"]
+def curve(told: dict[str, Any], metric: str) -> Iterator[str]:
+    """What a learning curve (`study.learning_curve`) foretells, or why it does not."""
+    fitted, band, check = told["curve"], told["band"], told["hold_out"]
     if not band:
-        yield f"No curve was fitted: {'; '.join(curve['reasons'])}."
+        yield f"No curve was fitted: {'; '.join(fitted['reasons'])}."
         return
-    end = band[-1]
-    now = min(band, key=lambda b: abs(b["n"] - last.n))
-    gain = end["value"] - now["value"]
-    yield (
-        f"Twice as many as now would give {score(metric, end['value'])} ({score(metric, end['low'])} to "
-        f"{score(metric, end['high'])}) on these test lesions by the fitted curve, {points(metric, gain)}."
-    )
-    if curve["identifiable"]:
-        yield f"With endless data the curve ends at {between(metric, curve['a'])}."
-    else:
-        yield f"Where the curve ends cannot be said: {'; '.join(curve['reasons'])}."
     if check["inside"] is not None:
-        verdict = "as predicted" if check["inside"] else "NOT as predicted, so do not trust the curve beyond the data"
         yield (
             f"A check: fitted without the largest size, the curve foretells {score(metric, check['predicted'])} "
             f"({score(metric, check['low'])} to {score(metric, check['high'])}) there, and "
-            f"{score(metric, check['observed'])} came, {verdict}."
+            f"{score(metric, check['observed'])} came, {'as' if check['inside'] else 'NOT as'} predicted."
         )
-    others = [note for note in told["notes"] if note not in curve["reasons"]]
+    if told["doubts"]:
+        yield f"No figure beyond the data is told, for the fitted curve is in doubt: {'; '.join(told['doubts'])}."
+    else:
+        # No gain over the present: the curve's own value there is not what was measured.
+        yield f"Twice as many as now would give {between(metric, band[-1])} on these test lesions by the fitted curve."
+        if fitted["identifiable"]:
+            yield f"With endless data the curve ends at {between(metric, fitted['a'])}."
+        else:
+            yield f"Where the curve ends cannot be said: {'; '.join(fitted['reasons'])}."
+    others = [note for note in told["notes"] if note not in fitted["reasons"]]
     yield from (f"Note: {note}." for note in others)
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from train.analysis import METRICS, Analysis, best_model
-from train.figures import between, percent, points
+from train.analysis import Analysis, best_model
+from train.figures import between, percent
+from train.leakage import told
 
 FEW_LESIONS = 20
 """A class with fewer test lesions than this is named as one whose numbers are rough."""
@@ -87,27 +88,17 @@ def speed(found: Analysis) -> Iterator[str]:
 
 def leakage(found: Analysis) -> Iterator[str]:
     """What an image-level split would have gained falsely."""
-    told = found.leakage
-    if told is None:
-        return
-    cell = told["all"][METRICS[0]]
-    gap = cell["difference"]
-    if gap["value"] is None:
-        return
-    yield (
-        f"Trained on as many images, but with views of the test lesions among them, {told['model']} scores "
-        f"{points(METRICS[0], gap['value'])} ({points(METRICS[0], gap['low'])} to {points(METRICS[0], gap['high'])}) "
-        "in balanced accuracy on the same test images: so much does a split by image gain falsely."
-    )
+    if found.leakage is not None:
+        yield from told(found.leakage)
 
 
 def caveats(found: Analysis) -> Iterator[str]:
     """What limits all of the above."""
     study = found.study
-    seeds = min(size.seeds for by_model in found.sizes.values() for size in by_model)
+    runs = min(size.runs for by_model in found.sizes.values() for size in by_model)
     test = study.runs[0].result["test"]
-    if seeds < 3:
-        yield f"Some cells have {seeds} {'run' if seeds == 1 else 'runs'}: how far seeds move a result is hardly known."
+    if runs < 3:
+        yield f"Some cells have {count(runs, 'run')}: how far seeds move a result is hardly known."
     yield f"Intervals of single runs come from {test['resamples']:,} resamples of {test['resampled']}s of one test set."
     if test["resampled"] == "image":
         yield "The test set names no lesions, so views of one lesion count as independent and intervals are too narrow."

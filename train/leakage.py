@@ -37,7 +37,7 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
     from dataclasses import replace
 
     from shards.shardset import ShardSet
-    from train.cells import Cell, check_batch, fitting_batch, parse_seeds
+    from train.cells import Cell, fitting_batch, parse_seeds
     from train.config import Config
     from train.grid import check, run, settings
     from train.study_folder import StudyFolder
@@ -45,7 +45,6 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
     base = Config(model=model, **options)
     numbers = parse_seeds(seeds, "--seeds")
     check([model], base)
-    check_batch(base.batch_size)
     with ShardSet(base.data) as data:
         if data.manifest.split.get("unit") != "image":
             raise DataError(
@@ -76,7 +75,8 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
             if code == 0:
                 result = measure(data, rows, cells, folder)
                 _write(out / RESULT, result)
-                click.echo(told(result))
+                for line in told(result):
+                    click.echo(line)
             return code
 
 
@@ -151,13 +151,16 @@ def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> 
 
 
 def measure(data: "ShardSet", rows: "dict[str, np.ndarray]", cells: list[Any], folder: Any) -> dict[str, Any]:
-    """The paired differences leaky − apart (`study.model_difference`) of all test images, and of those that have views
-    among the leaky training images (`seen`) and those that have none (`unseen`). None where a group has no image."""
+    """The paired differences leaky − apart (`differences.model_difference`) of all test images, of those that have
+    views among the leaky training images (`seen`), and of those that have none (`unseen`).
+
+    None where a group has no image.
+    """
     import numpy as np
     import pandas as pd
 
+    from train.differences import model_difference, tested
     from train.results import read_json
-    from train.study import model_difference, tested
 
     in_test = data.column("split") == "test"
     trained = set(data.lesion_names[rows["leaky"]].tolist())
@@ -194,19 +197,66 @@ def measure(data: "ShardSet", rows: "dict[str, np.ndarray]", cells: list[Any], f
     return found
 
 
-def told(result: dict[str, Any]) -> str:
-    """The result in a sentence."""
-    cell = result["all"]["balanced_accuracy"]
+def told(result: dict[str, Any]) -> list[str]:
+    """The result in sentences: the difference on all test images, what it shows, and the control. Empty if undefined.
+
+    The control are test images whose lesion has no view in training: nothing can leak there, so what the networks
+    differ by on those is not of the leak. The difference on the others is the leak's at its largest.
+    """
+    metric = "balanced_accuracy"
+    cell, unseen = result["all"][metric], _cell(result, "unseen", metric)
+    if cell["difference"]["value"] is None:
+        return []
+    seeds, images = len(result["seeds"]), result["test_images"]
+    lines = [
+        f"Trained on as many images, but with views of the test lesions among them, {result['model']} scores "
+        f"{_gap(cell, metric)} in balanced accuracy on the same {images['all']:,} test images "
+        f"({seeds} seed{'' if seeds == 1 else 's'})."
+    ]
+    biased = unseen is not None and _side_of_0(unseen) != 0
+    if _side_of_0(cell) == 0:
+        lines.append("The interval holds 0, so this experiment cannot show a gain.")
+    elif _side_of_0(cell) < 0:
+        lines.append("It scores lower, so this experiment shows no gain.")
+    elif not biased:
+        lines.append("So much does a split by image gain falsely.")
+    if not cell["includes_seeds"]:
+        lines.append("That is of these two trained networks; other seeds may give another figure.")
+    seen = _cell(result, "seen", metric)
+    if seen is not None:
+        lines.append(f"On the {images['seen']:,} test images with views in training it is {_gap(seen, metric)}.")
+    if unseen is None:
+        lines.append("No test image is without views in training, so there is no control.")
+    else:
+        line = f"On the {images['unseen']:,} without any, where nothing can leak, it is {_gap(unseen, metric)}"
+        lines.append(line + (": part of the difference is of the networks and not of the leak." if biased else "."))
+    return lines
+
+
+def _cell(result: dict[str, Any], group: str, metric: str) -> dict[str, Any] | None:
+    """A group's difference, None where the group has no image or the metric is undefined there."""
+    cell = result[group] and result[group][metric]
+    return cell if cell and cell["difference"]["value"] is not None else None
+
+
+def _side_of_0(cell: dict[str, Any]) -> int:
+    """1 or −1 where the whole interval of a difference lies above or below 0, and 0 where it does not or is unknown."""
+    low, high = cell["difference"]["low"], cell["difference"]["high"]
+    return 0 if low is None or high is None else int(low > 0) - int(high < 0)
+
+
+def _gap(cell: dict[str, Any], metric: str) -> str:
+    """`+1.5 points (-2.4 points to +5.4 points, p = 0.442)`."""
+    from train.figures import points
+    from train.figures_compare import p_value
+
     gap = cell["difference"]
-    return (
-        f"balanced accuracy on the same {result['test_images']['all']} test images: {100 * cell['first']:.1f} % with "
-        f"views of test lesions in training, {100 * cell['second']:.1f} % without; gained falsely: "
-        f"{100 * gap['value']:+.1f} points ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
-    )
+    ends = f"{points(metric, gap['low'])} to {points(metric, gap['high'])}"
+    return f"{points(metric, gap['value'])} ({ends}, p {p_value(cell['p'])})"
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    from shards.writer import write_durably
+    from shards.durable import write_durably
     from train.record import to_json
 
     write_durably(path, to_json(result))

@@ -14,7 +14,7 @@ from train.study_folder import CELLS, STUDY, read_journal, read_study
 if TYPE_CHECKING:
     import pandas as pd
 
-    from train.study import Tested
+    from train.differences import Tested
 
 
 ALIKE = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "ema")
@@ -51,7 +51,7 @@ class Run:
 
     def tested(self) -> "Tested":
         """Its answers on the test split, ready to be compared."""
-        from train.study import tested
+        from train.differences import tested
 
         test = self.result["test"]
         counts = self.result["training_images_per_class"]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
-from train.metrics import estimate
+from train.estimates import estimate
 from train.profile import size_groups
 
 if TYPE_CHECKING:
@@ -129,4 +129,6 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
         notes.append(f"{len(names) * len(set(size.tolist())) - cells} cells of the grid have no run")
     if len({int(n) for n in np.unique(model * 1000 + size, return_counts=True)[1]}) > 1:
         notes.append("cells have different numbers of runs: the shares weigh cells by their runs")
+    if "subset_seed" in runs and runs.assign(size=size).duplicated(["model", "size", "subset_seed"]).any():
+        notes.append("runs of one model and size share subset seeds and count as independent: intervals are too narrow")
     return {"metric": metric, "runs": int(y.size), "shares": told, "notes": notes}

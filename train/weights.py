@@ -15,8 +15,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from shards.durable import whole_file
 from shards.errors import DataError, DermscaleError
-from shards.writer import write_durably
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation, RGB, of pixels of 0 to 1."""
@@ -104,17 +104,24 @@ def write_weights(path: Path, body: nn.Module | dict[str, Tensor], metadata: dic
 
     state = body.state_dict() if isinstance(body, nn.Module) else body
     plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_durably(path, _in_order(save(plain, metadata=metadata)))
+    content = save(plain, metadata=metadata)
+    header, tensors_at = _in_order(content)
+    with whole_file(path) as file:
+        file.write(header)
+        file.write(memoryview(content)[tensors_at:])  # a copy of hundreds of MB takes longer than the disk
 
 
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted by name: the library writes them in another order each time."""
+def _in_order(content: bytes) -> tuple[bytes, int]:
+    """A safetensors file's header with the metadata sorted by name, and where its tensors begin.
+
+    The library writes the metadata in another order each time.
+    """
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+    return len(text).to_bytes(8, "little") + text, 8 + size
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
                 return
         order.out.mkdir(parents=True)
         told = {"pid": os.getpid(), "gpu": gpu, "model": order.config.model, "ahead": order.images_ahead}
+        told["unwanted"] = order.unwanted
         (order.out / "trained.json").write_text(json.dumps(told))
         time.sleep(0.02)
         score = {"value": 0.5, "low": 0.4, "high": 0.6}

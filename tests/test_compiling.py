@@ -1,11 +1,17 @@
 """Whether compiling pays: the rule, and the trial that has the last word on a CPU."""
 
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
 
-from train import compiling
+from tests.train_runs import small
+from train import compiling, models
+from train.config import resolved
+from train.distributed import World
+from train.prepare import choose_data, prepare
+from train.workspace import Workspace
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -25,12 +31,29 @@ def test_a_short_run_does_not_pay_for_compiling_and_a_long_one_does():
         assert compiling.decide("auto", 21, device, lambda s=seconds: 1.1 * s).value == "on"
 
 
+def test_a_ramp_is_charged_for_every_size_that_is_compiled(tiny_shards, monkeypatch):
+    monkeypatch.setattr(compiling, "compiler", lambda: "c++")
+    monkeypatch.setattr(compiling, "step_s", lambda *_: 1.0)  # a step of the full size
+    reasons = []
+    for start in (None, 32):
+        config = small(tiny_shards, epochs=8, compile="auto", resolution=96, start_resolution=start)
+        config, world, workspace = resolved(config, "batchnorm"), World(), Workspace()
+        with ExitStack() as stack:
+            selections = choose_data(config, workspace.open(tiny_shards), "batchnorm", world)
+            run = prepare(config, "batchnorm", world, workspace, selections, None, stack)
+            reasons.append(run.decided["compile"].reason)
+            layers = models.depth(run.net)
+    for reason, sizes, steps in zip(reasons, (1, 3), (32, 4 * (3 / 9 + 3 * 4 / 9 + 2)), strict=True):
+        costs = f"compiling takes about {3.5 * layers * sizes:.0f} s and training without it about {steps:.0f} s"
+        assert reason.startswith(costs), reason
+
+
 def test_without_a_compiler_it_is_off(monkeypatch):
     monkeypatch.setattr(compiling, "compiler", lambda: None)
     assert "no C++ compiler" in compiling.decide("on", 21, CPU, never).reason
 
 
-@pytest.mark.parametrize(("eager_s", "compiled_s", "value"), [(0.002, 0.02, "off"), (0.02, 0.002, "on")])
+@pytest.mark.parametrize(("eager_s", "compiled_s", "value"), [(0.002, 0.1, "off"), (0.1, 0.002, "on")])
 def test_the_faster_one_is_kept_and_the_network_stays(eager_s, compiled_s, value):
     net = torch.nn.BatchNorm2d(3)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}

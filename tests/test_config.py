@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from shards.errors import DataError, UsageError
-from train.config import RECIPES, Config, differences, learning_rate, read_config, resolution_of, resolved
+from train.config import (
+    RECIPES,
+    Config,
+    differences,
+    learning_rate,
+    pixel_share,
+    read_config,
+    resolution_of,
+    resolved,
+)
 from train.loss import Loss
 
 
@@ -89,6 +98,12 @@ def test_the_ramp_rises_by_32_and_ends_at_full_size(epochs: int, start: int, px:
 
 def test_without_a_ramp_the_size_is_constant() -> None:
     assert {resolution_of(Config(model="x", resolution=100), epoch, 9) for epoch in range(9)} == {100}
+
+
+def test_a_ramp_trains_at_a_share_of_the_pixels() -> None:
+    assert pixel_share(Config(model="x", resolution=96), 7) == 1
+    ramp = Config(model="x", resolution=96, start_resolution=32)  # 3 epochs at 32 px, 3 at 64, 2 at 96
+    assert pixel_share(ramp, 8) == pytest.approx((3 * 1 + 3 * 4 + 2 * 9) / 9 / 8)
 
 
 # ------------------------------------------------------------------ loss

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -94,8 +95,8 @@ def test_a_batch_that_a_fraction_cannot_fill_is_made_to_fit_and_noted():
     assert large.config.batch_size == 32 and not large.note
     with pytest.raises(UsageError, match="1 training image"):
         plan(BASE, ["resnet18"], [0.001], [0], None, "epochs", whole)
-    with pytest.raises(UsageError, match="--batch-size 1: batch norm"):
-        plan(replace(BASE, batch_size=1), ["resnet18"], [1.0], [0], None, "epochs", whole)
+    (cell,) = plan(replace(BASE, batch_size=1), ["vit_b16"], [0.01], [0], None, "epochs", whole)
+    assert (cell.config.batch_size, cell.steps, cell.note) == (1, 40, "")
 
 
 @pytest.mark.parametrize("images", range(1, 40))
@@ -281,6 +282,34 @@ def test_a_failing_cell_is_told_and_the_exit_code_says_so(tiny_shards, tmp_path)
     assert all(row["error"].startswith(("the loss is", "logits of")) for row in rows.values())
     assert all("use a lower --lr" in row["error"] or "with a lower --lr" in row["error"] for row in rows.values())
     assert "cells failed" in broken.stderr and "Traceback" not in broken.stderr
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The processes that train for a grid."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_its_cell_alone(tiny_shards, tmp_path):
+    arguments = [*common(tiny_shards, tmp_path / "s"), "--seeds", "0", "--batch-size", "16", "--eval-epochs", "20"]
+    arguments[arguments.index("--epochs") + 1] = "20"
+    command = [sys.executable, "-m", "train.grid", "--device", "cpu", "--compile", "off", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "s" / "cells" / "resnet18_f1_s0_u0" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    (worker,) = workers_of(process)
+    os.kill(worker, signal.SIGKILL)  # after one of its twenty epochs
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, output + errors
+    assert "1 of 2 cells finished" in output and "1 cells failed (resnet18_f1_s0_u0)" in errors
+    rows = {row["cell"]: row for row in csv.DictReader((tmp_path / "s" / "results.csv").open())}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "resnet18_f1_s0_u0": "failed",
+        "resnet18_f0.3_s0_u0": "finished",
+    }
+    assert "signal 9 (SIGKILL)" in rows["resnet18_f1_s0_u0"]["error"]
 
 
 @pytest.mark.slow

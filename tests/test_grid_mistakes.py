@@ -1,12 +1,14 @@
 """What can go wrong with a grid's options: refused before anything is written, and what is said is true."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shards.errors import DataError, UsageError
+from shards.locking import lock
 from tests.test_grid import BASE, leave
-from train import grid, leakage, run
+from train import grid, leakage, run, study_folder
 from train.cells import Cell
 from train.predictor import read_about
 from train.study_folder import StudyFolder, read_journal, read_study
@@ -41,6 +43,14 @@ def test_what_would_fail_every_cell_is_refused_before_anything_is_written(
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize("names", [["vit_b16"], ["alexnet", "mixer_b16"], ["test_vit_relpos"]])
+def test_a_batch_of_one_image_is_for_models_without_batch_norm(names):
+    one = replace(BASE, batch_size=1, resolution=64)
+    grid.check(names, one)
+    with pytest.raises(UsageError, match="--batch-size 1: batch norm needs 2 images"):
+        grid.check([*names, "resnet18"], one)
+
+
 @pytest.mark.parametrize("kept", ["result.json", "checkpoint.pt"])
 def test_a_study_that_trained_nothing_yet_takes_other_settings_and_forgets_its_failed_cells(tmp_path, kept):
     out, cell = tmp_path / "study", Cell(BASE, 1000, 10)
@@ -59,6 +69,23 @@ def test_a_study_that_trained_nothing_yet_takes_other_settings_and_forgets_its_f
     assert (folder.cell(cell.name) / kept).exists()
 
 
+def test_a_study_that_was_made_a_moment_ago_is_not_overwritten(tmp_path, monkeypatch):
+    """Another start makes the study after this one has found the folder empty."""
+    out = tmp_path / "study"
+
+    def lock_late(*arguments):
+        monkeypatch.setattr(study_folder, "lock", lock)
+        with StudyFolder(out, {"device": "cpu"}) as other:
+            leave(other, "result.json")
+        lock(*arguments)
+
+    monkeypatch.setattr(study_folder, "lock", lock_late)
+    with pytest.raises(UsageError, match="device: cpu, now cuda"):
+        StudyFolder(out, {"device": "cuda"})
+    assert read_study(out)["settings"] == {"device": "cpu"}
+    assert len(list(out.glob("cells/*/result.json"))) == 1
+
+
 def test_batch_norm_over_processes_is_offered_only_where_there_are_several():
     offering = [c for c in (grid, leakage, run) if "sync_batch_norm" in {option.name for option in c.main.params}]
     assert offering == [run]
@@ -69,6 +96,6 @@ def test_weights_that_were_not_kept_are_not_called_those_of_an_unfinished_run(tm
     with pytest.raises(DataError, match="not finished; go on with --resume"):
         read_about(tmp_path)
     (tmp_path / "result.json").write_text("{}")
-    with pytest.raises(DataError, match=r"were not kept .*--keep weights") as error:
+    with pytest.raises(DataError, match=r"no weights any more .*train\.run.*--keep weights") as error:
         read_about(tmp_path)
     assert "not finished" not in str(error.value) and "--resume" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from shards.errors import DataError, DermscaleError, UsageError
 from shards.format import CLASSES
 from tests.train_runs import assert_same_run, at, losses, small, weights
 from train import loop
+from train.console import Silent
 from train.distributed import World
 from train.loop import Stopped, train_once
 from train.metrics import balanced_accuracy
+from train.record import write_predictions
 from train.result import used_temperature
 from train.results import finished
 from train.workspace import Workspace
@@ -37,6 +40,21 @@ def test_a_run_in_a_shared_worker_equals_its_run_alone(tiny_shards: Path, tmp_pa
     assert decided["value"] == compiled, decided
 
 
+def test_a_warning_that_holds_for_every_run_of_a_worker_comes_once(tiny_shards: Path, tmp_path: Path) -> None:
+    warnings = []
+
+    class Heard(Silent):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    shared = Workspace()
+    for name in ("first", "second"):
+        config = small(tiny_shards, steps=1, resolution=31)  # evaluation cuts out 63 px
+        train_once(config, tmp_path / name, workspace=shared, console=Heard())
+    assert len(warnings) == 1
+    assert "63 px" in warnings[0]
+
+
 # ------------------------------------------------------------------ what is written
 
 
@@ -50,13 +68,30 @@ def test_the_run_folder_is_whole_and_true(tiny_shards: Path, whole: Path) -> Non
     data = ShardSet(tiny_shards)
     assert result["images"] == {split: len(data.select(split)) for split in ("train", "val", "test")}
     assert result["steps"] == 8
-    assert set(result["seconds"]) == {"start", "compile", "train", "eval", "save"}
+    assert set(result["seconds"]) == {"start", "compile", "train", "eval", "save", "write"}
     assert result["img_per_s"] > 0
     assert 0 <= result["data_wait_fraction"] <= 1
     epochs = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in epochs if line["kind"] == "epoch"]
     assert [line["epoch"] for line in epochs] == [1, 2]
     assert epochs[0]["loss"] == pytest.approx(np.mean(losses(whole)[:4]))
+
+
+def test_a_test_split_without_lesions_has_no_number_of_them(
+    tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = json.loads((whole / "result.json").read_text())["lesions"]
+    assert all(count > 0 for count in named.values())
+    column = ShardSet.column
+
+    def without(data: ShardSet, name: str) -> np.ndarray:
+        values = column(data, name)
+        return np.where(column(data, "split") == "test", None, values) if name == "lesion_id" else values
+
+    monkeypatch.setattr(ShardSet, "column", without)
+    result = train_once(small(tiny_shards, epochs=1), tmp_path / "run")
+    assert result["lesions"] == named | {"test": None}
+    assert (result["test"]["lesions"], result["test"]["resampled"]) == (None, "image")
 
 
 def test_metrics_are_told_at_the_training_prior_too(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:
@@ -116,6 +151,18 @@ def test_saved_weights_give_the_saved_predictions(tiny_shards: Path, whole: Path
     table = pd.read_parquet(whole / "predictions.parquet").query("split == 'test'")
     logits = table[[name for name in table.columns if name.startswith("logit_")]].to_numpy()
     np.testing.assert_allclose(torch.cat(parts).numpy(), logits, rtol=0, atol=1e-4)
+
+
+def test_writing_is_counted_and_what_nobody_wants_is_not_written(
+    tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, out = "train.result.write_predictions", tmp_path / "run"
+    monkeypatch.setattr(write, lambda *arguments: (time.sleep(0.3), write_predictions(*arguments)))
+    unwanted = ("checkpoint.pt", "model.safetensors")
+    result = train_once(small(tiny_shards, checkpoint_s=1e6), out, unwanted=unwanted)
+    assert result["seconds"]["write"] >= 0.3
+    assert not [name for name in unwanted if (out / name).exists()]
+    assert (out / "predictions.parquet").read_bytes() == (whole / "predictions.parquet").read_bytes()
 
 
 def test_steps_instead_of_epochs(tiny_shards: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests import fake_worker
 from tests.test_grid import BASE, whole
 from train import results
 from train.cells import Cell, plan
+from train.grid import UNWANTED
 from train.grid_view import Lines
 from train.pool import Pool
 from train.study_folder import StudyFolder, read_journal
@@ -20,7 +21,7 @@ from train.study_folder import StudyFolder, read_journal
 def run_pool(path: Path, planned: list[Cell], gpus: list[str | None], stop=lambda: 0) -> tuple[list[str], list[dict]]:
     entries: list[dict] = []
     with StudyFolder(path, {}) as folder, Lines(planned, 0, len(gpus)) as view:
-        pool = Pool(folder, view, gpus, entries.append, worker=fake_worker.work)
+        pool = Pool(folder, view, gpus, entries.append, UNWANTED["results"], worker=fake_worker.work)
         failed = pool.run(planned, stop)
     return failed, entries
 
@@ -37,6 +38,7 @@ def test_the_cells_of_a_model_share_a_process_and_another_model_gets_another(tmp
     processes = {model: {t["pid"] for t in told.values() if t["model"] == model} for model in ("resnet18", "alexnet")}
     assert all(len(pids) == 1 for pids in processes.values())
     assert processes["resnet18"] != processes["alexnet"]
+    assert all(t["unwanted"] == ["checkpoint.pt", "model.safetensors"] for t in told.values())
     ahead = [told[c.name]["ahead"] for c in planned if c.config.model == "resnet18"]
     assert ahead == sorted(ahead, reverse=True) and ahead[-1] == 0 and ahead[0] == sum(c.images for c in planned[1:4])
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -215,6 +216,20 @@ def test_bad_files_are_named_and_the_rest_goes_on(runs, mixed, tmp_path):
         assert any(line.startswith("refused:") and name in line for line in done.stderr.splitlines())
     assert "not a medical device" in done.stderr and "not a medical device" in found["notice"]
     assert "Traceback" not in done.stderr
+
+
+def test_an_image_for_which_opencv_finds_no_memory_is_refused_and_the_rest_goes_on(runs, raw, monkeypatch, capsys):
+    shrink = cv2.resize
+
+    def scarce(image: np.ndarray, size: tuple[int, int], **options: int) -> np.ndarray:
+        return shrink(image[:0] if image.shape[0] == 61 else image, size, **options)
+
+    monkeypatch.setattr(cv2, "resize", scarce)
+    Image.new("RGB", (80, 61)).save(raw.parent / "large.png")
+    assert predict_here("--run", runs["quick"], raw.parent / "large.png", next(raw.rglob("*.jpg"))) == 1
+    output, errors = capsys.readouterr()
+    assert output.startswith(str(raw)) and "large.png" not in output
+    assert f"refused: {raw.parent / 'large.png'} cannot be packed (OpenCV: " in errors
 
 
 def test_files_keep_their_order_whatever_the_batch(runs, mixed):

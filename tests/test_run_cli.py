@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from shards import cli
+from tests.conftest import write_set
 from tests.test_record import full_disk
 from tests.train_runs import child_environment
 from train.record import RunFolder
@@ -47,21 +47,16 @@ def command(
     return run
 
 
-def test_help_answers_at_once() -> None:
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "train.run", "--help"],
-            env=child_environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        seconds.append(time.perf_counter() - start)
+def test_help_lists_the_options() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "train.run", "--help"],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for option in ("--model", "--start-resolution", "--weight-decay", "--subset-seed", "--resume", "--sync-batch-norm"):
         assert option in done.stdout
-    assert min(seconds) < 0.5, seconds
 
 
 def test_imports_leave_the_collector_as_it_was() -> None:
@@ -92,6 +87,20 @@ def test_one_line_an_epoch_and_a_default_folder(
     assert len(lines) == 1
     assert re.fullmatch(pattern, lines[0]), lines[0]
     assert (tmp_path / "runs" / "test_resnet_f0.5_s3_u0" / "result.json").exists()
+
+
+def test_images_that_are_shrunk_too_far_are_one_warning(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """Evaluation cuts 128 px out of 194×146, and 130 px out of 198×148: 2 times and a little more than 64 px."""
+    for size, expected in ((146, 194), False), ((148, 198), True):
+        data = write_set(tmp_path / f"set-{size[0]}", images=70, size=size)
+        arguments = ["--model", "test_resnet", "--resolution", "64", "--batch-size", "16", "--epochs", "1"]
+        code, _, errors = command(*arguments, "--compile", "off", "--data", data, "--out", tmp_path / f"run-{size[0]}")
+        assert code == 0, errors
+        assert len(errors.splitlines()) == expected
+    assert errors.startswith("warning: evaluation cuts out 130 px and shrinks them to 64 px, 2.03 times: ")
+    assert errors.endswith("--max-resolution 194 or less, or train at --resolution 65 or more\n")
 
 
 @pytest.mark.parametrize(

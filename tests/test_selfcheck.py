@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shards.engines import selfcheck, verdicts
+from shards.engines import choose, native, selfcheck, verdicts
 
 CPU = torch.device("cpu")
 AGREES = {"jpg": {"mean": 0.1, "max": 1.0, "within_4": 1.0}}
@@ -110,24 +110,57 @@ def test_whole_image_decode_is_next_where_region_decode_crashes(shard_sets):
         ("time.sleep(60)", "hung: no answer in 2 s"),
     ],
 )
-def test_a_failure_that_says_nothing_of_the_decoder_is_not_kept(shard_sets, cache, code, words):
+def test_a_failure_that_says_nothing_of_the_decoder_is_kept_for_this_process_alone(
+    shard_sets, cache, monkeypatch, code, words
+):
     selection = shard_sets["jpg"].select("train")
     passed, reason = selfcheck.check(selection, CPU, "region", child=python(code), timeout_s=2)
     assert not passed and words in reason
     assert not cache.exists()
+    passed, again = selfcheck.check(selection, CPU, "region", child=answers(AGREES))  # not run
+    assert not passed and again.startswith(reason) and "another one checks again" in again
+    assert selfcheck.check(selection, CPU, "whole", child=answers(AGREES))[0]
+    monkeypatch.setattr(selfcheck, "_unsettled", {})  # as in another process
     assert selfcheck.check(selection, CPU, "region", child=answers(AGREES))[0]
+
+
+def test_every_loader_of_a_process_gets_the_engine_of_the_first(shard_sets, monkeypatch):
+    monkeypatch.setattr(choose, "_check_device", lambda device: None)
+    monkeypatch.setattr(native, "NativeEngine", lambda *_: None)
+    monkeypatch.setattr(verdicts, "_gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(verdicts, "_driver_version", lambda device: "1")
+    asked = []
+
+    def ask(selection, device, variant, *_):
+        asked.append(variant)
+        return (False, "hung: no answer in 180 s", False) if len(asked) <= 2 else (True, "agreed", True)
+
+    monkeypatch.setattr(selfcheck, "_ask_child", ask)
+    found = [
+        choose.make_engine("auto", shard_sets["jpg"].select(split), device=torch.device("cuda"), threads=1, prefetch=1)[
+            1:
+        ]
+        for split in ("train", "val", "train")
+    ]
+    assert asked == ["region", "whole"]
+    assert [name for name, _ in found] == ["native"] * 3
+    assert all("region decode hung" in reason and "whole-image decode" in reason for _, reason in found)
+
+
+def key_of(data, variant="region"):
+    return verdicts.key_of(data, CPU, variant, np.arange(len(data)))
 
 
 def test_a_verdict_hangs_on_gpu_driver_versions_variant_and_packing(shard_sets, monkeypatch):
     data = shard_sets["jpg"]
-    key = verdicts.key_of(data, CPU, "region")
+    key = key_of(data)
     assert key["versions"]["nvidia-dali"][0].isdigit() and key["versions"]["torch"][0].isdigit()
-    others = [verdicts.key_of(data, CPU, "whole"), verdicts.key_of(shard_sets["raw"], CPU, "region")]
+    others = [key_of(data, "whole"), key_of(shard_sets["raw"])]
     with monkeypatch.context() as patch:
         patch.setattr(verdicts, "_gpu_name", lambda device: "NVIDIA H100")
-        others.append(verdicts.key_of(data, CPU, "region"))
+        others.append(key_of(data))
         patch.setattr(verdicts, "_driver_version", lambda device: "580.1")
-        others.append(verdicts.key_of(data, CPU, "region"))
+        others.append(key_of(data))
     others.append(key | {"versions": key["versions"] | {"nvidia-dali": "2.5.0"}})
     files = {verdicts.cache_file(one) for one in [key, *others]}
     assert len(files) == 6
@@ -140,7 +173,7 @@ def test_a_verdict_hangs_on_the_encodings_that_were_checked(shard_sets):
     """Two sets of one write mode, as `smart` with two thresholds makes them."""
     raw, mixed = shard_sets["raw"], shard_sets["mixed"]
     assert raw.manifest.encode == mixed.manifest.encode
-    assert verdicts.key_of(raw, CPU, "region") != verdicts.key_of(mixed, CPU, "region")
+    assert key_of(raw) != key_of(mixed)
     only_raw = np.flatnonzero(mixed.column("encoding") == "raw")
     assert verdicts.key_of(mixed, CPU, "region", only_raw)["encodings"] == ["raw"]
     selfcheck.check(raw.select("train"), CPU, "region", child=answers(AGREES))
@@ -149,7 +182,7 @@ def test_a_verdict_hangs_on_the_encodings_that_were_checked(shard_sets):
 
 def test_a_damaged_or_unwritable_cache_means_another_check(shard_sets, cache, caplog):
     selection = shard_sets["jpg"].select("train")
-    key = verdicts.key_of(selection.data, CPU, "region")
+    key = verdicts.key_of(selection.data, CPU, "region", selection.samples)
     cache.mkdir(parents=True)
     verdicts.cache_file(key).write_text('{"key":')
     with caplog.at_level(logging.WARNING, logger="shards"):

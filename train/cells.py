@@ -14,7 +14,6 @@ FRACTIONS = tuple(2.0**-k for k in range(6, -1, -1))
 """1/64, 1/32 … 1: seven sizes, evenly spaced where a power law is a straight line."""
 
 BUDGETS = ("epochs", "steps")
-LEAST_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,6 @@ def fitting_batch(batch_size: int, images: int) -> int:
     return batch_size if batch_size <= images else 1 << (images.bit_length() - 1)
 
 
-def check_batch(batch_size: int) -> None:
-    """Raise UsageError for a batch that no model with batch norm can be trained on."""
-    if batch_size < LEAST_BATCH:
-        raise UsageError(
-            f"--batch-size {batch_size}: batch norm needs {LEAST_BATCH} images; choose {LEAST_BATCH} or more"
-        )
-
-
 def plan(
     base: Config,
     models: Sequence[str],
@@ -130,10 +121,8 @@ def plan(
     that `base.epochs` need on the whole training split (or `base.steps`), and is evaluated about as often on the way:
     its epochs are short, and an evaluation after each would take longer than the training. count: (fraction, subset
     seed) → training images. Large fractions come first because they fail first where memory is short, and tell the most
-    about the time that is left. Raises UsageError for too small a batch, and where a fraction leaves too few
-    images to train on.
+    about the time that is left. Raises UsageError where a fraction leaves too few images to train on.
     """
-    check_batch(base.batch_size)
     if budget not in BUDGETS:
         raise UsageError(f"--budget '{budget}' is unknown: use one of {', '.join(BUDGETS)}")
     whole = count(1.0, seeds[0] if subset_seeds is None else subset_seeds[0])
@@ -144,7 +133,7 @@ def plan(
         for fraction in sorted(fractions, reverse=True):
             for seed, subset_seed in seed_pairs(fraction, seeds, subset_seeds):
                 images = count(fraction, subset_seed)
-                if images < LEAST_BATCH:
+                if images < 2:
                     raise UsageError(f"--fractions {fraction:g} leaves {images} training image: choose a larger one")
                 batch = fitting_batch(base.batch_size, images)
                 note = "" if batch == base.batch_size else (

@@ -28,9 +28,10 @@ nothing (AlexNet ran faster without), so it has to be nearly free; on a GPU it g
 
 
 def decide(wanted: str, layers: int, device: torch.device, eager_run_s: Callable[[], float]) -> Decision:
-    """`on` or `off`, and why. wanted: `auto`, `on` or `off`. eager_run_s: estimates the training time without.
+    """`on` or `off`, and why. wanted: `auto`, `on` or `off`.
 
-    `auto` compiles where that costs a small share of the run. On a CPU `faster` then has the last word.
+    layers: to be compiled, counted once for each size. eager_run_s: estimates the training time without. `auto`
+    compiles where that costs a small share of the run. On a CPU `faster` then has the last word.
     """
     if wanted == "off":
         return Decision("off", "asked for")

@@ -110,21 +110,23 @@ def settings(base: "Config", budget: str, data: "ShardSet") -> dict[str, Any]:
 def check(names: "Sequence[str]", base: "Config") -> None:
     """Refuse, before anything is written, what would fail every cell.
 
-    Raises UsageError for an unknown model, an impossible resolution, a device that is not there or a precision that it
-    cannot compute in, DataError for weights that cannot be read.
+    Raises UsageError for an unknown model, an impossible resolution, too small a batch, a device that is not there or a
+    precision that it cannot compute in, DataError for weights that cannot be read.
     """
-    every_one_fits = base.resolution >= 64 and base.resolution % 32 == 0 and base.start_resolution is None
-    known = every_one_fits and all(name in EIGHT for name in names)
-    everywhere = base.device in ("auto", "cpu") and base.precision in ("auto", "fp32")
-    if known and everywhere and base.weights is None:
+    any_size_does = base.resolution >= 64 and base.resolution % 32 == 0 and base.start_resolution is None
+    any_model_does = any_size_does and base.batch_size > 1 and all(name in EIGHT for name in names)
+    any_device_does = base.device in ("auto", "cpu") and base.precision in ("auto", "fp32")
+    if any_model_does and any_device_does and base.weights is None:
         return  # and torch, which takes seconds, stays out of this process
     from train import device as devices
     from train import models
+    from train.config import check_batch
     from train.weights import read_weights
 
     for name in names:
         models.check_resolution(name, base.resolution, base.start_resolution)
-    if not everywhere:
+        check_batch(base.batch_size, models.family(name))
+    if not any_device_does:
         devices.precision(devices.choose(base.device), base.precision)
     if base.weights is not None:
         read_weights(Path(base.weights))
@@ -159,7 +161,7 @@ def run(cells: "list[Cell]", folder: "StudyFolder", device: str, keep: str = "we
     with (LiveTable if sys.stderr.isatty() else Lines)(left, done, len(gpus)) as view:
         if done:
             view.say(f"{done} of {len(cells)} cells are finished already")
-        failed = Pool(folder, view, gpus, recorded).run(left, lambda: len(asked))
+        failed = Pool(folder, view, gpus, recorded, UNWANTED[keep]).run(left, lambda: len(asked))
     write_table(folder.path, rows)
     if asked:
         click.echo(f"stopped; the same command goes on ({folder.path})", err=True)

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from train.console import Console, Silent
 from train.distributed import World
 from train.evaluation import Answers, answers
 from train.metrics import balanced_accuracy
-from train.prepare import Run, choose_data, compile_and_distribute, decisions, prepare
+from train.prepare import Run, choose_data, compile_and_distribute, decisions, prepare, reduction_warning
 from train.record import ENVIRONMENT, RunFolder, environment, read_decisions, read_result
 from train.result import finish
 from train.workspace import Workspace
@@ -50,19 +50,22 @@ def train_once(
     stop: Callable[[], bool] = lambda: False,
     console: Console | None = None,
     started: float | None = None,
+    unwanted: Collection[str] = (),
 ) -> dict[str, Any]:
     """Train and evaluate one model, write the run folder `out`, and return its result (empty on ranks after the first).
 
     resume: go on from the folder's checkpoint, if it has one. workspace: kept by a caller that trains many runs in one
     process; the result is the same. stop: asked at every step; when true, a checkpoint is written and Stopped raised.
-    started: `time.perf_counter()` when the process began, to count what came before. Raises UsageError, DataError, or
-    DermscaleError when the loss is not a number or the device's memory is full, each with one line for the user.
+    started: `time.perf_counter()` when the process began, to count what came before. unwanted: names of files that the
+    caller would delete from the finished run; as far as nothing is lost by it they are not written. Raises UsageError,
+    DataError, or DermscaleError when the loss is not a number or the device's memory is full, each with one line for
+    the user.
     """
     started = time.perf_counter() if started is None else started
     world, workspace, console = world or World(), workspace or Workspace(), console or Silent()
     with ExitStack() as stack:
         try:
-            return _train(config, out, resume, world, workspace, stop, console, started, stack)
+            return _train(config, out, resume, world, workspace, stop, console, started, unwanted, stack)
         except RuntimeError as error:
             if not devices.is_out_of_memory(error):
                 raise
@@ -81,6 +84,7 @@ def _train(
     stop: Callable[[], bool],
     console: Console,
     started: float,
+    unwanted: Collection[str],
     stack: ExitStack,
 ) -> dict[str, Any]:
     # ------------------------------------------------------------------ settings, data, folder, earlier state
@@ -116,7 +120,11 @@ def _train(
     progress = Progress(**state["progress"]) if state else Progress()
     run: Run = prepare(config, family, world, workspace, selections, kept, stack)
     progress.seconds["start"] += time.perf_counter() - started
+    if (warning := reduction_warning(run.loaders["test"])) and warning not in workspace.warned:
+        workspace.warned.add(warning)
+        console.warn(warning)
     compile_and_distribute(run, workspace, progress, console)
+    mark = time.perf_counter()
     if state:
         run.load(state)
         checkpoint.set_random_states(device, state["random"], world.rank, (config.seed, progress.step))
@@ -128,6 +136,7 @@ def _train(
         say(f"{name}: {taken.value} ({taken.reason})")
     sizes = ", ".join(f"{split} {len(selection)}" for split, selection in selections.items())
     say(f"images: {sizes}; {len(run.sizes)} epochs, {run.total} steps of {config.batch_size} images")
+    progress.seconds["start"] += time.perf_counter() - mark
 
     # ------------------------------------------------------------------ what happens now and then
 
@@ -226,12 +235,15 @@ def _train(
 
     # ------------------------------------------------------------------ the weights of the last step, measured
 
-    save()
+    # It is for a crash in what follows. One that is to be deleted is worth no more than any other moment's: after a
+    # crash training goes on from the last one, or from the start, and comes to the same weights.
+    if world.from_first(lambda: checkpoint.FILE not in unwanted or time.monotonic() - saved >= config.checkpoint_s):
+        save()
     found = {split: evaluate(split, "fp32") for split in ("val", "test")}
     world.settle()
     if folder is None:
         return {}
-    result = finish(run, folder, progress, found)
+    result = finish(run, folder, progress, found, unwanted)
     say(result["summary"])
     return result
 

@@ -62,13 +62,15 @@ class Slot:
 class Pool:
     """Runs cells. gpus: names of the devices for CUDA_VISIBLE_DEVICES, or [None]: one worker with what there is.
 
-    recorded: called with the journal's entry of each cell that has ended. worker: what runs in a process of its own.
+    recorded: called with the journal's entry of each cell that has ended. unwanted: files that are deleted from a
+    finished cell. worker: what runs in a process of its own.
     """
 
     folder: StudyFolder
     view: View
     gpus: Sequence[str | None]
     recorded: Callable[[dict[str, Any]], None]
+    unwanted: tuple[str, ...] = ()
     worker: Callable[[Connection, str | None, Path, float], None] = work
 
     def run(self, cells: Sequence[Cell], stop: Callable[[], int]) -> list[str]:
@@ -137,7 +139,7 @@ class Pool:
         slot.cell, slot.news, slot.stopped_at = cell, At("start", 0, 1), None
         assert slot.pipe is not None
         with contextlib.suppress(OSError):  # it has just died: `_listen` finds out, and how
-            slot.pipe.send(Order(cell.config, self.folder.cell(cell.name), ahead))
+            slot.pipe.send(Order(cell.config, self.folder.cell(cell.name), ahead, self.unwanted))
         self.view.began(slot)
 
     def _hire(self, slot: Slot, model: str) -> None:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 
-from shards.encode import encode_pixels
+from shards.encode import BadImageError, encode_pixels
 from shards.engines.native import decode_whole
 from shards.engines.resample import Resampler
 from shards.errors import DataError, UsageError
@@ -101,8 +101,8 @@ def _why_without_weights(run: Path) -> str:
     """Why a folder holds no weights, and what to do."""
     if (run / RESULT).is_file():
         return (
-            "the weights of this finished run were not kept (`--keep results`); to have them, delete this folder and "
-            "start the grid again with --keep weights, which trains this cell anew"
+            "this finished run has no weights any more (a grid with `--keep results` keeps none); to have them, delete "
+            "this folder and train it anew, with the same train.run or, a grid's cell, with its grid and --keep weights"
         )
     return "this run is not finished; go on with --resume" if (run / CONFIG).is_file() else "not a run folder"
 
@@ -142,12 +142,16 @@ class Predictor:
         """Pack an image as the run's shard set was packed, and cut it as evaluation does.
 
         name: the image's; with `proportion` the packer chooses by it. What has been packed before is taken as it is.
+        Raises MemoryError or BadImageError where there is no memory for it.
         """
         spec, packed = self.about.encode, picture.pixels
-        if not picture.packed or max(packed.shape[:2]) > spec.max_resolution:
-            encoded = encode_pixels(packed, name, spec)
-            packed = decode_whole(memoryview(encoded.payload), encoded.encoding, encoded.height, encoded.width)
-        return self.cut(packed)
+        try:
+            if not picture.packed or max(packed.shape[:2]) > spec.max_resolution:
+                encoded = encode_pixels(packed, name, spec)
+                packed = decode_whole(memoryview(encoded.payload), encoded.encoding, encoded.height, encoded.width)
+            return self.cut(packed)
+        except cv2.error as error:  # what OpenCV raises in the place of a MemoryError
+            raise BadImageError(f"cannot be packed (OpenCV: {error.err})") from None
 
     def cut(self, packed: np.ndarray) -> Prepared:
         """The evaluation crop of a packed image, (h, w, 3) uint8."""

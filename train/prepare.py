@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +16,12 @@ from shards import Loader, Selection, ShardSet
 from shards.engines.resident import check_memory
 from shards.errors import UsageError
 from shards.order import rank_slice
+from shards.plan import evaluation_plan
 from train import checkpoint, compiling, models
 from train import device as devices
 from train.averaging import Average
 from train.checkpoint import Progress
-from train.config import Config, resolution_of
+from train.config import Config, check_batch, pixel_share, resolution_of
 from train.console import Console
 from train.device import Decision
 from train.distributed import World
@@ -29,6 +31,10 @@ from train.workspace import Workspace
 
 if TYPE_CHECKING:
     from train.models import Classifier
+
+
+MOST_REDUCTION = 2.0
+"""How far images can be shrunk without antialiasing, as the engines do it, until pixels are passed over."""
 
 
 @dataclass
@@ -128,11 +134,24 @@ def choose_data(config: Config, data: ShardSet, family: str, world: World) -> di
             f"--batch-size {config.batch_size} is larger than the training set of {images} images "
             f"(--fraction {config.fraction:g}): choose {images} or less"
         )
-    least = (2 if family == "batchnorm" else 1) * world.size
-    if config.batch_size < least:
-        why = "batch norm needs 2 images in each process" if family == "batchnorm" else "each process needs an image"
-        raise UsageError(f"--batch-size {config.batch_size} with {world.size} processes: {why}; choose {least} or more")
+    check_batch(config.batch_size, family, world.size)
     return found
+
+
+def reduction_warning(loader: Loader) -> str | None:
+    """A line about evaluation crops that are shrunk by more than MOST_REDUCTION, on average; None where none is due."""
+    data, samples, px = loader.selection.data, loader.selection.samples, loader.resolution
+    heights, widths = data.column("height")[samples], data.column("width")[samples]
+    crop = int(np.median(evaluation_plan(heights, widths, loader.augment).boxes[:, 2]))
+    if crop <= MOST_REDUCTION * px:
+        return None
+    longer = float(np.median(np.maximum(heights, widths)))
+    return (
+        f"evaluation cuts out {crop} px and shrinks them to {px} px, {crop / px:.2f} times: above {MOST_REDUCTION:g} "
+        "times some pixels do not count at all, and more are decoded than are needed; better pack the images with "
+        f"--max-resolution {int(longer * MOST_REDUCTION * px / crop)} or less, or train at --resolution "
+        f"{math.ceil(crop / MOST_REDUCTION)} or more"
+    )
 
 
 def prepare(
@@ -218,7 +237,7 @@ def _decide_to_compile(run: Run, workspace: Workspace) -> Decision:
     """`torch.compile` or not, from what this run, and later ones in this process, would take without."""
     if run.config.compile == "auto" and workspace.decision is not None:
         return workspace.decision
-    work = run.total * sum((px / run.config.resolution) ** 2 for px in run.sizes) / len(run.sizes)
+    work = run.total * pixel_share(run.config, len(run.sizes))
     work += workspace.images_ahead / run.config.batch_size
     device = run.world.device
 
@@ -226,7 +245,7 @@ def _decide_to_compile(run: Run, workspace: Workspace) -> Decision:
         step = functools.partial(run.backward, model=run.net, world=World(device=device))
         return work * compiling.step_s(run.net, step, _rank_images(run), run.config.resolution, device)
 
-    layers = models.depth(run.net)
+    layers = models.depth(run.net) * len(set(run.sizes))  # each size is compiled for by itself
     workspace.decision = compiling.decide(run.config.compile, layers, device, eager_run_s)
     return workspace.decision
 

@@ -3,11 +3,13 @@
 import functools
 import json
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from shards import Selection
 from shards.format import CLASSES
 from train import device as devices
 from train import models
@@ -21,8 +23,10 @@ from train.record import RESULT, WEIGHTS, RunFolder, write_predictions
 from train.weights import write_weights
 
 
-def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Answers | None]) -> dict[str, Any]:
-    """Write model.safetensors, predictions.parquet and, last, result.json; return the latter's content.
+def finish(
+    run: Run, folder: RunFolder, progress: Progress, found: dict[str, Answers | None], unwanted: Collection[str]
+) -> dict[str, Any]:
+    """Write model.safetensors (unless it is unwanted), predictions.parquet and, last, result.json; return its content.
 
     found: answers on `val` and `test`, in float32 whatever the training precision, so that anyone can repeat them.
     """
@@ -31,12 +35,12 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
     parts = {split: one for split, one in found.items() if one is not None}
     labels = {split: run.selections[split].labels for split in parts}
     test, rows = run.selections["test"], parts["test"].samples
-    no_lesions = all(lesion is None for lesion in run.data.column("lesion_id")[rows])
+    lesions = {split: _lesions(selection) for split, selection in run.selections.items()}
     measured = functools.partial(
         evaluate,
         parts["test"].logits,
         labels["test"],
-        None if no_lesions else test.lesion_ids,
+        None if lesions["test"] is None else test.lesion_ids,
         split=run.data.column("split")[rows],
         image_id=test.image_ids,
         logits_prior=prior,
@@ -47,6 +51,7 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
     metrics = measured(prior=prior)
     at_training_prior = metrics if prior == "training" else measured(prior="training")
     progress.seconds["eval"] += time.perf_counter() - began
+    began = time.perf_counter()
     temperature = used_temperature(metrics)
     shares = {
         split: softmax(
@@ -56,10 +61,11 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
     }
     about = {"prior": prior, "temperature": repr(temperature)}
     write_predictions(folder.path, run.data, {s: (one.samples, one.logits) for s, one in parts.items()}, shares, about)
-    write_weights(folder.path / WEIGHTS, run.reported.body, _metadata(run, prior, temperature))
+    if WEIGHTS not in unwanted:
+        write_weights(folder.path / WEIGHTS, run.reported.body, _metadata(run, prior, temperature))
     parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
     score = metrics["balanced_accuracy"]
-    seconds = {"train": progress.train_s, **progress.seconds}
+    seconds = {"train": progress.train_s, **progress.seconds, "write": time.perf_counter() - began}
     result = {
         "summary": (
             f"test: balanced accuracy {_number(score['value'])} "
@@ -72,7 +78,7 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
         "seed": config.seed,
         "subset_seed": config.subset_seed,
         "images": {split: len(selection) for split, selection in run.selections.items()},
-        "lesions": {split: len(np.unique(selection.lesion_ids)) for split, selection in run.selections.items()},
+        "lesions": lesions,
         "training_images_per_class": dict(zip(CLASSES, run.class_counts, strict=True)),
         "epochs": len(run.sizes),
         "steps": progress.step,
@@ -94,6 +100,13 @@ def finish(run: Run, folder: RunFolder, progress: Progress, found: dict[str, Ans
     }
     folder.write(RESULT, result)
     return result
+
+
+def _lesions(selection: Selection) -> int | None:
+    """How many lesions the images of a split are of; None where the source names none."""
+    if all(lesion is None for lesion in selection.data.column("lesion_id")[selection.samples]):
+        return None
+    return len(np.unique(selection.lesion_ids))
 
 
 def used_temperature(metrics: dict[str, Any]) -> float:

@@ -5,16 +5,17 @@ cells/NAME/   one run folder a cell               grid.jsonl    one line each ti
 logs/         what workers and libraries printed
 """
 
-import fcntl
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from shards.durable import write_durably
 from shards.errors import DataError, UsageError
-from shards.writer import write_durably
+from shards.locking import lock
 from train.cells import Cell
 
 STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
@@ -58,7 +59,13 @@ def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
     return last
 
 
-def holds_training(folder: Path) -> bool:
+def _settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of the study in a folder, None where it holds nothing. Raises DataError where it is no study."""
+    held = folder.is_dir() and any(e.name != LEAKAGE and not e.name.startswith(".") for e in folder.iterdir())
+    return read_study(folder)["settings"] if held else None
+
+
+def _holds_training(folder: Path) -> bool:
     """Whether any cell of a study has finished or left a checkpoint."""
     return any(True for name in _WORTH_KEEPING for _ in folder.glob(f"{CELLS}/*/{name}"))
 
@@ -76,30 +83,35 @@ class StudyFolder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise DataError(f"{path}: is a file; choose a folder with --out")
-        held = path.is_dir() and any(e.name != LEAKAGE and not e.name.startswith(".") for e in path.iterdir())
-        old = read_study(path)["settings"] if held else settings
-        changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
+        _settings_of(path)  # so that nothing is left in a folder that holds something else
         path.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[bytes] = (path / ".lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise DataError(f"{path}: another grid is running here; wait for it or choose another --out") from None
-        if changed and holds_training(path):
-            self._lock.close()
+        with ExitStack() as undone:
+            self._lock: IO[bytes] = undone.enter_context((path / ".lock").open("wb"))
+            lock(self._lock, path, "another grid is running here; wait for it or choose another --out")
+            self._take(settings)
+            self._journal = (path / JOURNAL).open("ab")
+            undone.pop_all()
+        if self._journal.tell() and (path / JOURNAL).read_bytes()[-1:] != b"\n":
+            self._journal.write(b"\n")  # a line that was cut short
+
+    def _take(self, settings: dict[str, Any]) -> None:
+        """Make the folder that of a study with these settings, where no training is lost by it.
+
+        Needs the lock: else another grid may make its study at the same time, or train the cells that are forgotten.
+        """
+        before = _settings_of(self.path)
+        old = settings if before is None else before
+        changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
+        if changed and _holds_training(self.path):
             raise UsageError(
-                f"{path}: this study was started with other settings ({'; '.join(changed)}); keep them, or choose "
+                f"{self.path}: this study was started with other settings ({'; '.join(changed)}); keep them, or choose "
                 "another --out"
             )
         if changed:
-            self._forget_cells()  # only with the lock: no other grid can be training them
-        if changed or not held:
+            self._forget_cells()
+        if changed or before is None:
             text = json.dumps({"version": VERSION, "settings": settings}, indent=2, ensure_ascii=False)
-            write_durably(path / STUDY, text.encode() + b"\n")
-        self._journal = (path / JOURNAL).open("ab")
-        if self._journal.tell() and (path / JOURNAL).read_bytes()[-1:] != b"\n":
-            self._journal.write(b"\n")  # a line that was cut short
+            write_durably(self.path / STUDY, text.encode() + b"\n")
 
     def __enter__(self) -> "StudyFolder":
         """Enter the context."""
@@ -111,7 +123,13 @@ class StudyFolder:
         self._lock.close()
 
     def _forget_cells(self) -> None:
-        """Delete the folders of cells that came to nothing, which hold the old settings, and what became of them."""
+        """Delete the folders of cells that came to nothing, which hold the old settings, and what became of them.
+
+        The workers of a grid that was killed go on until their next step. A checkpoint that they write then comes too
+        late to be seen: it goes with its folder, or fails because that has gone. Where this meets a file of theirs
+        that was not there a moment ago it fails with an OSError, and the next start forgets the rest. The lock of a
+        run folder keeps them apart from a cell that is trained again with the same settings.
+        """
         if (self.path / CELLS).is_dir():
             shutil.rmtree(self.path / CELLS)
         (self.path / JOURNAL).unlink(missing_ok=True)

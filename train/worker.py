@@ -20,12 +20,14 @@ from train.config import Config
 class Order:
     """A cell to train, and the run folder to write: it goes on with what that holds already.
 
-    images_ahead: those that later cells of this model will be trained on; they share the cost of compiling.
+    images_ahead: those that later cells of this model will be trained on; they share the cost of compiling. unwanted:
+    files that the grid deletes from a finished cell.
     """
 
     config: Config
     out: Path
     images_ahead: int = 0
+    unwanted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
                 stop=stop,
                 console=voice,
                 started=begin,
+                unwanted=order.unwanted,
             )
             ended = Ended("finished", result)
         except Stopped as error:

@@ -34,6 +34,8 @@ class Workspace:
         """What `--compile auto` came to for this network; later runs keep to it, so that they stay comparable."""
         self.tried = False
         """Whether that decision has been put to the test by timing both."""
+        self.warned: set[str] = set()
+        """Warnings that hold for many runs and have been given once."""
         self.warm: set[tuple[Any, ...]] = set()
         """What the compiled network has already been compiled for: (samples, px, precision)."""
 

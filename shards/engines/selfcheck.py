@@ -31,6 +31,9 @@ _BATCH, _ROUNDS, _RESOLUTION = 64, 4, 224
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 """Signals that a process brings on itself. Others come from outside, such as SIGKILL where memory ran out."""
 
+_unsettled: dict[Path, str] = {}
+"""Failures that are no verdict on the decoder, by the file that would keep one: for this process they stand."""
+
 
 def best_variant(
     selection: "Selection",
@@ -64,10 +67,13 @@ def check(
     """Whether the variant agrees with the native engine on this device, and how that was found out.
 
     A verdict on the decoder is kept; a failure that may have another cause is not: a GPU without free memory, a signal
-    from outside, no answer in time from a slow disk.
+    from outside, no answer in time from a slow disk. Only another process checks again after one: it may have taken
+    minutes, and what this process loads, such as the runs of a study, should all come from one engine.
     """
     key = verdicts.key_of(selection.data, device, variant, selection.samples)
     file = verdicts.cache_file(key)
+    if file in _unsettled:
+        return False, f"{_unsettled[file]} (found before in this process; another one checks again)"
     kept = verdicts.read(file, key)
     if kept is not None:
         return kept[0], f"{kept[1]} (kept in {file})"
@@ -75,6 +81,8 @@ def check(
     reason = f"{reason} on {key['gpu']}, driver {key['driver']}, DALI {key['versions']['nvidia-dali']}"
     if final:
         verdicts.keep(file, key, passed, reason)
+    else:
+        _unsettled[file] = reason
     return passed, reason
 
 

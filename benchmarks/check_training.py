@@ -24,6 +24,9 @@ from train.workspace import Workspace
 
 WARM_UP = 5
 """Steps before the timed ones: memory is allocated and kernels are chosen in them."""
+WATCHED = 10
+"""Steps, at most, in which waiting is counted: the device ends each before the next batch is asked for, which takes
+time, so these are not the steps of the speeds."""
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """images, colour, labels of a batch, as in `shards.Batch`."""
@@ -35,10 +38,11 @@ def training_steps(
     """`steps` training steps on loaded batches, then as many on one cached batch; the losses must be numbers.
 
     img_per_s is of the loaded batches, cached_img_per_s of the cached one: what the model could take.
-    data_wait_share: of the time of the steps, how much the host spent waiting for batches, 0 to 1. span: start and end
-    of the timed steps on loaded batches, by `time.perf_counter()`.
+    data_wait_share: of the time of further steps on loaded batches, how much the device had nothing to do for want of
+    one, 0 to 1. span: start and end of the timed steps on loaded batches, by `time.perf_counter()`.
     """
-    total = 2 * (WARM_UP + steps)
+    watched = min(steps, WATCHED)
+    total = 2 * (WARM_UP + steps) + WARM_UP + watched
     family = models.family(model)
     config = Config(
         model=model,
@@ -60,47 +64,57 @@ def training_steps(
         compile_and_distribute(run, workspace, progress, Silent())
         batches = stack.enter_context(closing(_endless(run.loaders["train"])))
         losses: list[Tensor] = []
-        spans: list[tuple[float, float]] = []
 
         def step(batch: Parts) -> None:
             losses.append(run.backward(batch))
             run.update(len(losses) - 1, learning_rate(config, len(losses) - 1, total))
 
         def timed(source: Callable[[], Parts]) -> tuple[float, float]:
-            """Seconds of the steps, and of those the seconds spent waiting for batches."""
+            """Start and end of the steps, by `time.perf_counter()`."""
             for _ in range(WARM_UP):
                 step(source())
             devices.synchronize(device)
-            waited, began = 0.0, time.perf_counter()
+            began = time.perf_counter()
             for _ in range(steps):
-                devices.synchronize(device)  # else the host, running ahead, waits for batches that are not yet needed
+                step(source())
+            devices.synchronize(device)
+            return began, time.perf_counter()
+
+        def waiting() -> float:
+            """Share of the time of `watched` steps that was spent waiting for batches."""
+            for _ in range(WARM_UP):  # among them are the batches made ready while the cached one was timed
+                step(loaded())
+            devices.synchronize(device)
+            waited, began = 0.0, time.perf_counter()
+            for _ in range(watched):
                 asked = time.perf_counter()
-                batch = source()
+                batch = loaded()
                 waited += time.perf_counter() - asked
                 step(batch)
-            devices.synchronize(device)
-            spans.append((began, time.perf_counter()))
-            return spans[-1][1] - began, waited
+                devices.synchronize(device)  # else the host, running ahead, waits for batches that are not yet needed
+            return waited / (time.perf_counter() - began)
 
         def loaded() -> Parts:
             batch = next(batches)
             return batch.images, batch.colour, batch.labels
 
-        seconds, waited = timed(loaded)
+        span = timed(loaded)
         cached = loaded()
-        cached_s, _ = timed(lambda: cached)
+        cached_span = timed(lambda: cached)
+        seconds, cached_s = span[1] - span[0], cached_span[1] - cached_span[0]
+        data_wait_share = waiting()
         values = torch.stack(losses).float().cpu()
         if compiled and run.decided["compile"].value != "on":
             raise DermscaleError(f"torch.compile was not used: {run.decided['compile'].reason}")
         return bool(values.isfinite().all()), {
-            "span": spans[0],
+            "span": span,
             "steps": steps,
             "batch_size": batch_size,
             "resolution_px": resolution,
             "step_s": seconds / steps,
             "img_per_s": steps * batch_size / seconds,
             "cached_img_per_s": steps * batch_size / cached_s,
-            "data_wait_share": waited / seconds,
+            "data_wait_share": data_wait_share,
             "compile_s": progress.seconds["compile"],
             "first_loss": float(values[0]),
             "last_loss": float(values[-1]),

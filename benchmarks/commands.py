@@ -10,6 +10,7 @@ import click
 from benchmarks.options import (
     Told,
     advance,
+    check_models,
     chosen,
     command_line,
     common,
@@ -121,18 +122,16 @@ def _train(
     from benchmarks.training import TrainingJob
     from benchmarks.work import Work
     from preprocess.progress import Progress
-    from train.models import MODELS, check_resolution, timm_name
+    from train.models import MODELS
 
     models = models or (("resnet18",) if quick else tuple(MODELS))
-    for model in models:
-        timm_name(model)
-        check_resolution(model, resolution)
+    check_models(models, resolution)
     rounds = rounds or (5 if quick else 6)
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
     machine = environment(command_line(work))
     table = f"{name}-quick" if quick else name
-    rows = kept(out, table, models) if add else []
-    with Progress(name, len(models) * systems * (1 + rounds), "runs") as bar:
+    rows = kept(out, table, models, work) if add else []
+    with Progress(name, len(models) * systems * (1 + rounds), "runs") as bar:  # without warm-up rounds
         for model in models:
             job = TrainingJob(work, model, device)
             rows += measure(job, machine, rounds, seconds or (0.5 if quick else 4.0), advance(bar))
@@ -166,18 +165,15 @@ def grid(
     from benchmarks.work import Work
     from preprocess.progress import Progress
     from train.cells import parse_fractions
-    from train.models import check_resolution, timm_name
 
-    for model in models:
-        timm_name(model)
-        check_resolution(model, resolution)
+    check_models(models, resolution)
     shares = tuple(parse_fractions(fractions or ("1" if quick else "1/8,1/4,1/2,1")))
     work = sized(Work(images(source), cache, 200, resolution, batch_size), 312)
     epochs = epochs or (1 if quick else 20)
     job = GridJob(work, tuple(models), shares, (0, 1), epochs, compile or ("off" if quick else "on"), device)
     machine = environment(command_line(work))
     rounds = rounds or (5 if quick else 6)
-    with Progress("grid", 2 * (1 + rounds), "studies") as bar:
+    with Progress("grid", 2 * (2 + rounds), "studies") as bar:
         rows = measure_grid(job, machine, rounds=rounds, told=advance(bar))
     publish(out, "grid-quick" if quick else "grid", rows, grid_text)
 
@@ -204,7 +200,7 @@ def predict(
     work = sized(Work(images(source), cache, packed_px, resolution, batch_size=64), 312 if quick else 624)
     machine = environment(command_line(work))
     rounds = rounds or (6 if quick else 9)
-    with Progress("predict", 1 + 3 * (1 + rounds) + 2 * (1 + rounds), "runs") as bar:
+    with Progress("predict", 1 + 3 * (2 + rounds) + 2 * (1 + rounds), "runs") as bar:
         rows = measure_predicting(
             work, "resnet18", device, machine, rounds=rounds, seconds=0.5 if quick else 4.0, told=advance(bar)
         )

@@ -73,7 +73,7 @@ class Evidence:
 
     def write(self, finished: bool) -> None:
         """Write the file, whole or not at all."""
-        from shards.writer import write_durably
+        from shards.durable import write_durably
         from train.record import to_json
 
         seconds = round(time.perf_counter() - self.started, 1)
@@ -191,7 +191,7 @@ def main(page: Path | None, folder: Path) -> None:
     if page is None:
         click.echo(text, nl=False)
         return
-    from shards.writer import write_durably
+    from shards.durable import write_durably
 
     old = page.read_text(encoding="utf-8")
     block = block_of(old, str(page))

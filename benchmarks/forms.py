@@ -1,7 +1,7 @@
 """The same images in every system's own format, made once with that system's own writer and kept.
 
-Every form of one (source, copies, packed_px) holds the same pixels: the originals reduced by area interpolation to the
-same size, JPEG quality 90 and 4:2:0 chroma where JPEG; only `originals` are the source's own files.
+Every form of one source, packed size and choice of samples holds the same pixels: the originals reduced by area
+interpolation, JPEG quality 90 and 4:2:0 chroma where JPEG; `source` and `originals` are links to the source's files.
 """
 
 # pyright: reportMissingImports=false
@@ -9,17 +9,20 @@ same size, JPEG quality 90 and 4:2:0 chroma where JPEG; only `originals` are the
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.work import QUALITY, Work
+from preprocess.records import read_table, table_columns
 from shards.errors import DataError
 from shards.format import CLASSES
 
@@ -29,6 +32,8 @@ _PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
 def prepared(form: str, work: Work) -> Path:
     """The path of a form, made now if it is not there. Raises DataError where the source is not what it should be."""
     name = form if form in ("source", "originals") else f"{form}-{work.packed_px}"
+    if form == "tars":
+        name += f"-{work.batch_size}"
     folder = work.cache / _key(work) / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,14 +59,17 @@ def _key(work: Work) -> str:
 def sized(work: Work, samples: int, *, whole_batches: bool = False) -> Work:
     """The same job on about `samples` samples, whatever the source holds: copies of few originals, or a part of many.
 
-    whole_batches: as many as fill a batch for every worker. Loaders drop an incomplete batch, some before and some
-    after they have decoded it, some one for each worker. Raises DataError where the source is not what it should be.
+    whole_batches: as many as fill equally many batches for every worker, one at least. Loaders drop an incomplete
+    batch, some before and some after they have decoded it, some one for each worker; and some have no batch where a
+    worker has none. Raises DataError where the source is not what it should be.
     """
     count = len(originals(replace(work, most=None)))
-    copies = max(1, samples // count)
-    used, batches = min(count, samples) * copies, work.batch_size * work.workers
-    fitting = used // batches * batches if whole_batches else 0
-    return replace(work, copies=copies, most=samples, samples=fitting or None)
+    copies, batches = max(1, samples // count), work.batch_size * work.workers
+    if not whole_batches:
+        return replace(work, copies=copies, most=samples, samples=None)
+    once = min(count, samples)
+    copies = max(copies, math.ceil(batches / once))
+    return replace(work, copies=copies, most=samples, samples=once * copies // batches * batches)
 
 
 def described(work: Work) -> str:
@@ -72,17 +80,18 @@ def described(work: Work) -> str:
     return f"{count:,} images of {work.source.resolve().name}{times}{fewer}"
 
 
+@cache
 def originals(work: Work) -> list[tuple[Path, int, dict[str, str]]]:
-    """The original files of the source: path, label, and row of the metadata, sorted by name. Raises DataError."""
+    """The original files of the source: path, label, and row of the metadata, sorted by name. Raises DataError.
+
+    Read once a process: whoever packs knows its files, so that finding them is no part of what is timed.
+    """
     table = work.source / "HAM10000_metadata.csv"
     if not table.is_file():
         raise DataError(f"{table}: missing; --source must be a HAM10000-shaped folder of original images")
-    with table.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        absent = {"image_id", "lesion_id", "dx"} - set(reader.fieldnames or ())
-        if absent:
-            raise DataError(f"{table}: has no column {', '.join(sorted(absent))}")
-        rows = {row["image_id"]: row for row in reader}
+    blank = dict.fromkeys(table_columns(table)[0], "")
+    needed = ("image_id", "lesion_id", "dx")
+    rows = {row["image_id"]: row for row in (blank | found for _, found in read_table(table, needed))}
     files = sorted(path for part in _PARTS for path in (work.source / part).glob("*.jpg"))
     found = [path for path in files if path.stem in rows][: work.most]
     if not found:
@@ -152,7 +161,10 @@ def _packed(work: Work, folder: Path) -> None:
     import cv2
 
     totals, sizes = np.zeros(3), set()
-    for path, label, _ in originals(work):
+    known: dict[tuple[Path, int], list[str]] = {}
+    for name, path, label in names(work):
+        known.setdefault((path, label), []).append(name)
+    for (path, label), copies in known.items():
         pixels = packed_pixels(path, work.packed_px)
         totals += pixels.reshape(-1, 3).mean(axis=0)
         sizes.add(pixels.shape[1::-1])
@@ -162,12 +174,9 @@ def _packed(work: Work, folder: Path) -> None:
             raise DataError(f"{path}: cannot be encoded")
         home = folder / CLASSES[label]
         home.mkdir(exist_ok=True)
-        first = home / f"{path.stem}c0.jpg"
-        first.write_bytes(data.tobytes())
-        for copy in range(1, work.copies):
-            (home / f"{path.stem}c{copy}.jpg").write_bytes(data.tobytes())
-    count = len(originals(work))
-    stats = {"mean": (totals / count).tolist(), "sizes": sorted(f"{w}x{h}" for w, h in sizes)}
+        for name in copies:
+            (home / f"{name}.jpg").write_bytes(data.tobytes())
+    stats = {"mean": (totals / len(known)).tolist(), "sizes": sorted(f"{w}x{h}" for w, h in sizes)}
     (folder / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
 
 
@@ -199,11 +208,11 @@ def _shards(write_mode: str, split: str = "100/0/0") -> Callable[[Work, Path], N
 
 
 def _tars(work: Work, folder: Path) -> None:
-    """16 tars of the packed JPEG files, by webdataset's ShardWriter: enough to deal out among workers evenly."""
+    """Tars of one batch of the packed JPEG files each, by webdataset's ShardWriter: as batches are dealt out evenly
+    among any number of workers, so are these."""
     from webdataset.writer import ShardWriter
 
-    each = -(-len(names(work)) // 16)
-    with ShardWriter(f"file:{folder}/%05d.tar", maxcount=each, verbose=0) as sink:
+    with ShardWriter(f"file:{folder}/%05d.tar", maxcount=work.batch_size, verbose=0) as sink:
         for path, label in packed_files(work):
             sink.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": str(label)})
 

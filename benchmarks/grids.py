@@ -111,7 +111,6 @@ def set_up(name: str, job: GridJob) -> Running:
     clean()
     # so that the compiler's cache is as full for one system as for the other
     study(replace(job, fractions=(max(job.fractions),), seeds=job.seeds[:1]))
-    _overheads(name, job).write_text("")  # from here on they count
     return Running(lambda: study(job), clean)
 
 
@@ -134,12 +133,13 @@ def _later_cells(journal: Path, out: Path) -> dict[str, float]:
 
 
 def _overheads(name: str, job: GridJob) -> Path:
-    """A line a study: `overhead_share` of its wall time, neither training nor evaluation, and `later_cell_s`."""
+    """A line a study, the untimed ones too: `overhead_share` of its wall time, neither training nor evaluation, and
+    `later_cell_s`."""
     return _home(name, job).with_suffix(".overhead")
 
 
 def measure_grid(job: GridJob, environment: Environment, *, rounds: int, told: Told) -> list[Row]:
-    """Time whole studies, start-up included, in turn."""
+    """Time whole studies, start-up included, in turn; a study is a round."""
     series, _ = take_turns(
         set_up,
         [SHARED, ALONE],
@@ -151,7 +151,7 @@ def measure_grid(job: GridJob, environment: Environment, *, rounds: int, told: T
         limit_s=SET_UP_LIMIT_S * job.cells,
     )
     overheads = {
-        name: [json.loads(line) for line in _overheads(name, job).read_text(encoding="utf-8").splitlines()]
+        name: [json.loads(line) for line in _overheads(name, job).read_text(encoding="utf-8").splitlines()[-rounds:]]
         for name in (SHARED, ALONE)
         if not series[name].failed
     }

@@ -32,13 +32,16 @@ RATIOS = (
 )
 """Pairs whose ratio of images per second is in the table."""
 
+_SIZE = re.compile(r"\d+x\d+")
+
 
 def measure_loaders(
     systems: Sequence[System], work: Work, environment: Environment, *, rounds: int, seconds: float, told: Told
 ) -> list[Row]:
     """Time the systems in turn on one job. seconds: least length of a timed round. told: is given each step's name.
 
-    Every system is set up, its first batch checked and its first epoch thrown away; then `rounds` rounds count.
+    Every system is set up, its first batch checked, its first epoch and its first round thrown away; then `rounds`
+    rounds count.
     A system that cannot be set up, gives wrong images, fails or hangs has rows that say so.
     """
     _, size = stats(work)
@@ -52,7 +55,7 @@ def measure_loaders(
         if above in known and below in known:
             columns = _columns(known[above], work, size, environment)
             rows.append(ratio_row(series[above], series[below], beside=below, **columns))
-    return rows
+    return sorted(rows, key=lambda row: not _SIZE.match(row.packed))  # as `packed_sizes` wants them
 
 
 def _columns(system: System, work: Work, size: str, environment: Environment) -> dict:
@@ -116,7 +119,7 @@ def packed_sizes(rows: Sequence[Row]) -> list[str]:
     """
     found, size = [], ""
     for row in rows:
-        packed = re.match(r"\d+x\d+", row.packed)
+        packed = _SIZE.match(row.packed)
         size = packed.group() if packed else size
         found.append(size)
     return found

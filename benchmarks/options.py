@@ -89,6 +89,15 @@ def chosen(systems: dict, only: tuple[str, ...]) -> list:
     return found
 
 
+def check_models(models: Sequence[str], resolution: int) -> None:
+    """Raise UsageError for a model that is not known, or that does not take images of this size, px."""
+    from train.models import check_resolution, timm_name
+
+    for model in models:
+        timm_name(model)
+        check_resolution(model, resolution)
+
+
 def advance(bar: "Progress") -> Callable[[str], None]:
     """Counts a step on the bar when the next one begins."""
     return lambda step: bar.advance(1)
@@ -113,18 +122,29 @@ def command_line(work: "Work | None" = None) -> str:
     return command if work is None else f"{command}  # {described(work)}"
 
 
-def kept(out: Path, name: str, models: Collection[str]) -> list["Row"]:
-    """The rows of a table that are of other models than these; none where there is no table yet."""
+def kept(out: Path, name: str, models: Collection[str], work: "Work") -> list["Row"]:
+    """The rows of a table that are of other models than these; none where there is no table yet.
+
+    Raises UsageError where they are of another resolution or batch size than `work`: a table is of one job.
+    """
     from benchmarks.tables import read_csv
+    from shards.errors import UsageError
 
     table = out / f"{name}.csv"
-    return [row for row in read_csv(table) if row.model not in models] if table.exists() else []
+    rows = [row for row in read_csv(table) if row.model not in models] if table.exists() else []
+    for row in rows:
+        if (row.resolution_px, row.batch_size) != (work.resolution_px, work.batch_size):
+            raise UsageError(
+                f"--add: {table} has {row.model} at --resolution {row.resolution_px} --batch-size {row.batch_size}, "
+                f"not {work.resolution_px} and {work.batch_size}; use the same ones, or another --out"
+            )
+    return rows
 
 
 def publish(out: Path, name: str, rows: list, text: Callable[[list], str], show: bool = True) -> None:
     """Write the CSV, and the Markdown from the CSV as it was read back; show the Markdown."""
     from benchmarks.tables import read_csv, write_csv
-    from shards.writer import write_durably
+    from shards.durable import write_durably
 
     table = out / f"{name}.csv"
     write_csv(table, rows)

@@ -1,7 +1,7 @@
 """The loaders that people use, each behind the same small protocol, set up as its own documentation shows.
 
 All get the same job (`work.Work`): random-resized crops of a quarter to the whole of the image, a mirror image with
-probability one half, uint8 batches, shuffled, the last incomplete batch dropped, two workers where they have any.
+probability one half, uint8 batches, shuffled, the last incomplete batch dropped, `work.workers` threads or processes.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false

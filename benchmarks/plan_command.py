@@ -55,7 +55,7 @@ def plan(
     costs = plan_costs.read(costs_file)
     if page is not None:
         from benchmarks import plan_page
-        from shards.writer import write_durably
+        from shards.durable import write_durably
 
         write_durably(page, plan_page.page(costs).encode())
         click.echo(f"wrote {page}", err=True)

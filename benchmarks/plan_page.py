@@ -20,7 +20,7 @@ from benchmarks.plan import (
 from benchmarks.plan_costs import PARTS, Costs
 from benchmarks.plan_words import cpu, digits, exact, span
 from benchmarks.published import BACKWARD, GPUS, H100_HOST, MIXER_GMACS, SAME_GPU, Figure
-from benchmarks.tables import grid
+from benchmarks.tables import clock_text, grid
 
 MACHINES = (
     Machine("a100", 1, 16),
@@ -57,7 +57,8 @@ test holds it to what the code gives. One case at a time, and your own CPU:
 
 Every rate is a range, and a verdict holds for the whole of it: "GPU" where the slowest loading outruns the fastest
 training, the part of the loader that gives way first where the fastest loading does not keep up with the slowest
-training, and both names where the ranges overlap.
+training, and both names where the ranges overlap. What an image costs the CPU enters as its median: the
+intervals of those measurements, which stand below, are not in the ranges.
 
 - **GPU**: img/s = peak × share of the peak ÷ FLOPs of a training step, which are three forward passes. The share is an
   assumption. ResNet-50's comes from the slowest and the fastest published training rate found for the GPU; another
@@ -127,7 +128,7 @@ def _measured(costs: Costs) -> str:
     jpg, raw, crop = (exact(value) for value in (costs.jpg_bytes, costs.raw_bytes, costs.crop_px))
     return f"""## What an image costs a CPU
 
-One core of {cpu(costs)}, {machine.cpu_mhz} MHz, of
+One core of {cpu(costs)}, {clock_text(machine)} MHz, of
 {machine.cores} that the process could use; one thread. {costs.images} images packed at {width}×{height} px, of
 {jpg} bytes as JPEG and {raw} raw; random-resized crops of {crop} px on average to {costs.resolution_px} px.
 CPU time, not the clock's: medians of {costs.rounds} rounds with 95 % intervals.
@@ -136,7 +137,7 @@ CPU time, not the clock's: medians of {costs.rounds} rounds with 95 % intervals.
 "all of it" is timed by itself; decoding, resizing and Python are differences between timings of the same round, as
 `benchmarks/plan_costs.py` says.
 
-`{machine.command}`, {machine.date}; Python {machine.python}; {machine.versions}.
+`{machine.command}`, {machine.date}, commit {machine.commit}; Python {machine.python}; {machine.versions}.
 """
 
 

@@ -1,6 +1,7 @@
 """`report`: one page and one Markdown file from the CSVs of all benchmarks, and what they say in words."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -38,6 +39,20 @@ TITLES = {
     "grid": "Grid",
     "predict": "Predicting",
 }
+
+PICTURES = {
+    "pack": {"img_per_s": "", "bytes_per_image": "payload of an image", "psnr_source_db": "PSNR to the source"},
+    "training": {"img_per_s": "", "share_of_peak": "share of its matrix peak"},
+    "stalls": {
+        "img_per_s": "",
+        "prep_stall": "prep stall",
+        "whole_stall": "whole stall, cold files",
+        "data_wait": "data wait",
+        "accelerator_utilization": "accelerator utilization",
+    },
+    "grid": {"cells_per_s": "", "overhead_share": "overhead, share of the wall time"},
+}
+"""What bars show of a benchmark: metric → its name in the title. Of the others, images per second."""
 
 _BOUND = 0.95
 """A system within this share of its ceiling is bound by the ceiling."""
@@ -111,7 +126,7 @@ def in_words(name: str, rows: Sequence[Row]) -> list[str]:
                 f"{TITLES[name]}: {row.system} is {cell(row)} times {row.beside} ({where or 'all cells'}){meant}."
             )
     if len(places) > 1:
-        others = ", ".join(f"{size} → {px} px" for size, px in list(places)[1:])
+        others = ", ".join(f"{size} → {px} px" if px else size for size, px in list(places)[1:])
         said.append(f"{TITLES[name]}: the same for {others} is in the tables.")
     failed = dict.fromkeys((row.system, row.failed) for row in rows if row.failed and not row.beside)
     said += [f"{TITLES[name]}: {system} failed: {reason}." for system, reason in failed]
@@ -171,11 +186,14 @@ def _stalls_in_words(rows: Sequence[Row]) -> list[str]:
 
 
 def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
-    """Horizontal bars with intervals, one a row, the longest first; failed rows say so. An `<svg>` element."""
+    """Horizontal bars with intervals, one a row, the longest first; failed rows say so. An `<svg>` element.
+
+    Bars begin at 0: of a value below it, only the number is shown.
+    """
     from train.svg import wrap
 
     shown = sorted(rows, key=lambda row: -(row.value or 0.0))
-    longest = max((row.high or row.value or 0.0 for row in shown), default=0.0) or 1.0
+    longest = max((0.0, *(row.high or row.value or 0.0 for row in shown))) or 1.0
     left = 16 + 6.8 * max((len(row.system) for row in shown), default=0)  # letters are about so wide on average
     width, step = left + 470, 24
     room = 280
@@ -189,11 +207,11 @@ def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
         kind = (
             "c0" if "dermscale" in row.system else "c7" if "ceiling" in row.system or "cached" in row.system else "c1"
         )
-        length = room * row.value / longest
+        length = room * max(row.value, 0.0) / longest
         parts.append(f'<rect class="box {kind}" x="{left}" y="{y}" width="{length:.1f}" height="16"/>')
         end = left + length
         if row.low is not None and row.high is not None:
-            low, high = (left + room * bound / longest for bound in (row.low, row.high))
+            low, high = (left + room * max(bound, 0.0) / longest for bound in (row.low, row.high))
             parts.append(
                 f'<path class="bar {kind}" d="M{low:.1f} {y + 8}H{high:.1f}M{low:.1f} {y + 4}v8M{high:.1f} {y + 4}v8"/>'
             )
@@ -205,6 +223,14 @@ def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
     return wrap(name, title, told, width, 24 + step * len(shown), parts)
 
 
+def _in_percent(row: Row) -> Row:
+    """A share as a percentage; other rows as they are."""
+    if row.unit != "1":
+        return row
+    value, low, high = (None if x is None else 100 * x for x in (row.value, row.low, row.high))
+    return replace(row, unit="%", value=value, low=low, high=high)
+
+
 def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str:
     """report.html: the bars first, then the timelines, then the tables; no script, no network."""
     from train.report_page import page as whole
@@ -212,14 +238,16 @@ def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str
 
     sections = []
     for name, rows in results.items():
-        main_metric = "cells_per_s" if name == "grid" else "img_per_s"
+        pictures = PICTURES.get(name, {"img_per_s": ""})
         body = []
         groups: dict[tuple, list[Row]] = {}
         for row, size in zip(rows, packed_sizes(rows), strict=True):
-            if row.metric == main_metric:
-                groups.setdefault((row.resolution_px, size, row.model), []).append(row)
-        for i, ((px, size, model), part) in enumerate(groups.items()):
-            title = ", ".join(filter(None, (model, f"packed at {size}" if size else "", f"{px} px" if px else "")))
+            if row.metric in pictures:
+                place = (row.resolution_px, size, row.model, pictures[row.metric])
+                groups.setdefault(place, []).append(_in_percent(row))
+        for i, ((px, size, model, what), part) in enumerate(groups.items()):
+            sizes = (f"packed at {size}" if size else "", f"{px} px" if px else "")
+            title = ", ".join(filter(None, (model, *sizes, what)))
             body.append(f"<h3>{escape(title)}</h3><div class='charts one'>")
             body.append(bars(f"{name}-{i}", f"{TITLES[name]}: {title}", part, part[0].unit) + "</div>")
         if name == "utilization":

@@ -65,7 +65,7 @@ def loader(
     packed_px = packed_px or ((341,) if quick else (341, 400))
     todo = jobs(work, packed_px, resolutions_px or ((224,) if quick else (224, 128)))
     rows = []
-    with Progress("loader", len(todo) * len(systems) * (1 + rounds), "runs") as bar:
+    with Progress("loader", len(todo) * len(systems) * (2 + rounds), "runs") as bar:
         for job in todo:
             seconds = 0.5 if quick else 2.0
             told = advance(bar)
@@ -101,7 +101,7 @@ def pack(
     work = sized(Work(images(source), cache, workers=workers), 312 if quick else 624)
     machine = environment(command_line(work))
     rows = []
-    with Progress("pack", len(packed_px or (400,)) * len(systems) * (1 + rounds), "runs") as bar:
+    with Progress("pack", len(packed_px or (400,)) * len(systems) * (2 + rounds), "runs") as bar:
         for px in packed_px or (400,):
             job, seconds, told = replace(work, packed_px=px), 0.5 if quick else 2.0, advance(bar)
             rows += measure_packing(systems, job, machine, rounds=rounds, seconds=seconds, told=told)
@@ -119,7 +119,7 @@ def pack(
 def report(out: Path) -> None:
     """RESULTS.md and report.html from the CSV files of the other subcommands."""
     from benchmarks.report import markdown, page, read_results, read_timelines
-    from shards.writer import write_durably
+    from shards.durable import write_durably
 
     results = read_results(out)
     write_durably(out / "RESULTS.md", markdown(results).encode())

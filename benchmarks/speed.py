@@ -71,7 +71,10 @@ def measure_training(
     device = devices.choose(job.device)
     peaks = matrix_products(names, device)
     chosen = [*names, *peaks.values()]
-    series, about = take_turns(set_up, chosen, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
+    # without a warm-up round: every round begins with untimed steps
+    series, about = take_turns(
+        set_up, chosen, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told, warmup=0
+    )
     parameters, forward = models.cost(job.model, job.work.resolution_px, 7)
     rows: list[Row] = []
     for name in names:

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.machine import Environment
 from benchmarks.measure import Row
+from shards.durable import write_durably
 from shards.errors import DataError
-from shards.writer import write_durably
 
 _ROW_COLUMNS = tuple(f.name for f in fields(Row) if f.name != "environment")
 _MACHINE_COLUMNS = tuple(f.name for f in fields(Environment))
@@ -115,11 +115,16 @@ def machine_text(rows: Iterable[Row]) -> str:
     return "".join([*commands, *dict.fromkeys(_machine(m) for m in found)])
 
 
+def clock_text(machine: Environment) -> str:
+    """The CPU's clocks in MHz: the slowest and the fastest core's, or the one that all have."""
+    return "–".join(dict.fromkeys(machine.cpu_mhz.split("–")))
+
+
 def _machine(machine: Environment) -> str:
     clocks = f", {machine.gpu_mhz} MHz" if machine.gpu_mhz else ""
     gpu = machine.gpu if machine.gpu == "none" else f"{machine.gpu}, driver {machine.gpu_driver}{clocks}"
     return (
-        f"- {machine.cpu}, {machine.cores} cores, {machine.cpu_mhz} MHz, {machine.ram_gib} GiB; GPU: {gpu}\n"
+        f"- {machine.cpu}, {machine.cores} cores, {clock_text(machine)} MHz, {machine.ram_gib} GiB; GPU: {gpu}\n"
         f"- {machine.kernel}, Python {machine.python}; {machine.versions}\n"
     )
 

@@ -217,6 +217,8 @@ def _plain_optimizer(net: "nn.Module", name: str) -> "torch.optim.Optimizer":
 
 
 def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> _Feed:
+    from shards import ShardSet
+
     if source == FOLDER:
         return _Feed(_endless_folder(job.work, device), lambda: None)
     if source == CACHED:
@@ -226,25 +228,29 @@ def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> 
         return _Feed(itertools.repeat(batch), lambda: None)
     if source in (NATIVE, RAW, RESIDENT):
         return _Feed(_native(job, device, source), lambda: None)
+    folder = prepared(_FORMS[source][0], job.work) / "set"
+    with ShardSet(folder) as data:
+        steps = len(data.select("train")) // job.work.batch_size
     held = _native(job, device, source)
     feed = _Feed(held, lambda: None)
 
     def reset() -> None:
         nonlocal held
         held.close()  # while the files are mapped, the kernel keeps them
-        drop_from_cache(prepared(_FORMS[source][0], job.work) / "set")
-        held = _native(job, device, source, epochs=1)
+        drop_from_cache(folder)
+        held = _native(job, device, source)
         first = next(held)  # opening and the first batch are not counted
-        feed.batches = itertools.chain([first], held)
+        # cut where the epoch ends: a generator that came to its own end would close its loader in a timed step
+        feed.batches = itertools.islice(itertools.chain([first], held), steps)
 
     feed.reset = reset
     return feed
 
 
 def _native(
-    job: TrainingJob, device: "torch.device", source: str = NATIVE, epochs: int | None = None
+    job: TrainingJob, device: "torch.device", source: str = NATIVE
 ) -> "Generator[tuple[Tensor, Tensor, Tensor], None, None]":
-    """This project's batches, epoch after epoch, without end by default; the files are open for as long as this is."""
+    """This project's batches, epoch after epoch, without end; the files are open for as long as this is."""
     from contextlib import closing
 
     from shards import Loader, ShardSet
@@ -264,7 +270,7 @@ def _native(
             )
         ) as loader,
     ):
-        for _ in itertools.count() if epochs is None else range(epochs):
+        while True:
             for batch in loader:
                 yield batch.images, batch.colour, batch.labels
 
@@ -299,5 +305,7 @@ def _matrix(device: "torch.device", precision: str) -> Running:
         devices.synchronize(device)
         return products * 2 * _MATRIX_SIDE**3 / 1e9
 
-    once()
-    return Running(once)
+    def warm() -> None:
+        once()
+
+    return Running(once, warm)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.options import advance, chosen, command_line, images, publish, shared, training_options
+from benchmarks.options import advance, check_models, chosen, command_line, images, publish, shared, training_options
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
@@ -57,12 +57,9 @@ def utilization(
     from benchmarks.work import Work
     from preprocess.progress import Progress
     from train import device as devices
-    from train.models import check_resolution, timm_name
 
     names = chosen({name: name for name in systems(style)}, only)
-    for model in models:
-        timm_name(model)
-        check_resolution(model, resolution)
+    check_models(models, resolution)
     rounds = rounds or (5 if quick else 6)
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
     chosen_device = devices.choose(device)

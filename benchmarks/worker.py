@@ -19,7 +19,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import tree_cpu_s
+from benchmarks.machine import Meter, tree_cpu_s
 from benchmarks.measure import Sample, Series, interleave, reason
 
 SET_UP_LIMIT_S = 900.0
@@ -147,13 +147,15 @@ def take_turns(
     rounds: int,
     seconds: float,
     told: Told,
+    warmup: int = 1,
     limit_s: float = SET_UP_LIMIT_S,
 ) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
     """Set up every system in a process of its own, then run them in turn, `rounds` times.
 
-    seconds: least length of a round. limit_s: what setting up, and a round beyond its least length, may take. Setting
-    up has to include one pass, which warms up. Returns the timed runs of each system, and the figures found while
-    setting it up. One that fails or hangs keeps the reason.
+    seconds: least length of a round. warmup: rounds before those, which are thrown away: since a system was set up all
+    others were, and what it had in caches is gone. limit_s: what setting up, and a round beyond its least length, may
+    take. Returns the timed runs of each system, and the figures found while setting it up. One that fails or hangs
+    keeps the reason.
     """
     context = start_server()
     series: dict[str, Series] = {}
@@ -169,10 +171,12 @@ def take_turns(
                 series[name] = Series(failed=str(error))
                 continue
             running[name] = lambda worker=worker: worker.run(seconds)
-        series |= interleave(
-            running, rounds, warmup=0, told=lambda round_, name: told(f"round {round_ + 1} of {rounds}, {name}")
-        )
+        series |= interleave(running, rounds, warmup, lambda round_, name: told(f"{_round(round_, rounds)}, {name}"))
     return series, about
+
+
+def _round(round_: int, rounds: int) -> str:
+    return "warm-up round" if round_ < 0 else f"round {round_ + 1} of {rounds}"
 
 
 def _asked(pipe: Connection) -> float | None:
@@ -197,7 +201,7 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
         pipe.send(("ready", system.about | {"set_up_s": time.perf_counter() - begin}))
         while (seconds := _asked(pipe)) is not None:
             system.before()
-            waited, cpu_s, begin = system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
+            meter, waited, cpu_s, begin = Meter(), system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
             count, passes, passed = 0, 0, 0.0
             while passed < seconds or passes < system.least:
                 done = system.once()
@@ -208,7 +212,7 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
             if not count:
                 raise ValueError("a round gave no image")
             cpu_s = tree_cpu_s(os.getpid()) - cpu_s
-            pipe.send(("done", (count, passed, cpu_s, math.nan, system.waited() - waited)))
+            pipe.send(("done", (count, passed, cpu_s, meter.other_cpu(cpu_s), system.waited() - waited)))
     except Exception as error:  # noqa: BLE001 - whatever the system raises is its row's reason
         traceback.print_exc()  # into the log
         with contextlib.suppress(BrokenPipeError):

@@ -1,14 +1,25 @@
-"""A folder like HAM10000's, for the tests of the benchmarks."""
+"""A folder like HAM10000's, and processes, for the tests of the benchmarks."""
 
 import csv
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 
+from benchmarks.worker import start_server
 from shards.format import CLASSES
 
 IMAGES = 40
+T = TypeVar("T")
+
+
+def in_a_process_of_its_own(do: Callable[..., T], *arguments: Any) -> T:
+    """What `do` returns there: who forks may hang in a process where other tests have left threads."""
+    with ProcessPoolExecutor(1, mp_context=start_server()) as pool:
+        return pool.submit(do, *arguments).result(timeout=120)
 
 
 def write_source(source: Path) -> Path:

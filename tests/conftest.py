@@ -1,8 +1,14 @@
 """Shared fixtures: a tiny shard set made on the spot, a run on it, and the folder of real images where there is one."""
 
+import gc
 import os
+import random
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -12,6 +18,13 @@ from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter
 
 pytest.register_assert_rewrite("tests.report_pages", "tests.train_runs")  # a failing assert shows its values there too
+
+
+# Other work may run beside the tests: nothing here depends on how long an example takes.
+hypothesis.settings.register_profile(
+    "dermscale", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("dermscale")
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +99,32 @@ def anonymous_bytes() -> int:
     """This process's own memory, without pages of files, of which libraries and shards map more at any time."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def growth_bytes(epoch: Callable[[int], None]) -> float:
+    """By how much memory grows over 15 epochs, `epoch(number)` each, once it is at its size.
+
+    Threads take and give back a few MB between epochs, up to ten more in the first dozen than after the second: so the
+    middle of many epochs is compared, and not one epoch with another.
+    """
+    sizes = []
+    for number in range(45):
+        epoch(number)
+        gc.collect()
+        sizes.append(anonymous_bytes())
+    return median(sizes[30:]) - median(sizes[15:30])
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on, out of those that the system gives nobody of itself."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port among 100")
 
 
 @pytest.fixture(scope="session")

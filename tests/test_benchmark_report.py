@@ -1,13 +1,15 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.grids import ALONE, SHARED, GridJob, grid_text, measure_grid, set_up
-from benchmarks.loaders import loader_text
+from benchmarks.loaders import jobs, loader_text, measure_loaders, packed_sizes
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series, ratio_row, series_rows, summary_row
+from benchmarks.peers import SYSTEMS
 from benchmarks.predicting import EVALUATION, PREDICT, START_PREDICT
 from benchmarks.report import bars, in_words, markdown, page, read_results
 from benchmarks.tables import write_csv
@@ -99,6 +101,29 @@ def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_me
     assert whole.count(">torchvision ImageFolder</text>") == 2
 
 
+def test_what_reads_no_packed_images_comes_after_what_says_their_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.loaders.stats", lambda work: ((0.0, 0.0, 0.0), f"{work.packed_px}x1"))
+    monkeypatch.setattr(
+        "benchmarks.loaders.take_turns", lambda _, names, *rest, **more: (dict.fromkeys(names, series(*[1.0] * 6)), {})
+    )
+    systems = [SYSTEMS["torchvision ImageFolder"], SYSTEMS["webdataset"]]
+    rows = []
+    for job in jobs(Work(tmp_path, tmp_path), (341, 400), (224,)):
+        rows += measure_loaders(systems, job, environment("x"), rounds=6, seconds=1.0, told=print)
+    assert packed_sizes(rows) == ["341x1"] * 4 + ["400x1"] * 4
+    assert {row.system for row in rows[:4]} == {"torchvision ImageFolder", "webdataset"}
+
+
+def test_words_of_packing_name_no_resolution():
+    def ratio(size: str) -> Row:
+        columns = {"benchmark": "pack", "system": "dermscale jpg", "packed": f"{size} jpg"}
+        return ratio_row(series(*[300.0] * 6), series(*[100.0] * 6), beside="webdataset", **columns)
+
+    assert in_words("pack", [ratio("400x300"), ratio("600x450")])[-1] == (
+        "Packing: the same for 600x450 is in the tables."
+    )
+
+
 def test_words_are_of_the_first_sizes_and_name_the_others():
     def ratio(size: str, px: int) -> Row:
         columns = {
@@ -120,6 +145,24 @@ def test_bars_are_as_long_as_their_values():
     widths = [float(width) for width in re.findall(r'<rect[^>]*width="([\d.]+)"', svg)]
     assert widths[0] == pytest.approx(2 * widths[1])
     assert "failed: why" in svg
+
+
+def test_bars_show_what_the_tables_say_of_stalls_packing_and_the_peak():
+    def row(benchmark: str, metric: str, unit: str, value: float, **more: Any) -> Row:
+        return Row(benchmark, "channels-last, native loader", metric, unit, value, value - 0.1, value + 0.1, **more)
+
+    stalls = [row("stalls", "prep_stall", "1", -0.02, model="resnet18", page_cache="warm")]
+    stalls.append(row("stalls", "data_wait", "1", 0.25, model="resnet18", page_cache="warm"))
+    packed = (("bytes_per_image", "bytes", 22_000.0), ("psnr_source_db", "dB", 38.0))
+    pack = [row("pack", name, unit, value, packed="400x300 jpg") for name, unit, value in packed]
+    training = [row("training", "share_of_peak", "1", 0.5, model="resnet18")]
+    html = page({"pack": pack, "training": training, "stalls": stalls})
+    assert html.count("<svg") == 5
+    for said in ("resnet18, prep stall", "resnet18, data wait", "payload of an image", "share of its matrix peak"):
+        assert f"<h3>{said}</h3>" in html or f", {said}</h3>" in html
+    for figure in ("-2.00 %", "25.0 %", "22,000 bytes", "38.0 dB", "50.0 %"):
+        assert f">{figure}</text>" in html
+    assert 'width="-' not in html
 
 
 def test_a_folder_without_results_says_what_to_do(tmp_path):
@@ -147,7 +190,7 @@ def test_both_ways_to_train_a_study_finish_every_cell(tmp_path):
         running = set_up(name, job)
         assert running.once() == job.cells == len(fractions)
         (overhead,) = (tmp_path / "bench/grid").glob(f"{name.replace(' ', '-').replace(',', '')}.overhead")
-        (line,) = overhead.read_text().splitlines()  # of the second study: the first was to warm up
+        _, line = overhead.read_text().splitlines()  # of the second study: the first was to warm up
         found = json.loads(line)
         assert 0 < found["overhead_share"] < 1
         assert ("later_cell_s" in found) == (name == SHARED)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from tests.conftest import free_port
 from tests.train_runs import WORKER, child_environment, losses, small, start_worker
 from train.distributed import SyncedBatchNorm2d, World, sync_batch_norm
 from train.loop import train_once
@@ -100,15 +101,6 @@ def test_a_dead_rank_ends_the_others_with_a_message(tiny_shards: Path, tmp_path:
     assert "rank 0 of 2" in lines[0]
     assert "--resume" in lines[0]
     assert "Traceback" not in errors
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ------------------------------------------------------------------ parts, in processes that do no more

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import checks, suite
+from benchmarks.check_training import WATCHED, training_steps
 from benchmarks.evidence import Evidence, read_evidence
 from benchmarks.gpu_check import make_sets, run_checks
 from benchmarks.suite import Settings
@@ -233,6 +234,16 @@ def test_a_device_that_cannot_be_read_is_trained_on_all_the_same(shard_sets, tmp
     assert evidence.failed == ["connection to the counters"]
     names = [check["name"] for check in evidence.checks]
     assert sum(name.startswith("training of") for name in names) == 9 and "training of resnet18 (compiled)" in names
+
+
+@pytest.mark.slow
+def test_steps_whose_speed_is_taken_do_not_wait_for_the_device(tiny_shards, monkeypatch):
+    waits = []
+    monkeypatch.setattr("train.device.synchronize", waits.append)
+    passed, found = training_steps(tiny_shards, "resnet18", CPU, steps=30, batch_size=4, resolution=32, compiled=False)
+    assert passed and found["img_per_s"] > 0 and found["cached_img_per_s"] > 0
+    assert 0 <= found["data_wait_share"] <= 1
+    assert WATCHED < len(waits) < 30
 
 
 def test_sampling_is_judged_by_pace_cost_and_end():

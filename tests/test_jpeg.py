@@ -22,7 +22,7 @@ def decode(data) -> np.ndarray:
 
 
 @given(st.data(), st.integers(17, 220), st.integers(17, 220), st.sampled_from(["420", "422", "444"]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_region_has_the_pixels_of_the_whole(data, height, width, subsampling):
     image = picture(np.random.default_rng(height * width), 3, height, width)
     encoded = encode_jpeg(image, 90, subsampling)

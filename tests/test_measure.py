@@ -197,10 +197,15 @@ input()"""
     assert tree_cpu_s(os.getpid()) - before > 0.25, "a worker that ended and was waited for"
 
 
-def test_meter_tells_own_work_from_others():
-    meter = Meter()
-    assert 0 <= meter.other_cpu(0.0) <= 1
-    assert meter.other_cpu(1e9) == 0
+def test_meter_tells_own_work_from_others(monkeypatch):
+    busy_s, clock_s = iter([100.0, 103.0, 103.0, 103.0]), iter([50.0, 52.0, 52.0, 52.0])
+    monkeypatch.setattr(Meter, "_now", staticmethod(lambda: next(busy_s)))
+    monkeypatch.setattr("benchmarks.machine.time.perf_counter", lambda: next(clock_s))
+    monkeypatch.setattr("benchmarks.machine.os.cpu_count", lambda: 4)
+    meter = Meter()  # then 3 of 2 s × 4 cores are busy
+    assert meter.other_cpu(1.0) == pytest.approx(2 / 8)
+    assert meter.other_cpu(3.0) == 0
+    assert meter.other_cpu(3.1) == 0  # counters have steps
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-import importlib.metadata
 import json
-from concurrent.futures import ProcessPoolExecutor
+import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +15,17 @@ from benchmarks.packing import set_up as set_up_packer
 from benchmarks.peers import SYSTEMS, need, set_up
 from benchmarks.peers_ffcv import max_resolution, one_max_resolution
 from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
-from benchmarks.worker import start_server
-from shards import ShardSet
+from shards import Loader, ShardSet
 from shards.errors import DataError
-from tests.benchdata import IMAGES, write_source
+from tests.benchdata import IMAGES, in_a_process_of_its_own, write_source
 
 
-def absent(packages: tuple[str, ...]) -> list[str]:
-    missing = []
-    for package in packages:
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(package)
-    return missing
+def skip_without(packages: tuple[str, ...]) -> None:
+    """Skip where a peer is not installed."""
+    try:
+        need(packages)
+    except MissingPeerError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +157,18 @@ def test_samples_fill_a_batch_for_every_worker_so_that_no_loader_drops_what_it_d
     fewer = sized(replace(work, batch_size=12), 80, whole_batches=True)
     assert names(fewer) == names(work)[:72]
     assert len(ShardSet(prepared("shards-jpg", fewer) / "set").select("train")) == 72
-    assert len(names(sized(replace(work, batch_size=64), 80, whole_batches=True))) == 80  # too few for that: all
+
+
+@pytest.mark.parametrize("workers", [1, 3, 10, 32])
+def test_every_worker_has_as_many_whole_batches_and_tars(work, workers):
+    many = sized(replace(work, workers=workers), 80, whole_batches=True)
+    assert len(names(many)) >= 8 * workers and len(names(many)) % (8 * workers) == 0
+    assert len(set(names(many))) == len(names(many))
+    assert len(list(prepared("tars", many).glob("*.tar"))) == len(names(many)) // 8
+
+
+def test_tars_are_of_the_batch_size_that_was_asked_for(work):
+    assert prepared("tars", work) != prepared("tars", replace(work, batch_size=16))
 
 
 def test_a_job_has_its_size_whatever_the_source_holds(work):
@@ -182,12 +190,58 @@ def test_metadata_that_cannot_be_used_are_named(tmp_path):
     table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,mole\n")
     with pytest.raises(DataError, match="ISIC_1 has the unknown dx 'mole'"):
         originals(Work(tmp_path, tmp_path))
+    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1\n")
+    with pytest.raises(DataError, match="ISIC_1 has the unknown dx ''"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_bytes("lesion_id,image_id,dx\nHAM_1,ISIC_1,n\u00e4\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_text('lesion_id,image_id,dx\nHAM_1,ISIC_1,"nv\n')
+    with pytest.raises(DataError, match="cannot be read"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\n", encoding="utf-8-sig")
+    assert [row["lesion_id"] for _, _, row in originals(Work(tmp_path, tmp_path))] == ["HAM_1"]
 
 
 def test_ffcvs_size_is_known_before_its_writer_is_timed(work, monkeypatch):
     monkeypatch.setattr("cv2.imread", lambda *_: pytest.fail("decodes an original"))
     one_max_resolution.cache_clear()
     assert one_max_resolution(work) == pytest.approx(160, abs=1)
+
+
+def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(work):
+    folder = prepared("shards-jpg", work)
+    system = SYSTEMS["dermscale native jpg"]
+
+    def first(epoch: int) -> np.ndarray:
+        loader = Loader(ShardSet(folder / "set").select("train"), batch_size=8, resolution=64, engine="native")
+        loader.set_epoch(epoch)
+        return next(iter(loader)).images.numpy()
+
+    epochs = system.open(work, folder)
+    for _ in epochs():
+        pass  # and the next epoch is under way
+    assert system.before
+    system.before(epochs)()
+    images, _ = next(epochs())
+    assert np.array_equal(images.numpy(), first(2)) and not np.array_equal(images.numpy(), first(1))
+
+
+@pytest.mark.parametrize("name", ["dermscale raw", "webdataset", "ceiling: bare calls"])
+def test_files_are_found_before_a_packer_is_timed(work, tmp_path, monkeypatch, name):
+    skip_without(PACKERS[name].packages)
+    (tmp_path / "warm").mkdir()
+    PACKERS[name].write(work, tmp_path / "warm")
+    for found in ("benchmarks.forms.read_table", "preprocess.ham10000.read_source", "benchmarks.packers.prepared"):
+        monkeypatch.setattr(found, lambda *_: pytest.fail("looks for its files in a timed round"))
+    (tmp_path / "timed").mkdir()
+    PACKERS[name].write(work, tmp_path / "timed")
+
+
+def test_the_bare_calls_only_decode_reduce_and_encode(work, tmp_path, monkeypatch):
+    for beside in ("decode_upright", "decode_strictly", "exif_orientation", "channel_sums", "encode_jpeg"):
+        monkeypatch.setattr(f"shards.encode.{beside}", lambda *_: pytest.fail("does more than that"))
+    PACKERS["ceiling: bare calls"].write(work, tmp_path)
 
 
 # ------------------------------------------------------------------ the systems themselves
@@ -198,23 +252,23 @@ def counted(name: str, work: Work) -> int:
     return set_up(name, work).once()  # checks the batches first
 
 
-def in_a_process_of_its_own(do, *arguments):
-    """What `do` returns there: peers fork, which may hang in a process where other tests have left threads."""
-    with ProcessPoolExecutor(1, mp_context=start_server()) as pool:
-        return pool.submit(do, *arguments).result(timeout=120)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_system_gives_an_epoch_of_real_images(name, work):
-    if missing := absent(SYSTEMS[name].packages):
-        pytest.skip(f"{', '.join(missing)} not installed: `make peers`, then run with .venv-peers")
+    skip_without(SYSTEMS[name].packages)
     count = in_a_process_of_its_own(counted, name, work)
     if SYSTEMS[name].ceiling:
         assert count == IMAGES * 2
     else:  # full batches of 8; workers that batch on their own may each drop one
         assert count % 8 == 0
         assert IMAGES * 2 - 16 <= count <= IMAGES * 2
+
+
+def test_the_script_installs_what_the_project_names():
+    root = Path(__file__).parent.parent
+    named = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["peers"]
+    script = (root / "benchmarks/install_peers.sh").read_text().partition("-e .")[2]
+    assert sorted(re.findall(r'"([\w-]+>=[\d.]+)"', script)) == sorted(named)
 
 
 def test_a_missing_peer_says_how_to_get_it():
@@ -231,8 +285,7 @@ def packed_by(name: str, work: Work) -> tuple[int, dict[str, float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKERS)
 def test_packer_writes_what_can_be_read(name, work):
-    if missing := absent(PACKERS[name].packages):
-        pytest.skip(f"{', '.join(missing)} not installed: `make peers`, then run with .venv-peers")
+    skip_without(PACKERS[name].packages)
     count, about = in_a_process_of_its_own(packed_by, name, work)
     assert count == IMAGES * 2
     if name.startswith("ceiling"):

@@ -17,7 +17,7 @@ def make(samples, seed=3, epoch=1, height=300, width=400, augment=None):
 
 
 @given(st.lists(st.integers(0, 200_000), min_size=1, max_size=40), st.integers(0, 9), st.integers(0, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_sample_has_the_same_plan_in_any_company(samples, seed, epoch):
     together = make(samples, seed, epoch)
     for i, sample in enumerate(samples[:3]):
@@ -36,7 +36,7 @@ def test_the_plan_is_written_down():
 
 
 @given(st.integers(1, 500), st.integers(1, 500))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_boxes_lie_in_the_image(height, width):
     boxes = make(range(50), height=height, width=width).boxes
     assert (boxes >= [0, 0, 1, 1]).all()

@@ -23,6 +23,7 @@ from PIL import Image
 from preprocess.ham10000 import read_source
 from preprocess.packing import Settings, pack
 from shards.format import CLASSES, EncodeSpec
+from tests.conftest import free_port
 from tests.rawdata import write_raw
 from tests.train_runs import child_environment, small
 from train.images import open_image
@@ -55,12 +56,6 @@ class Server:
     port: int
     uploads: Path
     process: subprocess.Popen[str]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from benchmarks.training import (
 from benchmarks.work import Work
 from shards import ShardSet
 from shards.errors import UsageError
-from tests.benchdata import write_source
+from tests.benchdata import in_a_process_of_its_own, write_source
 from train.device import Decision
 
 
@@ -38,6 +38,21 @@ def job(tmp_path_factory) -> TrainingJob:
     source = write_source(tmp_path_factory.mktemp("ham"))
     work = Work(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=32, batch_size=8, copies=2)
     return TrainingJob(work, "resnet18", "cpu")
+
+
+def stepped(name: str, job: TrainingJob) -> tuple[float, bool, dict[str, float]]:
+    """Images of a step, whether waiting was counted, and the figures found on the way."""
+    running = set_up(name, job)
+    running.before()
+    before = running.waited()
+    return running.once(), running.waited() >= before, running.about
+
+
+def waited_s(name: str, job: TrainingJob) -> float:
+    running = set_up(name, job)
+    for _ in range(8):  # more than is read ahead
+        running.once()
+    return running.waited()
 
 
 def series(*per_s: float, wait: float = math.nan) -> Series:
@@ -57,34 +72,30 @@ def series(*per_s: float, wait: float = math.nan) -> Series:
     ],
 )
 def test_every_way_to_train_makes_steps(job, style, source):
-    running = set_up(system_name(style, source), job)
-    running.before()
-    before = running.waited()
-    assert running.once() == 8
-    assert running.waited() >= before
-    assert not running.about
+    name = system_name(style, source)
+    found = in_a_process_of_its_own(stepped, name, job) if source == FOLDER else stepped(name, job)
+    assert found == (8, True, {})
 
 
 @pytest.mark.slow
-def test_a_round_starts_when_what_was_read_ahead_is_used_up(job):
+def test_a_round_starts_when_what_was_read_ahead_is_used_up(job, monkeypatch):
     """So that the counted steps wait as they would in the middle of a training."""
     running = set_up(system_name("channels-last", COLD), job)
     running.before()
+    closed = []
+    monkeypatch.setattr("shards.Loader.close", lambda loader: closed.append(loader))
     left = 0
     while running.once():
         left += 1
+    assert not closed  # at the end of the epoch nobody had to wait for that
     images = len(ShardSet(prepared("shards-cold", job.work) / "set").select("train"))
     assert left == images // 8 - 2 and running.least >= 4
 
 
 @pytest.mark.slow
 def test_a_cached_batch_never_waits_and_a_loader_is_seen_waiting(job):
-    cached, folder = (set_up(system_name("channels-last", source), job) for source in (CACHED, FOLDER))
-    for running in (cached, folder):
-        for _ in range(8):  # more than is read ahead
-            running.once()
-    assert cached.waited() < 0.05
-    assert folder.waited() > 10 * cached.waited()
+    cached = waited_s(system_name("channels-last", CACHED), job)
+    assert in_a_process_of_its_own(waited_s, system_name("channels-last", FOLDER), job) > 10 * cached
 
 
 def test_the_matrix_product_counts_gflop(job):
@@ -199,9 +210,10 @@ def test_wrong_choices_are_named(command, options, said, tmp_path):
 
 
 def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
-    def run(model: str, value: float, add: bool) -> None:
+    def run(model: str, value: float, add: bool, px: int = 64) -> None:
         def measure(one, machine, *_):
-            return [Row("training", "x", "img_per_s", "img/s", value, model=one.model, environment=machine)]
+            size = {"resolution_px": one.work.resolution_px, "batch_size": one.work.batch_size}
+            return [Row("training", "x", "img_per_s", "img/s", value, model=one.model, environment=machine, **size)]
 
         commands._train(
             "training",
@@ -215,7 +227,7 @@ def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
             cache=tmp_path,
             out=tmp_path,
             workers=1,
-            resolution=64,
+            resolution=px,
             batch_size=2,
             device="cpu",
             add=add,
@@ -230,6 +242,8 @@ def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
     assert found() == {"alexnet": 1.0, "resnet18": 2.0}
     run("alexnet", 3.0, add=True)  # measured again: its old rows go
     assert found() == {"resnet18": 2.0, "alexnet": 3.0}
+    with pytest.raises(UsageError, match=r"training\.csv has resnet18 at --resolution 64 --batch-size 2, not 96 and 2"):
+        run("alexnet", 3.0, add=True, px=96)
     run("resnet34", 4.0, add=False)
     assert found() == {"resnet34": 4.0}
 

@@ -57,7 +57,7 @@ def machine():
     return replace(environment("test"), gpu="none")
 
 
-def watch(job, machine, source, names=NAMES, rounds=2, seconds=0.5):
+def watch(job, machine, source, names=NAMES, rounds=2, seconds=1):
     return measure_utilization(
         job, names, machine, rounds=rounds, seconds=seconds, told=lambda _: None, source=source, set_up=pretend
     )
@@ -135,7 +135,7 @@ def test_without_a_gpu_its_columns_are_empty_and_it_says_why(on_cores, tmp_path)
 
 
 def test_a_gpu_beside_a_run_on_the_cpu_is_not_denied(job, machine):
-    rows, _ = watch(job, replace(machine, gpu="some GPU"), CoreSource, (CEILING,), rounds=1, seconds=0.3)
+    rows, _ = watch(job, replace(machine, gpu="some GPU"), CoreSource, (CEILING,), rounds=1)
     assert of(rows, CEILING, "power_w mean").failed == NOT_READ
     assert NOT_READ in utilization_text(rows) and NO_GPU not in utilization_text(rows)
 
@@ -158,7 +158,7 @@ def test_nvmls_utilization_is_never_the_headline(on_stand_in):
 
 def test_a_gpu_that_cannot_tell_something_says_so(job, machine):
     driver = lambda: GpuSource(nvml=ScriptedDriver(gpm=False, refused={"power"}))  # noqa: E731
-    rows, _ = watch(job, replace(machine, gpu=STAND_IN), driver, (CEILING,), rounds=1, seconds=0.3)
+    rows, _ = watch(job, replace(machine, gpu=STAND_IN), driver, (CEILING,), rounds=1)
     assert "GPM" in of(rows, CEILING, "sm_percent mean").failed
     assert "Not Supported" in of(rows, CEILING, "power_w mean").failed
     assert of(rows, CEILING, "sm_mhz mean").value == 1400
@@ -168,7 +168,7 @@ def test_a_gpu_that_cannot_tell_something_says_so(job, machine):
 def test_what_fails_is_in_the_table_with_its_reason(job, machine):
     lost = lambda: GpuSource(nvml=ScriptedDriver(lost_after=40))  # noqa: E731
     names = (CEILING, "broken, native loader")
-    rows, moments = watch(job, replace(machine, gpu=STAND_IN), lost, names, rounds=1, seconds=0.5)
+    rows, moments = watch(job, replace(machine, gpu=STAND_IN), lost, names, rounds=1)
     assert of(rows, CEILING, "img_per_s").value, "training goes on without its readings"
     for metric in ("busy_percent mean", "sampler_core_share"):
         row = of(rows, CEILING, metric)

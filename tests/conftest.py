@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import hypothesis
 import numpy as np
 import pytest
 
@@ -20,11 +19,14 @@ from shards.writer import PackedSample, ShardSetWriter
 pytest.register_assert_rewrite("tests.report_pages", "tests.train_runs")  # a failing assert shows its values there too
 
 
-# Other work may run beside the tests: nothing here depends on how long an example takes.
-hypothesis.settings.register_profile(
-    "dermscale", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("dermscale")
+def pytest_configure() -> None:
+    """No test depends on how long an example takes: other work may run beside it."""
+    try:
+        from hypothesis import HealthCheck, settings
+    except ImportError:  # the peers' environment, where the tests of benchmarks alone are run
+        return
+    settings.register_profile("dermscale", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("dermscale")
 
 
 @pytest.fixture(scope="session")

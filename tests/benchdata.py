@@ -1,6 +1,7 @@
 """A folder like HAM10000's, and processes, for the tests of the benchmarks."""
 
 import csv
+import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,7 +20,13 @@ T = TypeVar("T")
 def in_a_process_of_its_own(do: Callable[..., T], *arguments: Any) -> T:
     """What `do` returns there: who forks may hang in a process where other tests have left threads."""
     with ProcessPoolExecutor(1, mp_context=start_server()) as pool:
-        return pool.submit(do, *arguments).result(timeout=120)
+        return pool.submit(_as_a_worker_does, multiprocessing.get_start_method(), do, *arguments).result(timeout=120)
+
+
+def _as_a_worker_does(start_method: str, do: Callable[..., T], *arguments: Any) -> T:
+    """`do` with this process's own workers started as Python starts them by default (benchmarks/worker.py)."""
+    multiprocessing.set_start_method(start_method, force=True)
+    return do(*arguments)
 
 
 def write_source(source: Path) -> Path:

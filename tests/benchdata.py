@@ -9,12 +9,28 @@ from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+import pytest
 
+from benchmarks.peers import need
+from benchmarks.work import MissingPeerError, Work
 from benchmarks.worker import start_server
 from shards.format import CLASSES
 
 IMAGES = 40
 T = TypeVar("T")
+
+
+def skip_without(packages: tuple[str, ...]) -> None:
+    """Skip where a peer is not installed."""
+    try:
+        need(packages)
+    except MissingPeerError as error:
+        pytest.skip(str(error))
+
+
+def small_job(make: pytest.TempPathFactory) -> Work:
+    """A loading job on `write_source`'s pictures, packed to 160 px, batches of 8 at 64 px."""
+    return Work(write_source(make.mktemp("ham")), make.mktemp("bench"), 160, 64, batch_size=8, copies=2)
 
 
 def in_a_process_of_its_own(do: Callable[..., T], *arguments: Any) -> T:

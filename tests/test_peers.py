@@ -9,29 +9,17 @@ import numpy as np
 import pytest
 
 from benchmarks.forms import FORMS, described, names, originals, packed_size, prepared, sized, stats
-from benchmarks.packers import PACKERS
-from benchmarks.packing import judge, psnr_db
-from benchmarks.packing import set_up as set_up_packer
 from benchmarks.peers import SYSTEMS, need, set_up
-from benchmarks.peers_ffcv import max_resolution, one_max_resolution
+from benchmarks.peers_ffcv import max_resolution
 from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
 from shards import Loader, ShardSet
 from shards.errors import DataError
-from tests.benchdata import IMAGES, in_a_process_of_its_own, write_source
-
-
-def skip_without(packages: tuple[str, ...]) -> None:
-    """Skip where a peer is not installed."""
-    try:
-        need(packages)
-    except MissingPeerError as error:
-        pytest.skip(str(error))
+from tests.benchdata import IMAGES, in_a_process_of_its_own, skip_without, small_job
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Work:
-    source = write_source(tmp_path_factory.mktemp("ham"))
-    return Work(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=64, batch_size=8, copies=2)
+    return small_job(tmp_path_factory)
 
 
 # ------------------------------------------------------------------ the check of what comes out
@@ -203,12 +191,6 @@ def test_metadata_that_cannot_be_used_are_named(tmp_path):
     assert [row["lesion_id"] for _, _, row in originals(Work(tmp_path, tmp_path))] == ["HAM_1"]
 
 
-def test_ffcvs_size_is_known_before_its_writer_is_timed(work, monkeypatch):
-    monkeypatch.setattr("cv2.imread", lambda *_: pytest.fail("decodes an original"))
-    one_max_resolution.cache_clear()
-    assert one_max_resolution(work) == pytest.approx(160, abs=1)
-
-
 def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(work):
     folder = prepared("shards-jpg", work)
     system = SYSTEMS["dermscale native jpg"]
@@ -225,23 +207,6 @@ def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(work):
     system.before(epochs)()
     images, _ = next(epochs())
     assert np.array_equal(images.numpy(), first(2)) and not np.array_equal(images.numpy(), first(1))
-
-
-@pytest.mark.parametrize("name", ["dermscale raw", "webdataset", "ceiling: bare calls"])
-def test_files_are_found_before_a_packer_is_timed(work, tmp_path, monkeypatch, name):
-    skip_without(PACKERS[name].packages)
-    (tmp_path / "warm").mkdir()
-    PACKERS[name].write(work, tmp_path / "warm")
-    for found in ("benchmarks.forms.read_table", "preprocess.ham10000.read_source", "benchmarks.packers.prepared"):
-        monkeypatch.setattr(found, lambda *_: pytest.fail("looks for its files in a timed round"))
-    (tmp_path / "timed").mkdir()
-    PACKERS[name].write(work, tmp_path / "timed")
-
-
-def test_the_bare_calls_only_decode_reduce_and_encode(work, tmp_path, monkeypatch):
-    for beside in ("decode_upright", "decode_strictly", "exif_orientation", "channel_sums", "encode_jpeg"):
-        monkeypatch.setattr(f"shards.encode.{beside}", lambda *_: pytest.fail("does more than that"))
-    PACKERS["ceiling: bare calls"].write(work, tmp_path)
 
 
 # ------------------------------------------------------------------ the systems themselves
@@ -274,55 +239,6 @@ def test_the_script_installs_what_the_project_names():
 def test_a_missing_peer_says_how_to_get_it():
     with pytest.raises(MissingPeerError, match=r"no-such-distribution.*make peers"):
         need(("torch", "no-such-distribution"))
-
-
-def packed_by(name: str, work: Work) -> tuple[int, dict[str, float]]:
-    """The images that a packer wrote, and what it says of them."""
-    running = set_up_packer(name, work)
-    return running.once(), running.about
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PACKERS)
-def test_packer_writes_what_can_be_read(name, work):
-    skip_without(PACKERS[name].packages)
-    count, about = in_a_process_of_its_own(packed_by, name, work)
-    assert count == IMAGES * 2
-    if name.startswith("ceiling"):
-        assert not about
-        return
-    assert about["psnr_source_db"] > 30
-    assert about["psnr_reduced_db"] > 30
-    assert 0 < about["bytes_per_image"] <= about["file_bytes_per_image"]
-    if PACKERS[name].encoding == "raw":
-        assert 160 * 120 * 3 <= about["bytes_per_image"] < 160 * 120 * 3 + 200
-
-
-def test_psnr_of_known_differences(work):
-    flat = np.full((4, 4, 3), 100, np.uint8)
-    assert psnr_db(iter([(flat, flat + 1)])) == pytest.approx(48.13, abs=0.01)
-    assert psnr_db(iter([(flat, flat), (flat, flat + 2)])) == pytest.approx(10 * np.log10(255**2 / 2))
-    assert psnr_db(iter([(flat, flat)])) == float("inf")
-    with pytest.raises(ValueError):
-        psnr_db(iter([]))
-
-
-def test_psnr_falls_with_what_is_lost(work):
-    first = originals(work)[0][0]
-    pixels = cv2.cvtColor(cv2.imread(str(first)), cv2.COLOR_BGR2RGB)
-    small = cv2.resize(pixels, (160, 120), interpolation=cv2.INTER_AREA)
-    worse = cv2.GaussianBlur(small, (0, 0), 5)
-    good, bad = (judge(work, iter([(first.stem, image)])) for image in (small, worse))
-    assert good["psnr_reduced_db"] > 55
-    assert bad["psnr_reduced_db"] < good["psnr_reduced_db"]
-    assert bad["psnr_source_db"] < good["psnr_source_db"]
-
-
-def test_psnr_is_of_the_same_originals_in_whatever_order_they_were_packed(work, monkeypatch):
-    monkeypatch.setattr("benchmarks.packing._JUDGED", 3)
-    paths = [path for path, _, _ in originals(work)]
-    packed = [(p.stem, cv2.resize(cv2.imread(str(p), cv2.IMREAD_COLOR_RGB), (160, 120))) for p in paths[:6]]
-    assert judge(work, iter(packed)) == pytest.approx(judge(work, iter([*packed[::-1], *packed])))
 
 
 # ------------------------------------------------------------------ the command

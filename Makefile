@@ -20,7 +20,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt $(wildcard shards/*.c shards/e
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@# Where there is no compiler any more, kernels of older sources would stay.
-	find shards -maxdepth 1 -name '_kernels.*.so' '(' ! -newer shards/jpeg_cut.c -o ! -newer shards/engines/resample.c ')' -delete
+	find shards -maxdepth 1 -name '_kernels.*.so' '(' ! -newer shards/jpeg_cut.c -o ! -newer shards/shrink.c -o ! -newer shards/engines/resample.c ')' -delete
 	touch $@
 
 demo: install ## synthetic lesions → shards → a 2 × 2 study → report, under 4 minutes on 2 cores

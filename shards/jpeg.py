@@ -26,6 +26,7 @@ little-endian uint16."""
 _APP15, _SOF0, _SOS = 0xEF, 0xC0, 0xDA
 _APP0_END = 20  # SOI and the 18 bytes of the JFIF segment: the restart table follows
 _TABLE = _APP0_END + 4 + len(TAG)
+_MOST_RUNS = (0xFFFF - 2 - len(TAG) - _FIELDS.size) // 2  # what fits a segment
 _SAMPLING = {  # subsampling → OpenCV's factor, and the block (MCU) in pixels, height and width
     "444": (cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444, 8, 8),
     "422": (cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422, 8, 16),
@@ -62,16 +63,30 @@ def _with_table(data: np.ndarray, block_height: int, block_width: int, interval:
     raw = data.tobytes()
     segments = _segments(raw)
     scan = segments[_SOS] + 2 + int.from_bytes(raw[segments[_SOS] + 2 : segments[_SOS] + 4], "big")
-    marks = np.flatnonzero(data[scan:-1] == 0xFF)
-    follows = data[scan + 1 :][marks]
-    ends = marks[(follows >= 0xD0) & (follows <= 0xD7)]  # where each RSTn stands in the scan
-    lengths = np.diff(np.concatenate([[-2], ends, [len(raw) - 2 - scan]]))
+    lengths = _lengths(data[scan:])
+    if not len(lengths):
+        return raw
     size = 2 + len(TAG) + _FIELDS.size + 2 * len(lengths)
-    if lengths.max() > 0xFFFF or size > 0xFFFF:
-        return raw  # such a table does not fit a segment; the image is decoded whole
     fields = _FIELDS.pack(block_height, block_width, interval, segments[_SOF0] - _APP0_END, scan - _APP0_END)
-    segment = struct.pack(">BBH", 0xFF, _APP15, size) + TAG + fields + lengths.astype("<u2").tobytes()
+    segment = struct.pack(">BBH", 0xFF, _APP15, size) + TAG + fields + lengths.tobytes()
     return raw[:_APP0_END] + segment + raw[_APP0_END:]
+
+
+def _lengths(scan: np.ndarray) -> np.ndarray:
+    """The bytes of each run of a scan, the marker behind it included, as <u2.
+
+    Empty where such a table does not fit a segment: the image is then decoded whole.
+    """
+    library = compiled()
+    if library is not None:
+        found = np.empty(_MOST_RUNS, "<u2")
+        return found[: library.dermscale_run_lengths(scan.ctypes.data, scan.size, found.ctypes.data, found.size)]
+    marks = np.flatnonzero(scan[:-1] == 0xFF)
+    follows = scan[1:][marks]
+    ends = marks[(follows >= 0xD0) & (follows <= 0xD7)]  # where each RSTn stands
+    lengths = np.diff(np.concatenate([[-2], ends, [scan.size - 2]]))
+    fits = lengths.max() <= 0xFFFF and lengths.size <= _MOST_RUNS
+    return lengths.astype("<u2") if fits else np.empty(0, "<u2")
 
 
 def _segments(raw: bytes) -> dict[int, int]:

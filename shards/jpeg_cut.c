@@ -1,5 +1,5 @@
-/* Cut a region out of a JPEG that carries a restart table: `_cut` of shards/jpeg.py in C, byte for byte (FORMAT.md,
- * "Restart table"). Called without Python's lock (ctypes lets go of it). */
+/* Restart tables (FORMAT.md): the lengths of a scan's runs, and a region cut out of a JPEG by its table: `_lengths` and
+ * `_cut` of shards/jpeg.py in C, byte for byte. Called without Python's lock (ctypes lets go of it). */
 #include <stdint.h>
 #include <string.h>
 
@@ -76,4 +76,25 @@ int64_t dermscale_cut(const uint8_t *raw, int64_t length, int32_t height, int32_
     corner[0] = row0 * block_height;
     corner[1] = column0 * run_width;
     return to - out;
+}
+
+/* scan: the entropy-coded bytes of a JPEG with restart markers, EOI included. Writes the length of each run in bytes,
+ * the marker behind it included, and returns their number; 0 where there are more than `most` or a length takes more
+ * than 16 bits. */
+int64_t dermscale_run_lengths(const uint8_t *scan, int64_t length, uint16_t *lengths, int64_t most)
+{
+    const uint8_t *at = scan, *from = scan, *end = scan + length - 2; /* where EOI stands */
+    int64_t runs = 0;
+    while (from <= end) {
+        while (at < end && (at = memchr(at, 0xFF, (size_t)(end - at))) && (at[1] & 0xF8) != 0xD0)
+            at++;
+        if (!at || at > end)
+            at = end;
+        const int64_t run = at + 2 - from;
+        if (runs == most || run > 0xFFFF)
+            return 0;
+        lengths[runs++] = (uint16_t)run;
+        from = at += 2;
+    }
+    return runs;
 }

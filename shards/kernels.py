@@ -1,4 +1,4 @@
-"""The compiled kernels (`jpeg_cut.c`, `engines/resample.c`), built at installation where there is a C compiler.
+"""The compiled kernels (`jpeg_cut.c`, `shrink.c`, `engines/resample.c`), built at installation if there is a compiler.
 
 They are an option: everything that they do is done without them, more slowly.
 """
@@ -12,7 +12,7 @@ _log = logging.getLogger(__name__)
 
 LEVELS = ("opencv", "avx2", "avx512")
 """What resizes, by the level that the library says the processor has."""
-_FUNCTIONS = ("dermscale_cut", "dermscale_resample_level")
+_FUNCTIONS = ("dermscale_cut", "dermscale_run_lengths", "dermscale_resample_level")
 """What a library of these sources has on every processor."""
 
 
@@ -34,7 +34,12 @@ def compiled() -> ctypes.CDLL | None:
     library.dermscale_resample_level.argtypes = []
     library.dermscale_cut.restype = count
     library.dermscale_cut.argtypes = [pointer, count, *[number] * 6, ctypes.c_double, pointer, pointer]
+    library.dermscale_run_lengths.restype = count
+    library.dermscale_run_lengths.argtypes = [pointer, count, pointer, count]
     if library.dermscale_resample_level():
+        library.dermscale_two_thirds.restype = library.dermscale_channel_sums.restype = None
+        library.dermscale_channel_sums.argtypes = [pointer, count, pointer]
+        library.dermscale_two_thirds.argtypes = [pointer, number, number, pointer, pointer]
         library.dermscale_scratch_bytes.restype = count
         library.dermscale_scratch_bytes.argtypes = [number, number]
         library.dermscale_resample.restype = None

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from shards import encode
 from shards.encode import (
     BadImageError,
     area_shrink,
@@ -23,6 +24,7 @@ from shards.encode import (
     turn_upright,
 )
 from shards.format import EncodeSpec
+from shards.kernels import in_use
 from tests.conftest import picture
 from tests.rawdata import jpeg
 
@@ -185,6 +187,21 @@ def test_reducing_by_small_ratios_is_the_area_mean(n, m):
         assert np.abs(shrunk.astype(int) - opencv).max() <= 1
 
 
+@pytest.mark.skipif(in_use()["resize"] == "opencv", reason="no compiled kernel for this processor here")
+def test_the_compiled_kernel_shrinks_to_the_same_values(monkeypatch):
+    """Every pair of values, and pictures of several sizes, some no thirds: no packed byte may depend on a compiler."""
+    rng = np.random.default_rng(0)
+    pairs = np.zeros((3, 65538, 3), np.uint8)
+    pairs[0, :65536], pairs[1, :65536] = np.arange(65536)[:, None] // 256, np.arange(65536)[:, None] % 256
+    images = [pairs, pairs[::-1], np.ascontiguousarray(pairs.transpose(1, 0, 2)), pairs[:, ::2]]
+    images += [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((450, 600), (3, 3), (33, 9), (45, 50), (60, 90))]
+    targets = [(image.shape[0] * 2 // 3, image.shape[1] * 2 // 3) for image in images]
+    compiled = [area_shrink(image, *target) for image, target in zip(images, targets, strict=True)]
+    monkeypatch.setattr(encode, "compiled", lambda: None)
+    for image, target, found in zip(images, targets, compiled, strict=True):
+        assert np.array_equal(area_shrink(image, *target), found)
+
+
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(16, 80))
 @settings(max_examples=60, deadline=None)
 def test_shrinking_keeps_the_shape_and_the_mean(height, width, limit):
@@ -211,8 +228,11 @@ def test_sums_are_exact(height, width, seed):
     assert channel_sums(image) == (*wide.sum((0, 1)).tolist(), *(wide**2).sum((0, 1)).tolist())
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("low", [0, 250, 255])
-def test_sums_are_exact_for_large_images(low):
+def test_sums_are_exact_for_large_images(low, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(encode, "compiled", lambda: None)
     image = np.random.default_rng(0).integers(low, 256, (2101, 1999, 3), np.uint8)
     wide = image.astype(np.int64)
     assert channel_sums(image) == (*wide.sum((0, 1)).tolist(), *(wide**2).sum((0, 1)).tolist())

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from shards import ShardSet, jpeg, kernels
+from shards.encode import _shrink_rows
 from shards.engines import resample
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter, encode_jpeg
@@ -70,6 +71,49 @@ def cut_damaged_tables() -> None:
         cut(raw.data, height, width, y, x, int(rng.integers(1, height - y + 1)), 1)
 
 
+def shrink_at_the_edges() -> None:
+    """Images of all remainders of a vector, and a wide one: what the kernel writes, and only where it may."""
+    rng = np.random.default_rng(0)
+    library = jpeg.compiled()
+    assert library is not None
+    for height, width in [*((3 * int(h), 3 * w) for w in range(1, 40) for h in rng.integers(1, 6, 1)), (3, 65535)]:
+        image = fenced(rng.integers(0, 256, (height, width, 3), np.uint8))
+        out = fenced(np.zeros((height // 3 * 2, width // 3 * 2, 3), np.uint8))
+        scratch = fenced(np.zeros(width * 3 + 16, np.uint8))
+        library.dermscale_two_thirds(image.ctypes.data, height, width, out.ctypes.data, scratch.ctypes.data)
+        rows = _shrink_rows(image, len(out))
+        assert np.array_equal(out, _shrink_rows(rows.transpose(1, 0, 2), out.shape[1]).transpose(1, 0, 2))
+
+
+def sums_at_the_edges() -> None:
+    """Images of all remainders of a vector, and one that no 16 bits hold."""
+    rng = np.random.default_rng(0)
+    library = jpeg.compiled()
+    assert library is not None
+    images = [rng.integers(0, 256, (n, 3), np.uint8) for n in (*range(1, 40), 16 * 256, 16 * 256 + 1, 9999)]
+    for pixels in [*images, np.full((100_000, 3), 255, np.uint8)]:
+        fenced_pixels, sums = fenced(pixels), fenced(np.zeros(6, np.int64).view(np.uint8)).view(np.int64)
+        library.dermscale_channel_sums(fenced_pixels.ctypes.data, len(pixels), sums.ctypes.data)
+        wide = pixels.astype(np.int64)
+        assert sums.tolist() == [*wide.sum(0), *(wide**2).sum(0)]
+
+
+def runs_at_the_edges() -> None:
+    """Scans of few and of random bytes."""
+    rng = np.random.default_rng(0)
+    for size in [*range(2, 40), 65535, 65536, 200_000]:
+        scan = fenced(rng.choice(np.array([0, 0xD0, 0xD7, 0xD8, 0xFF], np.uint8), size))
+        scan[-2:] = 0xFF, 0xD9
+        found, library = jpeg._lengths(scan), jpeg.compiled
+        jpeg.compiled = lambda: None
+        assert np.array_equal(found, jpeg._lengths(scan))
+        jpeg.compiled = library
+    for size, most in ((65535, 1), (65536, 0)):
+        scan = fenced(np.zeros(size, np.uint8))
+        scan[-2:] = 0xFF, 0xD9
+        assert len(jpeg._lengths(scan)) == most
+
+
 def with_library(path: str) -> None:
     """All of it with a library built here instead of the installed one."""
     library = ctypes.CDLL(path)
@@ -77,10 +121,17 @@ def with_library(path: str) -> None:
     library.dermscale_cut.restype = library.dermscale_scratch_bytes.restype = count
     library.dermscale_cut.argtypes = [pointer, count, *[number] * 6, ctypes.c_double, pointer, pointer]
     library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
+    library.dermscale_run_lengths.restype = count
+    library.dermscale_run_lengths.argtypes = [pointer, count, pointer, count]
+    library.dermscale_channel_sums.argtypes = [pointer, count, pointer]
+    library.dermscale_two_thirds.argtypes = [pointer, number, number, pointer, pointer]
     jpeg.compiled = resample.compiled = lambda: library
     cut_damaged_tables()
+    runs_at_the_edges()
     if library.dermscale_resample_level():
         resize_at_the_edges()
+        shrink_at_the_edges()
+        sums_at_the_edges()
 
 
 def test_nothing_undefined_and_nothing_outside(tmp_path):
@@ -89,7 +140,7 @@ def test_nothing_undefined_and_nothing_outside(tmp_path):
         pytest.skip("no C compiler here")
     library = tmp_path / "checked.so"
     options = ["-O1", "-fPIC", "-shared", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    sources = [ROOT / "shards/jpeg_cut.c", ROOT / "shards/engines/resample.c"]
+    sources = [ROOT / "shards/jpeg_cut.c", ROOT / "shards/shrink.c", ROOT / "shards/engines/resample.c"]
     subprocess.run([compiler, *options, *sources, "-o", library], check=True)
     done = subprocess.run(
         [sys.executable, "-c", f"from tests.test_kernels import with_library; with_library({str(library)!r})"],

@@ -131,9 +131,8 @@ def _read_exif(segment: bytes) -> int:
             raise ValueError(f"{entries} entries, and room for {len(table) // 12}")
         for tag, kind, count, value in struct.iter_unpack(f"{order}HHL4s", table):
             if tag == 0x0112 and kind in _INTEGERS and count:
-                if count * struct.calcsize(order + _INTEGERS[kind]) > len(
-                    value
-                ):  # then `value` is a place, and no orientation
+                # Where more is told than fits, `value` is a place and no orientation.
+                if count * struct.calcsize(order + _INTEGERS[kind]) > len(value):
                     raise ValueError(f"{count} orientations")
                 (orientation,) = struct.unpack_from(order + _INTEGERS[kind], value)
                 return orientation if 1 <= orientation <= 8 else 1
@@ -228,7 +227,7 @@ def choose_encoding(spec: EncodeSpec, image_id: str, raw_bytes: int) -> str:
 def channel_sums(image: np.ndarray) -> tuple[int, int, int, int, int, int]:
     """Exact sums and sums of squares of the three channels of (H, W, 3) uint8.
 
-    0.02 ms at 400×300 compiled; else 0.06, by the fastest exact way that was found, where histograms take 0.18. OpenCV
+    0.03 ms at 400×300 compiled; else 0.07, by the fastest exact way that was found, where histograms take 0.18. OpenCV
     may square a square root to get its L2SQR, so the result is rounded; below 2⁵¹, a hundred times what the largest
     image has, that is exact.
     """

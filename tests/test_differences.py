@@ -37,18 +37,23 @@ def predictions(skill, seed=0, *, lesions=200, data_seed=0):
     return table.assign(**{f"logit_{name}": logits[:, c].astype(np.float32) for c, name in enumerate(CLASSES)})
 
 
-def test_both_sides_are_what_evaluate_says():
-    table = predictions(2.0)
-    told = model_difference([make_ready(table, **PRIORS)], [make_ready(predictions(1.0, 1), **PRIORS)], resamples=50)
+def evaluated(table: pd.DataFrame, resamples: int) -> dict:
+    """What `evaluate` says of one run's test images."""
     rows = table[table["split"] == "test"]
-    alone = evaluate(
+    return evaluate(
         rows[[f"logit_{name}" for name in CLASSES]].to_numpy(),
         rows["label"].to_numpy(),
         rows["lesion_id"].to_numpy(),
         split=rows["split"].to_numpy(),
-        resamples=50,
+        resamples=resamples,
         **PRIORS,
     )
+
+
+def test_both_sides_are_what_evaluate_says():
+    table = predictions(2.0)
+    told = model_difference([make_ready(table, **PRIORS)], [make_ready(predictions(1.0, 1), **PRIORS)], resamples=50)
+    alone = evaluated(table, 50)
     for name, cell in told.items():
         assert cell["first"] == pytest.approx(alone[name]["value"]), name
         assert cell["difference"]["value"] == pytest.approx(cell["first"] - cell["second"])
@@ -83,15 +88,7 @@ def test_pairing_makes_the_interval_narrower_than_two_test_sets_would():
     paired = cell["high"] - cell["low"]
     apart = 0.0
     for table in (predictions(1.2), predictions(1.0, 1)):
-        rows = table[table["split"] == "test"]
-        alone = evaluate(
-            rows[[f"logit_{name}" for name in CLASSES]].to_numpy(),
-            rows["label"].to_numpy(),
-            rows["lesion_id"].to_numpy(),
-            split=rows["split"].to_numpy(),
-            resamples=500,
-            **PRIORS,
-        )["balanced_accuracy"]
+        alone = evaluated(table, 500)["balanced_accuracy"]
         apart += (alone["high"] - alone["low"]) ** 2
     assert paired < 0.8 * apart**0.5
 

@@ -23,20 +23,25 @@ if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
 
 VARIANTS = ("region", "whole")
-"""How a JPEG is cut: `region` decodes the box alone (`decoders.image_slice`), `whole` slices after decoding."""
+"""What DALI decodes of a JPEG: `region`, the part with the box, cut out of the file by `shards.jpeg.RegionCutter`;
+`whole`, all of it. Either is sliced after decoding.
+
+DALI's own decoding of regions (`decoders.image_slice`) is of no use on a GPU: with `jpeg_fancy_upsampling`, without
+which the pixels are not libjpeg's, nvJPEG before 13.2 refuses it for subsampled chroma, and DALI 2.4 then decodes on
+the CPU. Seen on an H100 with nvJPEG 12.4: right pixels, idle hardware decoders, a warning for every image.
+"""
 
 
 @dataclass(frozen=True)
 class Graph:
     """What decides the graph.
 
-    contents: `jpg`, `raw` or `mixed`. variant: one of VARIANTS. device_id: the GPU, None for the CPU. threads: of
-    DALI's. prefetch: batches that DALI works on ahead. hw_decoder_load: share of the JPEGs that go to the GPU's
-    hardware decoder where it has one, the rest to its general cores (0.65 is DALI's own default; not measured here).
+    contents: `jpg`, `raw` or `mixed`. device_id: the GPU, None for the CPU. threads: of DALI's. prefetch: batches that
+    DALI works on ahead. hw_decoder_load: share of the JPEGs that go to the GPU's hardware decoder where it has one, the
+    rest to its general cores (0.65 is DALI's own default; not measured here).
     """
 
     contents: str
-    variant: str = "region"
     device_id: int | None = None
     threads: int = 1
     prefetch: int = 2
@@ -58,8 +63,6 @@ def build_graph(source: Callable[[], list], graph: Graph, max_batch: int) -> "Pi
         options: dict[str, Any] = {"adjust_orientation": False, "output_type": types.RGB}
         if graph.device_id is not None:
             options |= {"device": "mixed", "hw_decoder_load": graph.hw_decoder_load, "jpeg_fancy_upsampling": True}
-        if graph.variant == "region":
-            return fn.decoders.image_slice(payload, start=start, shape=shape, axes=[0, 1], **options)
         return fn.slice(fn.decoders.image(payload, **options), start=start, shape=shape, axes=[0, 1])
 
     def rows(payload: Any, shape: Any) -> Any:
@@ -164,10 +167,8 @@ class DaliEngine:
         if variant not in VARIANTS or contents not in INPUTS:
             raise ValueError(f"variant '{variant}' of {VARIANTS}, contents '{contents}' of {tuple(INPUTS)}")
         self.data, self.device = data, device
-        self.graph = Graph(
-            contents, variant, _device_id(device), threads or available_cores(), prefetch, hw_decoder_load
-        )
-        self._reader = Reader(data, contents, prefetch)
+        self.graph = Graph(contents, _device_id(device), threads or available_cores(), prefetch, hw_decoder_load)
+        self._reader = Reader(data, contents, prefetch, cutting=variant == "region")
         self._idle: list[_Pipeline] = []
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":

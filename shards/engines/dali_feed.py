@@ -10,6 +10,7 @@ import numpy as np
 from shards.engines import Work
 from shards.engines.native import raw_pixels
 from shards.errors import DataError
+from shards.jpeg import RegionCutter
 from shards.shardset import ShardSet
 
 INPUTS = {
@@ -18,8 +19,8 @@ INPUTS = {
     "mixed": ("payload", "start", "shape", "size", "transposed", "raw"),
 }
 """What a graph is fed, by what the samples are. For a batch of n: payload, n arrays (bytes,) uint8; start and shape,
-(n, 2) int32 y, x and h, w; size, (n, 2) float32 height and width of the output, negative where it is mirrored;
-transposed and raw, (n,) bool."""
+(n, 2) int32 y, x of the box in the JPEG that is fed, and its h, w; size, (n, 2) float32 height and width of the output,
+negative where it is mirrored; transposed and raw, (n,) bool."""
 
 _READERS = 2  # threads that read and check: a batch each, and the rest of the work is DALI's own
 
@@ -35,9 +36,9 @@ class Fed:
 class Reader:
     """Reads batches on `_READERS` threads, `ahead` of them before they are asked for."""
 
-    def __init__(self, data: ShardSet, contents: str, ahead: int) -> None:
-        """contents: a key of INPUTS."""
-        self.data, self.contents, self.ahead = data, contents, ahead
+    def __init__(self, data: ShardSet, contents: str, ahead: int, *, cutting: bool) -> None:
+        """contents: a key of INPUTS. cutting: feed the part of a JPEG that holds the box, where it can be cut out."""
+        self.data, self.contents, self.ahead, self.cutting = data, contents, ahead, cutting
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="shards-dali")
 
     def batches(self, work: Iterable[Work], resolution: int) -> "Generator[Fed, None, None]":
@@ -59,13 +60,18 @@ class Reader:
         """Read and check a batch's bytes. Raises DataError naming a damaged sample."""
         data, boxes, symmetry = self.data, item.boxes, item.symmetry
         raw = (data.column("encoding")[item.samples] == "raw").astype(bool)
-        payloads = []
-        for sample, is_raw, (y, x, h, w) in zip(item.samples.tolist(), raw.tolist(), boxes.tolist(), strict=True):
-            payload = data.read(sample)
-            if is_raw:
-                height, width = int(data.column("height")[sample]), int(data.column("width")[sample])
+        start, shape = boxes[:, :2].copy(), np.ascontiguousarray(boxes[:, 2:])
+        heights, widths = (data.column(name)[item.samples].tolist() for name in ("height", "width"))
+        payloads, cut = [], RegionCutter()
+        for place, (sample, (y, x, h, w)) in enumerate(zip(item.samples.tolist(), boxes.tolist(), strict=True)):
+            payload, height, width = data.read(sample), heights[place], widths[place]
+            if raw[place]:
                 crop = raw_pixels(payload, height, width)[y : y + h, x : x + w]
                 payloads.append(np.ascontiguousarray(crop).reshape(-1))
+            elif self.cutting and (part := cut(payload, height, width, y, x, h, w)):
+                encoded, top, left = part
+                payloads.append(encoded.copy())  # the next cut overwrites it
+                start[place] -= top, left
             else:
                 payloads.append(np.frombuffer(payload, np.uint8))
         transposed = (symmetry & 4) != 0
@@ -73,7 +79,6 @@ class Reader:
         mirrors = np.stack([symmetry & 2, symmetry & 1], axis=1) != 0
         mirrors = np.where(transposed[:, None], mirrors[:, ::-1], mirrors)
         size = np.where(mirrors, -resolution, resolution).astype(np.float32)
-        start, shape = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
         given = {
             "payload": payloads,
             "start": start,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_REVISION = 2  # of what is checked and how: another one makes old verdicts void
+_REVISION = 3  # of what is checked and how: another one makes old verdicts void
 
 
 def key_of(data: "ShardSet", device: "torch.device", variant: str, samples: "np.ndarray") -> dict[str, Any]:

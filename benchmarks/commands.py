@@ -73,9 +73,10 @@ def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool,
 @click.option(
     "--engine",
     "engines",
-    type=click.Choice(["jpg", "raw", "resident"]),
+    type=click.Choice(["jpg", "raw", "resident", "dali"]),
     multiple=True,
-    help="Repeatable: native with JPEG or raw files, or resident.  [default: all three, quick jpg]",
+    help="Repeatable: native with JPEG or raw files, resident, or dali with JPEG files.  [default: the first three, on "
+    "a GPU all four; quick jpg]",
 )
 def stalls(
     quick: bool, rounds: int | None, only: tuple[str, ...], style: str, engines: tuple[str, ...], **settings: Any
@@ -83,6 +84,7 @@ def stalls(
     """How much of training waits for data: cached batch, warm files, cold files, and the counted wait."""
     from benchmarks.stalls import ENGINES, measure_stalls, stalls_text
     from shards.errors import UsageError
+    from train import device as devices
 
     if only:
         raise UsageError("--only: the systems of `stalls` belong together; choose models with --model")
@@ -92,7 +94,8 @@ def stalls(
             replace(job, waited_for=True), style, engines, machine, rounds=rounds, seconds=seconds, told=told
         )
 
-    engines = engines or (("jpg",) if quick else tuple(ENGINES))
+    gpu = devices.choose(settings["device"]).type == "cuda"
+    engines = engines or (("jpg",) if quick else tuple(name for name in ENGINES if gpu or name != "dali"))
     systems = 1 + sum(len(ENGINES[engine]) for engine in engines)
     _train("stalls", measure, systems, stalls_text, quick, rounds, **settings)
 

@@ -29,6 +29,8 @@ RATIOS = (
     ("dermscale native raw", "ceiling: bare loop raw"),
     ("dermscale native jpg", "ceiling: decode only"),
     ("dermscale native raw", "ceiling: memory copy only"),
+    ("dermscale dali jpg, on the GPU", "dermscale native jpg, to the GPU"),
+    ("dermscale resident, on the GPU", "dermscale native jpg, to the GPU"),
 )
 """Pairs whose ratio of images per second is in the table."""
 

@@ -20,8 +20,11 @@ class _Epochs:
         self._loader = loader
 
     def __call__(self) -> Iterator[Batch]:
+        from train import device as devices
+
         for batch in self._loader:
             yield batch.images, batch.labels
+        devices.synchronize(self._loader.device)  # what was handed over may still be on its way to a GPU
 
     def skip(self) -> None:
         """Leave out the epoch whose first batches are under way since the last one ended: no clock saw them made."""
@@ -30,6 +33,7 @@ class _Epochs:
 
 def _engine(name: str, form: str, engine: str, threads: int | None = None, **about: Any) -> System:
     """This project's loader. threads: other than one per worker. about: the other fields of System."""
+    device = "cuda" if about.get("on_gpu") else "cpu"
 
     def open_(work: Work, folder: Path) -> _Epochs:
         from shards import Loader, ShardSet
@@ -42,7 +46,7 @@ def _engine(name: str, form: str, engine: str, threads: int | None = None, **abo
                 train=True,
                 seed=0,
                 engine=engine,
-                device="cpu",
+                device=device,
                 threads=threads or work.workers,
             )
         )
@@ -169,6 +173,33 @@ OURS = (
         note="meant for a GPU's memory; everything is decoded before the clock starts",
     ),
 )
+
+OURS_ON_GPU = (
+    _engine(
+        "dermscale native jpg, to the GPU",
+        "shards-jpg",
+        "native",
+        note="decoded on the CPU, copied to the GPU a batch ahead",
+        on_gpu=True,
+    ),
+    _engine("dermscale native raw, to the GPU", "shards-raw", "native", encoding="raw", on_gpu=True),
+    _engine(
+        "dermscale dali jpg, on the GPU",
+        "shards-jpg",
+        "dali",
+        packages=("nvidia-dali-cuda120",),
+        note="decoded on the GPU, cut on the CPU",
+        on_gpu=True,
+    ),
+    _engine(
+        "dermscale resident, on the GPU",
+        "shards-jpg",
+        "resident",
+        note="decoded before the clock starts; cropped and resized on the GPU",
+        on_gpu=True,
+    ),
+)
+"""Measured where there is a GPU."""
 
 CEILINGS = (
     System(

@@ -57,8 +57,10 @@ def loader(
     from benchmarks.peers import SYSTEMS
     from benchmarks.work import Work
     from preprocess.progress import Progress
+    from train import device as devices
 
-    systems = chosen(SYSTEMS, only)
+    here = {name: system for name, system in SYSTEMS.items() if devices.gpu_count() or not system.on_gpu}
+    systems = chosen(here, only)
     work = sized(Work(images(source), cache, workers=workers), 624 if quick else 2496, whole_batches=True)
     machine = environment(command_line(work))
     rounds = rounds or (6 if quick else 9)

@@ -11,10 +11,22 @@ from typing import Any
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, Series, series_rows, summary_row
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes
-from benchmarks.training import CACHED, COLD, COLD_RAW, NATIVE, RAW, RESIDENT, TrainingJob, set_up, system_name
+from benchmarks.training import (
+    CACHED,
+    COLD,
+    COLD_DALI,
+    COLD_RAW,
+    DALI,
+    NATIVE,
+    RAW,
+    RESIDENT,
+    TrainingJob,
+    set_up,
+    system_name,
+)
 from benchmarks.worker import Told, take_turns
 
-ENGINES = {"jpg": (NATIVE, COLD), "raw": (RAW, COLD_RAW), "resident": (RESIDENT,)}
+ENGINES = {"jpg": (NATIVE, COLD), "raw": (RAW, COLD_RAW), "resident": (RESIDENT,), "dali": (DALI, COLD_DALI)}
 """What is measured of each engine: with warm files, and where files are read in training, with cold ones."""
 AGREE_WITHIN = 0.05
 """The differential stall and the counted wait may differ by this share of the time."""

@@ -29,6 +29,7 @@ FP32 = " in fp32"
 """Ends the name of a style that is float32 whatever the device trains in."""
 CACHED, NATIVE, COLD, FOLDER = "cached batch", "native loader", "native loader, cold files", "ImageFolder"
 RAW, COLD_RAW, RESIDENT = "native loader, raw", "native loader, raw, cold files", "resident loader"
+DALI, COLD_DALI = "dali loader", "dali loader, cold files"
 MATRIX = "matrix multiply"
 """The system that measures the device's peak: products of square matrices, counted in GFLOP."""
 
@@ -38,10 +39,13 @@ _FORMS = {
     RAW: ("shards-raw", "native"),
     COLD_RAW: ("shards-cold-raw", "native"),
     RESIDENT: ("shards-jpg", "resident"),
+    DALI: ("shards-jpg", "dali"),
+    COLD_DALI: ("shards-cold", "dali"),
 }
 """Of each of our loaders: the form of the images, and the engine."""
 
-_MATRIX_SIDE = 2048
+_MATRICES = {"cpu": (2048, 2), "cuda": (8192, 20)}
+"""Side of the matrices of the peak, and products in a pass, by the device's type: smaller ones do not fill a GPU."""
 _SETTLING = 2
 """Untimed steps before each round: while other systems had their turn, a loader made ready what it reads ahead, two
 batches, and for those nobody waits. What the first counted steps wait for is then as in the middle of a training."""
@@ -226,7 +230,7 @@ def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> 
         if style.startswith(EAGER):
             batch = (batch[0].contiguous(), *batch[1:])
         return _Feed(itertools.repeat(batch), lambda: None)
-    if source in (NATIVE, RAW, RESIDENT):
+    if source in (NATIVE, RAW, RESIDENT, DALI):
         return _Feed(_native(job, device, source), lambda: None)
     folder = prepared(_FORMS[source][0], job.work) / "set"
     with ShardSet(folder) as data:
@@ -295,15 +299,15 @@ def _matrix(device: "torch.device", precision: str) -> Running:
     from train import device as devices
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    left, right = (torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=device, dtype=kind) for _ in range(2))
+    side, products = _MATRICES[device.type]
+    left, right = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     out = torch.empty_like(left)
-    products = 100 if device.type == "cuda" else 2
 
     def once() -> float:
         for _ in range(products):
             torch.mm(left, right, out=out)
         devices.synchronize(device)
-        return products * 2 * _MATRIX_SIDE**3 / 1e9
+        return products * 2 * side**3 / 1e9
 
     def warm() -> None:
         once()

@@ -17,7 +17,7 @@ from benchmarks.sampling import Sampler, Source
 from benchmarks.speed import BASELINE
 from benchmarks.tables import cell, figure
 from benchmarks.timeline import START_UP, TRAINING, Moment
-from benchmarks.training import CACHED, FOLDER, NATIVE, TrainingJob, set_up, system_name
+from benchmarks.training import CACHED, DALI, FOLDER, NATIVE, TrainingJob, set_up, system_name
 from benchmarks.worker import SET_UP_LIMIT_S, SetUp, Told, Worker, start_server
 
 STATISTICS = ("mean", "median", "min", "max")
@@ -38,9 +38,11 @@ class Watched:
     moments: list[Moment] = field(default_factory=list)
 
 
-def systems(style: str) -> tuple[str, ...]:
-    """The ways to train that are watched: the ceiling, this project's loader, and how these models are usually run."""
-    return system_name(style, CACHED), system_name(style, NATIVE), BASELINE
+def systems(style: str, gpu: bool = False) -> tuple[str, ...]:
+    """The ways to train that are watched: the ceiling, this project's loader (on a GPU, both that decode), and how
+    these models are usually run."""
+    ours = (NATIVE, DALI) if gpu else (NATIVE,)
+    return system_name(style, CACHED), *(system_name(style, loader) for loader in ours), BASELINE
 
 
 def measure_utilization(

@@ -58,11 +58,11 @@ def utilization(
     from preprocess.progress import Progress
     from train import device as devices
 
-    names = chosen({name: name for name in systems(style)}, only)
+    chosen_device = devices.choose(device)
+    names = chosen({name: name for name in systems(style, chosen_device.type == "cuda")}, only)
     check_models(models, resolution)
     rounds = rounds or (5 if quick else 6)
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
-    chosen_device = devices.choose(device)
     machine = environment(command_line(work))
     name = "utilization-quick" if quick else "utilization"
     rows: list[Row] = []

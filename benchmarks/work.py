@@ -50,7 +50,8 @@ class System:
 
     form: the data set on disk that it reads (`forms.FORMS`). packages: distributions that it needs. note: what it does
     differently. open: sets up and returns how to start an epoch. ceiling: True for a bound that gives no batches.
-    before: of what `open` returned, what throws away batches that were made ready outside the clock.
+    before: of what `open` returned, what throws away batches that were made ready outside the clock. on_gpu: it hands
+    its batches over in a GPU's memory.
     """
 
     name: str
@@ -61,6 +62,7 @@ class System:
     ceiling: bool = False
     encoding: str = "jpg"
     before: Callable[[Any], Callable[[], None]] | None = None
+    on_gpu: bool = False
 
 
 class WrongBatchError(Exception):
@@ -73,7 +75,7 @@ class MissingPeerError(Exception):
 
 def to_array(images: Any) -> np.ndarray:
     """Images of a batch as an array, without a copy where that can be had."""
-    return images.numpy() if hasattr(images, "numpy") else np.asarray(images)
+    return images.cpu().numpy() if hasattr(images, "cpu") else np.asarray(images)
 
 
 def check_batch(batch: Batch, work: Work, mean: tuple[float, float, float]) -> None:

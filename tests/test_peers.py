@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.forms import FORMS, described, names, originals, packed_size, prepared, sized, stats
 from benchmarks.peers import SYSTEMS, need, set_up
@@ -221,6 +222,8 @@ def counted(name: str, work: Work) -> int:
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_system_gives_an_epoch_of_real_images(name, work):
     skip_without(SYSTEMS[name].packages)
+    if SYSTEMS[name].on_gpu and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     count = in_a_process_of_its_own(counted, name, work)
     if SYSTEMS[name].ceiling:
         assert count == IMAGES * 2

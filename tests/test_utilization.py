@@ -156,6 +156,10 @@ def test_nvmls_utilization_is_never_the_headline(on_stand_in):
     assert len(utilization_in_words(rows)) == 2
 
 
+def test_on_a_gpu_both_decoding_loaders_are_watched():
+    assert set(systems("compiled", gpu=True)) - set(systems("compiled")) == {"compiled, dali loader"}
+
+
 def test_a_gpu_that_cannot_tell_something_says_so(job, machine):
     driver = lambda: GpuSource(nvml=ScriptedDriver(gpm=False, refused={"power"}))  # noqa: E731
     rows, _ = watch(job, replace(machine, gpu=STAND_IN), driver, (CEILING,), rounds=1)

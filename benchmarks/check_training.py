@@ -28,21 +28,33 @@ WATCHED = 10
 """Steps, at most, in which waiting is counted: the device ends each before the next batch is asked for, which takes
 time, so these are not the steps of the speeds."""
 
+_SCHEDULE = 1000
+"""Steps of the learning rate's schedule beyond the least number: a fast device does many in the least time."""
+
 Parts = tuple[Tensor, Tensor, Tensor]
 """images, colour, labels of a batch, as in `shards.Batch`."""
 
 
 def training_steps(
-    data: Path, model: str, device: torch.device, *, steps: int, batch_size: int, resolution: int, compiled: bool
+    data: Path,
+    model: str,
+    device: torch.device,
+    *,
+    steps: int,
+    seconds: float,
+    batch_size: int,
+    resolution: int,
+    compiled: bool,
 ) -> tuple[bool, dict[str, Any]]:
-    """`steps` training steps on loaded batches, then as many on one cached batch; the losses must be numbers.
+    """Training steps on loaded batches, then on one cached batch, at least `steps` each; the losses must be numbers.
 
-    img_per_s is of the loaded batches, cached_img_per_s of the cached one: what the model could take.
-    data_wait_share: of the time of further steps on loaded batches, how much the device had nothing to do for want of
-    one, 0 to 1. span: start and end of the timed steps on loaded batches, by `time.perf_counter()`.
+    seconds: least length of either. img_per_s is of the loaded batches, cached_img_per_s of the cached one: what the
+    model could take. last_loss is of the step WARM_UP + `steps`, however many follow. data_wait_share: of the time of
+    further steps on loaded batches, how much the device had nothing to do for want of one, 0 to 1. span: start and end
+    of the timed steps on loaded batches, by `time.perf_counter()`.
     """
     watched = min(steps, WATCHED)
-    total = 2 * (WARM_UP + steps) + WARM_UP + watched
+    total = _SCHEDULE + steps
     family = models.family(model)
     config = Config(
         model=model,
@@ -67,18 +79,21 @@ def training_steps(
 
         def step(batch: Parts) -> None:
             losses.append(run.backward(batch))
-            run.update(len(losses) - 1, learning_rate(config, len(losses) - 1, total))
+            done = len(losses) - 1
+            run.update(done, learning_rate(config, min(done, total - 1), total))
 
-        def timed(source: Callable[[], Parts]) -> tuple[float, float]:
-            """Start and end of the steps, by `time.perf_counter()`."""
+        def timed(source: Callable[[], Parts]) -> tuple[float, float, int]:
+            """Start and end of the steps, by `time.perf_counter()`, and how many they were."""
             for _ in range(WARM_UP):
                 step(source())
             devices.synchronize(device)
-            began = time.perf_counter()
-            for _ in range(steps):
-                step(source())
-            devices.synchronize(device)
-            return began, time.perf_counter()
+            began, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - began < seconds:
+                for _ in range(steps):  # the device is waited for once in so many
+                    step(source())
+                devices.synchronize(device)
+                count += steps
+            return began, time.perf_counter(), count
 
         def waiting() -> float:
             """Share of the time of `watched` steps that was spent waiting for batches."""
@@ -98,26 +113,26 @@ def training_steps(
             batch = next(batches)
             return batch.images, batch.colour, batch.labels
 
-        span = timed(loaded)
+        began, ended, count = timed(loaded)
         cached = loaded()
-        cached_span = timed(lambda: cached)
-        seconds, cached_s = span[1] - span[0], cached_span[1] - cached_span[0]
+        cached_began, cached_ended, cached_count = timed(lambda: cached)
+        step_s, cached_step_s = (ended - began) / count, (cached_ended - cached_began) / cached_count
         data_wait_share = waiting()
         values = torch.stack(losses).float().cpu()
         if compiled and run.decided["compile"].value != "on":
             raise DermscaleError(f"torch.compile was not used: {run.decided['compile'].reason}")
         return bool(values.isfinite().all()), {
-            "span": span,
-            "steps": steps,
+            "span": (began, ended),
+            "steps": count,
             "batch_size": batch_size,
             "resolution_px": resolution,
-            "step_s": seconds / steps,
-            "img_per_s": steps * batch_size / seconds,
-            "cached_img_per_s": steps * batch_size / cached_s,
+            "step_s": step_s,
+            "img_per_s": batch_size / step_s,
+            "cached_img_per_s": batch_size / cached_step_s,
             "data_wait_share": data_wait_share,
             "compile_s": progress.seconds["compile"],
             "first_loss": float(values[0]),
-            "last_loss": float(values[-1]),
+            "last_loss": float(values[WARM_UP + steps - 1]),
             "peak_memory_bytes": devices.peak_memory_bytes(device),
             "decisions": decisions(run),
         }

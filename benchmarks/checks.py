@@ -61,11 +61,11 @@ class Difference:
         self.histogram = np.zeros(256, np.int64)
 
     def add(self, expected: Tensor, got: Tensor) -> None:
-        """Both (n, 3, S, S) uint8, on any device. Raises ValueError for another shape or kind."""
+        """Both (n, 3, S, S) uint8, compared where `got` is. Raises ValueError for another shape or kind."""
         if expected.shape != got.shape or got.dtype != torch.uint8:
             raise ValueError(f"a batch is {tuple(got.shape)} {got.dtype}, and should be {tuple(expected.shape)} uint8")
-        apart = (expected.cpu().int() - got.cpu().int()).abs().flatten()
-        self.histogram += torch.bincount(apart, minlength=256).numpy()
+        apart = (expected.to(got.device).int() - got.int()).abs().flatten()
+        self.histogram += torch.bincount(apart, minlength=256).cpu().numpy()
 
     def numbers(self) -> dict[str, Any]:
         """max_difference, mean_difference, share_within_4, values, and the histogram up to its last entry."""

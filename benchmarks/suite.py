@@ -24,6 +24,10 @@ LEAST_HZ = 10.0
 MOST_CORE_SHARE = 0.01
 """What sampling may cost: a hundredth of a core."""
 
+COMPILED_WITHIN = 0.05
+"""How far the loss may be from the uncompiled network's after the same steps, as a share of it: bfloat16 rounds
+elsewhere."""
+
 Found = tuple[bool, dict[str, Any]]
 
 
@@ -31,21 +35,23 @@ Found = tuple[bool, dict[str, Any]]
 class Settings:
     """How much is checked.
 
-    models: names for training, None for all eight. compiled: those also trained with `torch.compile`. batches: loaded
-    per engine in the comparison and, under load, in the stress test. load_side, load_repeats: of the matrix products
-    that are queued for each batch. images, packed_px: of the data that is made.
+    models: names for training, None for all eight. compiled: those also trained with `torch.compile`. steps, seconds:
+    the least that is timed of each. batches: loaded per engine in the comparison and, under load, in the stress test.
+    load_side, load_repeats: of the matrix products that are queued for each batch. images, packed_px: of the data that
+    is made.
     """
 
     models: tuple[str, ...] | None = None
-    compiled: tuple[str, ...] = ("resnet18",)
+    compiled: tuple[str, ...] = ("resnet18", "vit_b16")
     whole_run: str = "resnet18"
     steps: int = 20
+    seconds: float = 1.5
     batch_size: int = 64
     resolution: int = 224
-    batches: int = 24
+    batches: int = 16
     load_side: int = 4096
     load_repeats: int = 8
-    images: int = 320
+    images: int = 256
     packed_px: int = 400
 
 
@@ -196,16 +202,29 @@ def _check_training(
             model,
             device,
             steps=settings.steps,
+            seconds=settings.seconds,
             batch_size=settings.batch_size,
             resolution=settings.resolution,
             compiled=compiled,
         )
+        if compiled:
+            uncompiled = next((c for c in evidence.checks if c["name"] == f"training of {model}"), None)
+            if uncompiled is not None and uncompiled["result"] == "pass":
+                passed &= _near(numbers, uncompiled["numbers"])
         began, ended = numbers.pop("span")
         if sampler:
             numbers["utilization"] = sampler.summary(began - sampler.started, ended - sampler.started)["metrics"]
         return passed, numbers
 
     evidence.check(f"training of {model}{' (compiled)' if compiled else ''}", train)
+
+
+def _near(compiled: Mapping[str, Any], uncompiled: Mapping[str, Any]) -> bool:
+    """Whether the losses of two trainings that saw the same batches are the same, but for rounding."""
+    return all(
+        abs(compiled[name] - uncompiled[name]) <= COMPILED_WITHIN * uncompiled[name]
+        for name in ("first_loss", "last_loss")
+    )
 
 
 def _judge_sampling(sampler: Sampler) -> Found:

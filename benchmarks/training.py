@@ -176,7 +176,9 @@ def _step(style: str, job: TrainingJob, device: "torch.device") -> "Callable[[Te
         optimizer = devices.optimizer(models.parameter_groups(net, recipe.weight_decay), recipe.optimizer, 1e-3)
     net.train()
     scaler = devices.scaler(device, precision)
-    model = torch.compile(net, dynamic=False) if style.startswith(COMPILED) else net
+    model = net
+    if style.startswith(COMPILED):
+        model = torch.compile(net, dynamic=False, mode=devices.compile_mode(device, processes=1))
 
     def step(images: "Tensor", colour: "Tensor", labels: "Tensor") -> None:
         with devices.autocast(device, precision):

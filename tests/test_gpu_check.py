@@ -21,6 +21,7 @@ TINY = Settings(
     models=("resnet18",),
     compiled=(),
     steps=2,
+    seconds=0.0,
     batch_size=8,
     resolution=32,
     batches=3,
@@ -226,21 +227,39 @@ def test_a_device_that_cannot_be_read_is_trained_on_all_the_same(shard_sets, tmp
         raise DataError("no driver")
 
     monkeypatch.setattr(suite, "readings_of", refuse)
-    monkeypatch.setattr(suite, "training_steps", lambda *a, **k: (True, {"span": (0.0, 1.0)}))
-    monkeypatch.setattr(suite, "whole_run", lambda *a, **k: (True, {}))
-    monkeypatch.setattr(suite, "_check_engines", lambda *a: None)
+    trained(monkeypatch, lambda model, compiled: 1.0)
     evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
     suite.run_suite(evidence, CPU, Settings(), {"jpg": shard_sets["jpg"].path}, tmp_path)
     assert evidence.failed == ["connection to the counters"]
     names = [check["name"] for check in evidence.checks]
-    assert sum(name.startswith("training of") for name in names) == 9 and "training of resnet18 (compiled)" in names
+    assert sum(name.startswith("training of") for name in names) == 10 and "training of resnet18 (compiled)" in names
+
+
+def trained(monkeypatch, loss) -> None:
+    """Trainings that took no time and ended with `loss(model, compiled)`, and no other checks."""
+
+    def steps(path, model, device, *, compiled, **settings):
+        return True, {"span": (0.0, 1.0), "first_loss": 2.0, "last_loss": loss(model, compiled)}
+
+    monkeypatch.setattr(suite, "training_steps", steps)
+    monkeypatch.setattr(suite, "whole_run", lambda *a, **k: (True, {}))
+    monkeypatch.setattr(suite, "_check_engines", lambda *a: None)
+
+
+def test_compiled_training_that_learns_otherwise_is_found_out(shard_sets, tmp_path, monkeypatch):
+    trained(monkeypatch, lambda model, compiled: 0.9 if compiled and model == "vit_b16" else 0.98 if compiled else 1.0)
+    evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
+    suite.run_suite(evidence, CPU, Settings(), {"jpg": shard_sets["jpg"].path}, tmp_path)
+    assert [name for name in evidence.failed if name.startswith("training")] == ["training of vit_b16 (compiled)"]
 
 
 @pytest.mark.slow
 def test_steps_whose_speed_is_taken_do_not_wait_for_the_device(tiny_shards, monkeypatch):
     waits = []
     monkeypatch.setattr("train.device.synchronize", waits.append)
-    passed, found = training_steps(tiny_shards, "resnet18", CPU, steps=30, batch_size=4, resolution=32, compiled=False)
+    passed, found = training_steps(
+        tiny_shards, "resnet18", CPU, steps=30, seconds=0, batch_size=4, resolution=32, compiled=False
+    )
     assert passed and found["img_per_s"] > 0 and found["cached_img_per_s"] > 0
     assert 0 <= found["data_wait_share"] <= 1
     assert WATCHED < len(waits) < 30

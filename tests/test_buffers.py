@@ -40,7 +40,7 @@ def copies(monkeypatch) -> list[Copy]:
     monkeypatch.setattr(torch.cuda, "Event", Copy)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(transfer, "_hand_over", lambda images, done, device: images)
+    monkeypatch.setattr(transfer, "hand_over", lambda images, done, device: images)
     return Copy.made
 
 

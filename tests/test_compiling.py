@@ -26,7 +26,7 @@ def test_what_is_asked_for_is_done(wanted):
 
 
 def test_a_short_run_does_not_pay_for_compiling_and_a_long_one_does():
-    for device, seconds in ((CPU, 21 * 3.5 / 0.05), (CUDA, 21 * 3.5 / 0.2)):
+    for device, seconds in ((CPU, 21 * 3.5 / 0.05), (CUDA, 21 * 1.2 / 0.2)):
         assert compiling.decide("auto", 21, device, lambda s=seconds: 0.9 * s).value == "off"
         assert compiling.decide("auto", 21, device, lambda s=seconds: 1.1 * s).value == "on"
 

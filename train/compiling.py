@@ -19,8 +19,9 @@ Batch = tuple[Tensor, Tensor, Tensor]
 FAILURES = (RuntimeError, OSError)
 """What compiling can end in: TorchDynamo's and Inductor's errors are RuntimeErrors, a missing compiler an OSError."""
 
-COST_S_PER_LAYER = 3.5
-"""Seconds that compiling took for each convolution or linear layer: ResNet-18's 21 took 74 s on two CPU cores."""
+COST_S_PER_LAYER = {"cpu": 3.5, "cuda": 1.2}
+"""Seconds that compiling took for each convolution or linear layer: ResNet-18's 21 took 74 s for two CPU cores, and
+24 s for an H100 beside 16 cores."""
 
 MOST_COST = {"cpu": 0.05, "cuda": 0.2}
 """The share of the uncompiled training time that compiling may cost at the most. On a CPU it may turn out to gain
@@ -39,8 +40,8 @@ def decide(wanted: str, layers: int, device: torch.device, eager_run_s: Callable
         return Decision("off", "no C++ compiler found (g++, c++ or clang++ on PATH, or CXX)")
     if wanted == "on":
         return Decision("on", "asked for")
-    eager_s, cost_s = eager_run_s(), COST_S_PER_LAYER * layers
-    most = MOST_COST[device.type if device.type in MOST_COST else "cpu"]
+    kind = device.type if device.type in MOST_COST else "cpu"
+    eager_s, cost_s, most = eager_run_s(), COST_S_PER_LAYER[kind] * layers, MOST_COST[kind]
     estimate = f"compiling takes about {cost_s:.0f} s and training without it about {eager_s:.0f} s"
     if cost_s > most * eager_s:
         return Decision("off", f"{estimate}: more than {100 * most:.0f} % of it")

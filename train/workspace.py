@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shards import ShardSet
+from train import device as devices
 from train import distributed, models
 from train.checkpoint import seed_everything
 from train.config import Config
@@ -27,6 +28,7 @@ class Workspace:
         self._sets: dict[Path, ShardSet] = {}
         self._key: tuple[Any, ...] = ()
         self._net: Classifier | None = None
+        self._processes = 1  # that train it together
         self._compiled: Callable[..., Tensor] | None = None
         self.images_ahead = 0
         """Images that later runs will train this network on: they share the cost of compiling it."""
@@ -76,7 +78,7 @@ class Workspace:
         self.forget()
         if config.sync_batch_norm and world.size > 1:
             distributed.sync_batch_norm(fresh, world.device)
-        self._key, self._net = key, fresh.to(world.device).train()
+        self._key, self._net, self._processes = key, fresh.to(world.device).train(), world.size
         return self._net
 
     def compiled(self, sizes: int) -> Callable[..., Tensor]:
@@ -86,7 +88,8 @@ class Workspace:
         # beyond its limit torch.compile would go back to eager without a word
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * (sizes + len(self.warm)))
         if self._compiled is None:
-            self._compiled = torch.compile(self._net, dynamic=False)
+            mode = devices.compile_mode(self._net.head.mean.device, self._processes)
+            self._compiled = torch.compile(self._net, dynamic=False, mode=mode)
         return self._compiled
 
     def forget(self) -> None:

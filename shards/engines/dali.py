@@ -6,6 +6,7 @@ it, flips it and transposes it. The graph is the same function on both devices, 
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -172,16 +173,17 @@ class DaliEngine:
         self._idle: list[_Pipeline] = []
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
-        """See `Engine.run`."""
-        images = self._images(work, resolution)
-        batches = images if self.graph.device_id is None else _owned(images)
-        try:
-            for batch in batches:
+        """See `Engine.run`. DALI is fed and asked on a thread, so that this takes no time of the training loop's."""
+        if self.graph.device_id is None:
+            for batch in _one_ahead(self._images(work, resolution)):
                 yield batch.permute(0, 3, 1, 2)
                 del batch
-        finally:
-            batches.close()
-            images.close()
+            return
+        from shards.engines.transfer import hand_over
+
+        for batch, copied in _one_ahead(_owned(self._images(work, resolution), self.graph.device_id)):
+            yield hand_over(batch, copied, f"cuda:{self.graph.device_id}")
+            del batch, copied
 
     def _images(self, work: Iterable[Work], resolution: int) -> "Generator[torch.Tensor, None, None]":
         """(n, S, S, 3) uint8 in memory of DALI's."""
@@ -237,26 +239,47 @@ def _device_id(device: str) -> int | None:
     return torch.cuda.current_device() if index is None else index
 
 
-def _owned(batches: "Iterable[torch.Tensor]") -> "Generator[torch.Tensor, None, None]":
-    """Copies in PyTorch's memory of batches on a GPU, (n, S, S, 3) uint8.
+def _one_ahead(items: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """The items of a generator that runs on a thread of its own, the next one while the last one is used."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="shards-dali-run")
+    coming = thread.submit(next, items, None)
+    try:
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+            del item
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)
+        items.close()
+
+
+def _owned(
+    batches: "Generator[torch.Tensor, None, None]", device: int
+) -> "Generator[tuple[torch.Tensor, torch.cuda.Event], None, None]":
+    """Copies in PyTorch's memory of batches on a GPU, (n, S, S, 3) uint8, each with the event of its copy's end.
 
     DLPack tells DALI when a tensor was dropped, not when the kernels that read it are done. So the consumer gets a
-    copy, made on its own stream, and DALI gets its memory back when that copy is done: one copy within the device.
+    copy, made on a stream of its own, and DALI gets its memory back when that copy is done.
     """
     import torch
 
+    copies = torch.cuda.Stream(device)
     copying: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
     try:
-        for batch in batches:
+        while True:
             while copying and copying[0][1].query():
                 copying.popleft()
-            own = batch.clone()
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(batch.device))
+            with torch.cuda.stream(copies):  # DALI makes it wait for the batch
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                own, done = batch.clone(), torch.cuda.Event()
+                done.record(copies)
             copying.append((batch, done))
             del batch
-            yield own
-            del own
+            yield own, done
+            del own, done
     finally:
         for _, done in copying:
             done.synchronize()
+        batches.close()

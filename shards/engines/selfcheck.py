@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-NAMES = {"region": "region decode", "whole": "whole-image decode with a slice"}
+NAMES = {"whole": "whole-image decode with a slice", "region": "region decode"}
+"""The variants of dali, the faster first: 400 px JPEGs came at 1.2 to 1.4 times the rate whole on an H100, which
+decodes in hardware faster than Python cuts. Region decode has less to decode where there is no such hardware."""
 TIMEOUT_S = 180.0  # a process that starts CUDA and loads four batches takes seconds; a cold disk a minute
 _BATCH, _ROUNDS, _RESOLUTION = 64, 4, 224
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
@@ -42,7 +44,7 @@ def best_variant(
     child: Sequence[str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> tuple[str | None, str]:
-    """The first of region decode and whole-image decode that agrees with the native engine, and the reason.
+    """The first of NAMES that agrees with the native engine, and the reason.
 
     None where neither does. child: the command of the checking process, another one in tests.
     """

@@ -33,16 +33,17 @@ def to_device(buffers: Iterable[np.ndarray], device: str) -> Iterator[torch.Tens
             busy.append((buffer, done))
             waiting.append((images, done))
             if len(waiting) > 1:
-                yield _hand_over(*waiting.popleft(), device)
+                yield hand_over(*waiting.popleft(), device)
         while waiting:
-            yield _hand_over(*waiting.popleft(), device)
+            yield hand_over(*waiting.popleft(), device)
     finally:  # at the end, or where the consumer stops early: the pool may fill these buffers again right after
         for _, done in busy:
             done.synchronize()
 
 
-def _hand_over(images: torch.Tensor, done: torch.cuda.Event, device: str) -> torch.Tensor:
-    """Make the consumer's stream wait for the copy, and tell the allocator that this stream uses the memory."""
+def hand_over(images: torch.Tensor, done: torch.cuda.Event, device: str) -> torch.Tensor:
+    """(n, S, S, 3) → (n, 3, S, S) channels-last. Makes the consumer's stream wait for the copy, and tells the allocator
+    that this stream uses the memory."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(done)
     images.record_stream(stream)

@@ -112,7 +112,7 @@ def read_evidence(path: Path) -> dict[str, Any]:
 
 def table(folder: Path) -> str:
     """The block of the README: Markdown made from every file of `folder`, or that there is none."""
-    from benchmarks.tables import figure, grid
+    from benchmarks.tables import grid
 
     files = sorted(folder.glob("*.json"))
     if not files:
@@ -135,26 +135,46 @@ def table(folder: Path) -> str:
             ]
         )
     header = ["GPU", "software", "date, commit", "checks", "failed or not run", "engine that auto takes", "evidence"]
-    models = [check["name"] for _, one in found for check in one["checks"] if check["name"].startswith("training of ")]
-    rows = []
-    for name in dict.fromkeys(models):
-        cells = []
-        for _, one in found:
-            numbers = _numbers(one, name, exact=True)
-            cells.append(
-                f"{figure(numbers['img_per_s'])} of {figure(numbers['cached_img_per_s'])}, "
-                f"{100 * numbers['data_wait_share']:.1f} %"
-                if numbers
-                else "none"
-            )
-        rows.append([name.removeprefix("training of "), *cells])
     text = grid(header, runs)
-    if rows:
-        text += (
-            "\nTraining, img/s of those with one cached batch (what the model could take), and the share of the time "
-            "spent waiting for data:\n\n" + grid(["model", *(one["name"] for _, one in found)], rows)
-        )
+    for _, one in found:
+        trained = {c["name"]: c["numbers"] for c in one["checks"] if c["name"].startswith("training of ")}
+        if any(trained.values()):
+            rows = [[name.removeprefix("training of "), *_trained(numbers)] for name, numbers in trained.items()]
+            text += (
+                f"\nTraining on {one['name']}, {_settings(one)}: img/s with the loader that `auto` takes, and with one "
+                "cached batch (what the model could take); the share of the time spent waiting for data, in steps that "
+                "are waited for; and what the GPU's own counters (GPM) say meanwhile, with the loader:\n\n"
+                + grid(["model", "img/s", "cached batch", "data wait", *_COUNTED.values()], rows)
+            )
     return text
+
+
+_COUNTED = {
+    "sm_percent": "SMs busy",
+    "occupancy_percent": "SM occupancy",
+    "tensor_percent": "tensor cores",
+    "dram_percent": "memory bandwidth",
+    "nvjpg_percent": "JPEG decoders",
+}
+"""Of a GPU's readings (`benchmarks.gpu.UNITS`), those that are shown, and what the table calls them."""
+
+
+def _trained(numbers: Mapping[str, Any]) -> list[str]:
+    """A line of the table of trainings; empty where it did not get that far."""
+    from benchmarks.tables import figure
+
+    if not numbers:
+        return ["failed"] + [""] * (2 + len(_COUNTED))
+    cells = [figure(numbers["img_per_s"]), figure(numbers["cached_img_per_s"])]
+    cells.append(f"{100 * numbers['data_wait_share']:.1f} %")
+    read = numbers.get("utilization", {})
+    return cells + [f"{read[name]['mean']:.1f} %" if name in read else "" for name in _COUNTED]
+
+
+def _settings(one: Mapping[str, Any]) -> str:
+    """What was trained with, in words."""
+    settings = one["settings"]
+    return f"{one['environment']['cores']} cores, batches of {settings['batch_size']} at {settings['resolution']} px"
 
 
 def _numbers(one: Mapping[str, Any], name: str, exact: bool = False) -> dict[str, Any]:

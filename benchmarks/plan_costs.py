@@ -178,7 +178,7 @@ def _parts(
             decode_whole(file, "jpg", height, width)
         return len(files)
 
-    reader = Reader(data, "jpg", 2, cutting=True)
+    reader = Reader(data, "jpg", 2, cutting=False)
     work = [
         Work(rows[part], plan.boxes[part], plan.symmetry[part])
         for part in (order[start : start + _BATCH] for start in range(0, len(order), _BATCH))

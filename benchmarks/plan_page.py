@@ -17,6 +17,7 @@ from benchmarks.plan import (
     share_of_peak,
     ways,
 )
+from benchmarks.plan_beside import beside_measured
 from benchmarks.plan_costs import PARTS, Costs
 from benchmarks.plan_words import cpu, digits, exact, span
 from benchmarks.published import BACKWARD, GPUS, H100_HOST, MIXER_GMACS, SAME_GPU, Figure
@@ -37,6 +38,7 @@ def page(costs: Costs) -> str:
     parts = [
         _INTRODUCTION,
         _in_short(costs),
+        beside_measured(costs),
         _measured(costs),
         _published(),
         _models(costs),
@@ -48,9 +50,10 @@ def page(costs: Costs) -> str:
 
 _INTRODUCTION = """# Where the bottleneck would be on a GPU
 
-Worked out on paper: nothing on this page has run on a GPU. It joins what an image costs a CPU, measured here, to what
-others have published about GPUs. The page is written by `python -m benchmarks.run plan --page docs/scaling.md`, and a
-test holds it to what the code gives. One case at a time, and your own CPU:
+Worked out on paper: it joins what an image costs a CPU, measured here, to what others have published about GPUs. What
+has run on one since stands beside it, under "Beside one H100 80 GB SXM". The page is written by
+`python -m benchmarks.run plan --page docs/scaling.md`, and a test holds it to what the code gives. One case at a time,
+and your own CPU:
 
     python -m benchmarks.run plan --gpu h100 --cores 16 --model resnet18
     python -m benchmarks.run plan --measure --data data/shards       # writes benchmarks/results/plan-costs.json

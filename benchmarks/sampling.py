@@ -9,8 +9,9 @@ from statistics import fmean, median
 from types import TracebackType
 from typing import Any, Protocol
 
-HZ = 15.0
-"""Readings a second: 20 took just over the hundredth of a core that sampling may take.
+HZ = 12.0
+"""Readings a second. Sampling may take a hundredth of a core: beside an H100, 15 took 1.07 % at the 12.8 a second that
+came of them, 0.84 ms each; with a CPU's counters 20 took just over 1 %.
 
 NVML renews its utilization only every 1/6 to 1 s, power and clocks more often.
 """

@@ -8,6 +8,7 @@ import torch
 
 from tests.train_runs import small
 from train import compiling, models
+from train import device as devices
 from train.config import resolved
 from train.distributed import World
 from train.prepare import choose_data, prepare
@@ -46,6 +47,18 @@ def test_a_ramp_is_charged_for_every_size_that_is_compiled(tiny_shards, monkeypa
     for reason, sizes, steps in zip(reasons, (1, 3), (32, 4 * (3 / 9 + 3 * 4 / 9 + 2)), strict=True):
         costs = f"compiling takes about {3.5 * layers * sizes:.0f} s and training without it about {steps:.0f} s"
         assert reason.startswith(costs), reason
+
+
+def test_a_gpu_of_one_process_gets_graphs(tiny_shards, monkeypatch):
+    assert devices.compile_mode(CUDA, 1) == "reduce-overhead"
+    assert devices.compile_mode(CUDA, 2) is devices.compile_mode(CPU, 1) is None
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda net, **options: asked.append(options) or net)
+    monkeypatch.setattr(devices, "compile_mode", lambda device, processes: f"{device.type} {processes}")
+    workspace, config = Workspace(), resolved(small(tiny_shards), "batchnorm")
+    workspace.network(config, workspace.open(tiny_shards), World())
+    workspace.compiled(1)
+    assert asked == [{"dynamic": False, "mode": "cpu 1"}]
 
 
 def test_without_a_compiler_it_is_off(monkeypatch):

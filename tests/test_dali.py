@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,18 @@ def leave_early(folder: Path) -> None:
 
 def test_an_epoch_left_early_neither_hangs_nor_spoils_the_next(shard_sets):
     in_a_process_of_its_own(leave_early, shard_sets["mixed"].path)  # threads of other tests would be counted too
+
+
+@pytest.mark.slow
+def test_a_loader_that_is_left_open_ends_with_the_program_quietly(shard_sets):
+    code = (
+        "from shards import Loader, ShardSet\n"
+        f"loader = Loader(ShardSet({str(shard_sets['jpg'].path)!r}).select('train'), batch_size=8, engine='dali')\n"
+        "running = iter(loader)\n"
+        "print(len(next(running).images))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "8", "")
 
 
 def test_two_epochs_may_run_at_once(shard_sets):

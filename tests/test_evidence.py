@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 def written(folder, name, **changes):
     """An evidence file of a GPU that does not exist."""
     training = {"img_per_s": 1234.5, "cached_img_per_s": 2000.0, "data_wait_share": 0.25}
+    training |= {"utilization": {"sm_percent": {"mean": 41.26}, "busy_percent": {"mean": 99.0}}}
     content = {
         "format": 1,
         "device": "cuda",
@@ -25,12 +26,15 @@ def written(folder, name, **changes):
             "versions": "torch 2.9; numpy 2.0; nvidia-dali-cuda120 2.4",
             "date": "2030-01-02T03:04:05+00:00",
             "commit": "abc",
+            "cores": 8,
         },
+        "settings": {"batch_size": 64, "resolution": 224},
         "finished": True,
         "checks": [
             {"name": "choice of auto (jpg)", "result": "pass", "numbers": {"engine": "dali"}},
             {"name": "parity of dali region (jpg, training)", "result": "fail", "numbers": {}},
             {"name": "training of resnet50", "result": "pass", "numbers": training},
+            {"name": "training of vit_b16", "result": "fail", "numbers": {}},
         ],
     } | changes
     (folder / f"{name}.json").write_text(json.dumps(content))
@@ -58,10 +62,12 @@ def test_every_gpu_and_every_failure_is_in_the_table(tmp_path):
     written(tmp_path, "a")
     written(tmp_path, "b", finished=False, checks=[])
     text = table(tmp_path)
-    assert "Made-up a" in text and "2 of 3 passed" in text and "parity of dali region (jpg, training)" in text
+    assert "Made-up a" in text and "2 of 4 passed" in text and "parity of dali region (jpg, training)" in text
     assert "torch 2.9, nvidia-dali-cuda120 2.4" in text and "numpy" not in text
     assert "0 of 0 passed, unfinished" in text and "not found out" in text
-    assert "| resnet50 | 1,234 of 2,000, 25.0 % | none |" in text
+    assert "8 cores, batches of 64 at 224 px" in text and "99" not in text
+    assert "| resnet50 | 1,234 | 2,000 | 25.0 % | 41.3 % |  |  |  |  |" in text
+    assert "| vit_b16 | failed |  |  |  |  |  |  |  |" in text
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ COST_S_PER_LAYER = {"cpu": 3.5, "cuda": 1.2}
 
 MOST_COST = {"cpu": 0.05, "cuda": 0.2}
 """The share of the uncompiled training time that compiling may cost at the most. On a CPU it may turn out to gain
-nothing (AlexNet ran faster without), so it has to be nearly free; on a GPU it gains a fifth and more."""
+nothing (AlexNet ran faster without), so it has to be nearly free; on an H100 it saves ResNet-18 28 % of the time at
+batches of 256, and more than half at 64."""
 
 
 def decide(wanted: str, layers: int, device: torch.device, eager_run_s: Callable[[], float]) -> Decision:

@@ -69,7 +69,7 @@ def training_steps(
     world, workspace = World(device=device), Workspace()
     devices.reset_peak_memory(device)
     with ExitStack() as stack:
-        stack.callback(workspace.forget)
+        stack.callback(workspace.close)
         selections = choose_data(config, workspace.open(data), family, world)
         run = prepare(config, family, world, workspace, selections, None, stack)
         progress = Progress()

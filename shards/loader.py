@@ -16,6 +16,7 @@ from shards.order import batch_count, check_seed, epoch_order, evaluation_batch,
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 
 if TYPE_CHECKING:
+    from shards.engines.pool import EnginePool
     from shards.shardset import Selection
 
 
@@ -78,12 +79,14 @@ class Loader:
         threads: int | None = None,
         prefetch: int = 2,
         augment: Augment | None = None,
+        pool: "EnginePool | None" = None,
     ) -> None:
         """Set up; nothing is read before the first batch.
 
         batch_size: of the global batch, which `world_size` ranks share. resolution: side of the images in px. engine:
         `auto`, `native`, `dali` or `resident`. threads: default, the cores this process may use. prefetch: batches
-        loaded ahead. Raises UsageError for a value outside its range, naming the limit.
+        loaded ahead. pool: keeps engines that are dear to build for the next loader. Raises UsageError for a value
+        outside its range, naming the limit.
         """
         if batch_size < 1:
             raise UsageError(f"batch size {batch_size} is below 1")
@@ -107,7 +110,7 @@ class Loader:
         self._resume = 0  # where the next iteration starts
         self._stream: _Stream | None = None  # batches of the next epoch that are under way
         self._engine, self.engine_name, self.engine_reason = make_engine(
-            engine, selection, device=self.device, threads=threads, prefetch=prefetch
+            engine, selection, device=self.device, threads=threads, prefetch=prefetch, pool=pool
         )
         data, rows = selection.data, selection.samples
         self._heights, self._widths = data.column("height")[rows], data.column("width")[rows]

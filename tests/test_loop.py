@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from shards import ShardSet
+from shards.engines import dali
 from shards.errors import DataError, DermscaleError, UsageError
 from shards.format import CLASSES
 from tests.train_runs import assert_same_run, at, losses, small, weights
@@ -38,6 +39,20 @@ def test_a_run_in_a_shared_worker_equals_its_run_alone(tiny_shards: Path, tmp_pa
     assert losses(tmp_path / "shared0") != losses(tmp_path / "shared1")
     decided = json.loads((tmp_path / "alone" / "result.json").read_text())["decisions"]["compile"]
     assert decided["value"] == compiled, decided
+
+
+def test_later_runs_of_a_worker_find_dalis_pipelines_built(tiny_shards: Path, tmp_path: Path, monkeypatch) -> None:
+    built, build = [], dali.build_graph
+    monkeypatch.setattr(dali, "build_graph", lambda *args: built.append(args) or build(*args))
+    shared, counts = Workspace(), []
+    for seed in (1, 0):
+        train_once(small(tiny_shards, seed=seed, engine="dali"), tmp_path / f"shared{seed}", workspace=shared)
+        counts.append(len(built))
+    shared.close()
+    assert counts == [2, 2]  # the first run trains with one and evaluates with another meanwhile
+    train_once(small(tiny_shards, seed=0, engine="dali"), tmp_path / "alone")
+    assert len(built) == 4
+    assert_same_run(tmp_path / "alone", tmp_path / "shared0")
 
 
 def test_a_warning_that_holds_for_every_run_of_a_worker_comes_once(tiny_shards: Path, tmp_path: Path) -> None:

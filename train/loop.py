@@ -62,8 +62,11 @@ def train_once(
     the user.
     """
     started = time.perf_counter() if started is None else started
-    world, workspace, console = world or World(), workspace or Workspace(), console or Silent()
+    world, console, given = world or World(), console or Silent(), workspace
     with ExitStack() as stack:
+        workspace = given or Workspace()
+        if given is None:
+            stack.callback(workspace.engines.close)
         try:
             return _train(config, out, resume, world, workspace, stop, console, started, unwanted, stack)
         except RuntimeError as error:

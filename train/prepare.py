@@ -190,6 +190,7 @@ def prepare(
             device=device,
             rank=world.rank,
             world_size=world.size,
+            pool=workspace.engines,
         )
         stack.callback(loaders[split].close)
         engine = loaders[split].engine_name

@@ -124,6 +124,7 @@ def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
     while True:
         order: Order | None = pipe.recv()
         if order is None:
+            workspace.close()
             return
         begin = started if not prepared else time.perf_counter()
         try:

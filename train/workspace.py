@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shards import ShardSet
+from shards.engines.pool import EnginePool
 from train import device as devices
 from train import distributed, models
 from train.checkpoint import seed_everything
@@ -26,6 +27,8 @@ class Workspace:
 
     def __init__(self) -> None:
         self._sets: dict[Path, ShardSet] = {}
+        self.engines = EnginePool()
+        """Of the sets that are open."""
         self._key: tuple[Any, ...] = ()
         self._net: Classifier | None = None
         self._processes = 1  # that train it together
@@ -50,6 +53,7 @@ class Workspace:
 
             if Manifest.from_file(folder / MANIFEST) == kept.manifest:
                 return kept
+            self.engines.close(kept)
             kept.close()
         self._sets[folder] = ShardSet(path)
         return self._sets[folder]
@@ -91,6 +95,11 @@ class Workspace:
             mode = devices.compile_mode(self._net.head.mean.device, self._processes)
             self._compiled = torch.compile(self._net, dynamic=False, mode=mode)
         return self._compiled
+
+    def close(self) -> None:
+        """Let everything go."""
+        self.forget()
+        self.engines.close()
 
     def forget(self) -> None:
         """Let the network and its compiled code go."""

@@ -9,15 +9,22 @@ from shards.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from shards.engines.pool import EnginePool
     from shards.shardset import Selection
 
 _log = logging.getLogger(__name__)
 
 
 def make_engine(
-    name: str, selection: "Selection", *, device: "torch.device", threads: int | None, prefetch: int
+    name: str,
+    selection: "Selection",
+    *,
+    device: "torch.device",
+    threads: int | None,
+    prefetch: int,
+    pool: "EnginePool | None" = None,
 ) -> tuple[Engine, str, str]:
-    """Returns the engine, its name and the reason for the choice.
+    """Returns the engine, its name and the reason for the choice. pool: lends dali's.
 
     `auto` is native on a CPU; on CUDA it is dali where a check in another process shows that it works
     (`selfcheck.py`), else native. Raises UsageError for an unknown name, a device that is not there, an engine that
@@ -45,8 +52,13 @@ def make_engine(
     from shards.engines.selfcheck import contents
 
     kinds = contents(selection.data, selection.samples)
-    engine = DaliEngine(selection.data, str(device), threads, prefetch, contents=kinds, variant=variant)
-    return engine, choice, reason
+
+    def make() -> DaliEngine:
+        return DaliEngine(selection.data, str(device), threads, prefetch, contents=kinds, variant=variant)
+
+    if pool is None:
+        return make(), choice, reason
+    return pool.lend(selection.data, (str(device), threads, prefetch, kinds, variant), make), choice, reason
 
 
 def _choose(name: str, selection: "Selection", device: "torch.device") -> tuple[str, str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -171,6 +172,7 @@ class DaliEngine:
         self.graph = Graph(contents, _device_id(device), threads or available_cores(), prefetch, hw_decoder_load)
         self._reader = Reader(data, contents, prefetch, cutting=variant == "region")
         self._idle: list[_Pipeline] = []
+        self._taking = Lock()  # runs may be on different threads
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. DALI is fed and asked on a thread, so that this takes no time of the training loop's."""
@@ -211,8 +213,11 @@ class DaliEngine:
 
     def _take_pipeline(self, batch: int) -> _Pipeline:
         """An idle pipeline that holds a batch of this size, or a new one in the place of those that do not."""
-        self._idle = [pipeline for pipeline in self._idle if pipeline.max_batch >= batch]
-        return self._idle.pop() if self._idle else _Pipeline(self.graph, batch)
+        with self._taking:
+            self._idle[:] = [pipeline for pipeline in self._idle if pipeline.max_batch >= batch]
+            if self._idle:
+                return self._idle.pop()
+        return _Pipeline(self.graph, batch)
 
     def _name_undecodable(self, under_way: Iterable[np.ndarray], error: RuntimeError) -> None:
         """Raise DataError naming the sample that made DALI stop, if one of those under way cannot be decoded."""

@@ -14,6 +14,8 @@ LEVELS = ("opencv", "avx2", "avx512")
 """What resizes, by the level that the library says the processor has."""
 _FUNCTIONS = ("dermscale_cut", "dermscale_run_lengths", "dermscale_resample_level")
 """What a library of these sources has on every processor."""
+_NEWEST = "dermscale_resample_many"
+"""The last of those that it has for x86 processors alone."""
 
 
 @functools.cache
@@ -23,7 +25,8 @@ def compiled() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
-    if not all(hasattr(library, name) for name in _FUNCTIONS):
+    wanted = [*_FUNCTIONS, *([_NEWEST] if hasattr(library, "dermscale_resample") else [])]
+    if not all(hasattr(library, name) for name in wanted):
         _log.warning(
             "%s was built from older sources, so images are cut and resized without it, more slowly: "
             "install dermscale again (make install)",
@@ -44,6 +47,8 @@ def compiled() -> ctypes.CDLL | None:
         library.dermscale_scratch_bytes.argtypes = [number, number]
         library.dermscale_resample.restype = None
         library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
+        library.dermscale_resample_many.restype = None
+        library.dermscale_resample_many.argtypes = [pointer, count, number, pointer, pointer, number]
     return library
 
 

@@ -6,6 +6,7 @@ a thirtieth of its decoding) fills one core. Buffers are used again once nobody 
 
 import os
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK = 8  # images a task: fewer cost more hand-overs, more leave cores idle at the end of a batch
+_RAW = 8  # where a sample's tuple says whether it is raw
 NOT_ITS_SIZE = "it does not decode to the size that the index says"
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
@@ -124,6 +126,7 @@ class NativeEngine:
 
             self._buffers = BufferPool(pinned_buffer)
         self._local = local()
+        self._fused = Resampler(1).fused
         self._mapped = _Mapped(data)
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
@@ -168,21 +171,38 @@ class NativeEngine:
         data, rows = self.data, item.samples
         fields = [data.column(name)[rows].tolist() for name in ("shard", "offset", "length", "height", "width", "xxh3")]
         raw = (data.column("encoding")[rows] == "raw").tolist()
-        columns = [rows.tolist(), *fields, raw, item.boxes.tolist(), item.symmetry.tolist()]
+        columns = [range(len(rows)), rows.tolist(), *fields, raw, item.boxes.tolist(), item.symmetry.tolist()]
         samples = list(zip(*columns, strict=True))
+        parts = [(self._fill, samples)]
+        if self._fused and any(raw):
+            kinds = ([sample for sample in samples if sample[_RAW] is kind] for kind in (True, False))
+            parts = list(zip((self._fill_raw, self._fill), kinds, strict=True))
         return [
-            self._pool.submit(self._fill, samples[start : start + _CHUNK], buffer[start : start + _CHUNK])
-            for start in range(0, len(samples), _CHUNK)
+            self._pool.submit(fill, some[start : start + _CHUNK], buffer)
+            for fill, some in parts
+            for start in range(0, len(some), _CHUNK)
         ]
 
+    def _fill_raw(self, samples: list[tuple], out: np.ndarray) -> None:
+        """Load some raw samples into their places of `out` (n, S, S, 3), all in one call of the kernel."""
+        crops = array("q")
+        for place, sample, shard, offset, length, height, width, xxh3, _, (y, x, h, w), symmetry in samples:
+            view, start = self._mapped[shard]
+            end, stride = offset + length, width * 3
+            if xxhash.xxh3_64_intdigest(view[offset:end]) != xxh3:
+                raise self.data.damaged(sample)
+            within = y >= 0 and x >= 0 and h > 0 and w > 0 and y + h <= height and x + w <= width
+            if not within or height * stride > length:  # addresses beyond the image would be read
+                raise self.data.damaged(sample, NOT_ITS_SIZE)
+            crops.extend((start + end - (height - y) * stride + x * 3, stride, h, w, symmetry, place))
+        self._scratch_of(out.shape[1]).resample.many(crops, out.ctypes.data)
+
     def _fill(self, samples: list[tuple], out: np.ndarray) -> None:
-        """Load some samples into `out` (len(samples), S, S, 3)."""
+        """Load some samples into their places of `out` (n, S, S, 3)."""
         data, side = self.data, out.shape[1]
         scratch = self._scratch_of(side)
         out_at, out_bytes = out.ctypes.data, out.strides[0]
-        for row, (sample, shard, offset, length, height, width, xxh3, raw, (y, x, h, w), symmetry) in enumerate(
-            samples
-        ):
+        for place, sample, shard, offset, length, height, width, xxh3, raw, (y, x, h, w), symmetry in samples:
             view, start = self._mapped[shard]
             payload, at = view[offset : offset + length], start + offset
             if xxhash.xxh3_64_intdigest(payload) != xxh3:
@@ -202,7 +222,7 @@ class NativeEngine:
             if crop.shape[:2] != (h, w) or not crop.size:  # addresses beyond the image would be read
                 raise data.damaged(sample, NOT_ITS_SIZE)
             at += top * image.strides[0] + left * 3
-            scratch.resample(crop, symmetry, out[row], at, out_at + row * out_bytes)
+            scratch.resample(crop, symmetry, out[place], at, out_at + place * out_bytes)
 
     def _scratch_of(self, side: int) -> "_Scratch":
         """This thread's scratch memory for images of `side` px."""

@@ -4,6 +4,8 @@ The kernel (`resample.c`, AVX2 or AVX-512, built when the package is installed w
 what OpenCV does in three, within 1 of its values. Both place pixel centres alike and use no antialias.
 """
 
+from array import array
+
 import cv2
 import numpy as np
 
@@ -68,10 +70,7 @@ class Resampler:
                 square = self._square
             apply_symmetry(square, symmetry, out)
             return
-        if width > self._width:
-            self._width = width
-            self._scratch = np.empty(self._kernel.dermscale_scratch_bytes(width, self.side), np.uint8)
-            self._scratch_at = self._scratch.ctypes.data
+        self._reserve(width)
         self._kernel.dermscale_resample(
             crop.ctypes.data if crop_at is None else crop_at,
             crop.strides[0],
@@ -84,3 +83,27 @@ class Resampler:
             self._scratch_at,
             self.level,
         )
+
+    @property
+    def fused(self) -> bool:
+        """Whether `many` can be called: it is the kernel's."""
+        return self._kernel is not None
+
+    def many(self, crops: array, out_at: int) -> None:
+        """Resize crops in one call, for what Python does between two small ones would take as long.
+
+        crops: of type `q`, of each crop six numbers, which are not checked: the address of its first pixel, bytes
+        between its rows, h, w, symmetry, and its place in the batch at address out_at, (n, side, side, 3) uint8.
+        """
+        if self._kernel is None:
+            raise ValueError("there is no kernel here")
+        self._reserve(max(crops[3::6]))
+        at, count = crops.buffer_info()
+        self._kernel.dermscale_resample_many(at, count // 6, self.side, out_at, self._scratch_at, self.level)
+
+    def _reserve(self, width: int) -> None:
+        """Have scratch memory for crops of `width` px."""
+        if self._kernel is not None and width > self._width:
+            self._width = width
+            self._scratch = np.empty(self._kernel.dermscale_scratch_bytes(width, self.side), np.uint8)
+            self._scratch_at = self._scratch.ctypes.data

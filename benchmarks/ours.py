@@ -188,7 +188,7 @@ OURS_ON_GPU = (
         "shards-jpg",
         "dali",
         packages=("nvidia-dali-cuda120",),
-        note="decoded on the GPU whole, then sliced",
+        note="decoded on the GPU, whole or cut as its self-check takes it, then sliced",
         on_gpu=True,
     ),
     _engine(

@@ -3,7 +3,7 @@
 Every rate is a range. Of the GPU: the slowest and the fastest published training of ResNet-50 on it, carried over to
 other models by how their shares of one and the same GPU's peak compare. Of the CPU: from cores that are hyperthreads,
 two of which do the work of one, to whole cores. Measured costs come from `plan_costs`, published figures from
-`published`; nothing here has run on a GPU.
+`published`; `plan_beside` holds it against what has run on a GPU.
 """
 
 import math

@@ -244,7 +244,7 @@ class Loader:
         self._position = self._resume = state["batch"]
 
     def close(self) -> None:
-        """Give back the engine's threads and memory. Batches that were handed over stay valid."""
+        """Give back the engine's threads and memory, or the engine to its pool. Batches handed over stay valid."""
         if self._stream is not None:
             self._stream.images.close()
             self._stream = None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shards.engines import Work, transfer
+from shards.engines import Work, dali, transfer
 from shards.engines.native import NativeEngine
 from shards.plan import Augment, training_plan
 
@@ -68,6 +68,32 @@ def test_copies_are_waited_for_where_loading_fails(copies):
     with pytest.raises(ValueError, match="damaged"):
         list(transfer.to_device(buffers(broken=True), "cpu"))
     assert [copy.done for copy in copies] == [True] * 4
+
+
+def dalis_batches(closed: list[bool]) -> Iterator[torch.Tensor]:
+    try:
+        for _ in range(4):
+            yield torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    finally:
+        closed.append(True)
+
+
+def test_dali_gets_a_batch_back_when_its_copy_is_done(copies, monkeypatch):
+    """Until then it is held, though the copy was handed over; closing early waits for what is under way."""
+    held, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda batch: held.append(weakref.ref(batch)) or clone(batch))
+    closed: list[bool] = []
+    owned = dali._owned(dalis_batches(closed), 0)  # pyright: ignore[reportArgumentType]  # a generator
+    own, done = next(owned)
+    assert done is copies[0]
+    next(owned)
+    assert [ref() is not None for ref in held] == [True, True]
+    copies[0].done = True
+    next(owned)
+    assert [ref() is not None for ref in held] == [False, True, True]
+    owned.close()
+    assert [copy.done for copy in copies] == [True] * 3 and closed == [True]
+    assert own.shape == (2, 8, 8, 3)
 
 
 def test_a_closed_engine_gives_its_buffers_back_and_batches_stay_valid(shard_sets):

@@ -227,7 +227,7 @@ def test_a_device_that_cannot_be_read_is_trained_on_all_the_same(shard_sets, tmp
         raise DataError("no driver")
 
     monkeypatch.setattr(suite, "readings_of", refuse)
-    trained(monkeypatch, lambda model, compiled: 1.0)
+    trained(monkeypatch, lambda model, compiled: {})
     evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
     suite.run_suite(evidence, CPU, Settings(), {"jpg": shard_sets["jpg"].path}, tmp_path)
     assert evidence.failed == ["connection to the counters"]
@@ -236,21 +236,23 @@ def test_a_device_that_cannot_be_read_is_trained_on_all_the_same(shard_sets, tmp
 
 
 def trained(monkeypatch, loss) -> None:
-    """Trainings that took no time and ended with `loss(model, compiled)`, and no other checks."""
+    """Trainings that took no time, with losses of 1 but for `loss(model, compiled)`, and no other checks."""
 
     def steps(path, model, device, *, compiled, **settings):
-        return True, {"span": (0.0, 1.0), "first_loss": 2.0, "last_loss": loss(model, compiled)}
+        return True, {"span": (0.0, 1.0), **dict.fromkeys(("first_loss", "last_loss"), 1.0), **loss(model, compiled)}
 
     monkeypatch.setattr(suite, "training_steps", steps)
     monkeypatch.setattr(suite, "whole_run", lambda *a, **k: (True, {}))
     monkeypatch.setattr(suite, "_check_engines", lambda *a: None)
 
 
-def test_compiled_training_that_learns_otherwise_is_found_out(shard_sets, tmp_path, monkeypatch):
-    trained(monkeypatch, lambda model, compiled: 0.9 if compiled and model == "vit_b16" else 0.98 if compiled else 1.0)
+@pytest.mark.parametrize("which", ["first_loss", "last_loss"])
+def test_compiled_training_that_learns_otherwise_is_found_out(shard_sets, tmp_path, monkeypatch, which):
+    trained(monkeypatch, lambda model, compiled: {which: 0.9 if model == "vit_b16" else 0.98} if compiled else {})
     evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
     suite.run_suite(evidence, CPU, Settings(), {"jpg": shard_sets["jpg"].path}, tmp_path)
     assert [name for name in evidence.failed if name.startswith("training")] == ["training of vit_b16 (compiled)"]
+    assert evidence.checks[-3]["numbers"]["eager_losses"] == [1.0, 1.0]
 
 
 @pytest.mark.slow

@@ -19,14 +19,14 @@ Batch = tuple[Tensor, Tensor, Tensor]
 FAILURES = (RuntimeError, OSError)
 """What compiling can end in: TorchDynamo's and Inductor's errors are RuntimeErrors, a missing compiler an OSError."""
 
-COST_S_PER_LAYER = {"cpu": 3.5, "cuda": 1.2}
-"""Seconds that compiling took for each convolution or linear layer: ResNet-18's 21 took 74 s for two CPU cores, and
-24 s for an H100 beside 16 cores."""
+COST_S = {"cpu": (0.0, 3.5), "cuda": (10.0, 0.5)}
+"""Seconds that compiling takes, and those for each convolution or linear layer: for two CPU cores ResNet-18's 21 took
+74 s; for an H100 beside 16 cores they took 21 s, and ViT-B/16's 50, of which many are alike, 23 s."""
 
 MOST_COST = {"cpu": 0.05, "cuda": 0.2}
 """The share of the uncompiled training time that compiling may cost at the most. On a CPU it may turn out to gain
-nothing (AlexNet ran faster without), so it has to be nearly free; on an H100 it saves ResNet-18 28 % of the time at
-batches of 256, and more than half at 64."""
+nothing (AlexNet ran faster without), so it has to be nearly free; on an H100 training with batches of 64 took ResNet-18
+and ViT-B/16 less than half of the time (`benchmarks/results/gpu`), and with larger ones it gains less."""
 
 
 def decide(wanted: str, layers: int, device: torch.device, eager_run_s: Callable[[], float]) -> Decision:
@@ -42,7 +42,8 @@ def decide(wanted: str, layers: int, device: torch.device, eager_run_s: Callable
     if wanted == "on":
         return Decision("on", "asked for")
     kind = device.type if device.type in MOST_COST else "cpu"
-    eager_s, cost_s, most = eager_run_s(), COST_S_PER_LAYER[kind] * layers, MOST_COST[kind]
+    start_s, layer_s = COST_S[kind]
+    eager_s, cost_s, most = eager_run_s(), start_s + layer_s * layers, MOST_COST[kind]
     estimate = f"compiling takes about {cost_s:.0f} s and training without it about {eager_s:.0f} s"
     if cost_s > most * eager_s:
         return Decision("off", f"{estimate}: more than {100 * most:.0f} % of it")
@@ -123,7 +124,14 @@ def step_s(net: nn.Module, step: Callable[[Batch], Tensor], count: int, px: int,
 
 
 def warm_up(net: nn.Module, step: Callable[[Batch], Tensor], count: int, px: int, device: torch.device) -> None:
-    """Compile `step`, forward and backward, for batches of `count` images of `px`; `net` stays as it is."""
+    """Compile `step`, forward and backward, for batches of `count` images of `px`; `net` stays as it is.
+
+    CUDA graphs run a first time as they are, are recorded the second and replayed the third: whatever can fail or takes
+    time in that belongs here and not into training.
+    """
     with leaving_no_trace(net, device):
-        step(example(count, px, device))
+        for _ in range(3 if device.type == "cuda" else 1):
+            for parameter in net.parameters():
+                parameter.grad = None
+            step(example(count, px, device))
         devices.synchronize(device)

@@ -142,9 +142,9 @@ def scaler(device: torch.device, name: str) -> torch.amp.GradScaler:
 def compile_mode(device: torch.device, processes: int) -> str | None:
     """The mode of `torch.compile`: `reduce-overhead` on a GPU, where its CUDA graphs launch a step at once.
 
-    At batches of 64 an H100 does ResNet-18's kernels faster than Python launches them: 12,900 img/s with graphs, 7,200
-    compiled without, 8,100 eager. None, PyTorch's default, on a CPU, and where several processes train, which nobody
-    has tried.
+    At batches of 64 an H100 does ResNet-18's kernels faster than Python launches them: on one cached batch 12,149 img/s
+    with graphs and 4,077 eager (`benchmarks/results/gpu`). None, PyTorch's default, on a CPU, and where several
+    processes train, which nobody has tried.
     """
     return "reduce-overhead" if device.type == "cuda" and processes == 1 else None
 

@@ -1,6 +1,7 @@
 """The network's answers for a whole split, each sample once, however many ranks share the work."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,11 @@ def answers(
     net.eval()
     parts = []
     try:
-        for number, batch in enumerate(loader, 1):
-            with torch.inference_mode(), devices.autocast(world.device, precision):
-                parts.append((batch.samples, net(batch.images, batch.colour), batch.mask))
-            between(number)
+        with closing(iter(loader)) as batches:  # pyright: ignore[reportArgumentType]  # a generator
+            for number, batch in enumerate(batches, 1):
+                with torch.inference_mode(), devices.autocast(world.device, precision):
+                    parts.append((batch.samples, net(batch.images, batch.colour), batch.mask))
+                between(number)
     finally:
         net.train(was_training)
     # fetched once, at the end: the device never waits for the host in between

@@ -1,12 +1,14 @@
 """The DALI engine: NVIDIA's decoders carry out the plan, on a GPU or on the CPU. The only file that imports DALI.
 
-Python reads a sample's bytes, checks them and hands them over with the plan's numbers; DALI decodes the box, resizes
-it, flips it and transposes it. The graph is the same function on both devices, so that the CPU's tests cover it.
+Python reads a sample's bytes, checks them and hands them over, whole or cut, with the plan's numbers; DALI decodes
+them, slices the box, resizes it, flips it and transposes it. The graph is the same function on both devices, so that
+the CPU's tests cover it.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from threading import Lock
@@ -172,20 +174,22 @@ class DaliEngine:
         self.graph = Graph(contents, _device_id(device), threads or available_cores(), prefetch, hw_decoder_load)
         self._reader = Reader(data, contents, prefetch, cutting=variant == "region")
         self._idle: list[_Pipeline] = []
-        self._taking = Lock()  # runs may be on different threads
+        self._taking, self._closed = Lock(), False  # runs may be on different threads
 
     def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. DALI is fed and asked on a thread, so that this takes no time of the training loop's."""
         if self.graph.device_id is None:
-            for batch in _one_ahead(self._images(work, resolution)):
-                yield batch.permute(0, 3, 1, 2)
-                del batch
+            with closing(_one_ahead(self._images(work, resolution))) as batches:
+                for batch in batches:
+                    yield batch.permute(0, 3, 1, 2)
+                    del batch
             return
         from shards.engines.transfer import hand_over
 
-        for batch, copied in _one_ahead(_owned(self._images(work, resolution), self.graph.device_id)):
-            yield hand_over(batch, copied, f"cuda:{self.graph.device_id}")
-            del batch, copied
+        with closing(_one_ahead(_owned(self._images(work, resolution), self.graph.device_id))) as copies:
+            for batch, copied in copies:
+                yield hand_over(batch, copied, f"cuda:{self.graph.device_id}")
+                del batch, copied
 
     def _images(self, work: Iterable[Work], resolution: int) -> "Generator[torch.Tensor, None, None]":
         """(n, S, S, 3) uint8 in memory of DALI's."""
@@ -199,12 +203,12 @@ class DaliEngine:
                     yield from pipeline.run(source)
                 except GeneratorExit:
                     if pipeline.drained():
-                        self._idle.append(pipeline)
+                        self._put_back(pipeline)
                     raise
                 except RuntimeError as error:  # DALI's; the pipeline is of no more use
                     self._name_undecodable(pipeline.source.under_way, error)
                     raise
-                self._idle.append(pipeline)
+                self._put_back(pipeline)
                 if pipeline.source.error is not None:
                     raise pipeline.source.error
                 first = pipeline.source.too_large
@@ -219,6 +223,12 @@ class DaliEngine:
                 return self._idle.pop()
         return _Pipeline(self.graph, batch)
 
+    def _put_back(self, pipeline: _Pipeline) -> None:
+        """Keep a pipeline for the next run, unless there will be none."""
+        with self._taking:
+            if not self._closed:
+                self._idle.append(pipeline)
+
     def _name_undecodable(self, under_way: Iterable[np.ndarray], error: RuntimeError) -> None:
         """Raise DataError naming the sample that made DALI stop, if one of those under way cannot be decoded."""
         for sample in np.concatenate([np.empty(0, np.int64), *under_way]).tolist():
@@ -231,7 +241,9 @@ class DaliEngine:
     def close(self) -> None:
         """Give back threads, pipelines and their memory. Batches that were handed over stay valid."""
         self._reader.close()
-        self._idle.clear()
+        with self._taking:
+            self._closed = True
+            self._idle.clear()
 
 
 def _device_id(device: str) -> int | None:

@@ -22,7 +22,7 @@ INPUTS = {
 (n, 2) int32 y, x of the box in the JPEG that is fed, and its h, w; size, (n, 2) float32 height and width of the output,
 negative where it is mirrored; transposed and raw, (n,) bool."""
 
-_READERS = 2  # threads that read and check: a batch each, and the rest of the work is DALI's own
+_READERS = 2  # threads that read, check and cut: a batch each, and the rest of the work is DALI's own
 
 
 @dataclass(frozen=True)

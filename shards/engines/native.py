@@ -1,7 +1,8 @@
 """The CPU engine: threads that cut, decode, resize and flip straight into a batch's buffer, with OpenCV.
 
-OpenCV and xxHash let go of Python's lock while they work, so threads scale until the Python part of an image (about
-a thirtieth of its decoding) fills one core. Buffers are used again once nobody holds the batch that was made of them.
+The decoder, the kernels and xxHash let go of Python's lock while they work, so threads scale until the Python between
+them fills a core, and less well before that, for they wait for the lock: on 16 cores a third of what 16 would give
+(docs/scaling.md). Buffers are used again once nobody holds the batch that was made of them.
 """
 
 import os

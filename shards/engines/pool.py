@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class EnginePool:
     """For a process that makes many loaders of one set, such as those of a run's splits, or of a study's runs.
 
-    It keeps the engines that are for a set as a whole and dear to build: dali's. On an H100 an evaluation of 26 images
-    took 1.9 s with a new one.
+    It keeps the engines that are for a set as a whole and dear to build: dali's. On an H100 the first batch of a new
+    one came after 1.9 s.
     """
 
     def __init__(self) -> None:

@@ -124,13 +124,9 @@ def step_s(net: nn.Module, step: Callable[[Batch], Tensor], count: int, px: int,
 
 
 def warm_up(net: nn.Module, step: Callable[[Batch], Tensor], count: int, px: int, device: torch.device) -> None:
-    """Compile `step`, forward and backward, for batches of `count` images of `px`; `net` stays as it is.
-
-    CUDA graphs run a first time as they are, are recorded the second and replayed the third: whatever can fail or takes
-    time in that belongs here and not into training.
-    """
+    """Compile `step`, forward and backward, for batches of `count` images of `px`; `net` stays as it is."""
     with leaving_no_trace(net, device):
-        for _ in range(3 if device.type == "cuda" else 1):
+        for _ in range(devices.steps_to_compile(device)):
             for parameter in net.parameters():
                 parameter.grad = None
             step(example(count, px, device))

@@ -149,6 +149,15 @@ def compile_mode(device: torch.device, processes: int) -> str | None:
     return "reduce-overhead" if device.type == "cuda" and processes == 1 else None
 
 
+def steps_to_compile(device: torch.device) -> int:
+    """How many steps it takes until compiled code is all made.
+
+    CUDA graphs run a first time as they are, are recorded the second and replayed the third: whatever can fail or takes
+    time in that belongs before training.
+    """
+    return 3 if device.type == "cuda" else 1
+
+
 # ------------------------------------------------------------------ optimizer
 
 

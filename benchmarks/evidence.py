@@ -83,7 +83,9 @@ class Evidence:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it: numbers that are none become text."""
+    """As JSON can hold it: numbers that are none become text. The home folder, which is one machine's, becomes `~`."""
+    if isinstance(value, str):
+        return value.replace(f"{Path.home()}/", "~/")
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,12 +1,13 @@
 """What has run on which GPU: the README's table is that of the committed files, and says so where there are none."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.evidence import FOLDER, NOTHING, block_of, main, read_evidence, table
+from benchmarks.evidence import FOLDER, NOTHING, Evidence, block_of, main, read_evidence, table
 from shards.errors import DataError
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,17 @@ def test_the_readme_says_what_the_evidence_says(monkeypatch):
 def test_every_committed_file_is_of_a_gpu():
     for path in sorted((ROOT / FOLDER).glob("*.json")):
         read_evidence(path)
+
+
+def test_the_home_folder_is_not_in_what_is_committed(tmp_path):
+    evidence = Evidence(tmp_path / "e.json", {"name": "a GPU"}, lambda line: None)
+    evidence.check("choice", lambda: (True, {"reason": f"kept in {Path.home()}/.cache/x.json", "all": [float("nan")]}))
+    assert json.loads(evidence.out.read_text())["checks"][0]["numbers"] == {
+        "reason": "kept in ~/.cache/x.json",
+        "all": ["nan"],
+    }
+    for path in (ROOT / FOLDER).glob("*.json"):
+        assert not re.search(r"/(root|home)/", path.read_text())
 
 
 def test_no_files_are_said_to_be_none(tmp_path):

@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 _ADD = click.option("--add", is_flag=True, help="Keep what the table in --out has of models that are not named now.")
-_SECONDS = click.option(
-    "--seconds",
-    type=click.FloatRange(0, min_open=True),
-    help="Least length of a round, s; it has at least four steps.  [default: 4, quick 0.5]",
-)
+
+
+def _seconds(default: str) -> Any:
+    kind = click.FloatRange(0, min_open=True)
+    return click.option("--seconds", type=kind, help=f"Least length of a round, s.  [default: {default}, quick 0.5]")
 
 
 @click.command()
 @shared
 @training_options()
 @_ADD
-@_SECONDS
+@_seconds("4")
 @click.option("--fp32", is_flag=True, help="Also eager and compiled in float32, where the device trains in less.")
 def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool, **settings: Any) -> None:
     """Images per second of the models: eager, channels-last, compiled, each beside a cached batch.
@@ -55,14 +55,15 @@ def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool,
         return measure_training(job, names, machine, rounds=rounds, seconds=seconds, told=told)
 
     peaks = matrix_products(names, devices.choose(settings["device"]))
-    _train("training", measure, len(names) + len(peaks), training_text, quick, rounds, **settings)
+    rounds, seconds = rounds or (5 if quick else 6), settings.pop("seconds") or (0.5 if quick else 4.0)
+    _train("training", measure, len(names) + len(peaks), training_text, quick, rounds, seconds=seconds, **settings)
 
 
 @click.command()
 @shared
 @training_options()
 @_ADD
-@_SECONDS
+@_seconds("1")
 @click.option(
     "--style",
     type=click.Choice(["eager NCHW", "channels-last", "compiled"]),
@@ -81,7 +82,11 @@ def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool,
 def stalls(
     quick: bool, rounds: int | None, only: tuple[str, ...], style: str, engines: tuple[str, ...], **settings: Any
 ) -> None:
-    """How much of training waits for data: cached batch, warm files, cold files, and the counted wait."""
+    """How much of training waits for data: cached batch, warm files, cold files, and the counted wait.
+
+    Rounds are many and short, 20 here unless --rounds says otherwise: on a machine whose speed drifts, two systems are
+    compared as well as their turns are near each other.
+    """
     from benchmarks.stalls import ENGINES, measure_stalls, stalls_text
     from shards.errors import UsageError
     from train import device as devices
@@ -97,7 +102,8 @@ def stalls(
     gpu = devices.choose(settings["device"]).type == "cuda"
     engines = engines or (("jpg",) if quick else tuple(name for name in ENGINES if gpu or name != "dali"))
     systems = 1 + sum(len(ENGINES[engine]) for engine in engines)
-    _train("stalls", measure, systems, stalls_text, quick, rounds, **settings)
+    rounds, seconds = rounds or (10 if quick else 20), settings.pop("seconds") or (0.5 if quick else 1.0)
+    _train("stalls", measure, systems, stalls_text, quick, rounds, seconds=seconds, **settings)
 
 
 def _train(
@@ -106,8 +112,9 @@ def _train(
     systems: int,
     text: Callable[[list], str],
     quick: bool,
-    rounds: int | None,
+    rounds: int,
     *,
+    seconds: float,
     models: tuple[str, ...],
     source: Path,
     cache: Path,
@@ -117,7 +124,6 @@ def _train(
     batch_size: int,
     device: str,
     add: bool,
-    seconds: float | None,
 ) -> None:
     """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
     from benchmarks.forms import sized
@@ -129,15 +135,14 @@ def _train(
 
     models = models or (("resnet18",) if quick else tuple(MODELS))
     check_models(models, resolution)
-    rounds = rounds or (5 if quick else 6)
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
     machine = environment(command_line(work))
     table = f"{name}-quick" if quick else name
     rows = kept(out, table, models, work) if add else []
-    with Progress(name, len(models) * systems * (1 + rounds), "runs") as bar:  # without warm-up rounds
+    with Progress(name, len(models) * systems * (2 + rounds), "runs") as bar:
         for model in models:
             job = TrainingJob(work, model, device)
-            rows += measure(job, machine, rounds, seconds or (0.5 if quick else 4.0), advance(bar))
+            rows += measure(job, machine, rounds, seconds, advance(bar))
             publish(out, table, rows, text, show=model == models[-1])
 
 

@@ -71,9 +71,8 @@ def measure_training(
     device = devices.choose(job.device)
     peaks = matrix_products(names, device)
     chosen = [*names, *peaks.values()]
-    # without a warm-up round: every round begins with untimed steps
     series, about = take_turns(
-        set_up, chosen, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told, warmup=0
+        set_up, chosen, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told, frozen=True
     )
     parameters, forward = models.cost(job.model, job.work.resolution_px, 7)
     rows: list[Row] = []

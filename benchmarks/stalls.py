@@ -48,9 +48,8 @@ def measure_stalls(
     ceiling = system_name(style, CACHED)
     fed = [[system_name(style, source) for source in ENGINES[engine]] for engine in engines]
     names = [ceiling, *(name for each in fed for name in each)]
-    # without a warm-up round: every round begins with untimed steps
     series, _ = take_turns(
-        set_up, names, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told, warmup=0
+        set_up, names, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told, frozen=True
     )
     cached = series[ceiling]
     rows: list[Row] = []

@@ -47,10 +47,9 @@ _FORMS = {
 _MATRICES = {"cpu": (2048, 2), "cuda": (8192, 20)}
 """Side of the matrices of the peak, and products in a pass, by the device's type: smaller ones do not fill a GPU."""
 _SETTLING = 2
-"""Untimed steps before each round: while other systems had their turn, a loader made ready what it reads ahead, two
-batches, and for those nobody waits. What the first counted steps wait for is then as in the middle of a training."""
-_LEAST_STEPS = 4
-"""Of a round: of a network that takes seconds a step, one or two would say nothing about waiting."""
+"""Untimed steps before a round of a source that reads ahead while others have their turn (its worker processes are not
+frozen), or that was opened anew (cold files): for the two batches that are ready then nobody waits. What the first
+counted step waits for is then as in the middle of a training."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,11 @@ def system_name(style: str, source: str) -> str:
 @dataclass
 class _Feed:
     """Where batches come from. batches: endless, but for cold files one epoch, for a second one would find them warm;
-    reset: untimed, before each round."""
+    reset: untimed, before each round; settling: untimed steps after that."""
 
     batches: "Iterator[tuple[Tensor, Tensor, Tensor]]"
-    reset: Callable[[], None]
+    reset: Callable[[], None] = lambda: None
+    settling: int = 0
 
 
 def set_up(name: str, job: TrainingJob) -> Running:
@@ -123,14 +123,14 @@ def set_up(name: str, job: TrainingJob) -> Running:
         once()
         seconds.append(time.perf_counter() - begin)
     about = {"compile_s": max(seconds[0] - min(seconds[1:]), 0.0)} if compiled and source == CACHED else {}
-    passes = 1 if device.type == "cuda" else _SETTLING
 
     def settle() -> None:
         feed.reset()
-        for _ in range(passes):
-            once()
+        for batch in itertools.islice(feed.batches, feed.settling):
+            step(*batch)
+        devices.synchronize(device)
 
-    return Running(once, settle, 1 if device.type == "cuda" else _LEAST_STEPS, about, lambda: waited)
+    return Running(once, settle, about=about, waited=lambda: waited)
 
 
 def precision_of(name: str, device: "torch.device") -> str:
@@ -226,19 +226,19 @@ def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> 
     from shards import ShardSet
 
     if source == FOLDER:
-        return _Feed(_endless_folder(job.work, device), lambda: None)
+        return _Feed(_endless_folder(job.work, device), settling=_SETTLING)
     if source == CACHED:
         batch = next(_native(job, device))
         if style.startswith(EAGER):
             batch = (batch[0].contiguous(), *batch[1:])
-        return _Feed(itertools.repeat(batch), lambda: None)
+        return _Feed(itertools.repeat(batch))
     if source in (NATIVE, RAW, RESIDENT, DALI):
-        return _Feed(_native(job, device, source), lambda: None)
+        return _Feed(_native(job, device, source))
     folder = prepared(_FORMS[source][0], job.work) / "set"
     with ShardSet(folder) as data:
         steps = len(data.select("train")) // job.work.batch_size
     held = _native(job, device, source)
-    feed = _Feed(held, lambda: None)
+    feed = _Feed(held, settling=_SETTLING)
 
     def reset() -> None:
         nonlocal held

@@ -1,7 +1,7 @@
 """The process that one system lives in, so that systems share no threads, locks or crashes, and can still take turns.
 
 All come from one fork server that has imported torch already. The parent asks for rounds over a pipe; between rounds a
-system waits, and does nothing.
+system waits. Its threads may go on reading ahead then, unless it is frozen.
 """
 
 import contextlib
@@ -68,21 +68,32 @@ class Worker:
     """One system in a process of its own. A context manager: leaving it ends the process and its children."""
 
     def __init__(
-        self, context: ForkServerContext, set_up: SetUp, name: str, job: Any, *, logs: Path, limit_s: float
+        self,
+        context: ForkServerContext,
+        set_up: SetUp,
+        name: str,
+        job: Any,
+        *,
+        logs: Path,
+        limit_s: float,
+        frozen: bool = False,
     ) -> None:
         """Start the process.
 
         logs: folder for what its libraries print. limit_s: how long it may take to get ready, or for one round, before
-        it is given up.
+        it is given up. frozen: all its threads are stopped between its rounds, so that each goes on where the last one
+        ended, with nothing read ahead meanwhile; worker processes of its own go on.
         """
-        self.name, self.limit_s = name, limit_s
+        self.name, self.limit_s, self.frozen = name, limit_s, frozen
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{name.replace(' ', '-').replace(':', '')}.log"
         self._pipe, other = context.Pipe()
-        arguments = (other, set_up, name, job, log, multiprocessing.get_start_method())
+        held, self._holds = context.Pipe(duplex=False)
+        arguments = (other, held, set_up, name, job, log, multiprocessing.get_start_method())
         self._process = context.Process(target=_serve, args=arguments, name=name)
         self._process.start()
         other.close()
+        held.close()
 
     def __enter__(self) -> "Worker":
         """Enter the context."""
@@ -102,7 +113,13 @@ class Worker:
             raise self._died() from None
         if kind == "failed":
             raise SystemFailedError(str(value))
+        self._signal(signal.SIGSTOP)
         return value
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.frozen and self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # what it died of is said where its answer is waited for
+                os.kill(self._process.pid, number)
 
     def _died(self) -> SystemFailedError:
         self._process.join(5)
@@ -117,6 +134,7 @@ class Worker:
 
     def run(self, seconds: float) -> Sample:
         """Whole passes until at least `seconds` have gone by. Raises SystemFailedError with the reason."""
+        self._signal(signal.SIGCONT)
         try:
             self._pipe.send(seconds)
         except (BrokenPipeError, OSError):
@@ -126,6 +144,7 @@ class Worker:
     def close(self) -> None:
         """End the process, kindly at first, then with all its children."""
         self._pipe.close()
+        self._holds.close()
         self._process.join(5)
         if self._process.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # the group is gone when nobody is left in it
@@ -149,13 +168,14 @@ def take_turns(
     told: Told,
     warmup: int = 1,
     limit_s: float = SET_UP_LIMIT_S,
+    frozen: bool = False,
 ) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
     """Set up every system in a process of its own, then run them in turn, `rounds` times.
 
     seconds: least length of a round. warmup: rounds before those, which are thrown away: since a system was set up all
     others were, and what it had in caches is gone. limit_s: what setting up, and a round beyond its least length, may
-    take. Returns the timed runs of each system, and the figures found while setting it up. One that fails or hangs
-    keeps the reason.
+    take. frozen: a system stands still while others have their turn. Returns the timed runs of each system, and the
+    figures found while setting it up. One that fails or hangs keeps the reason.
     """
     context = start_server()
     series: dict[str, Series] = {}
@@ -164,7 +184,8 @@ def take_turns(
         running: dict[str, Callable[[], Sample]] = {}
         for name in names:
             told(f"set up {name}")
-            worker = stack.enter_context(Worker(context, set_up, name, job, logs=logs, limit_s=limit_s + 20 * seconds))
+            limit = limit_s + 20 * seconds
+            worker = stack.enter_context(Worker(context, set_up, name, job, logs=logs, limit_s=limit, frozen=frozen))
             try:
                 about[name] = worker.ready()
             except SystemFailedError as error:
@@ -187,11 +208,29 @@ def _asked(pipe: Connection) -> float | None:
         return None
 
 
-def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, start_method: str) -> None:
+def _wake_when_alone(pipe: Connection, held: Connection) -> None:
+    """Leave a child behind that wakes this process when the other end of `held` is gone, and with it who asks: frozen,
+    it would never see that."""
+    frozen = os.getpid()
+    if os.fork():
+        return
+    try:
+        pipe.close()  # its end is the sign of life of this process, not of its child
+        with contextlib.suppress(EOFError):
+            held.recv()
+        os.kill(frozen, signal.SIGCONT)
+    finally:
+        os._exit(0)  # nothing else of what was forked may run here
+
+
+def _serve(
+    pipe: Connection, held: Connection, set_up: SetUp, name: str, job: Any, log: Path, start_method: str
+) -> None:
     """The process: set up, say so, and run a round for every number of seconds that comes."""
     multiprocessing.set_start_method(start_method, force=True)  # for the system's own workers: Python's default
     os.setsid()  # a group of its own, so that its workers can be ended with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    _wake_when_alone(pipe, held)
     with log.open("w", encoding="utf-8") as file:  # what libraries print would land in the progress display
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

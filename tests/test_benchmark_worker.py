@@ -1,8 +1,11 @@
 """The process that each system of a benchmark lives in: rounds, failures, and turns."""
 
+import itertools
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -97,6 +100,62 @@ def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(cont
 
 def in_threes(name: str, job: object) -> Running:
     return Running(lambda: 10, least=3)
+
+
+def ticking(name: str, job: object) -> Running:
+    """A thread counts on in the background, as a loader reads ahead; a pass gives what it has counted."""
+    count = 0
+
+    def tick() -> None:
+        nonlocal count
+        while True:
+            count += 1
+            time.sleep(0.001)
+
+    threading.Thread(target=tick, daemon=True).start()
+
+    def once() -> int:
+        time.sleep(0.05)
+        return count
+
+    return Running(once)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_system_reads_nothing_ahead_between_its_rounds(context, tmp_path, frozen):
+    with Worker(context, ticking, "ticks", None, logs=tmp_path, limit_s=60, frozen=frozen) as worker:
+        worker.ready()
+        counts = []
+        for _ in range(3):
+            counts.append(worker.run(1e-9).count)
+            time.sleep(1.0)
+        began = time.monotonic()
+    between = [after - before for before, after in itertools.pairwise(counts)]
+    assert all(0 < ticks < 200 for ticks in between) if frozen else min(between) > 200
+    assert time.monotonic() - began < 4  # it was asked to end, and heard it
+
+
+def test_a_frozen_system_does_not_outlive_who_asks(tmp_path):
+    """Killed from outside, the parent cannot wake it."""
+    asks = f"""
+import time
+from pathlib import Path
+from benchmarks.worker import Worker, start_server
+from tests.test_benchmark_worker import well
+worker = Worker(start_server(("numpy",)), well, "still", None, logs=Path({str(tmp_path)!r}), limit_s=60, frozen=True)
+worker.ready()
+print(worker._process.pid, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", asks], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        parent.kill()
+    end = time.monotonic() + 30
+    while any(pid == process for process, _ in living()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def scarce(name: str, job: object) -> Running:

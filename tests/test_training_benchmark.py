@@ -89,7 +89,7 @@ def test_a_round_starts_when_what_was_read_ahead_is_used_up(job, monkeypatch):
         left += 1
     assert not closed  # at the end of the epoch nobody had to wait for that
     images = len(ShardSet(prepared("shards-cold", job.work) / "set").select("train"))
-    assert left == images // 8 - 2 and running.least >= 4
+    assert left == images // 8 - 2
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
             batch_size=2,
             device="cpu",
             add=add,
-            seconds=None,
+            seconds=1.0,
         )
 
     def found() -> dict:

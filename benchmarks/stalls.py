@@ -49,7 +49,14 @@ def measure_stalls(
     fed = [[system_name(style, source) for source in ENGINES[engine]] for engine in engines]
     names = [ceiling, *(name for each in fed for name in each)]
     series, _ = take_turns(
-        set_up, names, job, job.work.cache / "logs", rounds=rounds, seconds=seconds, told=told, frozen=True
+        set_up,
+        turns(ceiling, fed),
+        job,
+        job.work.cache / "logs",
+        rounds=rounds,
+        seconds=seconds,
+        told=told,
+        frozen=True,
     )
     cached = series[ceiling]
     rows: list[Row] = []
@@ -67,6 +74,19 @@ def measure_stalls(
             rows.append(summary_row(waits, series[name].failed, metric="data_wait", unit="1", **columns))
             rows.append(_utilization(series[name], cached, columns))
     return rows
+
+
+def turns(ceiling: str, fed: Sequence[Sequence[str]]) -> list[str]:
+    """The order within a round: the cached batch in the middle, warm files next to it, and cold ones, whose turns take
+    longest, outside. The machine's speed drifts, and what is compared should be near each other."""
+    before: list[str] = []
+    after: list[str] = []
+    for place, (warm, *cold) in enumerate(fed):
+        if place % 2:
+            after = [warm, *after, *cold]
+        else:
+            before = [*cold, *before, warm]
+    return [*before, ceiling, *after]
 
 
 def _stall(slower: Series, faster: Series, metric: str, columns: dict[str, Any]) -> Row:

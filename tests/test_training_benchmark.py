@@ -10,7 +10,7 @@ from benchmarks.cold import StillCachedError, cached_share, drop_from_cache
 from benchmarks.forms import prepared
 from benchmarks.measure import Row, Sample, Series
 from benchmarks.speed import IN_FP32, RATIOS, SYSTEMS, _share_of_peak, matrix_products, training_text
-from benchmarks.stalls import _stall, _utilization, agreement, by_engine, stalls_text
+from benchmarks.stalls import _stall, _utilization, agreement, by_engine, stalls_text, turns
 from benchmarks.tables import read_csv
 from benchmarks.training import (
     CACHED,
@@ -154,6 +154,12 @@ def test_stalls_are_shares_of_the_slower_ones_time():
     failed = _stall(warm, Series(failed="no disk"), "prep_stall", columns)
     assert failed.value is None
     assert failed.failed == "no disk"
+
+
+def test_what_is_compared_has_its_turns_side_by_side():
+    order = turns("none", [("jpg", "jpg cold"), ("raw", "raw cold"), ("resident",)])
+    assert order == ["jpg cold", "jpg", "resident", "none", "raw", "raw cold"]
+    assert turns("none", [("jpg", "jpg cold")]) == ["jpg cold", "jpg", "none"]
 
 
 def test_agreement_is_said_in_points():

@@ -90,7 +90,8 @@ def set_up(name: str, job: TrainingJob) -> Running:
     from train import device as devices
 
     device = devices.choose(job.device)
-    devices.prepare(device)
+    if device.type != "cpu" or not name.startswith(EAGER):  # the C library keeps freed memory, which is not usual
+        devices.prepare(device)
     if name.startswith(MATRIX):
         return _matrix(device, precision_of(name, device))
     style, _, source = name.partition(", ")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shards.errors import UsageError
+from shards.memory import keep_all_freed_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +51,10 @@ def gpu_count() -> int:
 
 
 def prepare(device: torch.device) -> None:
-    """Settings of the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU."""
+    """Settings of the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU; on a
+    CPU, that memory which is freed is kept."""
+    if device.type == "cpu":
+        keep_all_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

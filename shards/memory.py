@@ -1,0 +1,38 @@
+"""What the C library does with memory that is freed."""
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+"""Parameters of mallopt(3)."""
+_LARGEST_THRESHOLD = 32 << 20
+"""Bytes: glibc takes no larger threshold for blocks that are mapped one by one."""
+_KEPT = 512 << 20
+"""Bytes that are kept at most."""
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep blocks of up to 32 MiB that are freed, 512 MiB in all, in this whole process (glibc's
+    mallopt; nothing happens elsewhere).
+
+    Otherwise each decoded image is given back to the system and asked for again: 450 page faults an image, which took
+    15 % of the processor time where this was measured.
+    """
+    _set({_MMAP_THRESHOLD: _LARGEST_THRESHOLD, _TRIM_THRESHOLD: _KEPT})
+
+
+def keep_all_freed_memory() -> None:
+    """Let the C library keep all that is freed, however large, until the process ends (glibc's mallopt; nothing happens
+    elsewhere).
+
+    For a process that asks for the same sizes again and again: each training step frees its activations, a
+    gigabyte, and the next one gets them back by hundreds of thousands of page faults. Without those ResNet-18 trained
+    1.08 times as fast on two cores, with 3 % more memory at the peak.
+    """
+    _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
+
+
+def _set(parameters: dict[int, int]) -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter, value in parameters.items():
+            libc.mallopt(parameter, value)

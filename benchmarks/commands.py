@@ -84,8 +84,8 @@ def stalls(
 ) -> None:
     """How much of training waits for data: cached batch, warm files, cold files, and the counted wait.
 
-    Rounds are many and short, 20 here unless --rounds says otherwise: on a machine whose speed drifts, two systems are
-    compared as well as their turns are near each other.
+    Rounds are many and short, 20 here (10 with --quick) unless --rounds says otherwise: on a machine whose speed
+    drifts, two systems are compared as well as their turns are near each other.
     """
     from benchmarks.stalls import ENGINES, measure_stalls, stalls_text
     from shards.errors import UsageError

@@ -179,10 +179,10 @@ def _settings(one: Mapping[str, Any]) -> str:
     return f"{one['environment']['cores']} cores, batches of {settings['batch_size']} at {settings['resolution']} px"
 
 
-def _numbers(one: Mapping[str, Any], name: str, exact: bool = False) -> dict[str, Any]:
-    """Numbers of the first check of that name, or whose name begins so; none where it did not get that far."""
+def _numbers(one: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Numbers of the first check whose name begins so; none where it did not get that far."""
     for check in one["checks"]:
-        if check["name"] == name or (not exact and check["name"].startswith(name)):
+        if check["name"].startswith(name):
             return check["numbers"]
     return {}
 

@@ -273,6 +273,7 @@ FORMS: dict[str, Callable[[Work, Path], None]] = {
     "shards-proportion": _shards("proportion"),
     "shards-cold": _shards("jpg"),  # copies that no other process has mapped, so that the kernel can drop them
     "shards-cold-raw": _shards("raw"),
+    "shards-cold-dali": _shards("jpg"),
     "shards-split": _shards("jpg", "70/10/20"),  # for whole runs, which evaluate too
     "tars": _tars,
     "mds": _mds,

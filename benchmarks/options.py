@@ -34,7 +34,7 @@ def common(command: Callable) -> Callable:
             show_default=True,
             help="HAM10000-shaped folder of originals, or one that has it in originals/ [env HAM10000_SAMPLE].",
         ),
-        click.option("--rounds", type=click.IntRange(5), help="Timed rounds per system.  [default: 5 to 9, stalls 20]"),
+        click.option("--rounds", type=click.IntRange(5), help="Timed rounds per system.  [default: 5 to 9; stalls 20]"),
     ):
         command = option(command)
     return command

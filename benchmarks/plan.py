@@ -20,7 +20,6 @@ HAM10000_IMAGES = 10_015
 CHANNEL_BYTES = 3
 LINK = "PCIe"
 """How `Way.limits` calls the link to the GPU."""
-READERS = 2  # threads that feed DALI (`shards.engines.dali_feed`)
 
 
 @dataclass(frozen=True)
@@ -166,6 +165,7 @@ def python_rate(costs: Costs, kind: str) -> Span:
 def ways(machine: Machine, costs: Costs, images: int) -> tuple[Way, ...]:
     """The ways to load on a machine, from the one that asks for least to the one that asks for most."""
     from shards.engines.dali import Graph
+    from shards.engines.dali_feed import READERS
 
     card, gpus, spare_cores = machine.card, machine.gpus, machine.cores - machine.gpus
     pixels = costs.resolution_px**2 * CHANNEL_BYTES

@@ -94,15 +94,18 @@ def _place(rate: float, paper: Span) -> str:
 
 def _lessons(checks: Mapping[str, Mapping[str, Any]], rows: Sequence[Row], cores: int) -> str:
     """What the measured rates say of what the paper leaves out."""
-    eager = {name: one for name, one in checks.items() if name.startswith("training of ") and "(" not in name}
-    busy = [one["utilization"]["sm_percent"]["mean"] for one in eager.values() if "sm_percent" in one["utilization"]]
+    # a check that failed has no numbers
+    trained = {name: one for name, one in checks.items() if name.startswith("training of ") and one}
+    eager = {name: one for name, one in trained.items() if "(" not in name}
+    read = [one.get("utilization", {}) for one in eager.values()]
+    busy = [one["sm_percent"]["mean"] for one in read if "sm_percent" in one]
     lines = []
     if busy:
         lines.append(
             f"- Of the multiprocessors {min(busy):.0f} to {max(busy):.0f} % were busy in eager training with the "
             "loader: small networks are launched more slowly than they are computed."
         )
-    for name, one in checks.items():
+    for name, one in trained.items():
         if name.endswith(" (compiled)") and name.removesuffix(" (compiled)") in eager:
             before, after = (eager[name.removesuffix(" (compiled)")][key] for key in ("cached_img_per_s", "img_per_s"))
             lines.append(

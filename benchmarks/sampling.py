@@ -15,6 +15,8 @@ came of them, 0.84 ms each; with a CPU's counters 20 took just over 1 %.
 
 NVML renews its utilization only every 1/6 to 1 s, power and clocks more often.
 """
+MOST_CORE_SHARE = 0.01
+"""What sampling may cost: a hundredth of a core."""
 
 
 class Source(Protocol):

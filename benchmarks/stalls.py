@@ -6,6 +6,7 @@ and with files that are on the disk alone (fetch stall on top). Beside it, the t
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.machine import Environment
@@ -77,7 +78,7 @@ def measure_stalls(
 
 
 def turns(ceiling: str, fed: Sequence[Sequence[str]]) -> list[str]:
-    """The order within a round: the cached batch in the middle, warm files next to it, and cold ones, whose turns take
+    """The order within a round: the cached batch in the middle, warm files about it, and cold ones, whose turns take
     longest, outside. The machine's speed drifts, and what is compared should be near each other."""
     before: list[str] = []
     after: list[str] = []
@@ -97,8 +98,8 @@ def _stall(slower: Series, faster: Series, metric: str, columns: dict[str, Any])
 
 
 def _utilization(own: Series, cached: Series, columns: dict[str, Any]) -> Row:
-    """MLPerf Storage's AU: the time that computing alone takes, over the time that training took. Setting up and the
-    first steps of every round come before the clock."""
+    """MLPerf Storage's AU: the time that computing alone takes, over the time that training took. Setting up,
+    with its first steps, and a whole warm-up round come before the clock."""
     failed = own.failed or cached.failed
     shares = [] if failed else [s.per_s / c.per_s for s, c in zip(own.samples, cached.samples, strict=True)]
     return summary_row(shares, failed, metric="accelerator_utilization", unit="1", **columns)
@@ -153,26 +154,34 @@ def stalls_text(rows: Sequence[Row]) -> str:
     own = [row for row in rows if row.benchmark == "stalls"]
     parts = ["## Stalls\n"]
     parts.append(
-        "Shares of training time. Prep stall: warm files against a cached batch. Fetch stall: cold files against warm "
-        "ones. Data wait: counted in the loop. On a CPU the loader and the model share the cores: a prep stall is then "
-        "time that decoding took from the model, and little of it is waiting.\n"
+        "Percentages of training time. Prep stall: warm files against a cached batch. Fetch stall: cold files against "
+        "warm ones. Data wait: counted in the loop. On a CPU the loader and the model share the cores: a prep stall is "
+        "then time that decoding took from the model, and little of it is waiting.\n"
     )
     lines = []
     for model, engine, found in by_engine(own):
         line = [model, engine, cell(found.get(("", "img_per_s")))]
         for cache, stall in (("warm", "prep_stall"), ("cold", "whole_stall")):
             differential, wait = found.get((cache, stall)), found.get((cache, "data_wait"))
-            line += [cell(differential), cell(wait), agreement(differential, wait)]
+            line += [_percent(differential), _percent(wait), agreement(differential, wait)]
             utilization = found.get((cache, "accelerator_utilization"))
-            line.append(cell(utilization) + _line(utilization))
+            line.append(_percent(utilization) + _line(utilization))
             if cache == "cold":
-                line.append(cell(found.get((cache, "fetch_stall"))))
+                line.append(_percent(found.get((cache, "fetch_stall"))))
         lines.append(line)
-    header = ["model", "engine", "img/s cached", "prep stall", "data wait", "the two", "AU warm"]
-    header += ["whole stall, cold", "data wait, cold", "the two, cold", "AU cold", "fetch stall"]
+    header = ["model", "engine", "img/s cached", "prep stall, %", "data wait, %", "the two", "AU warm, %"]
+    header += ["whole stall, cold, %", "data wait, cold, %", "the two, cold", "AU cold, %", "fetch stall, %"]
     parts.append(grid(header, lines))
     parts += [busy_text(own), notes(own), machine_text(own)]
     return "\n".join(part for part in parts if part)
+
+
+def _percent(row: Row | None) -> str:
+    """A share as a percentage."""
+    if row is None or row.value is None:
+        return cell(row)
+    low, high = (None if end is None else 100 * end for end in (row.low, row.high))
+    return cell(replace(row, value=100 * row.value, low=low, high=high))
 
 
 def _line(row: Row | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from benchmarks import checks
 from benchmarks.check_training import training_steps, whole_run
 from benchmarks.evidence import Evidence
-from benchmarks.sampling import HZ, CoreSource, Sampler, Source
+from benchmarks.sampling import HZ, MOST_CORE_SHARE, CoreSource, Sampler, Source
 from shards import Loader, Selection, ShardSet
 from shards.engines import selfcheck, verdicts
 from train.models import MODELS
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from shards.engines import Engine
 
 LEAST_HZ = 10.0
-MOST_CORE_SHARE = 0.01
-"""What sampling may cost: a hundredth of a core."""
 
 COMPILED_WITHIN = 0.05
 """How far the loss may be from the uncompiled network's after the same steps, as a share of it: bfloat16 rounds

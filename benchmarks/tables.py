@@ -153,6 +153,11 @@ def busy_text(rows: Sequence[Row]) -> str:
 
 def notes(rows: Sequence[Row]) -> str:
     """What failed and why, and what each system does differently, as Markdown lists."""
-    failed = dict.fromkeys(f"- {row.system}: failed, {_escape(row.failed)}" for row in rows if row.failed)
+    failed = dict.fromkeys(f"- {_named(row)}: failed, {_escape(row.failed)}" for row in rows if row.failed)
     differs = dict.fromkeys(f"- {row.system}: {row.note}" for row in rows if row.note and not row.beside)
     return "\n".join([*failed, *differs]) + "\n" if failed or differs else ""
+
+
+def _named(row: Row) -> str:
+    """A system, of which model it was where there are several."""
+    return f"{row.model}, {row.system}" if row.model and row.model != row.system else row.system

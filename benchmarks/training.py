@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cold import drop_from_cache
+from benchmarks.cold import drop_from_cache, read_into_cache
 from benchmarks.forms import prepared
 from benchmarks.work import Work
 from benchmarks.worker import Running
@@ -40,16 +40,15 @@ _FORMS = {
     COLD_RAW: ("shards-cold-raw", "native"),
     RESIDENT: ("shards-jpg", "resident"),
     DALI: ("shards-jpg", "dali"),
-    COLD_DALI: ("shards-cold", "dali"),
+    COLD_DALI: ("shards-cold-dali", "dali"),
 }
 """Of each of our loaders: the form of the images, and the engine."""
 
 _MATRICES = {"cpu": (2048, 2), "cuda": (8192, 20)}
 """Side of the matrices of the peak, and products in a pass, by the device's type: smaller ones do not fill a GPU."""
-_SETTLING = 2
-"""Untimed steps before a round of a source that reads ahead while others have their turn (its worker processes are not
-frozen), or that was opened anew (cold files): for the two batches that are ready then nobody waits. What the first
-counted step waits for is then as in the middle of a training."""
+_READ_AHEAD = 2
+"""Batches that our engines, and each worker of a DataLoader, have ready. After a pause, or when files were opened anew,
+nobody waits for those: so many steps later a step waits as in the middle of a training."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def system_name(style: str, source: str) -> str:
 @dataclass
 class _Feed:
     """Where batches come from. batches: endless, but for cold files one epoch, for a second one would find them warm;
-    reset: untimed, before each round; settling: untimed steps after that."""
+    reset: untimed, before each round; settling: untimed steps after that, where a pause changed what is read ahead."""
 
     batches: "Iterator[tuple[Tensor, Tensor, Tensor]]"
     reset: Callable[[], None] = lambda: None
@@ -226,20 +225,22 @@ def _plain_optimizer(net: "nn.Module", name: str) -> "torch.optim.Optimizer":
 def _feed(source: str, style: str, job: TrainingJob, device: "torch.device") -> _Feed:
     from shards import ShardSet
 
-    if source == FOLDER:
-        return _Feed(_endless_folder(job.work, device), settling=_SETTLING)
+    if source == FOLDER:  # its worker processes go on while others have their turn
+        read_into_cache(prepared("originals", job.work))
+        return _Feed(_endless_folder(job.work, device), settling=_READ_AHEAD * job.work.workers)
     if source == CACHED:
         batch = next(_native(job, device))
         if style.startswith(EAGER):
             batch = (batch[0].contiguous(), *batch[1:])
         return _Feed(itertools.repeat(batch))
     if source in (NATIVE, RAW, RESIDENT, DALI):
+        read_into_cache(prepared(_FORMS[source][0], job.work))
         return _Feed(_native(job, device, source))
     folder = prepared(_FORMS[source][0], job.work) / "set"
     with ShardSet(folder) as data:
         steps = len(data.select("train")) // job.work.batch_size
     held = _native(job, device, source)
-    feed = _Feed(held, settling=_SETTLING)
+    feed = _Feed(held, settling=_READ_AHEAD)
 
     def reset() -> None:
         nonlocal held

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 
 from benchmarks.gpu import UNITS
 from benchmarks.measure import Row
+from benchmarks.sampling import MOST_CORE_SHARE
 from benchmarks.tables import busy_text, cell, figure, grid, machine_text, notes
 from benchmarks.timeline import in_order, reading
 from benchmarks.utilization import NO_GPU, NOT_READ, STATISTICS, core_means
-
-MOST_CORE_SHARE = 0.01
-"""What sampling may cost: a hundredth of a core."""
 
 _SUMMARY = (
     "sm_percent",

@@ -41,14 +41,13 @@ def _unknown() -> float:
 @dataclass(frozen=True)
 class Running:
     """A system that is set up. once: one whole pass; returns the number of images, 0 where the round has no more of
-    them. before: untimed, before each round. least: passes that a round has at least.
+    them. before: untimed, before each round.
 
     about: figures found while setting up, by metric. waited: seconds that passes have spent waiting for data so far.
     """
 
     once: Callable[[], float]
     before: Callable[[], None] = _nothing
-    least: int = 1
     about: dict[str, float] = field(default_factory=dict)
     waited: Callable[[], float] = _unknown
 
@@ -88,12 +87,10 @@ class Worker:
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{name.replace(' ', '-').replace(':', '')}.log"
         self._pipe, other = context.Pipe()
-        held, self._holds = context.Pipe(duplex=False)
-        arguments = (other, held, set_up, name, job, log, multiprocessing.get_start_method())
+        arguments = (other, set_up, name, job, log, multiprocessing.get_start_method(), frozen)
         self._process = context.Process(target=_serve, args=arguments, name=name)
         self._process.start()
         other.close()
-        held.close()
 
     def __enter__(self) -> "Worker":
         """Enter the context."""
@@ -144,7 +141,7 @@ class Worker:
     def close(self) -> None:
         """End the process, kindly at first, then with all its children."""
         self._pipe.close()
-        self._holds.close()
+        self._signal(signal.SIGCONT)
         self._process.join(5)
         if self._process.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # the group is gone when nobody is left in it
@@ -208,32 +205,29 @@ def _asked(pipe: Connection) -> float | None:
         return None
 
 
-def _wake_when_alone(pipe: Connection, held: Connection) -> None:
-    """Leave a child behind that wakes this process when the other end of `held` is gone, and with it who asks: frozen,
-    it would never see that."""
-    frozen = os.getpid()
-    if os.fork():
+def _wake_when_alone(pipe: Connection) -> None:
+    """Leave a child behind that wakes this process when the parent is gone: frozen, it would never see that."""
+    parent, frozen = multiprocessing.parent_process(), os.getpid()
+    if parent is None or os.fork():
         return
     try:
         pipe.close()  # its end is the sign of life of this process, not of its child
-        with contextlib.suppress(EOFError):
-            held.recv()
+        parent.join()
         os.kill(frozen, signal.SIGCONT)
     finally:
         os._exit(0)  # nothing else of what was forked may run here
 
 
-def _serve(
-    pipe: Connection, held: Connection, set_up: SetUp, name: str, job: Any, log: Path, start_method: str
-) -> None:
+def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, start_method: str, frozen: bool) -> None:
     """The process: set up, say so, and run a round for every number of seconds that comes."""
     multiprocessing.set_start_method(start_method, force=True)  # for the system's own workers: Python's default
     os.setsid()  # a group of its own, so that its workers can be ended with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    _wake_when_alone(pipe, held)
     with log.open("w", encoding="utf-8") as file:  # what libraries print would land in the progress display
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if frozen:
+        _wake_when_alone(pipe)
     try:
         begin = time.perf_counter()
         system = set_up(name, job)
@@ -241,11 +235,11 @@ def _serve(
         while (seconds := _asked(pipe)) is not None:
             system.before()
             meter, waited, cpu_s, begin = Meter(), system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
-            count, passes, passed = 0, 0, 0.0
-            while passed < seconds or passes < system.least:
+            count, passed = 0, 0.0
+            while passed < seconds:
                 done = system.once()
                 passed = time.perf_counter() - begin
-                count, passes = count + done, passes + 1
+                count += done
                 if not done:
                     break
             if not count:

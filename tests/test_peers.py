@@ -81,6 +81,7 @@ def test_every_form_is_read_by_somebody_and_every_system_has_its_form():
         "source",
         "shards-cold",
         "shards-cold-raw",
+        "shards-cold-dali",
         "shards-split",
     }
 

@@ -6,15 +6,28 @@ import pytest
 import torch
 
 from benchmarks import commands
-from benchmarks.cold import StillCachedError, cached_share, drop_from_cache
+from benchmarks.cold import StillCachedError, cached_share, drop_from_cache, read_into_cache
 from benchmarks.forms import prepared
+from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series
-from benchmarks.speed import IN_FP32, RATIOS, SYSTEMS, _share_of_peak, matrix_products, training_text
-from benchmarks.stalls import _stall, _utilization, agreement, by_engine, stalls_text, turns
+from benchmarks.speed import (
+    IN_FP32,
+    RATIOS,
+    SYSTEMS,
+    _share_of_peak,
+    matrix_products,
+    measure_training,
+    training_text,
+)
+from benchmarks.stalls import _stall, _utilization, agreement, by_engine, measure_stalls, stalls_text, turns
 from benchmarks.tables import read_csv
 from benchmarks.training import (
+    _FORMS,
     CACHED,
     COLD,
+    COLD_DALI,
+    COLD_RAW,
+    DALI,
     FOLDER,
     FP32,
     MATRIX,
@@ -68,7 +81,10 @@ def series(*per_s: float, wait: float = math.nan) -> Series:
         ("channels-last", NATIVE),
         ("channels-last", COLD),
         ("channels-last", RAW),
+        ("channels-last", COLD_RAW),
         ("channels-last", RESIDENT),
+        ("channels-last", DALI),
+        ("channels-last", COLD_DALI),
     ],
 )
 def test_every_way_to_train_makes_steps(job, style, source):
@@ -119,7 +135,7 @@ def test_each_engine_is_told_from_the_others():
     assert list(found) == ["jpg", "raw", "resident"]
     assert [own["warm", "prep_stall"].value for own in found.values()] == [0.1, 0.2, 0.3]
     assert all(own["", "img_per_s"].value == 50.0 for own in found.values())
-    assert "| resnet18 | raw | 50.0 | 0.20 |" in stalls_text(rows)
+    assert "| resnet18 | raw | 50.0 | 20.0 |" in stalls_text(rows)
 
 
 def test_files_leave_the_page_cache_and_come_back(tmp_path):
@@ -131,7 +147,7 @@ def test_files_leave_the_page_cache_and_come_back(tmp_path):
     except StillCachedError:
         pytest.skip("this file system keeps its files in memory")
     assert cached_share(path) <= 0.02
-    path.read_bytes()
+    read_into_cache(tmp_path)
     assert cached_share(path) == 1.0
 
 
@@ -162,6 +178,32 @@ def test_what_is_compared_has_its_turns_side_by_side():
     assert turns("none", [("jpg", "jpg cold")]) == ["jpg cold", "jpg", "none"]
 
 
+@pytest.mark.parametrize("benchmark", ["stalls", "training"])
+def test_systems_stand_still_while_others_have_their_turn(job, monkeypatch, benchmark):
+    def recorded(set_up, names, *_, frozen=False, **__):
+        assert frozen
+        order.extend(names)
+        return {name: series(10.0, 11.0, wait=0.1) for name in names}, {}
+
+    order: list[str] = []
+    fast = {"rounds": 2, "seconds": 1.0, "told": lambda step: None}
+    if benchmark == "stalls":
+        monkeypatch.setattr("benchmarks.stalls.take_turns", recorded)
+        measure_stalls(job, "channels-last", ["jpg", "raw"], environment(""), **fast)
+        sources = [name.partition(", ")[2] for name in order]
+        assert sources == [COLD, NATIVE, CACHED, RAW, COLD_RAW]
+    else:
+        monkeypatch.setattr("benchmarks.speed.take_turns", recorded)
+        measure_training(job, SYSTEMS, environment(""), **fast)
+        assert tuple(order[: len(SYSTEMS)]) == SYSTEMS and MATRIX in order
+
+
+def test_no_other_process_has_the_files_mapped_that_are_dropped():
+    cold = [_FORMS[source][0] for source in (COLD, COLD_RAW, COLD_DALI)]
+    warm = [_FORMS[source][0] for source in (NATIVE, RAW, RESIDENT, DALI)]
+    assert len({*cold}) == len(cold) and not {*cold} & {*warm}
+
+
 def test_agreement_is_said_in_points():
     stall, wait = Row("stalls", "x", "prep_stall", "1", 0.20), Row("stalls", "x", "data_wait", "1", 0.17)
     assert agreement(stall, wait) == "3.0 points apart: they agree"
@@ -187,7 +229,7 @@ def test_tables_show_failures_and_lines_under_the_mark():
         Row("stalls", name, "prep_stall", "1", None, model="resnet18", page_cache="warm", failed="no disk"),
         Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18", precision="bf16"),
     ]
-    assert "0.80 (under 90%)" in stalls_text(rows)
+    assert "80.0 (under 90%)" in stalls_text(rows)
     for ends, said in (((0.7, 0.95), "(undecided: 90%)"), ((0.91, 0.95), "(at least 90%)"), ((0.7, 0.85), "(under")):
         assert said in stalls_text([replace(rows[0], low=ends[0], high=ends[1])])
     assert "no disk" in stalls_text(rows)

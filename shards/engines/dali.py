@@ -162,7 +162,6 @@ class DaliEngine:
         *,
         contents: str = "mixed",
         variant: str = "region",
-        hw_decoder_load: float = 0.65,
     ) -> None:
         """device: `cpu`, `cuda` or `cuda:N`. contents: `jpg` or `raw` where the samples are all of one kind.
 
@@ -171,7 +170,7 @@ class DaliEngine:
         if variant not in VARIANTS or contents not in INPUTS:
             raise ValueError(f"variant '{variant}' of {VARIANTS}, contents '{contents}' of {tuple(INPUTS)}")
         self.data, self.device = data, device
-        self.graph = Graph(contents, _device_id(device), threads or available_cores(), prefetch, hw_decoder_load)
+        self.graph = Graph(contents, _device_id(device), threads or available_cores(), prefetch)
         self._reader = Reader(data, contents, prefetch, cutting=variant == "region")
         self._idle: list[_Pipeline] = []
         self._taking, self._closed = Lock(), False  # runs may be on different threads
@@ -208,10 +207,10 @@ class DaliEngine:
                 except RuntimeError as error:  # DALI's; the pipeline is of no more use
                     self._name_undecodable(pipeline.source.under_way, error)
                     raise
-                self._put_back(pipeline)
-                if pipeline.source.error is not None:
-                    raise pipeline.source.error
-                first = pipeline.source.too_large
+                error, first = pipeline.source.error, pipeline.source.too_large
+                self._put_back(pipeline)  # from here on another run may have it
+                if error is not None:
+                    raise error
         finally:
             batches.close()
 

@@ -22,7 +22,7 @@ INPUTS = {
 (n, 2) int32 y, x of the box in the JPEG that is fed, and its h, w; size, (n, 2) float32 height and width of the output,
 negative where it is mirrored; transposed and raw, (n,) bool."""
 
-_READERS = 2  # threads that read, check and cut: a batch each, and the rest of the work is DALI's own
+READERS = 2  # threads that read, check and cut: a batch each, and the rest of the work is DALI's own
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Fed:
 
 
 class Reader:
-    """Reads batches on `_READERS` threads, `ahead` of them before they are asked for."""
+    """Reads batches on `READERS` threads, `ahead` of them before they are asked for."""
 
     def __init__(self, data: ShardSet, contents: str, ahead: int, *, cutting: bool) -> None:
         """contents: a key of INPUTS. cutting: feed the part of a JPEG that holds the box, where it can be cut out."""
         self.data, self.contents, self.ahead, self.cutting = data, contents, ahead, cutting
-        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="shards-dali")
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="shards-dali")
 
     def batches(self, work: Iterable[Work], resolution: int) -> "Generator[Fed, None, None]":
         """The work's bytes, read and checked on other threads, a few batches ahead."""

@@ -152,9 +152,18 @@ def busy_text(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """What failed and why, and what each system does differently, as Markdown lists."""
+    """What failed and why, and what each system does differently, as Markdown lists; of which models, where it was not
+    the same in all."""
     failed = dict.fromkeys(f"- {_named(row)}: failed, {_escape(row.failed)}" for row in rows if row.failed)
-    differs = dict.fromkeys(f"- {row.system}: {row.note}" for row in rows if row.note and not row.beside)
+    of: dict[str, dict[str, dict[str, None]]] = {}  # system → note → models, in order
+    for row in rows:
+        if row.note and not row.beside:
+            of.setdefault(row.system, {}).setdefault(row.note, {})[row.model] = None
+    differs = [
+        f"- {system}{' (' + ', '.join(models) + ')' if len(own) > 1 else ''}: {note}"
+        for system, own in of.items()
+        for note, models in own.items()
+    ]
     return "\n".join([*failed, *differs]) + "\n" if failed or differs else ""
 
 

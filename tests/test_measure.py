@@ -227,5 +227,16 @@ def test_markdown_shows_failures_with_their_reasons():
     assert cell(None) == ""
 
 
+def test_notes_name_the_models_where_they_are_not_the_same_in_all():
+    rows = [
+        summary_row([1.0], benchmark="training", system="A", metric="m", unit="s", model=model, note=note)
+        for model, note in (("x", "old"), ("y", "new"), ("z", "old"))
+    ]
+    assert notes(rows) == "- A (x, z): old\n- A (y): new\n"
+    assert notes([rows[0], rows[2]]) == "- A: old\n"
+    failed = summary_row([], failed="no luck", benchmark="training", system="A", metric="m", unit="s", model="y")
+    assert notes([failed]) == "- y, A: failed, no luck\n"
+
+
 def test_columns_are_unique():
     assert len(set(COLUMNS)) == len(COLUMNS)

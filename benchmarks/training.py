@@ -89,8 +89,7 @@ def set_up(name: str, job: TrainingJob) -> Running:
     from train import device as devices
 
     device = devices.choose(job.device)
-    if device.type != "cpu" or not name.startswith(EAGER):  # the C library keeps freed memory, which is not usual
-        devices.prepare(device)
+    devices.prepare(device, keep_memory=not name.startswith(EAGER))  # which is not usual
     if name.startswith(MATRIX):
         return _matrix(device, precision_of(name, device))
     style, _, source = name.partition(", ")

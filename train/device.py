@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shards.errors import UsageError
-from shards.memory import keep_all_freed_memory
+from shards.memory import give_back_freed_memory, keep_all_freed_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,16 +50,24 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def prepare(device: torch.device) -> None:
-    """Settings of the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU; on a
-    CPU, that memory which is freed is kept."""
-    if device.type == "cpu":
+def prepare(device: torch.device, *, keep_memory: bool = False) -> None:
+    """Settings of the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU.
+
+    keep_memory: for training, on a CPU; what a step frees is kept for the next one, until `give_back`.
+    """
+    if keep_memory and device.type == "cpu":
         keep_all_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+
+
+def give_back(device: torch.device) -> None:
+    """Give memory that was kept for training steps back to the system, where it is the CPU's."""
+    if device.type == "cpu":
+        give_back_freed_memory()
 
 
 def describe(device: torch.device) -> str:

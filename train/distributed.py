@@ -130,7 +130,7 @@ def world(device_name: str) -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     device = devices.choose(device_name, local)
-    devices.prepare(device)
+    devices.prepare(device, keep_memory=True)
     if size == 1:
         yield World(device=device, restart=restart)
         return

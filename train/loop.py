@@ -235,6 +235,7 @@ def _train(
         if folder is not None:
             folder.epoch(progress.step, numbers)
         progress.end_epoch(steps * config.batch_size)
+        devices.give_back(world.device)  # other sizes come: of evaluation, of the next resolution
 
     # ------------------------------------------------------------------ the weights of the last step, measured
 

@@ -129,10 +129,7 @@ class Predictor:
     """Images → logits → probabilities. `prepare` may be called from many threads, the others from one at a time."""
 
     def __init__(self, run: Path, device: str = "auto") -> None:
-        """Load the run. Raises DataError or UsageError.
-
-        Process-wide it turns OpenCV's own threads off, and on a CPU lets the C library keep freed memory.
-        """
+        """Load the run. Turns OpenCV's own threads off, process-wide. Raises DataError or UsageError."""
         self.about = read_about(run)
         self.device = devices.choose(device)
         devices.prepare(self.device)

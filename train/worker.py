@@ -165,7 +165,7 @@ def _world(device_name: str) -> Any:
     from train.distributed import World
 
     device = devices.choose(device_name)
-    devices.prepare(device)
+    devices.prepare(device, keep_memory=True)
     return World(device=device)
 
 

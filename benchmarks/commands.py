@@ -12,11 +12,12 @@ from benchmarks.options import (
     advance,
     check_models,
     chosen,
-    command_line,
     common,
     images,
     kept,
+    measured_on,
     publish,
+    seconds_option,
     shared,
     training_options,
 )
@@ -30,16 +31,11 @@ if TYPE_CHECKING:
 _ADD = click.option("--add", is_flag=True, help="Keep what the table in --out has of models that are not named now.")
 
 
-def _seconds(default: str) -> Any:
-    kind = click.FloatRange(0, min_open=True)
-    return click.option("--seconds", type=kind, help=f"Least length of a round, s.  [default: {default}, quick 0.5]")
-
-
 @click.command()
 @shared
 @training_options()
 @_ADD
-@_seconds("4")
+@seconds_option("4")
 @click.option("--fp32", is_flag=True, help="Also eager and compiled in float32, where the device trains in less.")
 def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool, **settings: Any) -> None:
     """Images per second of the models: eager, channels-last, compiled, each beside a cached batch.
@@ -63,7 +59,7 @@ def training(quick: bool, rounds: int | None, only: tuple[str, ...], fp32: bool,
 @shared
 @training_options()
 @_ADD
-@_seconds("1")
+@seconds_option("1")
 @click.option(
     "--style",
     type=click.Choice(["eager NCHW", "channels-last", "compiled"]),
@@ -85,7 +81,8 @@ def stalls(
     """How much of training waits for data: cached batch, warm files, cold files, and the counted wait.
 
     Rounds are many and short, 20 here (10 with --quick) unless --rounds says otherwise: on a machine whose speed
-    drifts, two systems are compared as well as their turns are near each other.
+    drifts, two systems are compared as well as their turns are near each other. A turn is a step at least, so a model
+    whose steps take seconds wants a smaller --batch-size.
     """
     from benchmarks.stalls import ENGINES, measure_stalls, stalls_text
     from shards.errors import UsageError
@@ -127,7 +124,6 @@ def _train(
 ) -> None:
     """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
     from benchmarks.forms import sized
-    from benchmarks.machine import environment
     from benchmarks.training import TrainingJob
     from benchmarks.work import Work
     from preprocess.progress import Progress
@@ -136,7 +132,7 @@ def _train(
     models = models or (("resnet18",) if quick else tuple(MODELS))
     check_models(models, resolution)
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
-    machine = environment(command_line(work))
+    machine = measured_on(work, device)
     table = f"{name}-quick" if quick else name
     rows = kept(out, table, models, work) if add else []
     with Progress(name, len(models) * systems * (2 + rounds), "runs") as bar:
@@ -169,7 +165,6 @@ def grid(
     """A study whose cells share a worker process, against one process per cell."""
     from benchmarks.forms import sized
     from benchmarks.grids import GridJob, grid_text, measure_grid
-    from benchmarks.machine import environment
     from benchmarks.work import Work
     from preprocess.progress import Progress
     from train.cells import parse_fractions
@@ -179,7 +174,7 @@ def grid(
     work = sized(Work(images(source), cache, 200, resolution, batch_size), 312)
     epochs = epochs or (1 if quick else 20)
     job = GridJob(work, tuple(models), shares, (0, 1), epochs, compile or ("off" if quick else "on"), device)
-    machine = environment(command_line(work))
+    machine = measured_on(work, device)
     rounds = rounds or (5 if quick else 6)
     with Progress("grid", 2 * (2 + rounds), "studies") as bar:
         rows = measure_grid(job, machine, rounds=rounds, told=advance(bar))
@@ -198,7 +193,6 @@ def predict(
 ) -> None:
     """Prediction beside evaluation with a resnet18, and how long `train.predict` and `train.serve` take to start."""
     from benchmarks.forms import sized
-    from benchmarks.machine import environment
     from benchmarks.predicting import measure_predicting, predicting_text
     from benchmarks.work import Work
     from preprocess.progress import Progress
@@ -206,7 +200,7 @@ def predict(
 
     check_resolution("resnet18", resolution)
     work = sized(Work(images(source), cache, packed_px, resolution, batch_size=64), 312 if quick else 624)
-    machine = environment(command_line(work))
+    machine = measured_on(work, device)
     rounds = rounds or (6 if quick else 9)
     with Progress("predict", 1 + 3 * (2 + rounds) + 2 * (1 + rounds), "runs") as bar:
         rows = measure_predicting(

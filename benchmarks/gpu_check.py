@@ -72,7 +72,7 @@ def run_checks(
         "counts_as_gpu_evidence": device.type == "cuda",
         "note": "" if device.type == "cuda" else CPU_NOTE,
         "name": about["device_name"],
-        "environment": asdict(environment(command)) | {"torch": about},
+        "environment": asdict(environment(command, devices.gpu_uuid(device))) | {"torch": about},
         "settings": asdict(settings),
         "data": "given" if sets else f"{settings.images} computed images",
     }

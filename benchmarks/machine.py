@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from shards.errors import DataError
+
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 PACKAGES = (
@@ -63,9 +65,13 @@ class Environment:
     """Versions of the packages that decide the figures, `name version` separated by `; `."""
 
 
-def environment(command: str) -> Environment:
-    """Describe this machine and its software. `command`: the command line to record."""
-    gpu, driver, clocks = _gpu()
+def environment(command: str, gpu_uuid: str | None = None) -> Environment:
+    """Describe this machine and its software.
+
+    command: the command line to record. gpu_uuid: of the GPU that is used, `GPU-…`; None for the first one, if any.
+    Raises DataError where the driver knows no such GPU.
+    """
+    gpu, driver, clocks = _gpu(gpu_uuid)
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
@@ -109,8 +115,8 @@ def _cpu_mhz() -> str:
     return f"{min(clocks):.0f}–{max(clocks):.0f}" if clocks else ""
 
 
-def _gpu() -> tuple[str, str, str]:
-    """Model, driver and clocks of the first GPU, by NVML; ("none", "", "") without a driver or a GPU."""
+def _gpu(uuid: str | None) -> tuple[str, str, str]:
+    """Model, driver and clocks of a GPU, by NVML; ("none", "", "") without a driver or a GPU."""
     import pynvml
 
     try:
@@ -121,7 +127,10 @@ def _gpu() -> tuple[str, str, str]:
         count = pynvml.nvmlDeviceGetCount()
         if not count:
             return "none", "", ""
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        try:
+            device = pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
+        except pynvml.NVMLError as error:
+            raise DataError(f"the driver knows no GPU {uuid or '0'} ({error})") from None
         name = pynvml.nvmlDeviceGetName(device) + (f" (1 of {count})" if count > 1 else "")
         try:
             sm = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)

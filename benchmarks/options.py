@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from benchmarks.machine import Environment
     from benchmarks.measure import Row
     from benchmarks.work import Work
     from preprocess.progress import Progress
@@ -55,6 +56,12 @@ def shared(command: Callable) -> Callable:
     ):
         command = option(command)
     return command
+
+
+def seconds_option(default: str) -> Callable[[Callable], Callable]:
+    """The option for the least length of a round; default: as the help says it."""
+    kind = click.FloatRange(0, min_open=True)
+    return click.option("--seconds", type=kind, help=f"Least length of a round, s.  [default: {default}, quick 0.5]")
 
 
 def training_options(models: Sequence[str] = (), resolution: int = 224) -> Callable[[Callable], Callable]:
@@ -122,10 +129,22 @@ def command_line(work: "Work | None" = None) -> str:
     return command if work is None else f"{command}  # {described(work)}"
 
 
+def measured_on(work: "Work", device: str) -> "Environment":
+    """What goes into every row: the command line, the machine, and of its GPUs the one that `device` names.
+
+    Raises UsageError for a device that is not there, DataError where the source is not what it should be.
+    """
+    from benchmarks.machine import environment
+    from train import device as devices
+
+    return environment(command_line(work), devices.gpu_uuid(devices.choose(device)))
+
+
 def kept(out: Path, name: str, models: Collection[str], work: "Work") -> list["Row"]:
     """The rows of a table that are of other models than these; none where there is no table yet.
 
-    Raises UsageError where they are of another resolution or batch size than `work`: a table is of one job.
+    Raises UsageError where they are of another resolution than `work`. Batch sizes may differ: each model's stands
+    beside it.
     """
     from benchmarks.tables import read_csv
     from shards.errors import UsageError
@@ -133,10 +152,10 @@ def kept(out: Path, name: str, models: Collection[str], work: "Work") -> list["R
     table = out / f"{name}.csv"
     rows = [row for row in read_csv(table) if row.model not in models] if table.exists() else []
     for row in rows:
-        if (row.resolution_px, row.batch_size) != (work.resolution_px, work.batch_size):
+        if row.resolution_px != work.resolution_px:
             raise UsageError(
-                f"--add: {table} has {row.model} at --resolution {row.resolution_px} --batch-size {row.batch_size}, "
-                f"not {work.resolution_px} and {work.batch_size}; use the same ones, or another --out"
+                f"--add: {table} has {row.model} at --resolution {row.resolution_px}, not {work.resolution_px}; use "
+                "the same one, or another --out"
             )
     return rows
 

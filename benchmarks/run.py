@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from benchmarks.commands import grid, predict, stalls, training
-from benchmarks.options import advance, chosen, command_line, images, publish, shared
+from benchmarks.options import advance, chosen, images, measured_on, publish, seconds_option, shared
 from benchmarks.plan_command import plan
 from benchmarks.utilization_command import utilization
 from shards import cli
@@ -39,6 +39,7 @@ def main() -> None:
     multiple=True,
     help="Output side.  [default: 224 128, quick 224]",
 )
+@seconds_option("2")
 def loader(
     quick: bool,
     out: Path,
@@ -49,11 +50,11 @@ def loader(
     only: tuple[str, ...],
     packed_px: tuple[int, ...],
     resolutions_px: tuple[int, ...],
+    seconds: float | None,
 ) -> None:
     """Images per second and CPU seconds of loaders at equal work."""
     from benchmarks.forms import sized
     from benchmarks.loaders import jobs, loader_text, measure_loaders
-    from benchmarks.machine import environment
     from benchmarks.peers import SYSTEMS
     from benchmarks.work import Work
     from preprocess.progress import Progress
@@ -62,16 +63,14 @@ def loader(
     here = {name: system for name, system in SYSTEMS.items() if devices.gpu_count() or not system.on_gpu}
     systems = chosen(here, only)
     work = sized(Work(images(source), cache, workers=workers), 624 if quick else 2496, whole_batches=True)
-    machine = environment(command_line(work))
-    rounds = rounds or (6 if quick else 9)
+    machine = measured_on(work, "auto")
+    rounds, seconds = rounds or (6 if quick else 9), seconds or (0.5 if quick else 2.0)
     packed_px = packed_px or ((341,) if quick else (341, 400))
     todo = jobs(work, packed_px, resolutions_px or ((224,) if quick else (224, 128)))
     rows = []
     with Progress("loader", len(todo) * len(systems) * (2 + rounds), "runs") as bar:
         for job in todo:
-            seconds = 0.5 if quick else 2.0
-            told = advance(bar)
-            rows += measure_loaders(systems, job, machine, rounds=rounds, seconds=seconds, told=told)
+            rows += measure_loaders(systems, job, machine, rounds=rounds, seconds=seconds, told=advance(bar))
             publish(out, "loader-quick" if quick else "loader", rows, loader_text, show=job is todo[-1])
 
 
@@ -92,7 +91,6 @@ def pack(
 ) -> None:
     """Images per second, bytes and PSNR of writers, by write mode."""
     from benchmarks.forms import sized
-    from benchmarks.machine import environment
     from benchmarks.packers import PACKERS
     from benchmarks.packing import measure_packing, packing_text
     from benchmarks.work import Work
@@ -101,7 +99,7 @@ def pack(
     systems = chosen(PACKERS, only)
     rounds = rounds or (6 if quick else 9)
     work = sized(Work(images(source), cache, workers=workers), 312 if quick else 624)
-    machine = environment(command_line(work))
+    machine = measured_on(work, "cpu")
     rows = []
     with Progress("pack", len(packed_px or (400,)) * len(systems) * (2 + rounds), "runs") as bar:
         for px in packed_px or (400,):

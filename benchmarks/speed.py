@@ -133,9 +133,11 @@ def training_text(rows: Sequence[Row]) -> str:
         found = {(row.system, row.metric): row for row in part if not row.beside}
         for system in dict.fromkeys(row.system for row in part if row.metric == "img_per_s"):
             metrics = ("img_per_s", "share_of_peak", "compile_s")
-            precision = next(row.precision for row in part if row.system == system)
-            lines.append([model, system, precision, *(cell(found.get((system, metric))) for metric in metrics)])
-    parts.append(grid(["model", "system", "precision", "img/s", "share of its matrix peak", "compile s"], lines))
+            speed = found[system, "img_per_s"]
+            line = [model, str(speed.batch_size or ""), system, speed.precision]
+            lines.append([*line, *(cell(found.get((system, metric))) for metric in metrics)])
+    header = ["model", "batch", "system", "precision", "img/s", "share of its matrix peak", "compile s"]
+    parts.append(grid(header, lines))
     parts.append(busy_text(own))
     parts.append("Ratios of images per second, taken within each round:\n")
     ratios = [[row.model, f"{row.system} / {row.beside}", cell(row)] for row in own if row.beside]

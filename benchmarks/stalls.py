@@ -160,7 +160,8 @@ def stalls_text(rows: Sequence[Row]) -> str:
     )
     lines = []
     for model, engine, found in by_engine(own):
-        line = [model, engine, cell(found.get(("", "img_per_s")))]
+        batch = next(iter(found.values())).batch_size
+        line = [model, str(batch or ""), engine, cell(found.get(("", "img_per_s")))]
         for cache, stall in (("warm", "prep_stall"), ("cold", "whole_stall")):
             differential, wait = found.get((cache, stall)), found.get((cache, "data_wait"))
             line += [_percent(differential), _percent(wait), agreement(differential, wait)]
@@ -169,7 +170,7 @@ def stalls_text(rows: Sequence[Row]) -> str:
             if cache == "cold":
                 line.append(_percent(found.get((cache, "fetch_stall"))))
         lines.append(line)
-    header = ["model", "engine", "img/s cached", "prep stall, %", "data wait, %", "the two", "AU warm, %"]
+    header = ["model", "batch", "engine", "img/s cached", "prep stall, %", "data wait, %", "the two", "AU warm, %"]
     header += ["whole stall, cold, %", "data wait, cold, %", "the two, cold", "AU cold, %", "fetch stall, %"]
     parts.append(grid(header, lines))
     parts += [busy_text(own), notes(own), machine_text(own)]

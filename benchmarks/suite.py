@@ -15,6 +15,7 @@ from benchmarks.evidence import Evidence
 from benchmarks.sampling import HZ, MOST_CORE_SHARE, CoreSource, Sampler, Source
 from shards import Loader, Selection, ShardSet
 from shards.engines import selfcheck, verdicts
+from train.device import gpu_uuid
 from train.models import MODELS
 
 if TYPE_CHECKING:
@@ -169,10 +170,7 @@ def readings_of(device: torch.device) -> Source:
     """Where the device's utilization is read. Raises DataError where the driver does not answer."""
     from benchmarks.gpu import GpuSource
 
-    if device.type == "cpu":
-        return CoreSource()
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return GpuSource(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+    return CoreSource() if device.type == "cpu" else GpuSource(gpu_uuid(device))
 
 
 def _start_sampling(evidence: Evidence, device: torch.device) -> Sampler | None:

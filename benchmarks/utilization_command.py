@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.options import advance, check_models, chosen, command_line, images, publish, shared, training_options
+from benchmarks.options import advance, check_models, chosen, images, measured_on, publish, shared, training_options
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
@@ -48,7 +48,6 @@ def utilization(
     Rounds are 6 here unless --rounds says otherwise, 5 with --quick.
     """
     from benchmarks.forms import sized
-    from benchmarks.machine import environment
     from benchmarks.suite import readings_of
     from benchmarks.timeline import write_timeline
     from benchmarks.training import TrainingJob
@@ -63,7 +62,7 @@ def utilization(
     check_models(models, resolution)
     rounds = rounds or (5 if quick else 6)
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
-    machine = environment(command_line(work))
+    machine = measured_on(work, device)
     name = "utilization-quick" if quick else "utilization"
     rows: list[Row] = []
     moments: list[Moment] = []

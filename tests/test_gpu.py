@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pynvml
 import pytest
+import torch
 
 from benchmarks.gpu import UNITS, GpuSource
 from benchmarks.machine import environment
@@ -14,6 +15,7 @@ from benchmarks.measure import Row
 from benchmarks.sampling import HZ, CoreSource, Sampler
 from benchmarks.tables import machine_text
 from shards.errors import DataError
+from train.device import gpu_uuid
 
 STAND_IN = "scripted stand-in, no GPU"
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
@@ -196,6 +198,22 @@ def test_a_gpu_that_does_not_tell_its_clocks_is_described_without(monkeypatch, r
     assert driver.open == 0
     shown = f"GPU: {STAND_IN}, driver 0.0" + (f", {clocks} MHz" if clocks else "") + "\n"
     assert shown in machine_text([Row("x", "y", "z", "1", 1.0, environment=machine)])
+
+
+def test_the_gpu_of_a_row_is_the_one_that_is_used(monkeypatch):
+    driver = ScriptedDriver(refused=("by_index",))
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    assert environment("x", "GPU-scripted").gpu == STAND_IN
+    with pytest.raises(DataError, match="the driver knows no GPU GPU-other"):
+        environment("x", "GPU-other")
+    assert driver.open == 0
+
+
+@pytest.mark.parametrize(("told", "uuid"), [("scripted", "GPU-scripted"), ("MIG-scripted", "MIG-scripted")])
+def test_a_gpu_is_named_to_its_driver(monkeypatch, told, uuid):
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=told))
+    assert gpu_uuid(torch.device("cuda", 1)) == uuid
+    assert gpu_uuid(torch.device("cpu")) is None
 
 
 def test_no_driver_and_no_such_gpu_are_refused_in_a_line():

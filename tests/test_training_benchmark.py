@@ -135,7 +135,8 @@ def test_each_engine_is_told_from_the_others():
     assert list(found) == ["jpg", "raw", "resident"]
     assert [own["warm", "prep_stall"].value for own in found.values()] == [0.1, 0.2, 0.3]
     assert all(own["", "img_per_s"].value == 50.0 for own in found.values())
-    assert "| resnet18 | raw | 50.0 | 20.0 |" in stalls_text(rows)
+    assert "| resnet18 |  | raw | 50.0 | 20.0 |" in stalls_text(rows)
+    assert "| resnet18 | 4 | raw | 50.0 | 20.0 |" in stalls_text([replace(row, batch_size=4) for row in rows])
 
 
 def test_files_leave_the_page_cache_and_come_back(tmp_path):
@@ -227,13 +228,13 @@ def test_tables_show_failures_and_lines_under_the_mark():
     rows = [
         Row("stalls", name, "accelerator_utilization", "1", 0.8, model="resnet18", page_cache="warm"),
         Row("stalls", name, "prep_stall", "1", None, model="resnet18", page_cache="warm", failed="no disk"),
-        Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18", precision="bf16"),
+        Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18", precision="bf16", batch_size=4),
     ]
     assert "80.0 (under 90%)" in stalls_text(rows)
     for ends, said in (((0.7, 0.95), "(undecided: 90%)"), ((0.91, 0.95), "(at least 90%)"), ((0.7, 0.85), "(under")):
         assert said in stalls_text([replace(rows[0], low=ends[0], high=ends[1])])
     assert "no disk" in stalls_text(rows)
-    assert "| resnet18 | channels-last, native loader | bf16 | 20.0 |" in training_text(rows)
+    assert "| resnet18 | 4 | channels-last, native loader | bf16 | 20.0 |" in training_text(rows)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_wrong_choices_are_named(command, options, said, tmp_path):
 
 
 def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
-    def run(model: str, value: float, add: bool, px: int = 64) -> None:
+    def run(model: str, value: float, add: bool, px: int = 64, batch_size: int = 2) -> None:
         def measure(one, machine, *_):
             size = {"resolution_px": one.work.resolution_px, "batch_size": one.work.batch_size}
             return [Row("training", "x", "img_per_s", "img/s", value, model=one.model, environment=machine, **size)]
@@ -276,7 +277,7 @@ def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
             out=tmp_path,
             workers=1,
             resolution=px,
-            batch_size=2,
+            batch_size=batch_size,
             device="cpu",
             add=add,
             seconds=1.0,
@@ -290,7 +291,10 @@ def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
     assert found() == {"alexnet": 1.0, "resnet18": 2.0}
     run("alexnet", 3.0, add=True)  # measured again: its old rows go
     assert found() == {"resnet18": 2.0, "alexnet": 3.0}
-    with pytest.raises(UsageError, match=r"training\.csv has resnet18 at --resolution 64 --batch-size 2, not 96 and 2"):
+    run("alexnet", 3.0, add=True, batch_size=1)  # each model's own batch size stands beside it
+    text = (tmp_path / "training.md").read_text()
+    assert "| resnet18 | 2 | x |" in text and "| alexnet | 1 | x |" in text
+    with pytest.raises(UsageError, match=r"training\.csv has resnet18 at --resolution 64, not 96"):
         run("alexnet", 3.0, add=True, px=96)
     run("resnet34", 4.0, add=False)
     assert found() == {"resnet34": 4.0}

@@ -50,6 +50,14 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def gpu_uuid(device: torch.device) -> str | None:
+    """The GPU's name for its driver, `GPU-…` or `MIG-…`: NVML and CUDA may number GPUs differently. None for a CPU."""
+    if device.type == "cpu":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+
+
 def prepare(device: torch.device, *, keep_memory: bool = False) -> None:
     """Settings of the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU.
 

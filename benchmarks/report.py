@@ -94,18 +94,21 @@ def markdown(results: dict[str, list[Row]]) -> str:
         "machine, the versions and the command. Systems took turns in every round; figures are medians with an "
         "interval of at least 95 % from six rounds on (93.75 % with five), and ratios are taken within each round.\n",
     ]
-    said = [line for name, rows in results.items() for line in in_words(name, rows)]
+    said = [line for name, rows in results.items() for line in in_words(name, rows, results.get("stalls", ()))]
     if said:
         parts.append("\n".join(f"- {line}" for line in said) + "\n")
     parts += [TEXTS[name](rows) for name, rows in results.items()]
     return "\n".join(parts)
 
 
-def in_words(name: str, rows: Sequence[Row]) -> list[str]:
+def in_words(name: str, rows: Sequence[Row], stalls: Sequence[Row] = ()) -> list[str]:
     """The main findings of a benchmark as sentences; only what the rows say. Ratios of its first sizes, and those that
-    have a target: the others are in the tables."""
+    have a target: the others are in the tables.
+
+    stalls: rows of that benchmark, whose many short turns may tell what limits a model where training's cannot.
+    """
     if name == "training":
-        return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows)]
+        return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows, stalls)]
     if name == "stalls":
         return _stalls_in_words(rows)
     if name == "utilization":
@@ -133,7 +136,7 @@ def in_words(name: str, rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _limit_of(model: str, rows: Sequence[Row]) -> list[str]:
+def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[str]:
     """What limits a model on this machine: its own arithmetic, or the loader."""
     own = [row for row in rows if row.model == model]
     best = max(
@@ -147,14 +150,32 @@ def _limit_of(model: str, rows: Sequence[Row]) -> list[str]:
     text = f"Training: {model} runs fastest {style}, at {figure(best.value)} img/s"
     if headspace is not None and headspace.value is not None:
         text += f", {100 * headspace.value:.0f} % of what it does without a loader"
-        low, high = (headspace.value if end is None else end for end in (headspace.low, headspace.high))
-        if low >= _BOUND or high < _BOUND:
-            text += f": {'its own arithmetic' if low >= _BOUND else 'loading'} limits it"
-        else:
-            text += f" [{100 * low:.0f}, {100 * high:.0f}]: whether loading limits it is not decided"
+        limit = _limit(headspace)
+        if not limit:
+            low, high = _ends(headspace)
+            text += f" [{100 * low:.0f}, {100 * high:.0f}]"
+            fits = (model, best.system, "accelerator_utilization", "warm")
+            finer = next((r for r in stalls if (r.model, r.system, r.metric, r.page_cache) == fits and r.value), None)
+            limit = _limit(finer) if finer else ""
+            if finer and limit:
+                low, high = _ends(finer)
+                text += f", [{100 * low:.0f}, {100 * high:.0f}] by `stalls`"
+        text += f": {limit} limits it" if limit else ": whether loading limits it is not decided"
     if share is not None and share.value is not None:
         text += f"; its operations are {100 * share.value:.0f} % of the measured matrix peak"
     return [text + "."]
+
+
+def _ends(row: Row) -> tuple[float, float]:
+    """The row's interval; its value twice where it has none."""
+    value = _value(row)
+    return value if row.low is None else row.low, value if row.high is None else row.high
+
+
+def _limit(share: Row) -> str:
+    """What limits a system that reaches this share of its ceiling; empty where the interval lies across the bound."""
+    low, high = _ends(share)
+    return "its own arithmetic" if low >= _BOUND else "loading" if high < _BOUND else ""
 
 
 def _value(row: Row) -> float:
@@ -258,7 +279,9 @@ def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str
     lead = (
         "" if machine is None else f"{machine.cpu}, {machine.cores} cores, {machine.ram_gib} GiB; GPU: {machine.gpu}."
     )
-    findings = [(TITLES[name], in_words(name, rows)) for name, rows in results.items() if in_words(name, rows)]
+    stalls = results.get("stalls", ())
+    said = {name: in_words(name, rows, stalls) for name, rows in results.items()}
+    findings = [(TITLES[name], lines) for name, lines in said.items() if lines]
     warnings = (
         [] if machine is None or machine.gpu != "none" else ["No GPU was there: nothing here was measured on one."]
     )

@@ -60,6 +60,28 @@ def test_words_say_only_what_the_rows_say(results):
     assert ": loading limits it" in training
 
 
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ((0.96, 0.99), ", [96, 99] by `stalls`: its own arithmetic limits it."),
+        ((0.80, 0.94), ", [80, 94] by `stalls`: loading limits it."),
+        ((0.90, 0.99), "[80, 110]: whether loading limits it is not decided."),
+    ],
+)
+def test_many_short_turns_tell_the_limit_where_training_cannot(ends, said):
+    system, cached = "channels-last, native loader", "channels-last, cached batch"
+    own = [
+        Row("training", system, "img_per_s", "img/s", 20.0, model="resnet18"),
+        Row("training", system, "img_per_s ratio", "×", 0.97, 0.80, 1.10, beside=cached, model="resnet18"),
+    ]
+    finer = Row("stalls", system, "accelerator_utilization", "1", 0.97, *ends, model="resnet18", page_cache="warm")
+    others = [replace(finer, page_cache="cold"), replace(finer, model="alexnet"), replace(finer, metric="prep_stall")]
+    assert in_words("training", own, [*others, finer])[0].endswith(said)
+    assert in_words("training", own, others)[0].endswith("[80, 110]: whether loading limits it is not decided.")
+    sure = [own[0], replace(own[1], low=0.96)]
+    assert in_words("training", sure, [finer])[0].endswith("without a loader: its own arithmetic limits it.")
+
+
 def test_words_say_whether_predicting_is_as_fast_as_it_is_meant_to_be(results):
     assert in_words("predict", read_results(results)["predict"]) == [
         f"Predicting: {PREDICT} is 0.80 [0.80, 0.80] times evaluation (400x300 jpg, 224 px); at least 0.6: held.",

@@ -77,7 +77,9 @@ def training_options(models: Sequence[str] = (), resolution: int = 224) -> Calla
         for option in (
             model,
             click.option("--resolution", default=resolution, show_default=True, help="Side of the images, px."),
-            click.option("--batch-size", default=16, show_default=True, help="Images per step."),
+            click.option(
+                "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per step."
+            ),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
         ):
             command = option(command)

@@ -258,6 +258,20 @@ def test_wrong_choices_are_named(command, options, said, tmp_path):
     assert said in str(found.exception)
 
 
+@pytest.mark.parametrize("command", ["training", "stalls", "utilization", "grid"])
+@pytest.mark.parametrize(("option", "value"), [("--batch-size", "0"), ("--rounds", "4")])
+def test_values_out_of_range_are_refused_before_a_table_is_touched(command, option, value, tmp_path):
+    from click.testing import CliRunner
+
+    from benchmarks.run import main
+
+    found = CliRunner().invoke(
+        main, [command, option, value, "--source", str(tmp_path), "--out", str(tmp_path / "out")]
+    )
+    assert found.exit_code == 2 and option in found.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_are_added_to_the_table_that_is_there(job, tmp_path):
     def run(model: str, value: float, add: bool, px: int = 64, batch_size: int = 2) -> None:
         def measure(one, machine, *_):

@@ -159,7 +159,7 @@ def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[st
             limit = _limit(finer) if finer else ""
             if finer and limit:
                 low, high = _ends(finer)
-                text += f", [{100 * low:.0f}, {100 * high:.0f}] by `stalls`"
+                text += f", [{100 * low:.0f}, {100 * high:.0f}] in the stalls benchmark"
         text += f": {limit} limits it" if limit else ": whether loading limits it is not decided"
     if share is not None and share.value is not None:
         text += f"; its operations are {100 * share.value:.0f} % of the measured matrix peak"

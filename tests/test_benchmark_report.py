@@ -63,8 +63,8 @@ def test_words_say_only_what_the_rows_say(results):
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
-        ((0.96, 0.99), ", [96, 99] by `stalls`: its own arithmetic limits it."),
-        ((0.80, 0.94), ", [80, 94] by `stalls`: loading limits it."),
+        ((0.96, 0.99), ", [96, 99] in the stalls benchmark: its own arithmetic limits it."),
+        ((0.80, 0.94), ", [80, 94] in the stalls benchmark: loading limits it."),
         ((0.90, 0.99), "[80, 110]: whether loading limits it is not decided."),
     ],
 )

@@ -103,6 +103,13 @@ class Row:
     environment: Environment | None = None
     """The machine and the software."""
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The ends of the interval; the value twice where it has none. Raises ValueError for a row without a value."""
+        if self.value is None:
+            raise ValueError(f"{self.system}, {self.metric}: no value")
+        return self.value if self.low is None else self.low, self.value if self.high is None else self.high
+
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """The median and the narrowest symmetric pair of order statistics that holds the true one with at least `level`.

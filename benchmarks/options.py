@@ -58,10 +58,12 @@ def shared(command: Callable) -> Callable:
     return command
 
 
-def seconds_option(default: str) -> Callable[[Callable], Callable]:
-    """The option for the least length of a round; default: as the help says it."""
+def seconds_option(default: str, quick: str = "0.5") -> Callable[[Callable], Callable]:
+    """The option for the least length of a round; default, quick: as the help says them."""
     kind = click.FloatRange(0, min_open=True)
-    return click.option("--seconds", type=kind, help=f"Least length of a round, s.  [default: {default}, quick 0.5]")
+    return click.option(
+        "--seconds", type=kind, help=f"Least length of a round, s.  [default: {default}, quick {quick}]"
+    )
 
 
 def training_options(models: Sequence[str] = (), resolution: int = 224) -> Callable[[Callable], Callable]:

@@ -152,13 +152,13 @@ def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[st
         text += f", {100 * headspace.value:.0f} % of what it does without a loader"
         limit = _limit(headspace)
         if not limit:
-            low, high = _ends(headspace)
+            low, high = headspace.ends
             text += f" [{100 * low:.0f}, {100 * high:.0f}]"
             fits = (model, best.system, "accelerator_utilization", "warm")
             finer = next((r for r in stalls if (r.model, r.system, r.metric, r.page_cache) == fits and r.value), None)
             limit = _limit(finer) if finer else ""
             if finer and limit:
-                low, high = _ends(finer)
+                low, high = finer.ends
                 text += f", [{100 * low:.0f}, {100 * high:.0f}] in the stalls benchmark"
         text += f": {limit} limits it" if limit else ": whether loading limits it is not decided"
     if share is not None and share.value is not None:
@@ -166,15 +166,9 @@ def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[st
     return [text + "."]
 
 
-def _ends(row: Row) -> tuple[float, float]:
-    """The row's interval; its value twice where it has none."""
-    value = _value(row)
-    return value if row.low is None else row.low, value if row.high is None else row.high
-
-
 def _limit(share: Row) -> str:
     """What limits a system that reaches this share of its ceiling; empty where the interval lies across the bound."""
-    low, high = _ends(share)
+    low, high = share.ends
     return "its own arithmetic" if low >= _BOUND else "loading" if high < _BOUND else ""
 
 

@@ -125,7 +125,7 @@ def agreement(stall: Row | None, wait: Row | None) -> str:
     if stall is None or wait is None or stall.value is None or wait.value is None:
         return ""
     points = f"{100 * abs(stall.value - wait.value):.1f} points apart"
-    low, high = (stall.value if end is None else end for end in (stall.low, stall.high))
+    low, high = stall.ends
     from_below, to_above = wait.value - AGREE_WITHIN, wait.value + AGREE_WITHIN
     if from_below <= low and high <= to_above:
         return f"{points}: they agree"
@@ -189,6 +189,6 @@ def _line(row: Row | None) -> str:
     """On which side of MLPerf Storage's line the whole interval lies."""
     if row is None or row.value is None:
         return ""
-    low, high = (row.value if end is None else end for end in (row.low, row.high))
+    low, high = row.ends
     said = "at least" if low >= AU_LINE else "under" if high < AU_LINE else "undecided:"
     return f" ({said} {AU_LINE:.0%})"

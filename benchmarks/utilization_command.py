@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.options import advance, check_models, chosen, images, measured_on, publish, shared, training_options
+from benchmarks.options import (
+    advance,
+    check_models,
+    chosen,
+    images,
+    measured_on,
+    publish,
+    seconds_option,
+    shared,
+    training_options,
+)
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
@@ -22,11 +32,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How this project's network is run; compiling starts cold in every round.",
 )
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0, min_open=True),
-    help="Least length of the timed span of a system in a round, s.  [default: 10, quick 3]",
-)
+@seconds_option("10", quick="3")
 def utilization(
     quick: bool,
     out: Path,

@@ -238,5 +238,13 @@ def test_notes_name_the_models_where_they_are_not_the_same_in_all():
     assert notes([failed]) == "- y, A: failed, no luck\n"
 
 
+def test_a_row_without_an_interval_ends_at_its_value():
+    row = summary_row([1.0, 2.0, 3.0], benchmark="x", system="A", metric="m", unit="s")
+    assert row.ends == (1.0, 3.0)
+    assert replace(row, low=None, high=None).ends == (2.0, 2.0)
+    with pytest.raises(ValueError, match="A, m: no value"):
+        _ = replace(row, value=None).ends
+
+
 def test_columns_are_unique():
     assert len(set(COLUMNS)) == len(COLUMNS)

@@ -225,6 +225,13 @@ def test_no_driver_and_no_such_gpu_are_refused_in_a_line():
     assert driver.open == 0
 
 
+def test_a_running_sampler_tells_its_pace_so_far():
+    with Sampler(GpuSource(nvml=ScriptedDriver()), hz=100) as sampler:
+        while len(sampler.readings) < 10:
+            time.sleep(0.01)
+        assert 0 < sampler.summary(0.0, sampler.readings[-1].at_s)["reached_hz"] <= 200
+
+
 def test_a_gpu_that_is_lost_ends_the_sampler_alone():
     driver = ScriptedDriver(lost_after=60)
     with Sampler(GpuSource(nvml=driver), hz=200) as sampler:
@@ -244,7 +251,11 @@ def test_summaries_are_of_the_span_that_is_asked_for():
     half = sampler.summary(end_s=0.2)["metrics"]["busy_percent"]["readings"]
     rest = sampler.summary(start_s=0.2)["metrics"]["busy_percent"]["readings"]
     assert busy["readings"] == len(sampler.readings) == half + rest
-    assert sampler.summary(start_s=1e6)["metrics"] == {}
+    assert whole["reached_hz"] == pytest.approx(busy["readings"] / sampler.seconds)
+    assert sampler.summary(end_s=0.2)["reached_hz"] == pytest.approx(half / 0.2)
+    assert sampler.summary(start_s=0.2)["reached_hz"] == pytest.approx(rest / (sampler.seconds - 0.2))
+    late = sampler.summary(start_s=1e6)
+    assert late["metrics"] == {} and late["reached_hz"] is None
     times, values = sampler.timeline()["busy_percent"]
     assert times == sorted(times) and len(values) == len(times)
 

@@ -268,15 +268,18 @@ def test_steps_whose_speed_is_taken_do_not_wait_for_the_device(tiny_shards, monk
 
 
 def test_sampling_is_judged_by_pace_cost_and_end():
-    good = {"error": "", "reached_hz": 19.0, "sampler_core_share": 0.004}
-    for change, passes in (
-        ({}, True),
-        ({"error": "x"}, False),
-        ({"reached_hz": 9}, False),
-        ({"sampler_core_share": 0.02}, False),
+    good = {"error": "", "reached_hz": 8.0, "sampler_core_share": 0.004}  # held up while networks were compiled
+    paced = [{"reached_hz": 9.0, "span_s": 1.0}, {"reached_hz": 12.0, "span_s": 3.0}]
+    for change, trained, passes in (
+        ({}, paced, True),
+        ({"error": "x"}, paced, False),
+        ({}, [*paced, {"reached_hz": 9.0, "span_s": 9.0}], False),
+        ({}, [], False),
+        ({"sampler_core_share": 0.02}, paced, False),
     ):
         sampler = SimpleNamespace(summary=lambda change=change: good | change)
-        assert suite._judge_sampling(sampler)[0] is passes  # type: ignore[arg-type]
+        assert suite._judge_sampling(sampler, trained)[0] is passes  # type: ignore[arg-type]
+    assert suite._judge_sampling(sampler, paced)[1]["training_hz"] == pytest.approx(11.25)  # type: ignore[arg-type]
 
 
 def test_sets_are_made_on_the_spot(tmp_path):

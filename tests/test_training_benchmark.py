@@ -34,6 +34,7 @@ from benchmarks.training import (
     RESIDENT,
     TrainingJob,
     precision_of,
+    products_of,
     set_up,
     system_name,
 )
@@ -113,6 +114,14 @@ def test_a_cached_batch_never_waits_and_a_loader_is_seen_waiting(job):
 
 def test_the_matrix_product_counts_gflop(job):
     assert set_up(MATRIX, job).once() == pytest.approx(2 * 2 * 2048**3 / 1e9)
+
+
+def test_every_way_to_multiply_matrices_gives_their_product():
+    left, right = torch.randn(2, 48, 48, generator=torch.Generator().manual_seed(0))
+    ways = products_of(left, right)
+    assert len(ways) == 2  # one by each library
+    for product in ways:
+        torch.testing.assert_close(product(), left @ right)
 
 
 def test_every_style_stands_beside_its_own_ceiling():

@@ -8,6 +8,7 @@ interpolation, JPEG quality 90 and 4:2:0 chroma where JPEG; `source` and `origin
 # The peers live in an environment of their own (benchmarks/install_peers.sh).
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -35,16 +36,21 @@ def prepared(form: str, work: Work) -> Path:
     if form == "tars":
         name += f"-{work.batch_size}"
     folder = work.cache / _key(work) / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            FORMS[form](work, partial)
-            partial.rename(folder)
-        finally:
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # systems that are set up beside each other may want the same one
+        if not folder.exists():  # else it was made while this one waited
+            partial = folder.with_name(f".{name}.partial-{os.getpid()}")
             shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                FORMS[form](work, partial)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                fcntl.flock(lock, fcntl.LOCK_UN)  # also for what a peer's writer has forked and left behind
     return folder
 
 

@@ -48,7 +48,9 @@ def measure_loaders(
     """
     _, size = stats(work)
     names = [system.name for system in systems]
-    series, _ = take_turns(set_up, names, work, work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
+    series, _ = take_turns(
+        set_up, names, work, work.cache / "logs", rounds=rounds, seconds=seconds, told=told, at_once=2
+    )
     rows: list[Row] = []
     for system in systems:
         rows += series_rows(series[system.name], note=system.note, **_columns(system, work, size, environment))

@@ -66,13 +66,15 @@ def seconds_option(default: str, quick: str = "0.5") -> Callable[[Callable], Cal
     )
 
 
-def training_options(models: Sequence[str] = (), resolution: int = 224) -> Callable[[Callable], Callable]:
-    """The options of the benchmarks that train, with these defaults; no models: all eight, or resnet18 alone."""
+def training_options(
+    models: Sequence[str] = (), resolution: int = 224, quick: str = "resnet18"
+) -> Callable[[Callable], Callable]:
+    """The options of the benchmarks that train, with these defaults; no models: all eight, with --quick that one."""
     if models:
         model = click.option("--model", "models", multiple=True, default=models, show_default=True, help="Repeatable.")
     else:
         model = click.option(
-            "--model", "models", multiple=True, help="Repeatable.  [default: all eight, quick resnet18]"
+            "--model", "models", multiple=True, help=f"Repeatable.  [default: all eight, quick {quick}]"
         )
 
     def add(command: Callable) -> Callable:
@@ -90,11 +92,14 @@ def training_options(models: Sequence[str] = (), resolution: int = 224) -> Calla
     return add
 
 
-def chosen(systems: dict, only: tuple[str, ...]) -> list:
-    """The systems that `--only` names, all without it. Raises UsageError where there are none."""
+def chosen(systems: dict, only: tuple[str, ...], left_out: Collection[str] = ()) -> list:
+    """The systems that `--only` names; without it all but those `left_out`. Raises UsageError where there are none."""
     from shards.errors import UsageError
 
-    found = [s for name, s in systems.items() if not only or any(text.lower() in name.lower() for text in only)]
+    if only:
+        found = [s for name, s in systems.items() if any(text.lower() in name.lower() for text in only)]
+    else:
+        found = [s for name, s in systems.items() if name not in left_out]
     if not found:
         raise UsageError(f"--only {' '.join(only)}: no system is called like that; they are {', '.join(systems)}")
     return found

@@ -211,3 +211,12 @@ PACKERS = {
     )
 }
 """Every packer by its name, in the order of the table."""
+
+NOT_IN_QUICK = (
+    "dermscale jpg, no restart table",
+    "dermscale proportion",
+    "dermscale smart",
+    "FFCV proportion",
+    "FFCV smart",
+)
+"""Left out of the short version."""

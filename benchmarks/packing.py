@@ -120,7 +120,7 @@ def measure_packing(
     size = "x".join(map(str, reversed(_packed_size(work))))
     packed_names = [packer.name for packer in packers]
     series, about = take_turns(
-        set_up, packed_names, work, work.cache / "logs", rounds=rounds, seconds=seconds, told=told
+        set_up, packed_names, work, work.cache / "logs", rounds=rounds, seconds=seconds, told=told, at_once=2
     )
     shutil.rmtree(work.cache / "packing", ignore_errors=True)
     rows: list[Row] = []

@@ -155,6 +155,16 @@ TORCH = (
 SYSTEMS: dict[str, System] = {s.name: s for s in (*OURS, *OURS_ON_GPU, *FFCV, *DALI, *TORCH, *SPDL, *CEILINGS)}
 """Every system by its name, in the order of the tables."""
 
+NOT_IN_QUICK = (
+    "dermscale native jpg, 1 thread",
+    "dermscale native raw, 1 thread",
+    "dermscale native proportion",
+    "dermscale dali jpg (on the CPU)",
+    "dermscale resident (on the CPU)",
+    "FFCV proportion",
+)
+"""Left out of the short version: sets that are half raw, engines on one thread, and engines for a GPU on a CPU."""
+
 
 def set_up(name: str, work: Work) -> Running:
     """Make a system's data where it is not there yet, open it, run one epoch, and check the first batch of it.

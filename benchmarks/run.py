@@ -52,19 +52,22 @@ def loader(
     resolutions_px: tuple[int, ...],
     seconds: float | None,
 ) -> None:
-    """Images per second and CPU seconds of loaders at equal work."""
+    """Images per second and CPU seconds of loaders at equal work.
+
+    --quick leaves out half-raw sets, engines on one thread, and GPU engines on a CPU, but for what --only names.
+    """
     from benchmarks.forms import sized
     from benchmarks.loaders import jobs, loader_text, measure_loaders
-    from benchmarks.peers import SYSTEMS
+    from benchmarks.peers import NOT_IN_QUICK, SYSTEMS
     from benchmarks.work import Work
     from preprocess.progress import Progress
     from train import device as devices
 
     here = {name: system for name, system in SYSTEMS.items() if devices.gpu_count() or not system.on_gpu}
-    systems = chosen(here, only)
+    systems = chosen(here, only, NOT_IN_QUICK if quick else ())
     work = sized(Work(images(source), cache, workers=workers), 624 if quick else 2496, whole_batches=True)
     machine = measured_on(work, "auto")
-    rounds, seconds = rounds or (6 if quick else 9), seconds or (0.5 if quick else 2.0)
+    rounds, seconds = rounds or (5 if quick else 9), seconds or (0.5 if quick else 2.0)
     packed_px = packed_px or ((341,) if quick else (341, 400))
     todo = jobs(work, packed_px, resolutions_px or ((224,) if quick else (224, 128)))
     rows = []
@@ -89,14 +92,17 @@ def pack(
     only: tuple[str, ...],
     packed_px: tuple[int, ...],
 ) -> None:
-    """Images per second, bytes and PSNR of writers, by write mode."""
+    """Images per second, bytes and PSNR of writers, by write mode.
+
+    --quick leaves out mixed write modes and the packer without a restart table, but for what --only names.
+    """
     from benchmarks.forms import sized
-    from benchmarks.packers import PACKERS
+    from benchmarks.packers import NOT_IN_QUICK, PACKERS
     from benchmarks.packing import measure_packing, packing_text
     from benchmarks.work import Work
     from preprocess.progress import Progress
 
-    systems = chosen(PACKERS, only)
+    systems = chosen(PACKERS, only, NOT_IN_QUICK if quick else ())
     rounds = rounds or (6 if quick else 9)
     work = sized(Work(images(source), cache, workers=workers), 312 if quick else 624)
     machine = measured_on(work, "cpu")

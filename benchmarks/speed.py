@@ -33,6 +33,8 @@ FORWARD_AND_BACKWARD = 3
 al. 2020, arXiv:2001.08361, section 2.1)."""
 
 SYSTEMS = (*(system_name(style, source) for style in STYLES for source in (CACHED, NATIVE)), BASELINE)
+NOT_IN_QUICK = (system_name(EAGER, NATIVE),)
+"""Left out of the short version: nobody trains like that, and the baseline has its own loader."""
 IN_FP32 = tuple(system_name(style + FP32, CACHED) for style in (EAGER, COMPILED))
 
 RATIOS = (

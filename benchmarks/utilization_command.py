@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How this project's network is run; compiling starts cold in every round.",
 )
-@seconds_option("10", quick="3")
+@seconds_option("10", quick="1.5")
 def utilization(
     quick: bool,
     out: Path,
@@ -79,7 +79,7 @@ def utilization(
                 names,
                 machine,
                 rounds=rounds,
-                seconds=seconds or (3.0 if quick else 10.0),
+                seconds=seconds or (1.5 if quick else 10.0),
                 told=advance(bar),
                 source=lambda: readings_of(chosen_device),
             )

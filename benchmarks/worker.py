@@ -4,6 +4,7 @@ All come from one fork server that has imported torch already. The parent asks f
 system waits. Its threads may go on reading ahead then, unless it is frozen.
 """
 
+import atexit
 import contextlib
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ import os
 import signal
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -166,29 +168,41 @@ def take_turns(
     warmup: int = 1,
     limit_s: float = SET_UP_LIMIT_S,
     frozen: bool = False,
+    at_once: int = 1,
 ) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
     """Set up every system in a process of its own, then run them in turn, `rounds` times.
 
     seconds: least length of a round. warmup: rounds before those, which are thrown away: since a system was set up all
     others were, and what it had in caches is gone. limit_s: what setting up, and a round beyond its least length, may
-    take. frozen: a system stands still while others have their turn. Returns the timed runs of each system, and the
-    figures found while setting it up. One that fails or hangs keeps the reason.
+    take. frozen: a system stands still while others have their turn. at_once: how many are set up beside each other;
+    more than one where what is found meanwhile is no time. Returns the timed runs of each system, and the figures found
+    while setting it up. One that fails or hangs keeps the reason.
     """
     context = start_server()
     series: dict[str, Series] = {}
     about: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
         running: dict[str, Callable[[], Sample]] = {}
-        for name in names:
-            told(f"set up {name}")
-            limit = limit_s + 20 * seconds
-            worker = stack.enter_context(Worker(context, set_up, name, job, logs=logs, limit_s=limit, frozen=frozen))
+        limit = limit_s + 20 * seconds
+        started: deque[Worker] = deque()
+
+        def await_first() -> None:
+            worker = started.popleft()
             try:
-                about[name] = worker.ready()
+                about[worker.name] = worker.ready()
             except SystemFailedError as error:
-                series[name] = Series(failed=str(error))
-                continue
-            running[name] = lambda worker=worker: worker.run(seconds)
+                series[worker.name] = Series(failed=str(error))
+                return
+            running[worker.name] = lambda: worker.run(seconds)
+
+        for name in names:
+            if len(started) == at_once:
+                await_first()
+            told(f"set up {name}")
+            worker = Worker(context, set_up, name, job, logs=logs, limit_s=limit, frozen=frozen)
+            started.append(stack.enter_context(worker))
+        while started:
+            await_first()
         series |= interleave(running, rounds, warmup, lambda round_, name: told(f"{_round(round_, rounds)}, {name}"))
     return series, about
 
@@ -250,3 +264,4 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
         traceback.print_exc()  # into the log
         with contextlib.suppress(BrokenPipeError):
             pipe.send(("failed", reason(error)))
+    atexit._run_exitfuncs()  # multiprocessing ends its processes without: MosaicML would leave shared memory behind

@@ -1,5 +1,6 @@
 """The process that each system of a benchmark lives in: rounds, failures, and turns."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -95,6 +96,17 @@ def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(cont
     while any(group in process for process in living()):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def tidy(name: str, job: Path) -> Running:
+    atexit.register(job.touch)
+    return Running(lambda: 10)
+
+
+def test_a_system_that_ends_kindly_cleans_up_as_it_would_in_a_process_of_its_own(context, tmp_path):
+    with Worker(context, tidy, "tidy", tmp_path / "cleaned up", logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+    assert (tmp_path / "cleaned up").exists()
 
 
 def ticking(name: str, job: object) -> Running:
@@ -195,6 +207,34 @@ def test_a_first_round_of_all_systems_warms_up_and_is_thrown_away(tmp_path):
     assert len(steps) == 2 * (2 + 2)  # what the progress of the commands counts
     counts, steps = run(warmup=0)
     assert counts == [10, 20] and len(steps) == 2 * (1 + 2)
+
+
+def meeting(name: str, folder: Path) -> Running:
+    """Set up only beside another one."""
+    (folder / name).touch()
+    end = time.monotonic() + 10
+    while len(list(folder.iterdir())) < 2:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{name} is alone")
+        time.sleep(0.01)
+    return Running(lambda: 10)
+
+
+def test_systems_are_set_up_beside_each_other_where_that_is_asked_for(tmp_path):
+    def failures(at_once: int) -> list[str]:
+        folder = tmp_path / str(at_once)
+        folder.mkdir()
+        steps: list[str] = []
+        series, about = take_turns(
+            meeting, ["b", "a", "c"], folder, tmp_path, rounds=1, seconds=1e-9, told=steps.append, at_once=at_once
+        )
+        assert steps[:3] == ["set up b", "set up a", "set up c"]
+        assert all(len(s.samples) == 1 for s in series.values() if not s.failed)
+        assert set(about) == {name for name, s in series.items() if not s.failed}
+        return [name for name, s in series.items() if s.failed]
+
+    assert failures(at_once=2) == []
+    assert failures(at_once=1) == ["b"]
 
 
 def preparing(name: str, job: object) -> Running:

@@ -1,6 +1,8 @@
 import json
 import re
+import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import packers, peers
 from benchmarks.forms import FORMS, described, names, originals, packed_size, prepared, sized, stats
+from benchmarks.options import chosen
+from benchmarks.packers import PACKERS
 from benchmarks.peers import SYSTEMS, need, set_up
 from benchmarks.peers_ffcv import max_resolution
+from benchmarks.targets import TARGETS
 from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
 from shards import Loader, ShardSet
 from shards.errors import DataError
@@ -258,6 +264,33 @@ def test_the_command_says_what_it_knows(tmp_path):
     )
     assert found.exception is not None
     assert "FFCV jpg" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("systems", "left_out"), [(SYSTEMS, peers.NOT_IN_QUICK), (PACKERS, packers.NOT_IN_QUICK)], ids=["loader", "pack"]
+)
+def test_the_short_version_leaves_out_some_but_no_aim_and_nothing_that_is_asked_for(systems, left_out):
+    assert chosen(systems, ()) == list(systems.values())
+    assert chosen(systems, (), left_out) == [system for name, system in systems.items() if name not in left_out]
+    for name in left_out:
+        assert systems[name] in chosen(systems, (name,), left_out)
+    aims = [target for target in TARGETS if target.system in systems]
+    assert aims and not {name for target in aims for name in (target.system, target.beside)} & set(left_out)
+
+
+def test_a_form_that_several_want_at_once_is_made_once(work, tmp_path, monkeypatch):
+    made = []
+
+    def slowly(work: Work, folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.3)
+        (folder / "whole").touch()
+
+    monkeypatch.setitem(FORMS, "slow", slowly)
+    job = replace(work, cache=tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: prepared("slow", job), range(4)))
+    assert len(made) == len(found) == 1 and (found.pop() / "whole").exists()
 
 
 def test_the_loader_command_writes_csv_and_markdown(work, tmp_path):

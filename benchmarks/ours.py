@@ -87,7 +87,7 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
     import simplejpeg
 
     from shards import Loader, ShardSet
-    from shards.engines.native import raw_pixels
+    from shards.engines.native import cached_pixels, raw_pixels
     from shards.engines.resample import Resampler
     from shards.jpeg import RegionCutter
 
@@ -104,7 +104,7 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
     out = np.empty((work.batch_size, side, side, 3), np.uint8)
 
     def part(numbers: range) -> None:
-        resample, cut, pixels = Resampler(side), RegionCutter(), np.empty(max(heights) * max(widths) * 3, np.uint8)
+        resample, cut, pixels = Resampler(side), RegionCutter(), cached_pixels(max(heights) * max(widths) * 3)
         for number in numbers:
             y, x, h, w = boxes[number]
             top = left = 0

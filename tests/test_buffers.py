@@ -3,15 +3,52 @@
 import gc
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from shards.engines import Work, dali, transfer
+from shards import Loader, ShardSet
+from shards.engines import Work, dali, native, transfer
 from shards.engines.native import NativeEngine
 from shards.plan import Augment, training_plan
+
+
+def test_no_row_of_a_decoded_jpeg_is_written_past_the_caches(tiny_shards, monkeypatch):
+    """libjpeg-turbo does that where a row starts at a multiple of 32 bytes; JPEG's blocks are 8 or 16 px wide."""
+    decode, starts = native.simplejpeg.decode_jpeg, []
+
+    def watched(encoded, buffer):
+        image = decode(encoded, buffer=buffer)
+        starts.extend(
+            image.ctypes.data + row * image.strides[0] for row in range(len(image)) if image.shape[1] % 8 == 0
+        )
+        return image
+
+    monkeypatch.setattr(native.simplejpeg, "decode_jpeg", watched)
+    with closing(Loader(ShardSet(tiny_shards).select("train"), batch_size=8, engine="native", threads=2)) as loader:
+        for _ in loader:
+            pass
+    assert len(starts) > 1000 and not [start for start in starts if start % 32 == 0]
+
+
+@pytest.mark.parametrize("size", [1, 31, 262_144, 5_000_000])
+def test_memory_for_pixels_holds_what_is_asked_for(size):
+    kept = [native.cached_pixels(size) for _ in range(5)]
+    assert all(len(pixels) == size and pixels.flags.c_contiguous and pixels.flags.writeable for pixels in kept)
+    assert all(pixels.ctypes.data % 32 == 4 for pixels in kept)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "mixed"])
+def test_batches_are_the_same_for_any_number_of_threads(shard_sets, kind):
+    """Tasks hold more images the fewer threads there are."""
+    found = []
+    for threads in (1, 2, 5, 16):
+        selection = shard_sets[kind].select("train")
+        with closing(Loader(selection, batch_size=50, resolution=40, engine="native", threads=threads)) as loader:
+            found.append(torch.cat([batch.images.clone() for batch in loader]))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 class Copy:

@@ -19,6 +19,7 @@ from benchmarks.options import (
     publish,
     seconds_option,
     shared,
+    to_train_on,
     training_options,
 )
 
@@ -127,15 +128,13 @@ def _train(
     add: bool,
 ) -> None:
     """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
-    from benchmarks.forms import sized
     from benchmarks.training import TrainingJob
-    from benchmarks.work import Work
     from preprocess.progress import Progress
     from train.models import MODELS
 
     models = models or (("resnet18",) if quick else tuple(MODELS))
     check_models(models, resolution)
-    work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
+    work = to_train_on(source, cache, resolution, batch_size, workers, quick)
     machine = measured_on(work, device)
     table = f"{name}-quick" if quick else name
     rows = kept(out, table, models, work) if add else []

@@ -114,6 +114,20 @@ def check_models(models: Sequence[str], resolution: int) -> None:
         check_resolution(model, resolution)
 
 
+def to_train_on(source: Path, cache: Path, resolution: int, batch_size: int, workers: int, quick: bool) -> "Work":
+    """The images of a benchmark that trains. Raises UsageError where they do not make one batch, DataError where the
+    source is not what it should be."""
+    from benchmarks.forms import names, sized
+    from benchmarks.work import Work
+    from shards.errors import UsageError
+
+    work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
+    count = len(names(work))
+    if batch_size > count:
+        raise UsageError(f"--batch-size {batch_size}: more than the {count:,} samples of an epoch; use fewer")
+    return work
+
+
 def advance(bar: "Progress") -> Callable[[str], None]:
     """Counts a step on the bar when the next one begins."""
     return lambda step: bar.advance(1)

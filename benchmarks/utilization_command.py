@@ -9,11 +9,11 @@ from benchmarks.options import (
     advance,
     check_models,
     chosen,
-    images,
     measured_on,
     publish,
     seconds_option,
     shared,
+    to_train_on,
     training_options,
 )
 
@@ -53,13 +53,11 @@ def utilization(
     The raw readings go to utilization-timeline.csv beside the table, from which `report` draws them.
     Rounds are 6 here unless --rounds says otherwise, 5 with --quick.
     """
-    from benchmarks.forms import sized
     from benchmarks.suite import readings_of
     from benchmarks.timeline import write_timeline
     from benchmarks.training import TrainingJob
     from benchmarks.utilization import measure_utilization, systems
     from benchmarks.utilization_page import utilization_text
-    from benchmarks.work import Work
     from preprocess.progress import Progress
     from train import device as devices
 
@@ -67,7 +65,7 @@ def utilization(
     names = chosen({name: name for name in systems(style, chosen_device.type == "cuda")}, only)
     check_models(models, resolution)
     rounds = rounds or (5 if quick else 6)
-    work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
+    work = to_train_on(source, cache, resolution, batch_size, workers, quick)
     machine = measured_on(work, device)
     name = "utilization-quick" if quick else "utilization"
     rows: list[Row] = []

@@ -39,6 +39,17 @@ def test_values_out_of_range_are_refused_before_a_table_is_touched(command, opti
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["training", "stalls", "utilization"])
+def test_a_batch_that_the_images_do_not_fill_is_refused_at_once(command, tmp_path):
+    (tmp_path / "ham").mkdir()
+    source = write_source(tmp_path / "ham")
+    options = ["--source", str(source), "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(main, [command, "--quick", "--batch-size", "601", *options])
+    assert isinstance(found.exception, UsageError)
+    assert "--batch-size 601: more than the 600 samples" in str(found.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_are_added_to_the_table_that_is_there(tmp_path):
     (tmp_path / "ham").mkdir()
     source = write_source(tmp_path / "ham")

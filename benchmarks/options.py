@@ -24,7 +24,9 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 def common(command: Callable) -> Callable:
     """The options that all benchmarks on images have."""
     for option in (
-        click.option("--quick", is_flag=True, help="Two minutes: fewer images, one job, shorter rounds."),
+        click.option(
+            "--quick", is_flag=True, help="Two minutes: less of everything; which systems, each command says."
+        ),
         click.option("--out", type=_FOLDER, default="benchmarks/results", show_default=True, help="Where tables go."),
         click.option("--cache", type=_FOLDER, default="data/bench", show_default=True, help="Keeps prepared data."),
         click.option(
@@ -35,7 +37,9 @@ def common(command: Callable) -> Callable:
             show_default=True,
             help="HAM10000-shaped folder of originals, or one that has it in originals/ [env HAM10000_SAMPLE].",
         ),
-        click.option("--rounds", type=click.IntRange(5), help="Timed rounds per system.  [default: 5 to 9; stalls 20]"),
+        click.option(
+            "--rounds", type=click.IntRange(5), help="Timed rounds per system.  [default: 5 to 9; stalls 20, quick 10]"
+        ),
     ):
         command = option(command)
     return command
@@ -67,7 +71,7 @@ def seconds_option(default: str, quick: str = "0.5") -> Callable[[Callable], Cal
 
 
 def training_options(
-    models: Sequence[str] = (), resolution: int = 224, quick: str = "resnet18"
+    models: Sequence[str] = (), resolution: int = 224, quick: str = ""
 ) -> Callable[[Callable], Callable]:
     """The options of the benchmarks that train, with these defaults; no models: all eight, with --quick that one."""
     if models:
@@ -114,7 +118,7 @@ def check_models(models: Sequence[str], resolution: int) -> None:
         check_resolution(model, resolution)
 
 
-def to_train_on(source: Path, cache: Path, resolution: int, batch_size: int, workers: int, quick: bool) -> "Work":
+def training_work(source: Path, cache: Path, resolution: int, batch_size: int, workers: int, quick: bool) -> "Work":
     """The images of a benchmark that trains. Raises UsageError where they do not make one batch, DataError where the
     source is not what it should be."""
     from benchmarks.forms import names, sized
@@ -124,7 +128,7 @@ def to_train_on(source: Path, cache: Path, resolution: int, batch_size: int, wor
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
     count = len(names(work))
     if batch_size > count:
-        raise UsageError(f"--batch-size {batch_size}: more than the {count:,} samples of an epoch; use fewer")
+        raise UsageError(f"--batch-size {batch_size}: more than the {count:,} samples of an epoch; use a smaller one")
     return work
 
 

@@ -219,4 +219,4 @@ NOT_IN_QUICK = (
     "FFCV proportion",
     "FFCV smart",
 )
-"""Left out of the short version."""
+"""Left out of the short version: mixed write modes, and the packer without a restart table."""

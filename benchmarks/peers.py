@@ -88,11 +88,16 @@ def _webdataset(work: Work, folder: Path) -> Epoch:
 
 
 def _streaming(work: Work, folder: Path) -> Epoch:
+    import atexit
+    from multiprocessing.util import Finalize
+
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
 
     clean_stale_shared_memory()
+    # It gives its shared memory back in exit handlers, which a process of multiprocessing ends without.
+    Finalize(None, atexit._run_exitfuncs, exitpriority=0)
     transform = _transform(work)
 
     class Images(StreamingDataset):

@@ -13,7 +13,8 @@ HZ = 10.5
 """Readings a second: 10 are the least that is wanted, and sampling may take a hundredth of a core. Beside an H100 a
 reading took 0.84 ms of a core (1.07 % at 12.8 a second), so that 10.5 cost 0.88 %; with a CPU's counters less.
 
-NVML renews its utilization only every 1/6 to 1 s, power and clocks more often.
+NVML renews its utilization only every 1/6 to 1 s, power and clocks more often; GPM's counters, which it renews every
+tenth of a second, come with every second reading (`benchmarks/gpu.py`).
 """
 MOST_CORE_SHARE = 0.01
 """What sampling may cost: a hundredth of a core."""

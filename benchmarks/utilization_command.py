@@ -13,8 +13,8 @@ from benchmarks.options import (
     publish,
     seconds_option,
     shared,
-    to_train_on,
     training_options,
+    training_work,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def utilization(
     names = chosen({name: name for name in systems(style, chosen_device.type == "cuda")}, only)
     check_models(models, resolution)
     rounds = rounds or (5 if quick else 6)
-    work = to_train_on(source, cache, resolution, batch_size, workers, quick)
+    work = training_work(source, cache, resolution, batch_size, workers, quick)
     machine = measured_on(work, device)
     name = "utilization-quick" if quick else "utilization"
     rows: list[Row] = []

@@ -133,6 +133,7 @@ def _cost(rows: Sequence[Row]) -> str:
     sources = dict.fromkeys(row.note for row in rows if row.metric == "reached_hz" and row.note)
     kept = "under" if max(shares) < MOST_CORE_SHARE else "NOT under"
     return (
-        f"The sampler ({'; '.join(sources)}) made {min(paces):.1f} to {max(paces):.1f} readings a second and took "
-        f"{100 * min(shares):.2f} to {100 * max(shares):.2f} % of a core: {kept} the 1 % it may take.\n"
+        f"The sampler ({'; '.join(sources)}) made {min(paces):.1f} to {max(paces):.1f} readings a second beside "
+        f"training, and took {100 * min(shares):.2f} to {100 * max(shares):.2f} % of a core from start to end: {kept} "
+        "the 1 % it may take.\n"
     )

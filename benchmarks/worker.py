@@ -4,7 +4,6 @@ All come from one fork server that has imported torch already. The parent asks f
 system waits. Its threads may go on reading ahead then, unless it is frozen.
 """
 
-import atexit
 import contextlib
 import math
 import multiprocessing
@@ -174,9 +173,9 @@ def take_turns(
 
     seconds: least length of a round. warmup: rounds before those, which are thrown away: since a system was set up all
     others were, and what it had in caches is gone. limit_s: what setting up, and a round beyond its least length, may
-    take. frozen: a system stands still while others have their turn. at_once: how many are set up beside each other;
-    more than one where what is found meanwhile is no time. Returns the timed runs of each system, and the figures found
-    while setting it up. One that fails or hangs keeps the reason.
+    take from when it is waited for. frozen: a system stands still while others have their turn. at_once: how many are
+    set up beside each other; with more than one, `set_up_s` and other times of that mean nothing. Returns the timed
+    runs of each system, and the figures found while setting it up. One that fails or hangs keeps the reason.
     """
     context = start_server()
     series: dict[str, Series] = {}
@@ -264,4 +263,3 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
         traceback.print_exc()  # into the log
         with contextlib.suppress(BrokenPipeError):
             pipe.send(("failed", reason(error)))
-    atexit._run_exitfuncs()  # multiprocessing ends its processes without: MosaicML would leave shared memory behind

@@ -1,6 +1,5 @@
 """The process that each system of a benchmark lives in: rounds, failures, and turns."""
 
-import atexit
 import os
 import signal
 import subprocess
@@ -96,17 +95,6 @@ def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(cont
     while any(group in process for process in living()):
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def tidy(name: str, job: Path) -> Running:
-    atexit.register(job.touch)
-    return Running(lambda: 10)
-
-
-def test_a_system_that_ends_kindly_cleans_up_as_it_would_in_a_process_of_its_own(context, tmp_path):
-    with Worker(context, tidy, "tidy", tmp_path / "cleaned up", logs=tmp_path, limit_s=60) as worker:
-        worker.ready()
-    assert (tmp_path / "cleaned up").exists()
 
 
 def ticking(name: str, job: object) -> Running:
@@ -209,10 +197,11 @@ def test_a_first_round_of_all_systems_warms_up_and_is_thrown_away(tmp_path):
     assert counts == [10, 20] and len(steps) == 2 * (1 + 2)
 
 
-def meeting(name: str, folder: Path) -> Running:
-    """Set up only beside another one."""
+def meeting(name: str, job: tuple[Path, float]) -> Running:
+    """Set up only beside another one, which comes within some seconds."""
+    folder, limit_s = job
     (folder / name).touch()
-    end = time.monotonic() + 10
+    end = time.monotonic() + limit_s
     while len(list(folder.iterdir())) < 2:
         if time.monotonic() > end:
             raise TimeoutError(f"{name} is alone")
@@ -221,20 +210,21 @@ def meeting(name: str, folder: Path) -> Running:
 
 
 def test_systems_are_set_up_beside_each_other_where_that_is_asked_for(tmp_path):
-    def failures(at_once: int) -> list[str]:
+    def failures(at_once: int, limit_s: float) -> list[str]:
         folder = tmp_path / str(at_once)
         folder.mkdir()
         steps: list[str] = []
+        job = (folder, limit_s)
         series, about = take_turns(
-            meeting, ["b", "a", "c"], folder, tmp_path, rounds=1, seconds=1e-9, told=steps.append, at_once=at_once
+            meeting, ["b", "a", "c"], job, tmp_path, rounds=1, seconds=1e-9, told=steps.append, at_once=at_once
         )
         assert steps[:3] == ["set up b", "set up a", "set up c"]
         assert all(len(s.samples) == 1 for s in series.values() if not s.failed)
         assert set(about) == {name for name, s in series.items() if not s.failed}
         return [name for name, s in series.items() if s.failed]
 
-    assert failures(at_once=2) == []
-    assert failures(at_once=1) == ["b"]
+    assert failures(at_once=2, limit_s=60) == []
+    assert failures(at_once=1, limit_s=1) == ["b"]
 
 
 def preparing(name: str, job: object) -> Running:

@@ -271,7 +271,7 @@ def test_sampling_keeps_its_pace_at_a_small_part_of_a_core(make):
         with Sampler(make()) as sampler:
             time.sleep(1.5)
         summary = sampler.summary()
-        if summary["reached_hz"] > 10:
+        if summary["reached_hz"] > 0.8 * HZ:
             best = min(best, summary["sampler_core_share"])
         if best < 0.03:
             break

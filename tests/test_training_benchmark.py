@@ -117,9 +117,9 @@ def test_the_matrix_product_counts_gflop(job):
 
 
 def test_every_way_to_multiply_matrices_gives_their_product():
-    left, right = torch.randn(2, 48, 48, generator=torch.Generator().manual_seed(0))
+    left, right = torch.randn(2, 160, 160, generator=torch.Generator().manual_seed(0))
     ways = products_of(left, right)
-    assert len(ways) == 2  # one by each library
+    assert len(ways) == 2
     for product in ways:
         torch.testing.assert_close(product(), left @ right)
 

@@ -28,7 +28,7 @@ from shards.shardset import ShardSet
 if TYPE_CHECKING:
     import torch
 
-_CHUNK = 8  # least images a task, for hand-overs cost; more where each thread has two tasks of a batch all the same
+_CHUNK = 8  # least images a task, for hand-overs cost; more where each thread gets two tasks all the same
 _RAW = 8  # where a sample's tuple says whether it is raw
 NOT_ITS_SIZE = "it does not decode to the size that the index says"
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -64,8 +64,8 @@ def cached_pixels(size: int) -> np.ndarray:
     """Memory, (size,) uint8, for decoded pixels that are read at once.
 
     libjpeg-turbo (simd/x86_64/jdcolext-avx2.asm) writes a row past the caches where it starts at a multiple of 32
-    bytes: where images came to lie so, resizing waited for memory, and an image took 1.13 times as long. JPEG's blocks
-    make most rows multiples of 8 bytes long: from 4 bytes off none of them starts there.
+    bytes: where images came to lie so, resizing waited for memory, and an image took 1.13 times as long (Zen 5, one
+    thread). JPEG's blocks make most rows multiples of 8 bytes long: from 4 bytes off none of them starts there.
     """
     whole = np.empty(size + 32, np.uint8)
     start = (4 - whole.ctypes.data) % 32
@@ -190,10 +190,10 @@ class NativeEngine:
         if self._fused and any(raw):
             kinds = ([sample for sample in samples if sample[_RAW] is kind] for kind in (True, False))
             parts = list(zip((self._fill_raw, self._fill), kinds, strict=True))
-        chunk = max(_CHUNK, len(rows) // (2 * self.threads))
+        chunks = [max(_CHUNK, len(some) // (2 * self.threads)) for _, some in parts]
         return [
             self._pool.submit(fill, some[start : start + chunk], buffer)
-            for fill, some in parts
+            for (fill, some), chunk in zip(parts, chunks, strict=True)
             for start in range(0, len(some), chunk)
         ]
 

@@ -248,13 +248,11 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
         while (seconds := _asked(pipe)) is not None:
             system.before()
             meter, waited, cpu_s, begin = Meter(), system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
-            count, passed = 0, 0.0
-            while passed < seconds:
+            count, passed, done = 0.0, 0.0, 1.0
+            while done and (passed < seconds or not count):  # one pass at least, whatever the seconds
                 done = system.once()
                 passed = time.perf_counter() - begin
                 count += done
-                if not done:
-                    break
             if not count:
                 raise ValueError("a round gave no image")
             cpu_s = tree_cpu_s(os.getpid()) - cpu_s

@@ -74,6 +74,13 @@ def test_a_worker_runs_whole_passes_for_at_least_the_time_asked(context, tmp_pat
     assert sample.cpu_s < sample.seconds
 
 
+def test_a_round_of_no_seconds_is_one_pass(context, tmp_path):
+    """Grids ask for that: a study is a round, however long it takes."""
+    with Worker(context, well, "fine", None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        assert [worker.run(0.0).count for _ in range(3)] == [10, 10, 10]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

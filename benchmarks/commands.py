@@ -174,7 +174,7 @@ def grid(
 
     check_models(models, resolution)
     shares = tuple(parse_fractions(fractions or ("1" if quick else "1/8,1/4,1/2,1")))
-    work = sized(Work(images(source), cache, 200, resolution, batch_size), 312)
+    work = sized(Work(images(source), cache, 200, resolution, batch_size), 96 if quick else 312)
     epochs = epochs or (1 if quick else 20)
     job = GridJob(work, tuple(models), shares, (0, 1), epochs, compile or ("off" if quick else "on"), device)
     machine = measured_on(work, device)

@@ -1,6 +1,6 @@
 """`report`: one page and one Markdown file from the CSVs of all benchmarks, and what they say in words."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -95,6 +95,8 @@ def markdown(results: dict[str, list[Row]]) -> str:
         "interval of at least 95 % from six rounds on (93.75 % with five), and ratios are taken within each round.\n",
     ]
     said = [line for name, rows in results.items() for line in in_words(name, rows, results.get("stalls", ()))]
+    if machines := machines_text(results):
+        parts.append(f"{machines}\n")
     if said:
         parts.append("\n".join(f"- {line}" for line in said) + "\n")
     parts += [TEXTS[name](rows) for name, rows in results.items()]
@@ -269,17 +271,25 @@ def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str
             body.append(timelines_html(timelines))
         body.append(f"<details><summary>Tables</summary>{_html(TEXTS[name](rows))}</details>")
         sections.append(section(name, TITLES[name], "".join(body)))
-    machine = next((rows[0].environment for rows in results.values() if rows and rows[0].environment), None)
-    lead = (
-        "" if machine is None else f"{machine.cpu}, {machine.cores} cores, {machine.ram_gib} GiB; GPU: {machine.gpu}."
-    )
     stalls = results.get("stalls", ())
     said = {name: in_words(name, rows, stalls) for name, rows in results.items()}
     findings = [(TITLES[name], lines) for name, lines in said.items() if lines]
-    warnings = (
-        [] if machine is None or machine.gpu != "none" else ["No GPU was there: nothing here was measured on one."]
-    )
-    return whole("What was measured", lead, warnings, findings, sections)
+    gpus = {row.environment.gpu for rows in results.values() for row in rows if row.environment}
+    warnings = ["No GPU was there: nothing here was measured on one."] if gpus == {"none"} else []
+    return whole("What was measured", machines_text(results), warnings, findings, sections)
+
+
+def machines_text(results: Mapping[str, Sequence[Row]]) -> str:
+    """Which machine the benchmarks ran on, in a sentence; which ones ran where, if there were several."""
+    on: dict[str, dict[str, None]] = {}  # machine → benchmarks, in order
+    for name, rows in results.items():
+        for machine in (row.environment for row in rows if row.environment):
+            text = f"{machine.cpu}, {machine.cores} cores, {machine.ram_gib} GiB; GPU: {machine.gpu}"
+            on.setdefault(text, {})[TITLES[name]] = None
+    if len(on) < 2:
+        return "".join(f"{text}." for text in on)
+    of_each = " ".join(f"{', '.join(names)}: {text}." for text, names in on.items())
+    return f"{of_each} Figures of different machines are not to be compared."
 
 
 def _html(text: str) -> str:

@@ -12,7 +12,7 @@ from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series, ratio_row, series_rows, summary_row
 from benchmarks.peers import SYSTEMS
 from benchmarks.predicting import EVALUATION, PREDICT, START_PREDICT
-from benchmarks.report import bars, in_words, markdown, page, read_results
+from benchmarks.report import bars, in_words, machines_text, markdown, page, read_results
 from benchmarks.tables import write_csv
 from benchmarks.work import Work
 from shards.errors import DataError
@@ -110,6 +110,21 @@ def test_page_stands_alone_and_escapes_what_it_shows(results):
     assert "<here>" not in html
     assert html.count("<svg") == 3
     assert "nothing here was measured on one" in html
+
+
+def test_tables_of_several_machines_say_which_is_of_which(results):
+    found = read_results(results)
+    one = machines_text(found)
+    assert one.endswith("GPU: none.") and "Loading" not in one and one in markdown(found)
+    rows = [
+        replace(row, environment=replace(row.environment, cpu="Abacus")) if row.environment else row
+        for row in found["training"]
+    ]
+    several = found | {"training": rows}
+    said = machines_text(several)
+    assert f"Loading, Predicting: {one}" in said and "Training: Abacus, " in said and "not to be compared" in said
+    assert said in markdown(several) and said in page(several)
+    assert machines_text({"training": []}) == ""
 
 
 def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_measured_in():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cold import drop_from_cache, read_into_cache
 from benchmarks.forms import prepared
+from benchmarks.peak import matrix_peak
 from benchmarks.work import Work
 from benchmarks.worker import Running
 
@@ -44,8 +45,6 @@ _FORMS = {
 }
 """Of each of our loaders: the form of the images, and the engine."""
 
-_MATRICES = {"cpu": (2048, 2), "cuda": (8192, 20)}
-"""Side of the matrices of the peak, and products in a pass, by the device's type: smaller ones do not fill a GPU."""
 _READ_AHEAD = 2
 """Batches that our engines, and each worker of a DataLoader, have ready. After a pause, or when files were opened anew,
 nobody waits for those: so many steps later a step waits as in the middle of a training."""
@@ -91,7 +90,7 @@ def set_up(name: str, job: TrainingJob) -> Running:
     device = devices.choose(job.device)
     devices.prepare(device, keep_memory=not name.startswith(EAGER))  # which is not usual
     if name.startswith(MATRIX):
-        return _matrix(device, precision_of(name, device))
+        return matrix_peak(device, precision_of(name, device))
     style, _, source = name.partition(", ")
     compiled = style.startswith(COMPILED)
     if compiled:
@@ -293,51 +292,3 @@ def _endless_folder(work: Work, device: "torch.device") -> "Iterator[tuple[Tenso
     while True:
         for images, labels in epoch():
             yield images.to(device, non_blocking=True), colour, labels.to(device, non_blocking=True)
-
-
-def _matrix(device: "torch.device", precision: str) -> Running:
-    """Products of square matrices in one precision, in the fastest way; a pass counts its GFLOP (2 n³ a product)."""
-    import torch
-
-    from train import device as devices
-
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    side, products = _MATRICES[device.type]
-    left, right = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
-
-    def took_s(product: "Callable[[], Tensor]") -> float:
-        begin = time.perf_counter()
-        for _ in range(products):
-            product()
-        devices.synchronize(device)
-        return time.perf_counter() - begin
-
-    # the first of four calls makes ready
-    fastest = min(products_of(left, right), key=lambda product: min([took_s(product) for _ in range(4)][1:]))
-
-    def once() -> float:
-        took_s(fastest)
-        return products * 2 * side**3 / 1e9
-
-    def warm() -> None:
-        once()
-
-    return Running(once, warm)
-
-
-def products_of(left: "Tensor", right: "Tensor") -> "list[Callable[[], Tensor]]":
-    """The ways to multiply two matrices (n, n), n a multiple of 16: on a CPU also as a convolution of 1×1.
-
-    PyTorch multiplies and convolves with different libraries there: on AMD's processors MKL takes AVX2 where oneDNN
-    takes AVX-512, and networks that are mostly convolutions were faster than a peak of the first alone.
-    """
-    import torch
-
-    out = torch.empty_like(left)
-    ways: list[Callable[[], Tensor]] = [lambda: torch.mm(left, right, out=out)]
-    if left.device.type == "cpu":
-        side = len(left)  # of 16 images, for PyTorch convolves few on one thread with the first library
-        pixels = left.view(16, 1, side // 16, side).permute(0, 3, 1, 2)
-        kernels = right.t().contiguous()[:, :, None, None]
-        ways.append(lambda: torch.nn.functional.conv2d(pixels, kernels).permute(0, 2, 3, 1).reshape(side, side))
-    return ways

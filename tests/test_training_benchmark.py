@@ -9,6 +9,7 @@ from benchmarks.cold import StillCachedError, cached_share, drop_from_cache, rea
 from benchmarks.forms import prepared
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series
+from benchmarks.peak import products_of
 from benchmarks.speed import (
     IN_FP32,
     RATIOS,
@@ -34,7 +35,6 @@ from benchmarks.training import (
     RESIDENT,
     TrainingJob,
     precision_of,
-    products_of,
     set_up,
     system_name,
 )

@@ -156,8 +156,9 @@ def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[st
         if not limit:
             low, high = headspace.ends
             text += f" [{100 * low:.0f}, {100 * high:.0f}]"
-            fits = (model, best.system, "accelerator_utilization", "warm")
-            finer = next((r for r in stalls if (r.model, r.system, r.metric, r.page_cache) == fits and r.value), None)
+            fits = (model, best.system, "accelerator_utilization", "warm", _machine(best))
+            told = ((r, (r.model, r.system, r.metric, r.page_cache, _machine(r))) for r in stalls if r.value)
+            finer = next((row for row, of in told if of == fits), None)
             limit = _limit(finer) if finer else ""
             if finer and limit:
                 low, high = finer.ends
@@ -279,12 +280,17 @@ def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str
     return whole("What was measured", machines_text(results), warnings, findings, sections)
 
 
+def _machine(row: Row) -> str:
+    """The machine that a row was measured on; empty where it does not say."""
+    of = row.environment
+    return "" if of is None else f"{of.cpu}, {of.cores} cores, {of.ram_gib} GiB; GPU: {of.gpu}"
+
+
 def machines_text(results: Mapping[str, Sequence[Row]]) -> str:
     """Which machine the benchmarks ran on, in a sentence; which ones ran where, if there were several."""
     on: dict[str, dict[str, None]] = {}  # machine → benchmarks, in order
     for name, rows in results.items():
-        for machine in (row.environment for row in rows if row.environment):
-            text = f"{machine.cpu}, {machine.cores} cores, {machine.ram_gib} GiB; GPU: {machine.gpu}"
+        for text in filter(None, map(_machine, rows)):
             on.setdefault(text, {})[TITLES[name]] = None
     if len(on) < 2:
         return "".join(f"{text}." for text in on)

@@ -76,6 +76,7 @@ def test_many_short_turns_tell_the_limit_where_training_cannot(ends, said):
     ]
     finer = Row("stalls", system, "accelerator_utilization", "1", 0.97, *ends, model="resnet18", page_cache="warm")
     others = [replace(finer, page_cache="cold"), replace(finer, model="alexnet"), replace(finer, metric="prep_stall")]
+    others.append(replace(finer, environment=environment("x")))  # on another machine
     assert in_words("training", own, [*others, finer])[0].endswith(said)
     assert in_words("training", own, others)[0].endswith("[80, 110]: whether loading limits it is not decided.")
     sure = [own[0], replace(own[1], low=0.96)]

@@ -13,7 +13,6 @@ import click
 
 from benchmarks.commands import grid, predict, stalls, training
 from benchmarks.options import advance, chosen, images, measured_on, publish, seconds_option, shared
-from benchmarks.plan_command import plan
 from benchmarks.utilization_command import utilization
 from shards import cli
 
@@ -133,7 +132,7 @@ def report(out: Path) -> None:
     click.echo(f"wrote {out / 'RESULTS.md'} and {out / 'report.html'} from {', '.join(results)}")
 
 
-for _command in (training, stalls, utilization, grid, predict, plan):
+for _command in (training, stalls, utilization, grid, predict):
     main.add_command(_command)
 
 if __name__ == "__main__":

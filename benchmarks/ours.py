@@ -87,7 +87,7 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
     import simplejpeg
 
     from shards import Loader, ShardSet
-    from shards.engines.native import cached_pixels, raw_pixels
+    from shards.decode import cached_pixels, raw_pixels
     from shards.engines.resample import Resampler
     from shards.jpeg import RegionCutter
 

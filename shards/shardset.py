@@ -177,7 +177,7 @@ class ShardSet:
 
     def pixels(self, sample: int) -> np.ndarray:
         """The whole packed image, (H, W, 3) uint8 RGB: decoded, or a read-only view of a raw one."""
-        from shards.engines.native import decode_whole
+        from shards.decode import decode_whole
 
         height, width = int(self.column("height")[sample]), int(self.column("width")[sample])
         return decode_whole(self.read(sample), str(self.column("encoding")[sample]), height, width)

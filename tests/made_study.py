@@ -13,7 +13,7 @@ from train.calibration import softmax
 from train.cells import cell_name, seed_pairs
 from train.config import Config
 from train.differences import COMPARED
-from train.leakage import RESULT
+from train.leakage_data import RESULT
 from train.metrics import evaluate
 from train.study_folder import LEAKAGE
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shards import Loader, ShardSet
+from shards import Loader, ShardSet, decode
 from shards.engines import Work, dali, native, transfer
 from shards.engines.native import NativeEngine
 from shards.plan import Augment, training_plan
@@ -35,7 +35,7 @@ def test_no_row_of_a_decoded_jpeg_is_written_past_the_caches(tiny_shards, monkey
 
 @pytest.mark.parametrize("size", [1, 31, 262_144, 5_000_000])
 def test_memory_for_pixels_holds_what_is_asked_for(size):
-    kept = [native.cached_pixels(size) for _ in range(5)]
+    kept = [decode.cached_pixels(size) for _ in range(5)]
     assert all(len(pixels) == size and pixels.flags.c_contiguous and pixels.flags.writeable for pixels in kept)
     assert all(pixels.ctypes.data % 32 == 4 for pixels in kept)
 

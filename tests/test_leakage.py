@@ -20,7 +20,7 @@ from tests.made_study import made_leakage, write_leakage, write_run, write_study
 from train import analysis, study_data
 from train.cells import Cell
 from train.config import Config
-from train.leakage import ARMS, arms, measure, told, write_arm
+from train.leakage_data import ARMS, arms, measure, told, write_arm
 from train.report import compose, draw
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import numpy as np
 
 from shards.errors import DataError
 from train.config import Config, pixel_share
-from train.leakage import RESULT
+from train.leakage_data import RESULT
 from train.results import read_json
 from train.study_data import Run, Study
 from train.study_folder import LEAKAGE

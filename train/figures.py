@@ -1,16 +1,13 @@
-"""The first pictures of a report: learning curves and costs; and how numbers are written in all of them."""
+"""The first pictures of a report: learning curves and costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from train.analysis import METRICS, Analysis, Size
+from train.numbers import NAMES, between, score
 from train.svg import Label, Plot, Scale, linear, logarithmic, short
 
-NAMES = {
-    "balanced_accuracy": "balanced accuracy",
-    "macro_auc": "macro AUC",
-}
 TOGETHER = 3
 """Up to so many models share one learning-curve chart with bands; more get a chart each."""
 
@@ -34,32 +31,6 @@ class Figure:
     legend: Sequence[tuple[int, str]] = ()
     table: Table | None = None
     more: Table | None = None
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as `61.2 %`; a dash where unknown."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def score(metric: str, value: float | None) -> str:
-    """A metric as it is usually written: balanced accuracy in percent, areas under curves as 0.912."""
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if "auc" in metric else percent(value)
-
-
-def points(metric: str, value: float | None) -> str:
-    """A difference with its sign: percentage points, or an area."""
-    if value is None:
-        return "–"
-    return f"{value:+.3f}" if "auc" in metric else f"{100 * value:+.1f} points"
-
-
-def between(metric: str, cell: dict[str, Any]) -> str:
-    """`61.2 % (58.0 % to 64.1 %)`, or without the interval where there is none."""
-    if cell["low"] is None or cell["high"] is None:
-        return score(metric, cell["value"])
-    return f"{score(metric, cell['value'])} ({score(metric, cell['low'])} to {score(metric, cell['high'])})"
 
 
 def _axis(metric: str) -> Label:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from train.analysis import Analysis
-from train.figures import NAMES, Figure, Table, percent, points
+from train.figures import Figure, Table
+from train.numbers import NAMES, p_value, percent, points
 from train.svg import Label, Plot, Scale, linear
 
 
@@ -53,11 +54,6 @@ def clear(cell: dict[str, Any]) -> bool:
     """Whether a difference stands out among all that were tested."""
     p = cell.get("p_holm")
     return p is not None and p < 0.05
-
-
-def p_value(p: float | None) -> str:
-    """A p value with its relation: `= 0.031`, `< 0.001`."""
-    return "unknown" if p is None else "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def variance(found: Analysis) -> Figure | None:

@@ -3,7 +3,8 @@
 from html import escape
 
 from train.analysis import METRICS, Analysis, confusion, recalls, reliability
-from train.figures import NAMES, Figure, Table, model_legend, percent
+from train.figures import Figure, Table, model_legend
+from train.numbers import NAMES, percent
 from train.svg import Label, Plot, Scale, linear, logarithmic, wrap
 
 CELL_PX = 40

@@ -5,9 +5,9 @@ from typing import Any
 
 from train import findings_trust
 from train.analysis import METRICS, Analysis, best_model
-from train.figures import between, percent, points, score
-from train.figures_compare import clear, p_value, share
+from train.figures_compare import clear, share
 from train.findings_trust import count, listed
+from train.numbers import between, p_value, percent, points, score
 from train.study_data import Run
 
 FEW = 3

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from train.analysis import Analysis, best_model
-from train.figures import between, percent
-from train.leakage import told
+from train.leakage_data import told
+from train.numbers import between, percent
 
 FEW_LESIONS = 20
 """A class with fewer test lesions than this is named as one whose numbers are rough."""

@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import torch
 
+from shards.decode import decode_whole
 from shards.encode import BadImageError, encode_pixels
-from shards.engines.native import decode_whole
 from shards.engines.resample import Resampler
 from shards.errors import DataError, UsageError
 from shards.format import EncodeSpec

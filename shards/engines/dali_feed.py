@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shards.decode import raw_pixels
 from shards.engines import Work
-from shards.engines.native import raw_pixels
 from shards.errors import DataError
 from shards.jpeg import RegionCutter
 from shards.shardset import ShardSet

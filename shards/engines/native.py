@@ -1,8 +1,7 @@
 """The CPU engine: threads that cut, decode, resize and flip straight into a batch's buffer, with OpenCV.
 
 The decoder, the kernels and xxHash let go of Python's lock while they work, so threads scale until the Python between
-them fills a core, and less well before that, for they wait for the lock: on 16 cores a third of what 16 would give
-(docs/scaling.md). Buffers are used again once nobody holds the batch that was made of them.
+them fills a core. Before that they wait for the lock. A buffer is reused when no batch refers to it any more.
 """
 
 import os
@@ -19,6 +18,7 @@ import numpy as np
 import simplejpeg
 import xxhash
 
+from shards.decode import NOT_ITS_SIZE, cached_pixels, raw_pixels
 from shards.engines import Work
 from shards.engines.resample import Resampler
 from shards.errors import DataError
@@ -30,46 +30,11 @@ if TYPE_CHECKING:
 
 _CHUNK = 8  # least images a task, for hand-overs cost; more where each thread gets two tasks all the same
 _RAW = 8  # where a sample's tuple says whether it is raw
-NOT_ITS_SIZE = "it does not decode to the size that the index says"
-_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def decode_whole(payload: memoryview, encoding: str, height: int, width: int) -> np.ndarray:
-    """A payload as (height, width, 3) uint8 RGB; a raw one as a view. Raises DataError where it is neither."""
-    if encoding == "raw":
-        return raw_pixels(payload, height, width)
-    image = cv2.imdecode(np.frombuffer(payload, np.uint8), _FLAGS)
-    if image is None or image.shape != (height, width, 3):
-        raise DataError(f"a payload does not decode to {width}x{height} px")
-    return image
-
-
-def raw_pixels(payload: memoryview, height: int, width: int) -> np.ndarray:
-    """The rows of a `.npy` payload as (height, width, 3) uint8: they end the file, whatever its header's length.
-
-    Raises DataError where the payload is shorter.
-    """
-    size = height * width * 3
-    if size > len(payload):
-        raise DataError(f"a payload of {len(payload)} bytes does not hold {width}x{height} px")
-    return np.frombuffer(payload, np.uint8, size, len(payload) - size).reshape(height, width, 3)
-
-
-def cached_pixels(size: int) -> np.ndarray:
-    """Memory, (size,) uint8, for decoded pixels that are read at once.
-
-    libjpeg-turbo (simd/x86_64/jdcolext-avx2.asm) writes a row past the caches where it starts at a multiple of 32
-    bytes: where images came to lie so, resizing waited for memory, and an image took 1.13 times as long (Zen 5, one
-    thread). JPEG's blocks make most rows multiples of 8 bytes long: from 4 bytes off none of them starts there.
-    """
-    whole = np.empty(size + 32, np.uint8)
-    start = (4 - whole.ctypes.data) % 32
-    return whole[start : start + size]
 
 
 class BufferPool:

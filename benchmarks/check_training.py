@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shards import Loader
-from shards.errors import DermscaleError
+from shards.common.errors import DermscaleError
 from train import device as devices
 from train import models
 from train.checkpoint import Progress

@@ -90,7 +90,7 @@ def stalls(
     whose steps take seconds wants a smaller --batch-size.
     """
     from benchmarks.stalls import ENGINES, measure_stalls, stalls_text
-    from shards.errors import UsageError
+    from shards.common.errors import UsageError
     from train import device as devices
 
     if only:
@@ -129,7 +129,7 @@ def _train(
 ) -> None:
     """Run a benchmark that trains, model by model; what is done is written after each, so that a stop loses one."""
     from benchmarks.training import TrainingJob
-    from preprocess.progress import Progress
+    from shards.common.progress import Progress
     from train.models import MODELS
 
     models = models or ((_QUICK[name],) if quick else tuple(MODELS))
@@ -169,7 +169,7 @@ def grid(
     from benchmarks.forms import sized
     from benchmarks.grids import GridJob, grid_text, measure_grid
     from benchmarks.work import Work
-    from preprocess.progress import Progress
+    from shards.common.progress import Progress
     from train.cells import parse_fractions
 
     check_models(models, resolution)
@@ -198,7 +198,7 @@ def predict(
     from benchmarks.forms import sized
     from benchmarks.predicting import measure_predicting, predicting_text
     from benchmarks.work import Work
-    from preprocess.progress import Progress
+    from shards.common.progress import Progress
     from train.models import check_resolution
 
     check_resolution("resnet18", resolution)

@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from shards import cli
-from shards.errors import DataError
+from shards.common import cli
+from shards.common.errors import DataError
 
 FOLDER = Path("benchmarks/results/gpu")
 FORMAT = 1
@@ -73,7 +73,7 @@ class Evidence:
 
     def write(self, finished: bool) -> None:
         """Write the file, whole or not at all."""
-        from shards.durable import write_durably
+        from shards.common.files import write_durably
         from train.record import to_json
 
         seconds = round(time.perf_counter() - self.started, 1)
@@ -213,7 +213,7 @@ def main(page: Path | None, folder: Path) -> None:
     if page is None:
         click.echo(text, nl=False)
         return
-    from shards.durable import write_durably
+    from shards.common.files import write_durably
 
     old = page.read_text(encoding="utf-8")
     block = block_of(old, str(page))

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.work import QUALITY, Work
 from preprocess.records import read_table, table_columns
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.format import CLASSES
 
 _PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")

@@ -9,7 +9,7 @@ from statistics import fmean
 from time import perf_counter
 from typing import Any
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 UNITS = {
     "busy_percent": "share of time in which at least one kernel ran",

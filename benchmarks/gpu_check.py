@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmarks.evidence import CPU_NOTE, FOLDER, FORMAT, Evidence
-from shards import cli
-from shards.errors import DataError
+from shards.common import cli
+from shards.common.errors import DataError
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from benchmarks.machine import Environment
     from benchmarks.measure import Row
     from benchmarks.work import Work
-    from preprocess.progress import Progress
+    from shards.common.progress import Progress
 
 Told = Callable[[str], None]
 
@@ -98,7 +98,7 @@ def training_options(
 
 def chosen(systems: dict, only: tuple[str, ...], left_out: Collection[str] = ()) -> list:
     """The systems that `--only` names; without it all but those `left_out`. Raises UsageError where there are none."""
-    from shards.errors import UsageError
+    from shards.common.errors import UsageError
 
     if only:
         found = [s for name, s in systems.items() if any(text.lower() in name.lower() for text in only)]
@@ -123,7 +123,7 @@ def training_work(source: Path, cache: Path, resolution: int, batch_size: int, w
     source is not what it should be."""
     from benchmarks.forms import names, sized
     from benchmarks.work import Work
-    from shards.errors import UsageError
+    from shards.common.errors import UsageError
 
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
     count = len(names(work))
@@ -174,7 +174,7 @@ def kept(out: Path, name: str, models: Collection[str], work: "Work") -> list["R
     beside it.
     """
     from benchmarks.tables import read_csv
-    from shards.errors import UsageError
+    from shards.common.errors import UsageError
 
     table = out / f"{name}.csv"
     rows = [row for row in read_csv(table) if row.model not in models] if table.exists() else []
@@ -190,7 +190,7 @@ def kept(out: Path, name: str, models: Collection[str], work: "Work") -> list["R
 def publish(out: Path, name: str, rows: list, text: Callable[[list], str], show: bool = True) -> None:
     """Write the CSV, and the Markdown from the CSV as it was read back; show the Markdown."""
     from benchmarks.tables import read_csv, write_csv
-    from shards.durable import write_durably
+    from shards.common.files import write_durably
 
     table = out / f"{name}.csv"
     write_csv(table, rows)

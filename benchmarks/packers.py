@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.forms import names, packed_size, prepared
 from benchmarks.peers_ffcv import beton_payload_bytes, read_beton, write_beton
 from benchmarks.work import QUALITY, Work
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 if TYPE_CHECKING:
     from preprocess.records import Source

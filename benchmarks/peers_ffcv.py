@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.work import QUALITY, RATIO, SCALE, Epoch, System, Work
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 _NOTE = (
     "decodes whole images with the system's libjpeg-turbo and the fast integer DCT, resizes by area interpolation "

@@ -23,7 +23,7 @@ from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
 from benchmarks.targets import verdict
 from benchmarks.work import Work
 from benchmarks.worker import Running, Told, take_turns
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.format import MANIFEST, Manifest
 
 EVALUATION, PREDICT = "evaluation", "predict, files of a shard set"

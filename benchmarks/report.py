@@ -17,7 +17,7 @@ from benchmarks.targets import verdict
 from benchmarks.timeline import Moment, read_timeline, timelines_html
 from benchmarks.utilization import utilization_in_words
 from benchmarks.utilization_page import utilization_text
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 TEXTS: dict[str, Callable[[Sequence[Row]], str]] = {
     "loader": loader_text,

@@ -14,7 +14,7 @@ import click
 from benchmarks.commands import grid, predict, stalls, training
 from benchmarks.options import advance, chosen, images, measured_on, publish, seconds_option, shared
 from benchmarks.utilization_command import utilization
-from shards import cli
+from shards.common import cli
 
 
 @click.group()
@@ -59,7 +59,7 @@ def loader(
     from benchmarks.loaders import jobs, loader_text, measure_loaders
     from benchmarks.peers import NOT_IN_QUICK, SYSTEMS
     from benchmarks.work import Work
-    from preprocess.progress import Progress
+    from shards.common.progress import Progress
     from train import device as devices
 
     here = {name: system for name, system in SYSTEMS.items() if devices.gpu_count() or not system.on_gpu}
@@ -99,7 +99,7 @@ def pack(
     from benchmarks.packers import NOT_IN_QUICK, PACKERS
     from benchmarks.packing import measure_packing, packing_text
     from benchmarks.work import Work
-    from preprocess.progress import Progress
+    from shards.common.progress import Progress
 
     systems = chosen(PACKERS, only, NOT_IN_QUICK if quick else ())
     rounds = rounds or (6 if quick else 9)
@@ -124,7 +124,7 @@ def pack(
 def report(out: Path) -> None:
     """RESULTS.md and report.html from the CSV files of the other subcommands."""
     from benchmarks.report import markdown, page, read_results, read_timelines
-    from shards.durable import write_durably
+    from shards.common.files import write_durably
 
     results = read_results(out)
     write_durably(out / "RESULTS.md", markdown(results).encode())

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.machine import Environment
 from benchmarks.measure import Row
-from shards.durable import write_durably
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.files import write_durably
 
 _ROW_COLUMNS = tuple(f.name for f in fields(Row) if f.name != "environment")
 _MACHINE_COLUMNS = tuple(f.name for f in fields(Environment))

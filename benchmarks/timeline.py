@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.tables import figure
-from shards.durable import write_durably
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.files import write_durably
 
 START_UP, TRAINING = "start-up", "training"
 """The phases: what comes before the clock, and what is counted."""

@@ -58,7 +58,7 @@ def utilization(
     from benchmarks.training import TrainingJob
     from benchmarks.utilization import measure_utilization, systems
     from benchmarks.utilization_page import utilization_text
-    from preprocess.progress import Progress
+    from shards.common.progress import Progress
     from train import device as devices
 
     chosen_device = devices.choose(device)

@@ -22,12 +22,12 @@ from preprocess.fetch import RemoteFile, fetch, open_session, part_of
 from preprocess.ham10000 import CITATION, HOME, LICENCE, read_source
 from preprocess.isic2018 import CITATION as TEST_CITATION
 from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT
-from preprocess.locking import exclusive
 from preprocess.records import list_images
 from preprocess.unpack import read_only_member, unpack_images
-from shards import cli
-from shards.durable import write_durably
-from shards.errors import DataError, UsageError
+from shards.common import cli
+from shards.common.errors import DataError, UsageError
+from shards.common.exclusive import exclusive
+from shards.common.files import write_durably
 
 TEST_FOLDER = "ISIC2018_Task3_Test"
 _DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile"

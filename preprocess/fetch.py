@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from preprocess.progress import Progress
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.progress import Progress
 
 if TYPE_CHECKING:
     import requests

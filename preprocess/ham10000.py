@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from preprocess.records import COLUMNS, Record, Rejected, Source, list_images, read_table, record_from, sha256_of
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.format import CLASSES
 
 METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")

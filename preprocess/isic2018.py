@@ -9,7 +9,7 @@ from pathlib import Path
 
 from preprocess.ham10000 import read_metadata
 from preprocess.records import Record, Rejected, Source, list_images, read_table, sha256_of, table_columns
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.writer import check_image_id
 
 CITATION = (

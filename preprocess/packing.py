@@ -19,13 +19,13 @@ import cv2
 import numpy as np
 import xxhash
 
-from preprocess.parallel import in_order
-from preprocess.progress import Progress
 from preprocess.records import Record, Rejected, Source, quarantine_csv
+from shards.common.errors import DataError
+from shards.common.machine import keep_freed_memory
+from shards.common.progress import Progress
+from shards.common.readahead import in_order
 from shards.encode import BadImageError, Encoded, encode_image
-from shards.errors import DataError
 from shards.format import CLASSES, SPLITS, EncodeSpec, Manifest
-from shards.memory import keep_freed_memory
 from shards.subsets import split_lesions
 from shards.writer import PackedSample, ShardSetWriter
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.format import CLASSES
 from shards.writer import check_image_id
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards import cli
-from shards.errors import DermscaleError, UsageError
+from shards.common import cli
+from shards.common.errors import DermscaleError, UsageError
 from shards.format import CLASSES, WRITE_MODES, EncodeSpec
 
 if TYPE_CHECKING:

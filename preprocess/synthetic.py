@@ -21,8 +21,8 @@ import click
 
 from preprocess.ham10000 import METADATA
 from preprocess.records import COLUMNS
-from shards import cli
-from shards.errors import DataError, UsageError
+from shards.common import cli
+from shards.common.errors import DataError, UsageError
 from shards.format import CLASSES
 
 if TYPE_CHECKING:
@@ -164,9 +164,9 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
     """
     import cv2
 
-    from preprocess.locking import exclusive
-    from preprocess.progress import Progress
-    from shards.durable import sync_folder, write_durably
+    from shards.common.exclusive import exclusive
+    from shards.common.files import sync_folder, write_durably
+    from shards.common.progress import Progress
     from shards.place import beside, real_place, refuse_inside_file, refuse_mount
 
     refuse_mount(out)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from preprocess.progress import Progress
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.progress import Progress
 
 _MOST_BYTES = 4 << 30
 """Unpacked size above which an archive is refused: the largest official one has 1.4 GB."""

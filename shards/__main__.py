@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from shards import cli
-from shards.errors import DataError
+from shards.common import cli
+from shards.common.errors import DataError
 
 
 @click.group()
@@ -90,7 +90,7 @@ def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool
     import cv2
     import numpy as np
 
-    from shards.durable import write_durably
+    from shards.common.files import write_durably
     from shards.loader import Loader
     from shards.shardset import ShardSet
 

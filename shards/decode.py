@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 NOT_ITS_SIZE = "it does not decode to the size that the index says"
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION

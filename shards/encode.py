@@ -19,7 +19,7 @@ import xxhash
 
 from shards.format import EncodeSpec
 from shards.jpeg import encode_jpeg
-from shards.kernels import compiled
+from shards.kernels.load import compiled
 
 if TYPE_CHECKING:
     import ctypes

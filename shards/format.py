@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa

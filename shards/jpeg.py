@@ -13,7 +13,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-from shards.kernels import compiled
+from shards.kernels.load import compiled
 
 TAG = b"DSRST1\0"
 """The first bytes of the APP15 segment that holds a restart table."""

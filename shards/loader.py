@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import xxhash
 
+from shards.common.errors import UsageError
 from shards.engines import Work
 from shards.engines.choose import make_engine
-from shards.errors import UsageError
 from shards.order import batch_count, check_seed, epoch_order, evaluation_batch, rank_slice
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 

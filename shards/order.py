@@ -6,7 +6,7 @@ as easy as 1, 2, 3", SC 2011), which numpy promises to keep the same across vers
 
 import numpy as np
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 
 _STREAM = 1  # the last word of Philox's counter; plan.py uses another, so the two share no numbers
 

@@ -13,8 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
-from shards.durable import sync_folder
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.files import sync_folder
 from shards.format import INDEX, MANIFEST
 
 _FILES = re.compile(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from shards.order import check_seed
 
 _STREAM = 2  # order.py uses another

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from shards.format import INDEX, INDEX_TYPES, MANIFEST, SPLITS, Manifest
 from shards.subsets import nested_subset
 from shards.tar import index_of

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from shards.format import SPLITS
 
 

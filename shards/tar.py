@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from shards.durable import write_durably
+from shards.common.files import write_durably
 from shards.format import ShardInfo
 
 BLOCK = 512

@@ -16,8 +16,9 @@ from typing import IO, Any
 
 import xxhash
 
-from shards.durable import write_durably
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
+from shards.common.files import write_durably
+from shards.common.locking import lock
 from shards.format import (
     CLASSES,
     FORMAT_VERSION,
@@ -28,7 +29,6 @@ from shards.format import (
     ShardInfo,
 )
 from shards.index_file import IndexFile
-from shards.locking import lock
 from shards.place import beside, real_place, recover, refuse_occupied, swap_into_place
 from shards.tar import BLOCK, Shard
 

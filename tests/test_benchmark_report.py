@@ -15,7 +15,7 @@ from benchmarks.predicting import EVALUATION, PREDICT, START_PREDICT
 from benchmarks.report import bars, in_words, machines_text, markdown, page, read_results
 from benchmarks.tables import write_csv
 from benchmarks.work import Work
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.benchdata import write_source
 
 

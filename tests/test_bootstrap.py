@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.bootstrap import Groups, interval, pooled_freedom, refuse_unfit, two_sided_p
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shards import Loader
+from shards.common.errors import UsageError
 from shards.engines import choose, dali, native, selfcheck
-from shards.errors import UsageError
 
 
 class Recorder:

@@ -10,7 +10,7 @@ import pytest
 
 from preprocess import synthetic
 from shards import __main__ as shards_command
-from shards import cli
+from shards.common import cli
 
 
 def ended(command: click.Command, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from train.config import (
     RECIPES,
     Config,

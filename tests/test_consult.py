@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from shards import ShardSet
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from tests.train_runs import small
 from train import consult, page, serve
 from train.loop import train_once

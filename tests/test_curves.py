@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit, least_squares
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from train.curves import fit_curve, hold_out_largest
 from train.profile import C_MAX, C_MIN, Lines, Quantity, power_weights, size_groups, variance_power
 

@@ -12,11 +12,11 @@ import torch
 from simplejpeg import decode_jpeg
 
 from shards import Augment, Loader, ShardSet
+from shards.common.errors import DataError
 from shards.engines import Work, dali
 from shards.engines.dali import DaliEngine, Graph, build_graph
 from shards.engines.dali_feed import INPUTS, Reader
 from shards.engines.native import NativeEngine
-from shards.errors import DataError
 from shards.format import CLASSES, EncodeSpec
 from shards.plan import training_plan
 from shards.writer import PackedSample, ShardSetWriter

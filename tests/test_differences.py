@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.format import CLASSES
 from tests import simulate_coverage as simulate
 from train.differences import between_pairs, model_difference, model_differences

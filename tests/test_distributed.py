@@ -131,7 +131,7 @@ def check_parts(rank: int, ranks: int, port: int) -> None:
     world.settle()
     assert seen == [(call == 3, call == 4) for call in range(6)], seen
     # known errors of the first rank are raised everywhere
-    from shards.errors import DataError
+    from shards.common.errors import DataError
 
     def fail() -> None:
         raise DataError("of the first rank")

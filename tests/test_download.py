@@ -18,9 +18,9 @@ from preprocess import shard
 from preprocess.fetch import RemoteFile
 from preprocess.ham10000 import read_source
 from preprocess.isic2018 import read_test_source
-from preprocess.locking import exclusive
 from shards import ShardSet
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
+from shards.common.exclusive import exclusive
 from tests.download_server import FILES, WHOLE, WHOLE_TEST, Server, items_of, picture, run, serving, tree, zip_of
 from tests.rawdata import jpeg, rows, write_table
 

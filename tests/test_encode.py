@@ -24,7 +24,7 @@ from shards.encode import (
     turn_upright,
 )
 from shards.format import EncodeSpec
-from shards.kernels import in_use
+from shards.kernels.load import in_use
 from tests.conftest import picture
 from tests.rawdata import jpeg
 

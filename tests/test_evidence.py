@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.evidence import FOLDER, NOTHING, Evidence, block_of, main, read_evidence, table
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 

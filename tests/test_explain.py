@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from train.explain import Explainer, overlay
 from train.predictor import Predictor, Prepared
 

@@ -9,7 +9,7 @@ import pytest
 
 from preprocess import download as dl
 from preprocess import fetch as fe
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.download_server import FILES, WHOLE, WHOLE_TEST, Server, run, serving, tree
 
 

@@ -14,7 +14,7 @@ from benchmarks.machine import environment
 from benchmarks.measure import Row
 from benchmarks.sampling import HZ, CoreSource, Sampler
 from benchmarks.tables import machine_text
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.device import gpu_uuid
 
 STAND_IN = "scripted stand-in, no GPU"

@@ -13,7 +13,7 @@ from benchmarks.check_training import WATCHED, training_steps
 from benchmarks.evidence import Evidence, read_evidence
 from benchmarks.gpu_check import make_sets, run_checks
 from benchmarks.suite import Settings
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.shardset import ShardSet
 
 CPU = torch.device("cpu")

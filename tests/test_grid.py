@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from train import cells
 from train.cells import Cell, fitting_batch, parse_fractions, parse_models, parse_seeds, plan
 from train.config import Config

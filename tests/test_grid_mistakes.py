@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import DataError, UsageError
-from shards.locking import lock
+from shards.common.errors import DataError, UsageError
+from shards.common.locking import lock
 from tests.test_grid import BASE, leave
 from train import grid, leakage, run, study_folder
 from train.cells import Cell

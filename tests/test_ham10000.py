@@ -11,7 +11,7 @@ import pytest
 
 from preprocess.ham10000 import read_source
 from preprocess.records import quarantine_csv
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.rawdata import jpeg, rows, write_raw, write_table
 
 METADATA = "HAM10000_metadata.csv"

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT, read_test_source
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.rawdata import jpeg, rows, write_table
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shards import jpeg
 from shards.jpeg import TAG, _cut, cut_region, encode_jpeg, restart_interval
-from shards.kernels import compiled
+from shards.kernels.load import compiled
 from tests.conftest import picture
 
 

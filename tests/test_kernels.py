@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import ShardSet, jpeg, kernels
+from shards import ShardSet, jpeg
 from shards.encode import _shrink_rows
 from shards.engines import resample
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter, encode_jpeg
+from shards.kernels import load as kernels
 from tests.conftest import picture
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +141,7 @@ def test_nothing_undefined_and_nothing_outside(tmp_path):
         pytest.skip("no C compiler here")
     library = tmp_path / "checked.so"
     options = ["-O1", "-fPIC", "-shared", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    sources = [ROOT / "shards/jpeg_cut.c", ROOT / "shards/shrink.c", ROOT / "shards/engines/resample.c"]
+    sources = [ROOT / "shards/kernels/jpeg_cut.c", ROOT / "shards/kernels/shrink.c", ROOT / "shards/kernels/resample.c"]
     subprocess.run([compiler, *options, *sources, "-o", library], check=True)
     done = subprocess.run(
         [sys.executable, "-c", f"from tests.test_kernels import with_library; with_library({str(library)!r})"],
@@ -175,7 +176,7 @@ def test_a_library_of_older_sources_is_left_alone(
     source.write_text("long dermscale_cut(void) { return 0; }")
     library = tmp_path / "older.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    spec = importlib.machinery.ModuleSpec("shards._kernels", None, origin=str(library))
+    spec = importlib.machinery.ModuleSpec("shards.kernels._kernels", None, origin=str(library))
     monkeypatch.setattr(kernels, "find_spec", lambda name: spec)
     [said] = said_by_a_loader(tiny_shards, caplog)
     assert re.search("older sources.*make install", said)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shards import ShardSet
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.format import CLASSES, EncodeSpec
 from shards.jpeg import encode_jpeg
 from shards.writer import PackedSample, ShardSetWriter

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from shards import Augment, Loader, ShardSet, jpeg
+from shards.common.errors import DataError, UsageError
 from shards.engines import resample
-from shards.errors import DataError, UsageError
-from shards.kernels import in_use
+from shards.kernels.load import in_use
 from tests.conftest import growth_bytes, write_set
 
 

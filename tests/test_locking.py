@@ -5,8 +5,8 @@ import fcntl
 
 import pytest
 
-from preprocess.locking import exclusive
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.exclusive import exclusive
 from shards.format import EncodeSpec
 from shards.writer import ShardSetWriter
 from tests.train_runs import small

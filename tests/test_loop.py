@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from shards import ShardSet
+from shards.common.errors import DataError, DermscaleError, UsageError
 from shards.engines import dali
-from shards.errors import DataError, DermscaleError, UsageError
 from shards.format import CLASSES
 from tests.train_runs import assert_same_run, at, losses, small, weights
 from train import loop

@@ -18,7 +18,7 @@ from benchmarks.measure import (
     summary_row,
 )
 from benchmarks.tables import COLUMNS, cell, figure, machine_text, notes, pivot, read_csv, write_csv
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 
 def samples(*per_s: float) -> list[Sample]:

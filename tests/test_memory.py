@@ -8,7 +8,7 @@ import pytest
 
 _FAULTS = """
 import resource, sys
-from shards import memory
+from shards.common import machine as memory
 
 if sys.argv[1]:
     getattr(memory, sys.argv[1])()
@@ -36,7 +36,7 @@ def test_a_block_is_had_again_without_page_faults(kept, mib):
 def test_training_keeps_what_is_freed():
     prepare = "devices.prepare(devices.choose('cpu'), keep_memory=True)"
     prepared = _FAULTS.replace("getattr(memory, sys.argv[1])()", prepare)
-    prepared = prepared.replace("from shards import memory", "from train import device as devices")
+    prepared = prepared.replace("from shards.common import machine as memory", "from train import device as devices")
     found = subprocess.run([sys.executable, "-c", prepared, "x", "128"], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 100
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from shards.format import CLASSES
 from train.bootstrap import LesionBootstrap, lesion_codes, refuse_unfit
 from train.calibration import at_prior, class_prior, fit_temperature, softmax

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from train import models
 from train.weights import Weights, load_fitting, write_weights
 

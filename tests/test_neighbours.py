@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shards import ShardSet
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.train_runs import small
 from train.loop import train_once
 from train.neighbours import FILE, Neighbours, training_selection

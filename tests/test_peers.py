@@ -20,7 +20,7 @@ from benchmarks.peers_ffcv import max_resolution
 from benchmarks.targets import TARGETS
 from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
 from shards import Loader, ShardSet
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.benchdata import IMAGES, in_a_process_of_its_own, skip_without, small_job
 
 

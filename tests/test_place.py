@@ -8,8 +8,8 @@ import pytest
 
 from preprocess import synthetic
 from shards import place
-from shards.durable import whole_file, write_durably
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.files import whole_file, write_durably
 from shards.format import EncodeSpec
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter

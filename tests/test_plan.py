@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import plan
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from shards.plan import Augment, evaluation_plan, training_plan
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from preprocess.ham10000 import read_source
 from preprocess.packing import Settings, pack
 from shards import Loader, ShardSet
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from shards.format import CLASSES, EncodeSpec
 from tests.rawdata import write_raw
 from tests.test_images import png_header

@@ -25,7 +25,7 @@ from benchmarks.predicting import (
 from benchmarks.starts import StartFailedError, start_predict, start_serve
 from benchmarks.targets import verdict
 from benchmarks.work import Work
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.benchdata import IMAGES, write_source
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.made_study import test_set as made_test_set
 from tests.made_study import write_run, write_study
 from tests.report_pages import assert_drawn, browse, compose_folder, told, words

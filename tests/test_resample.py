@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.engines.resample import Resampler
-from shards.kernels import LEVELS, in_use
+from shards.kernels.load import LEVELS, in_use
 
 LEVEL = LEVELS.index(in_use()["resize"])
 needs_kernel = pytest.mark.skipif(LEVEL == 0, reason="the kernel is not built, or the processor has no AVX2")

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from shards import Augment, Loader, ShardSet
-from shards.engines import Work, memory, resident
+from shards.common import free_memory as memory
+from shards.common.errors import DataError, UsageError
+from shards.engines import Work, resident
 from shards.engines.native import NativeEngine
 from shards.engines.resident import ResidentEngine
-from shards.errors import DataError, UsageError
 from tests.conftest import write_set
 from tests.parity import assert_parity, batches, distances
 from tests.test_dali import flip_a_bit, works

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shards import ShardSet
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.train_runs import assert_same_run, at, child_environment, small, start_worker
 from train import device as devices
 from train.config import Config

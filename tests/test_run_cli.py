@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shards import cli
+from shards.common import cli
 from tests.conftest import write_set
 from tests.test_record import full_disk
 from tests.train_runs import child_environment

@@ -16,9 +16,10 @@ import simplejpeg
 from preprocess import shard
 from preprocess.ham10000 import read_source
 from preprocess.packing import Settings, pack
-from shards import ShardSet, cli
+from shards import ShardSet
+from shards.common import cli
+from shards.common.errors import DataError
 from shards.encode import decode_strictly, shrink
-from shards.errors import DataError
 from shards.format import CLASSES, EncodeSpec
 from tests.rawdata import jpeg, rows, write_raw, write_table
 from tests.test_isic2018 import official_test  # noqa: F401 (a fixture)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from shards.format import CLASSES, INDEX_TYPES, EncodeSpec, Manifest
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter, check_image_id

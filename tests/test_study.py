@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.study import learning_curve, learning_curves
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from shards.subsets import nested_subset, split_lesions
 
 

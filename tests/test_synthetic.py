@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from preprocess import synthetic
 from preprocess.ham10000 import read_source
-from preprocess.locking import exclusive
 from preprocess.phantom import LOOKS, draw_lesion
 from preprocess.phantom_camera import photograph
 from preprocess.phantom_paint import paint_lesion
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
+from shards.common.exclusive import exclusive
 from shards.format import CLASSES
 
 

@@ -8,7 +8,7 @@ from benchmarks.measure import Row
 from benchmarks.run import main
 from benchmarks.speed import training_text
 from benchmarks.tables import read_csv
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from tests.benchdata import write_source
 
 

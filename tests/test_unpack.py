@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from preprocess.unpack import read_only_member
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.download_server import FILES, WHOLE, WHOLE_TEST, Server, run, serving, tree, zip_of
 
 

@@ -19,7 +19,7 @@ from benchmarks.utilization import NO_GPU, NOT_READ, measure_utilization, system
 from benchmarks.utilization_page import utilization_text
 from benchmarks.work import Work
 from benchmarks.worker import Running
-from shards.errors import DataError
+from shards.common.errors import DataError
 from tests.test_gpu import STAND_IN, ScriptedDriver
 
 NAMES = systems("channels-last")

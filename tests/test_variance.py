@@ -6,7 +6,7 @@ import pytest
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.variance import SOURCES, _Design, variance_shares
 
 

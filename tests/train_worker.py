@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from shards.errors import DermscaleError
+from shards.common.errors import DermscaleError
 from train.config import Config
 from train.distributed import world
 from train.loop import train_once

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.config import Config, pixel_share
 from train.leakage_data import RESULT
 from train.results import read_json

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 CONFIDENCE = 0.95
 CHUNK = 128

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from train.bootstrap import Groups
 
 PRIORS = ("balanced", "training")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from train.config import Config
 
 EIGHT = ("alexnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vit_b16", "mixer_b16")

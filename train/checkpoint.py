@@ -9,8 +9,8 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from shards.durable import whole_file
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.files import whole_file
 from train import device as devices
 
 FILE = "checkpoint.pt"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 
 LOSSES = ("logit-adjusted", "class-weighted", "plain")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -80,8 +80,8 @@ def start(run: Path, data: Path | None, device: str) -> Started:
 
     Without the run's shard set there are no neighbours, and the page says why.
     """
-    from shards.cli import importing
-    from shards.errors import DermscaleError
+    from shards.common.cli import importing
+    from shards.common.errors import DermscaleError
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the page's to handle, which then ends this process
     with importing():
@@ -112,7 +112,7 @@ def _prepare(session: _Session) -> None:
     """
     import captum.attr  # noqa: F401 (imported so that the first answer need not)
 
-    from shards.errors import DermscaleError
+    from shards.common.errors import DermscaleError
 
     if session.neighbours is None or session.neighbours.ready:
         return
@@ -161,7 +161,7 @@ def _overlay(session: _Session, prepared: "Prepared", of_class: int) -> tuple[by
     """A PNG of the image with the evidence for a class and, where the network knows no places, why there is none."""
     import numpy as np
 
-    from shards.errors import UsageError
+    from shards.common.errors import UsageError
     from train.explain import Explainer, overlay, png
 
     if session.explainer is None:
@@ -178,8 +178,8 @@ def _alike(session: _Session, features: "np.ndarray") -> tuple[list[Alike], str]
     """The neighbours and, where there are none, why."""
     import cv2
 
+    from shards.common.errors import DermscaleError
     from shards.encode import shrink
-    from shards.errors import DermscaleError
 
     neighbours = session.neighbours
     if neighbours is None:

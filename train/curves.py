@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
 from train.powerlaw import PowerLawFit
 from train.profile import C_MAX, C_MIN, size_groups
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shards.errors import UsageError
-from shards.memory import give_back_freed_memory, keep_all_freed_memory
+from shards.common.errors import UsageError
+from shards.common.machine import give_back_freed_memory, keep_all_freed_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.format import CLASSES
 from train.bootstrap import CONFIDENCE, LesionBootstrap, pooled_freedom, refuse_unfit, two_sided_p
 from train.estimates import estimate, mean_freedom, number

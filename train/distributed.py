@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards.errors import DermscaleError, UsageError
+from shards.common.errors import DermscaleError, UsageError
 from train import device as devices
 
 TIMEOUT = timedelta(minutes=10)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 
 if TYPE_CHECKING:
     from train.predictor import Predictor, Prepared

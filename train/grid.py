@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards import cli
+from shards.common import cli
 from train.cells import BUDGETS, EIGHT, FRACTIONS
 from train.options import training_options
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from shards import cli
-from shards.errors import DataError
+from shards.common import cli
+from shards.common.errors import DataError
 from train.options import training_options
 
 
@@ -27,7 +27,7 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
     """Measure what a split by image gains falsely. --data: a set packed with --split-unit image."""
     from dataclasses import replace
 
-    from shards.durable import write_durably
+    from shards.common.files import write_durably
     from shards.shardset import ShardSet
     from train.cells import Cell, fitting_batch, parse_seeds
     from train.config import Config

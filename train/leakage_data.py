@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.numbers import p_value, points
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shards.errors import DermscaleError
+from shards.common.errors import DermscaleError
 from train import checkpoint, models
 from train import device as devices
 from train.checkpoint import Progress

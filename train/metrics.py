@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from shards.format import CLASSES
 from train.bootstrap import CONFIDENCE, LesionBootstrap, exact_interval, interval, refuse_unfit
 from train.calibration import BINS, ConfidenceBins, at_prior, class_prior, fit_temperature, prior_weights, softmax

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from train.config import RAMP_STEP_PX
 from train.head import InputHead
 from train.weights import Norm, Weights, downloading, first_line, load_fitting, read_weights

@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 
 from shards import Loader, Selection, ShardSet
-from shards.durable import write_durably
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.files import write_durably
 from train.config import read_config
 from train.predictor import Predictor
 from train.record import CONFIG, WEIGHTS, read_result

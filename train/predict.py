@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shards import cli
-from shards.errors import DataError, UsageError
+from shards.common import cli
+from shards.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from train.explain import Explainer
@@ -107,7 +107,7 @@ def main(
     if out is None:
         click.echo(text, nl=False)
     else:
-        from shards.durable import write_durably
+        from shards.common.files import write_durably
 
         write_durably(out, text.encode())
         click.echo(f"{len(answers)} images judged, {len(refused)} refused: {out}", err=True)
@@ -189,7 +189,7 @@ def _answers(
     answers = [Answer(file, row) for (file, _), row in zip(good, shares, strict=True)]
     if explainer is None:
         return answers
-    from shards.durable import write_durably
+    from shards.common.files import write_durably
     from train.explain import beside, png
 
     drawn = []

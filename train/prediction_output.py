@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shards.errors import UsageError
+from shards.common.errors import UsageError
 from train.notice import NOTICE
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import cv2
 import numpy as np
 import torch
 
+from shards.common.errors import DataError, UsageError
 from shards.decode import decode_whole
 from shards.encode import BadImageError, encode_pixels
 from shards.engines.resample import Resampler
-from shards.errors import DataError, UsageError
 from shards.format import EncodeSpec
 from shards.plan import Augment, evaluation_plan
 from train import device as devices

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shards import Loader, Selection, ShardSet
+from shards.common.errors import UsageError
 from shards.engines.resident import check_memory
-from shards.errors import UsageError
 from shards.order import rank_slice
 from shards.plan import evaluation_plan
 from train import checkpoint, compiling, models

@@ -20,11 +20,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards import kernels
-from shards.durable import write_durably
-from shards.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError
+from shards.common.files import write_durably
+from shards.common.locking import lock
 from shards.format import CLASSES
-from shards.locking import lock
+from shards.kernels import load as kernels
 from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read_config
 
 if TYPE_CHECKING:

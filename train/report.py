@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards import cli
-from shards.errors import UsageError
+from shards.common import cli
+from shards.common.errors import UsageError
 
 if TYPE_CHECKING:
     from train.analysis import Analysis
@@ -42,7 +42,7 @@ TILE_NOTE = (
 @click.option("--resamples", type=click.IntRange(min=200), default=1000, help="Draws behind the intervals.")
 def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data: Path | None, resamples: int) -> None:
     """Write the report of STUDY: a folder of train.grid, a folder of run folders, or one run folder."""
-    from shards.durable import write_durably
+    from shards.common.files import write_durably
     from train.analysis import analyse
     from train.report_page import standalone
     from train.study_data import read

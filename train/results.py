@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shards.durable import write_durably
-from shards.errors import DataError
+from shards.common.errors import DataError
+from shards.common.files import write_durably
 from train.record import CONFIG, read_result
 from train.study_folder import CELLS, read_journal
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from shards import cli
+from shards.common import cli
 from train.options import training_options
 
 _STARTED = time.perf_counter()

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards import cli
-from shards.errors import DermscaleError, UsageError
+from shards.common import cli
+from shards.common.errors import DermscaleError, UsageError
 
 if TYPE_CHECKING:
     from train.consult import Opinion

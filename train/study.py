@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.curves import LearningCurve, fit_curve, hold_out_largest
 from train.profile import size_groups
 

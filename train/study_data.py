@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.cells import EIGHT
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT
 from train.results import failed, finished, read_json

@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from shards.durable import write_durably
-from shards.errors import DataError, UsageError
-from shards.locking import lock
+from shards.common.errors import DataError, UsageError
+from shards.common.files import write_durably
+from shards.common.locking import lock
 from train.cells import Cell
 
 STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"

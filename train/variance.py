@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 from train.estimates import estimate
 from train.profile import size_groups
 

@@ -15,8 +15,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from shards.durable import whole_file
-from shards.errors import DataError, DermscaleError
+from shards.common.errors import DataError, DermscaleError
+from shards.common.files import whole_file
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation, RGB, of pixels of 0 to 1."""

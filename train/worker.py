@@ -111,8 +111,8 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
 def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
     import traceback
 
-    from shards.cli import importing, one_line
-    from shards.errors import DermscaleError
+    from shards.common.cli import importing, one_line
+    from shards.common.errors import DermscaleError
 
     with importing():
         from train.distributed import World

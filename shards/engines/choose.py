@@ -3,8 +3,8 @@
 import logging
 from typing import TYPE_CHECKING
 
+from shards.common.errors import UsageError
 from shards.engines import ENGINES, Engine
-from shards.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def make_engine(
     _log.info("engine %s on %s: %s", choice, device, reason)
     if choice == "native":
         from shards.engines.native import NativeEngine
-        from shards.kernels import in_use, outdated
+        from shards.kernels.load import in_use, outdated
 
         missing = [part for part, by in in_use().items() if by in ("numpy", "opencv")]
         if missing and not outdated():

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shards.common.errors import DataError
 from shards.decode import NOT_ITS_SIZE
 from shards.engines import Work
 from shards.engines.dali_feed import INPUTS, Fed, Reader, Source
 from shards.engines.native import available_cores
-from shards.errors import DataError
 from shards.shardset import ShardSet
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shards.common.errors import DataError
 from shards.decode import raw_pixels
 from shards.engines import Work
-from shards.errors import DataError
 from shards.jpeg import RegionCutter
 from shards.shardset import ShardSet
 

@@ -18,10 +18,10 @@ import numpy as np
 import simplejpeg
 import xxhash
 
+from shards.common.errors import DataError
 from shards.decode import NOT_ITS_SIZE, cached_pixels, raw_pixels
 from shards.engines import Work
 from shards.engines.resample import Resampler
-from shards.errors import DataError
 from shards.jpeg import RegionCutter
 from shards.shardset import ShardSet
 

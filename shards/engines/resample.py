@@ -9,7 +9,7 @@ from array import array
 import cv2
 import numpy as np
 
-from shards.kernels import compiled
+from shards.kernels.load import compiled
 
 
 def apply_symmetry(image: np.ndarray, symmetry: int, out: np.ndarray) -> None:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shards.common.errors import DataError, UsageError
+from shards.common.free_memory import free_bytes
 from shards.decode import NOT_ITS_SIZE, decode_whole
 from shards.engines import Work
-from shards.engines.memory import free_bytes
 from shards.engines.native import available_cores
-from shards.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import torch

@@ -90,7 +90,7 @@ def read(file: Path, key: dict[str, Any]) -> tuple[bool, str] | None:
 
 def keep(file: Path, key: dict[str, Any], passed: bool, reason: str) -> None:
     """Write a verdict; where that fails, the next process checks again."""
-    from shards.durable import write_durably
+    from shards.common.files import write_durably
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

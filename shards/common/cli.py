@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import click
 
-from shards.errors import DermscaleError
+from shards.common.errors import DermscaleError
 
 _HINTS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; check the permissions or choose another folder"),

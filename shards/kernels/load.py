@@ -1,4 +1,4 @@
-"""The compiled kernels (`jpeg_cut.c`, `shrink.c`, `engines/resample.c`), built at installation if there is a compiler.
+"""The compiled kernels (`jpeg_cut.c`, `shrink.c`, `resample.c`), built at installation if there is a compiler.
 
 They are an option: everything that they do is done without them, more slowly.
 """
@@ -21,7 +21,7 @@ _NEWEST = "dermscale_resample_many"
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
     """The library of kernels; None where it was not built, or (which is warned of) from older sources."""
-    found = find_spec("shards._kernels")
+    found = find_spec("shards.kernels._kernels")
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
@@ -54,7 +54,7 @@ def compiled() -> ctypes.CDLL | None:
 
 def outdated() -> bool:
     """Whether there is a library that `compiled` leaves alone, as it has said."""
-    return compiled() is None and find_spec("shards._kernels") is not None
+    return compiled() is None and find_spec("shards.kernels._kernels") is not None
 
 
 def in_use() -> dict[str, str]:

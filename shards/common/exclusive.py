@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.locking import lock
+from shards.common.locking import lock
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
-from shards.errors import DataError
+from shards.common.errors import DataError
 
 
 def lock(file: IO[bytes] | int, place: Path, busy: str) -> None:

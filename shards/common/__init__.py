@@ -1,0 +1,1 @@
+"""What every part of the project needs: command lines, errors, files, the machine, progress, reading ahead."""

@@ -137,9 +137,9 @@ def _write_lesion(lesion: PlannedLesion, folders: dict[str, Path], seed: int, di
     import numpy as np
     import simplejpeg
 
-    from preprocess.phantom import draw_lesion
-    from preprocess.phantom_camera import photograph
-    from preprocess.phantom_paint import paint_lesion
+    from preprocess.phantom.appearance import draw_lesion
+    from preprocess.phantom.camera import photograph
+    from preprocess.phantom.paint import paint_lesion
 
     def stream(*key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, lesion.number, *key])))

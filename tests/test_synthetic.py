@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from preprocess import synthetic
 from preprocess.ham10000 import read_source
-from preprocess.phantom import LOOKS, draw_lesion
-from preprocess.phantom_camera import photograph
-from preprocess.phantom_paint import paint_lesion
+from preprocess.phantom.appearance import LOOKS, draw_lesion
+from preprocess.phantom.camera import photograph
+from preprocess.phantom.paint import paint_lesion
 from shards.common.errors import DataError, UsageError
 from shards.common.exclusive import exclusive
 from shards.format import CLASSES

@@ -6,8 +6,8 @@ One canvas gives any number of views, each a function of the lesion and a random
 import cv2
 import numpy as np
 
-from preprocess.phantom import HEIGHT_PX, WIDTH_PX, Lesion
-from preprocess.phantom_paint import SCALE, SIDE, draw_curve, smooth_step
+from preprocess.phantom.appearance import HEIGHT_PX, WIDTH_PX, Lesion
+from preprocess.phantom.paint import SCALE, SIDE, draw_curve, smooth_step
 
 
 def _hairs(rng: np.random.Generator, number: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Paints the canvas of a procedural lesion (`preprocess.phantom`); `preprocess.phantom_camera` takes pictures of it.
+"""Paints the canvas of a procedural lesion (`appearance.py`); `camera.py` takes pictures of it.
 
 A function of its arguments alone. RGB throughout. What is broad is painted at half the canvas's resolution, what is
 fine only where the lesion is, and the absorbers meet in one matrix (`cv2.transform`): about 20 ms a lesion on one core.
@@ -7,7 +7,7 @@ fine only where the lesion is, and the absorbers meet in one matrix (`cv2.transf
 import cv2
 import numpy as np
 
-from preprocess.phantom import HEIGHT_PX, Lesion
+from preprocess.phantom.appearance import HEIGHT_PX, Lesion
 
 SCALE = 0.8  # canvas pixels per picture pixel: dermatoscopes are about that soft
 SIDE = 512  # the canvas, square

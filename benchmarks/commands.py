@@ -170,7 +170,7 @@ def grid(
     from benchmarks.grids import GridJob, grid_text, measure_grid
     from benchmarks.work import Work
     from shards.common.progress import Progress
-    from train.cells import parse_fractions
+    from train.study.cells import parse_fractions
 
     check_models(models, resolution)
     shares = tuple(parse_fractions(fractions or ("1" if quick else "1/8,1/4,1/2,1")))

@@ -53,7 +53,7 @@ def _run(arguments: Sequence[str]) -> None:
 def set_up(name: str, job: GridJob) -> Running:
     """Pack the images, and train the largest cell of the study."""
     from shards import ShardSet
-    from train.cells import fitting_batch
+    from train.study.cells import fitting_batch
 
     work = job.work
     data = prepared("shards-split", work) / "set"

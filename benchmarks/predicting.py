@@ -96,7 +96,7 @@ def evaluation(job: PredictJob, selection: Any) -> Callable[[], int]:
     from train import models
     from train.distributed import World
     from train.evaluation import answers
-    from train.predictor import read_about
+    from train.inference.predictor import read_about
     from train.record import WEIGHTS
     from train.weights import read_weights
 
@@ -125,9 +125,9 @@ def full_batches(count: int, most: int) -> int:
 
 def prediction(job: PredictJob, files: Sequence[Path]) -> Callable[[], int]:
     """The loop of `train.predict` over the files; returns their number. Raises DataError where one is refused."""
+    from train.inference.output import Refused
+    from train.inference.predictor import Predictor
     from train.predict import judge
-    from train.prediction_output import Refused
-    from train.predictor import Predictor
 
     predictor = Predictor(job.run, job.device)
 

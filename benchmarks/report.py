@@ -208,7 +208,7 @@ def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
 
     Bars begin at 0: of a value below it, only the number is shown.
     """
-    from train.svg import wrap
+    from train.study.report.svg import wrap
 
     shown = sorted(rows, key=lambda row: -(row.value or 0.0))
     longest = max((0.0, *(row.high or row.value or 0.0 for row in shown))) or 1.0
@@ -251,8 +251,8 @@ def _in_percent(row: Row) -> Row:
 
 def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str:
     """report.html: the bars first, then the timelines, then the tables; no script, no network."""
-    from train.report_page import page as whole
-    from train.report_page import section
+    from train.study.report.page import page as whole
+    from train.study.report.page import section
 
     sections = []
     for name, rows in results.items():

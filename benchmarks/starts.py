@@ -46,7 +46,7 @@ def _children_cpu_s() -> float:
 
 def start_serve(run: Path, device: str) -> Sample:
     """`train.serve` from its start to its ready line; then it is ended. Raises StartFailedError."""
-    from train.neighbours import FILE
+    from train.inference.neighbours import FILE
 
     (run / FILE).unlink(missing_ok=True)  # every start is a first one
     with socket.socket() as probe:

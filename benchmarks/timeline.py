@@ -116,7 +116,7 @@ def timeline_svg(name: str, moments: Sequence[Moment]) -> str:
     A lane has the same scale for all systems: percent from 0 to 100, anything else from 0 to its largest reading.
     Start-up is grey, and shown for as long as a third of the training that follows.
     """
-    from train.svg import wrap
+    from train.study.report.svg import wrap
 
     if not moments:
         raise ValueError("a timeline of no readings")

@@ -1,4 +1,4 @@
-"""Stands in for `train.worker.work` where scheduling is tested: a cell's seed says what becomes of it."""
+"""Stands in for `train.study.worker.work` where scheduling is tested: a cell's seed says what becomes of it."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from train.worker import At, Ended, Order
+from train.study.worker import At, Ended, Order
 
 KILLED, FAILED, CRASHED, SLOW, SILENT = 101, 102, 103, 104, 105
 

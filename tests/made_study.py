@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 
 from shards.format import CLASSES
-from train.calibration import softmax
-from train.cells import cell_name, seed_pairs
 from train.config import Config
-from train.differences import COMPARED
-from train.leakage_data import RESULT
-from train.metrics import evaluate
-from train.study_folder import LEAKAGE
+from train.metrics.calibration import softmax
+from train.metrics.differences import COMPARED
+from train.metrics.summary import evaluate
+from train.study.cells import cell_name, seed_pairs
+from train.study.folder import LEAKAGE
+from train.study.leakage import RESULT
 
 SHARES = np.array([0.033, 0.051, 0.11, 0.011, 0.111, 0.67, 0.014])
 WHOLE = 5600

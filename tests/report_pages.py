@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from train import analysis, study_data
-from train.findings import findings
 from train.report import compose, draw
+from train.study import analysis
+from train.study import runs as study_data
+from train.study.report.findings import findings
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

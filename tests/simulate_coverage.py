@@ -9,12 +9,12 @@ import click
 import numpy as np
 from scipy.stats import t
 
-from train.bootstrap import Groups, LesionBootstrap, interval, two_sided_p
-from train.curves import fit_curve, hold_out_largest
-from train.differences import Tested, between_pairs, model_difference
-from train.estimates import estimate, mean_freedom
-from train.metrics import SCALARS, evaluate, prepare
-from train.variance import SOURCES, variance_shares
+from train.metrics.bootstrap import Groups, LesionBootstrap, interval, two_sided_p
+from train.metrics.differences import Tested, between_pairs, model_difference
+from train.metrics.estimates import estimate, mean_freedom
+from train.metrics.summary import SCALARS, evaluate, prepare
+from train.study.curves import fit_curve, hold_out_largest
+from train.study.variance import SOURCES, variance_shares
 
 LESIONS = np.array([46, 65, 145, 15, 123, 300, 20])
 """Lesions a class of the 20 % test split of HAM10000, but for nv (1,081), which hardly adds to the variance."""

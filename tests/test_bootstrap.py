@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from shards.common.errors import DataError
-from train.bootstrap import Groups, interval, pooled_freedom, refuse_unfit, two_sided_p
+from train.metrics.bootstrap import Groups, interval, pooled_freedom, refuse_unfit, two_sided_p
 
 
 def means_of(sample, resamples=20_000, seed=0):

@@ -13,9 +13,11 @@ import pytest
 from shards import ShardSet
 from shards.common.errors import DataError, UsageError
 from tests.train_runs import small
-from train import consult, page, serve
+from train import serve
+from train.inference import page
+from train.inference import worker as consult
+from train.inference.neighbours import FILE
 from train.loop import train_once
-from train.neighbours import FILE
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_a_network_without_places_is_asked_for_probabilities_all_the_same(folder
     whole = consult.answer(image)
     assert whole.overlay and not whole.overlay_note
     consult._sessions[0].explainer = None
-    monkeypatch.setattr("train.explain._layer", none)
+    monkeypatch.setattr("train.inference.explain._layer", none)
     opinion = consult.answer(image)
     assert opinion.probabilities == whole.probabilities and opinion.alike == whole.alike
     assert not opinion.overlay and "has no layer" in opinion.overlay_note and "--explain" not in opinion.overlay_note

@@ -8,8 +8,8 @@ import pytest
 from scipy.optimize import curve_fit, least_squares
 
 from shards.common.errors import DataError, UsageError
-from train.curves import fit_curve, hold_out_largest
-from train.profile import C_MAX, C_MIN, Lines, Quantity, power_weights, size_groups, variance_power
+from train.study.curves import fit_curve, hold_out_largest
+from train.study.profile import C_MAX, C_MIN, Lines, Quantity, power_weights, size_groups, variance_power
 
 SIZES = np.round(5600 / 2.0 ** np.arange(6, -1, -1))
 

@@ -9,9 +9,9 @@ import pytest
 from shards.common.errors import DataError
 from shards.format import CLASSES
 from tests import simulate_coverage as simulate
-from train.differences import between_pairs, model_difference, model_differences
-from train.differences import tested as make_ready
-from train.metrics import evaluate
+from train.metrics.differences import between_pairs, model_difference, model_differences
+from train.metrics.differences import tested as make_ready
+from train.metrics.summary import evaluate
 
 COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])
 PRIORS = {"prior": "balanced", "logits_prior": "balanced", "training_prior": COUNTS}

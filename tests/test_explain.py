@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from shards.common.errors import UsageError
-from train.explain import Explainer, overlay
-from train.predictor import Predictor, Prepared
+from train.inference.explain import Explainer, overlay
+from train.inference.predictor import Predictor, Prepared
 
 
 def toy(body: nn.Module, resolution: int = 32) -> Explainer:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from shards.common.errors import DataError, UsageError
-from train import cells
-from train.cells import Cell, fitting_batch, parse_fractions, parse_models, parse_seeds, plan
 from train.config import Config
-from train.grid_view import Forecast, LiveTable, duration
 from train.record import RunFolder
-from train.study_folder import LEAKAGE, StudyFolder, read_journal
-from train.worker import Ended
+from train.study import cells
+from train.study.cells import Cell, fitting_batch, parse_fractions, parse_models, parse_seeds, plan
+from train.study.folder import LEAKAGE, StudyFolder, read_journal
+from train.study.view import Forecast, LiveTable, duration
+from train.study.worker import Ended
 
 ROOT = Path(__file__).parent.parent
 BASE = Config(model="resnet18", epochs=4, batch_size=32)

@@ -8,10 +8,11 @@ import pytest
 from shards.common.errors import DataError, UsageError
 from shards.common.locking import lock
 from tests.test_grid import BASE, leave
-from train import grid, leakage, run, study_folder
-from train.cells import Cell
-from train.predictor import read_about
-from train.study_folder import StudyFolder, read_journal, read_study
+from train import grid, leakage, run
+from train.inference.predictor import read_about
+from train.study import folder as study_folder
+from train.study.cells import Cell
+from train.study.folder import StudyFolder, read_journal, read_study
 
 
 @pytest.fixture(autouse=True)

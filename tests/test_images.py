@@ -15,7 +15,7 @@ from PIL import Image
 from shards.encode import BadImageError
 from shards.jpeg import encode_jpeg
 from tests.conftest import picture
-from train.images import find_images, open_image, read_image
+from train.inference.images import find_images, open_image, read_image
 
 RGB = picture(np.random.default_rng(0), 3, 40, 60)
 

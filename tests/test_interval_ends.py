@@ -5,9 +5,9 @@ import pytest
 
 from shards.format import CLASSES
 from tests import simulate_coverage as simulate
-from train.bootstrap import exact_interval
-from train.calibration import softmax
-from train.metrics import CLASS_SCALARS, evaluate
+from train.metrics.bootstrap import exact_interval
+from train.metrics.calibration import softmax
+from train.metrics.summary import CLASS_SCALARS, evaluate
 
 MEL, BCC, DF, NV = (CLASSES.index(name) for name in ("mel", "bcc", "df", "nv"))
 

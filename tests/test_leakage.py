@@ -17,11 +17,12 @@ from shards.jpeg import encode_jpeg
 from shards.writer import PackedSample, ShardSetWriter
 from tests.conftest import picture
 from tests.made_study import made_leakage, write_leakage, write_run, write_study
-from train import analysis, study_data
-from train.cells import Cell
 from train.config import Config
-from train.leakage_data import ARMS, arms, measure, told, write_arm
 from train.report import compose, draw
+from train.study import analysis
+from train.study import runs as study_data
+from train.study.cells import Cell
+from train.study.leakage import ARMS, arms, measure, told, write_arm
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,10 +20,10 @@ from train import loop
 from train.console import Silent
 from train.distributed import World
 from train.loop import Stopped, train_once
-from train.metrics import balanced_accuracy
+from train.metrics.summary import balanced_accuracy
 from train.record import write_predictions
 from train.result import used_temperature
-from train.results import finished
+from train.study.table import finished
 from train.workspace import Workspace
 
 # ------------------------------------------------------------------ shared worker

@@ -9,9 +9,9 @@ from sklearn import metrics as sk
 
 from shards.common.errors import DataError, UsageError
 from shards.format import CLASSES
-from train.bootstrap import LesionBootstrap, lesion_codes, refuse_unfit
-from train.calibration import at_prior, class_prior, fit_temperature, softmax
-from train.metrics import SCALARS, balanced_accuracy, evaluate, flatten, prepare, replicate
+from train.metrics.bootstrap import LesionBootstrap, lesion_codes, refuse_unfit
+from train.metrics.calibration import at_prior, class_prior, fit_temperature, softmax
+from train.metrics.summary import SCALARS, balanced_accuracy, evaluate, flatten, prepare, replicate
 
 HAM_COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])
 MEL = CLASSES.index("mel")

@@ -11,9 +11,9 @@ import pytest
 from shards import ShardSet
 from shards.common.errors import DataError
 from tests.train_runs import small
+from train.inference.neighbours import FILE, Neighbours, training_selection
+from train.inference.predictor import Predictor
 from train.loop import train_once
-from train.neighbours import FILE, Neighbours, training_selection
-from train.predictor import Predictor
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import pytest
 
 from tests import fake_worker
 from tests.test_grid import BASE, whole
-from train import results
-from train.cells import Cell, plan
 from train.grid import UNWANTED
-from train.grid_view import Lines
-from train.pool import Pool
-from train.study_folder import StudyFolder, read_journal
+from train.study import table as results
+from train.study.cells import Cell, plan
+from train.study.folder import StudyFolder, read_journal
+from train.study.pool import Pool
+from train.study.view import Lines
 
 
 def run_pool(path: Path, planned: list[Cell], gpus: list[str | None], stop=lambda: 0) -> tuple[list[str], list[dict]]:
@@ -93,7 +93,8 @@ def test_asked_twice_a_worker_that_does_not_listen_is_killed(tmp_path):
 
 
 def test_each_visible_gpu_gets_a_worker_and_the_cpu_one(monkeypatch):
-    from train import device, pool
+    from train import device
+    from train.study import pool
 
     monkeypatch.setattr(pool, "_has_driver", lambda: True)
     monkeypatch.setattr(device, "gpu_count", lambda: 3)

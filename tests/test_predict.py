@@ -26,14 +26,14 @@ from shards.format import CLASSES, EncodeSpec
 from tests.rawdata import write_raw
 from tests.test_images import png_header
 from tests.train_runs import child_environment, small
-from train.calibration import class_prior, softmax
-from train.images import read_image
+from train.inference.images import read_image
+from train.inference.output import ISIC_COLUMNS
+from train.inference.predictor import Predictor, load_network, read_about
+from train.inference.resnet import LAYERS, ResNet
 from train.loop import train_once
+from train.metrics.calibration import class_prior, softmax
 from train.predict import judge
 from train.predict import main as predict_command
-from train.prediction_output import ISIC_COLUMNS
-from train.predictor import Predictor, load_network, read_about
-from train.resnet import LAYERS, ResNet
 from train.result import used_temperature
 
 ROOT = Path(__file__).parent.parent

@@ -103,8 +103,8 @@ def test_every_system_judges_every_image(job):
 @pytest.mark.slow
 def test_both_sides_are_given_the_same_images(job):
     from shards import Loader, ShardSet
-    from train.images import read_image
-    from train.predictor import Predictor
+    from train.inference.images import read_image
+    from train.inference.predictor import Predictor
 
     selection = ShardSet(next(job.work.cache.glob("*/shards-jpg-64/set"))).select("train")
     predictor = Predictor(job.run, "cpu")

@@ -13,10 +13,12 @@ import pytest
 from shards.format import CLASSES
 from tests.made_study import write_leakage, write_study
 from tests.report_pages import assert_drawn, browse, told, words
-from train import analysis, study_data, svg
-from train.differences import model_difference
+from train.metrics.differences import model_difference
 from train.report import compose, draw, settings
-from train.report_page import standalone, style
+from train.study import analysis
+from train.study import runs as study_data
+from train.study.report import svg
+from train.study.report.page import standalone, style
 
 
 @pytest.fixture(scope="module")

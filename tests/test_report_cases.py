@@ -14,12 +14,13 @@ from shards.common.errors import DataError
 from tests.made_study import test_set as made_test_set
 from tests.made_study import write_run, write_study
 from tests.report_pages import assert_drawn, browse, compose_folder, told, words
-from train import analysis, study_data
-from train.cells import EIGHT, cell_name
 from train.config import Config
-from train.figures_detail import results_table
-from train.findings import curve as told_of_curve
 from train.report import draw
+from train.study import analysis
+from train.study import runs as study_data
+from train.study.cells import EIGHT, cell_name
+from train.study.report.charts_detail import results_table
+from train.study.report.findings import curve as told_of_curve
 
 ROOT = Path(__file__).parent.parent
 

@@ -26,10 +26,10 @@ from shards.format import CLASSES, EncodeSpec
 from tests.conftest import free_port
 from tests.rawdata import write_raw
 from tests.train_runs import child_environment, small
-from train.images import open_image
+from train.inference.images import open_image
+from train.inference.page import class_name
+from train.inference.predictor import Predictor
 from train.loop import train_once
-from train.page import class_name
-from train.predictor import Predictor
 
 pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dermscale[serve]')")
 pytestmark = pytest.mark.slow
@@ -272,7 +272,7 @@ def test_what_cannot_be_served_ends_in_one_line(run, raw, tmp_path):
 
 def test_the_page_starts_in_a_process_without_torch_or_timm():
     program = (
-        "import sys, train.serve as s; s._import_page(); import train.consult; "
+        "import sys, train.serve as s; s._import_page(); import train.inference.worker; "
         "print(sorted({'torch', 'timm', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=os.environ)

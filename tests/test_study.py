@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from shards.common.errors import DataError
-from train.study import learning_curve, learning_curves
+from train.study.learning import learning_curve, learning_curves
 
 
 def study_table(seeds=3, seed=0, *, shared=0.0):

@@ -7,7 +7,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
 from shards.common.errors import DataError
-from train.variance import SOURCES, _Design, variance_shares
+from train.study.variance import SOURCES, _Design, variance_shares
 
 
 def grid(models=3, sizes=4, runs=3, *, noise=0.01, interaction=0.0, seed=0):

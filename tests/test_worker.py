@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.train_runs import small
-from train.worker import Order, _serve, _Voice
+from train.study.worker import Order, _serve, _Voice
 
 
 def test_what_nobody_hears_is_no_error():

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shards.common import cli
-from train.cells import BUDGETS, EIGHT, FRACTIONS
 from train.options import training_options
+from train.study.cells import BUDGETS, EIGHT, FRACTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from shards.shardset import ShardSet
-    from train.cells import Cell
     from train.config import Config
-    from train.study_folder import StudyFolder
+    from train.study.cells import Cell
+    from train.study.folder import StudyFolder
 
 UNWANTED = {"all": (), "weights": ("checkpoint.pt",), "results": ("checkpoint.pt", "model.safetensors")}
 KEEP = tuple(UNWANTED)
@@ -76,9 +76,9 @@ def main(
     table says so. Ctrl-C and SIGTERM write checkpoints and end.
     """
     from shards.shardset import ShardSet
-    from train.cells import parse_fractions, parse_models, parse_seeds, plan
     from train.config import Config
-    from train.study_folder import StudyFolder
+    from train.study.cells import parse_fractions, parse_models, parse_seeds, plan
+    from train.study.folder import StudyFolder
 
     names = parse_models(models)
     base = Config(model=names[0], **options)
@@ -137,9 +137,9 @@ def run(cells: "list[Cell]", folder: "StudyFolder", device: str, keep: str = "we
 
     keep: one of KEEP. A checkpoint holds the optimizer's state too, two to three times the weights.
     """
-    from train.grid_view import Lines, LiveTable
-    from train.pool import Pool, visible_gpus
-    from train.results import RESULTS, read_row, read_rows, write_table
+    from train.study.pool import Pool, visible_gpus
+    from train.study.table import RESULTS, read_row, read_rows, write_table
+    from train.study.view import Lines, LiveTable
 
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):

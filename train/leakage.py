@@ -29,12 +29,12 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
 
     from shards.common.files import write_durably
     from shards.shardset import ShardSet
-    from train.cells import Cell, fitting_batch, parse_seeds
     from train.config import Config
     from train.grid import check, run, settings
-    from train.leakage_data import ARMS, RESULT, arms, measure, told, write_arm
     from train.record import to_json
-    from train.study_folder import StudyFolder
+    from train.study.cells import Cell, fitting_batch, parse_seeds
+    from train.study.folder import StudyFolder
+    from train.study.leakage import ARMS, RESULT, arms, measure, told, write_arm
 
     base = Config(model=model, **options)
     numbers = parse_seeds(seeds, "--seeds")

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS_PRIOR = {"logit-adjusted": "balanced", "class-weighted": "balanced", "plain": "training"}
-"""Which prior the logits of a model trained with each loss stand for (`train/calibration.py`)."""
+"""Which prior the logits of a model trained with each loss stand for (`train/metrics/calibration.py`)."""
 
 
 class Loss:

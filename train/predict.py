@@ -22,9 +22,9 @@ from shards.common import cli
 from shards.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from train.explain import Explainer
-    from train.prediction_output import Answer, Refused
-    from train.predictor import Predictor, Prepared
+    from train.inference.explain import Explainer
+    from train.inference.output import Answer, Refused
+    from train.inference.predictor import Predictor, Prepared
 
 _SPARSE_S = 15.0
 """Seconds between lines of progress where standard error is no terminal."""
@@ -69,9 +69,9 @@ def main(
     _check_outputs(out, explain_out if explain else None)
     # Pillow's, about tags that it cannot read; what is wrong with an image is said by `refused`
     warnings.filterwarnings("ignore", module="PIL")
-    from train import prediction_output as output
-    from train.images import find_images
-    from train.notice import NOTICE
+    from train.inference import output as output
+    from train.inference.images import find_images
+    from train.inference.notice import NOTICE
 
     files, left_out = find_images(images)
     if left_out:
@@ -82,12 +82,12 @@ def main(
     if isic:
         output.check_names(files)
     with cli.importing():
-        from train.predictor import Predictor
+        from train.inference.predictor import Predictor
 
         predictor = Predictor(folder, device)
     explainer = None
     if explain:
-        from train.explain import Explainer
+        from train.inference.explain import Explainer
 
         explainer = Explainer(predictor)
         explain_out.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def judge(
 ) -> "Iterator[list[Answer | Refused]]":
     """The files in order, a batch at a time, each judged or refused. Threads read ahead, by two batches at most."""
     from shards.engines.native import available_cores
-    from train.prediction_output import Refused
+    from train.inference.output import Refused
 
     named: set[Path] = set()
     with ThreadPoolExecutor(available_cores(), thread_name_prefix="predict") as pool:
@@ -158,7 +158,7 @@ def judge(
 
 def _prepare(predictor: "Predictor", file: Path) -> "Prepared | str":
     """One file ready for the network, or why not; in a reader thread."""
-    from train.images import BadImageError, read_image
+    from train.inference.images import BadImageError, read_image
 
     try:
         return predictor.prepare(read_image(file), file.stem)
@@ -180,7 +180,7 @@ def _answers(
     """Judge one batch, and draw its explanations. named: the explanations that have been written."""
     import numpy as np
 
-    from train.prediction_output import Answer
+    from train.inference.output import Answer
 
     if not good:
         return []
@@ -190,7 +190,7 @@ def _answers(
     if explainer is None:
         return answers
     from shards.common.files import write_durably
-    from train.explain import beside, png
+    from train.inference.explain import beside, png
 
     drawn = []
     maps = explainer.maps(squares, shares.argmax(axis=1))

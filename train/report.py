@@ -17,9 +17,9 @@ from shards.common import cli
 from shards.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from train.analysis import Analysis
-    from train.figures import Figure
-    from train.study_data import Study
+    from train.study.analysis import Analysis
+    from train.study.report.charts import Figure
+    from train.study.runs import Study
 
 TILE_NOTE = (
     "Images of the data set, under its own licence. HAM10000 is CC BY-NC 4.0: for non-commercial use, with its source "
@@ -43,9 +43,9 @@ TILE_NOTE = (
 def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data: Path | None, resamples: int) -> None:
     """Write the report of STUDY: a folder of train.grid, a folder of run folders, or one run folder."""
     from shards.common.files import write_durably
-    from train.analysis import analyse
-    from train.report_page import standalone
-    from train.study_data import read
+    from train.study.analysis import analyse
+    from train.study.report.page import standalone
+    from train.study.runs import read
 
     read_study = read(study)
     target = out or study / "report.html"
@@ -73,8 +73,10 @@ def _at(what: str, done: int, steps: int) -> None:
 
 def draw(found: "Analysis") -> "list[Figure]":
     """The pictures of a report, in order; those that the study has no numbers for are left out."""
-    from train import figures, figures_compare, figures_detail
-    from train.analysis import METRICS
+    from train.study.analysis import METRICS
+    from train.study.report import charts as figures
+    from train.study.report import charts_compare as figures_compare
+    from train.study.report import charts_detail as figures_detail
 
     drawn = [figures.learning_curves(found, metric) for metric in METRICS if found.curves[metric]]
     drawn.append(figures.cost(found))
@@ -88,9 +90,9 @@ def draw(found: "Analysis") -> "list[Figure]":
 
 def compose(found: "Analysis", figures: "list[Figure]", *, tiles: int = 0, data: Path | None = None) -> str:
     """The page as text. tiles: how many of the most confident mistakes are shown, from the shard set in `data`."""
-    from train import report_page
-    from train.figures_detail import results_table
-    from train.findings import count, findings
+    from train.study.report import page as report_page
+    from train.study.report.charts_detail import results_table
+    from train.study.report.findings import count, findings
 
     study = found.study
     sections = [
@@ -119,7 +121,7 @@ def compose(found: "Analysis", figures: "list[Figure]", *, tiles: int = 0, data:
 
 def warnings(study: "Study") -> list[str]:
     """What a reader must know before anything else."""
-    from train.findings import count
+    from train.study.report.findings import count
 
     told = []
     if study.runs[0].environment["shard_set"]["split"].get("unit") == "image":
@@ -171,7 +173,8 @@ def mistakes(found: "Analysis", count: int, data: Path | None) -> str:
     Raises UsageError or DataError where the shard set is not there, or is not the one that the run was tested on.
     """
     from shards.shardset import ShardSet
-    from train import analysis, report_page
+    from train.study import analysis
+    from train.study.report import page as report_page
 
     model = analysis.best_model(found)
     run = found.study.of(model, found.study.largest(model))[0]

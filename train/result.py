@@ -13,11 +13,11 @@ from shards import Selection
 from shards.format import CLASSES
 from train import device as devices
 from train import models
-from train.calibration import at_prior, softmax
 from train.checkpoint import Progress
 from train.evaluation import Answers
 from train.loss import LOGITS_PRIOR
-from train.metrics import balanced_accuracy, evaluate
+from train.metrics.calibration import at_prior, softmax
+from train.metrics.summary import balanced_accuracy, evaluate
 from train.prepare import Run, decisions
 from train.record import RESULT, WEIGHTS, RunFolder, write_predictions
 from train.weights import write_weights

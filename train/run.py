@@ -35,8 +35,8 @@ def main(out: str | None, resume: bool, **options: Any) -> int:
 
     One line an epoch; metrics with 95 % intervals in OUT/result.json. Stopped by SIGTERM it writes a checkpoint.
     """
-    from train.cells import cell_name
     from train.config import Config
+    from train.study.cells import cell_name
 
     config = Config(**options)
     return run(config, Path(out or f"runs/{cell_name(config)}"), resume)

@@ -26,7 +26,7 @@ from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError
 
 if TYPE_CHECKING:
-    from train.consult import Opinion
+    from train.inference.worker import Opinion
 
 HOST = "127.0.0.1"
 _STARTED = time.perf_counter()
@@ -56,8 +56,8 @@ def main(folder: Path, data: Path | None, port: int, max_upload_mb: int, device:
 
 def serve(folder: Path, data: Path | None, port: int, max_upload_mb: int, device: str) -> None:
     """Serve until Ctrl-C. Raises DermscaleError where the run cannot be loaded."""
-    from train import consult
-    from train.notice import NOTICE
+    from train.inference import worker as consult
+    from train.inference.notice import NOTICE
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
         starting = worker.submit(consult.start, folder, data, device)
@@ -96,7 +96,7 @@ def serve(folder: Path, data: Path | None, port: int, max_upload_mb: int, device
 def ask(worker: ProcessPoolExecutor, image: bytes) -> "Opinion | str":
     """The model's opinion on an image file, or the reason why there is none."""
     from shards.encode import BadImageError
-    from train import consult
+    from train.inference import worker as consult
 
     try:
         return worker.submit(consult.answer, image).result()
@@ -111,13 +111,13 @@ def ask(worker: ProcessPoolExecutor, image: bytes) -> "Opinion | str":
 
 
 def _import_page() -> tuple[Any, Any]:
-    """The functions of `train.page`, with Gradio imported. Raises DermscaleError where it is not installed."""
+    """The functions of the Gradio page, with Gradio imported. Raises DermscaleError where it is not installed."""
     try:
         with cli.importing():
             import gradio  # noqa: F401
     except ModuleNotFoundError as error:
         raise DermscaleError(f"{error.name} is not installed: pip install 'dermscale[serve]'") from None
-    from train.page import build, style
+    from train.inference.page import build, style
 
     return build, style
 

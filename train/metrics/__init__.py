@@ -1,0 +1,1 @@
+"""From logits to numbers with intervals: scores, the bootstrap over lesions, calibration, differences between runs."""

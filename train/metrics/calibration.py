@@ -1,0 +1,175 @@
+"""Which prior probabilities speak for, temperature scaling, and how far confidence and accuracy lie apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.common.errors import DataError, UsageError
+from train.metrics.bootstrap import Groups
+
+PRIORS = ("balanced", "training")
+"""`balanced`: every class equally likely. `training`: as likely as among the training images of the run."""
+
+BINS = 15
+"""Equal-width bins of confidence, as in Guo et al. 2017, "On calibration of modern neural networks" (ICML)."""
+
+TEMPERATURE_LIMITS = (0.05, 20.0)
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def check_prior(name: str) -> None:
+    """Raise UsageError for a prior that is not one of PRIORS."""
+    if name not in PRIORS:
+        raise UsageError(f"prior '{name}' is unknown: use one of {', '.join(PRIORS)}")
+
+
+def class_prior(name: str, training_prior: Sequence[float] | Floats) -> Floats:
+    """(C,) probabilities of the classes under the named prior. A class never trained on has 0 under both.
+
+    training_prior: (C,) counts or shares of the training images. Raises DataError when it is negative or all zero.
+    """
+    check_prior(name)
+    shares = np.asarray(training_prior, dtype=np.float64)
+    if shares.ndim != 1 or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
+        raise DataError(f"training prior {shares.tolist()} is no distribution of classes")
+    if name == "balanced":
+        shares = (shares > 0).astype(np.float64)
+    return shares / shares.sum()
+
+
+def at_prior(logits: Any, *, estimated: str, wanted: str, training_prior: Sequence[float] | Floats) -> Floats:
+    """Logits whose softmax is the posterior under the wanted prior: (N, C) float64.
+
+    estimated: the prior that the raw logits stand for. A model trained with logit adjustment (Menon et al. 2021,
+    "Long-tail learning via logit adjustment", ICLR) or with class weights estimates the `balanced` posterior; one
+    trained with plain cross-entropy the `training` one. By Bayes' rule they differ by the log of the training prior.
+    A class without training images gets −inf (probability 0).
+    """
+    check_prior(estimated)
+    shares = class_prior("training", training_prior)
+    moved = np.array(logits, dtype=np.float64)
+    if moved.ndim != 2 or moved.shape[1] != shares.size:
+        raise DataError(f"logits have shape {moved.shape}, and the training prior has {shares.size} classes")
+    check_prior(wanted)
+    trained = shares > 0
+    if estimated != wanted:
+        sign = 1.0 if wanted == "training" else -1.0
+        moved[:, trained] += sign * np.log(shares[trained])
+    moved[:, ~trained] = -np.inf
+    return moved
+
+
+def softmax(logits: Floats) -> Floats:
+    """(N, C) probabilities of (N, C) logits."""
+    from scipy.special import softmax as scipy_softmax
+
+    return scipy_softmax(logits, axis=1)
+
+
+def prior_weights(labels: Ints, weights: Floats, prior: Floats) -> Floats:
+    """(N, R) weights scaled so that each class has its share of the prior in every column; columns sum to 1.
+
+    labels: (N,); weights: (N, R); prior: (C,). Probabilities for a prior can only be right on a population that has it,
+    so calibration is measured on images weighted to it. Classes absent from the labels give their share to the others.
+    Columns are all 0 when no labelled class has a share.
+    """
+    totals = Groups(labels, prior.size).sums(weights)
+    share = np.where(totals > 0, prior[:, None], 0.0)
+    whole = share.sum(axis=0)
+    share = np.divide(share, whole, out=np.zeros_like(share), where=whole > 0)
+    factor = np.divide(share, totals, out=np.zeros_like(totals), where=totals > 0)
+    return weights * factor[labels]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Mass, mean confidence and accuracy of each bin for R weightings: (BINS, R), NaN where a bin is empty."""
+
+    mass: Floats
+    confidence: Floats
+    accuracy: Floats
+
+    @property
+    def error(self) -> Floats:
+        """(R,) expected calibration error: mean |accuracy − confidence| of the bins, by mass; NaN without mass."""
+        gaps = np.where(self.mass > 0, np.abs(self.accuracy - self.confidence), 0.0)
+        whole = self.mass.sum(axis=0)
+        return np.divide((gaps * self.mass).sum(axis=0), whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
+class ConfidenceBins:
+    """The top probability of each image in its bin, ready for many weightings."""
+
+    def __init__(self, probabilities: Floats, labels: Ints):
+        """probabilities: (N, C); labels: (N,)."""
+        confidence = probabilities.max(axis=1)
+        bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+        self.groups = Groups(bins, BINS)
+        self.images = np.bincount(bins, minlength=BINS)
+        self.confidence = confidence[:, None]
+        self.correct = (probabilities.argmax(axis=1) == labels).astype(np.float64)[:, None]
+
+    def measure(self, weights: Floats) -> Reliability:
+        """Reliability for (N, R) weights."""
+        mass = self.groups.sums(weights)
+        confidence, correct = self.groups.sums(weights * self.confidence), self.groups.sums(weights * self.correct)
+        nothing = np.full(mass.shape, np.nan)
+        return Reliability(
+            mass=mass,
+            confidence=np.divide(confidence, mass, out=nothing.copy(), where=mass > 0),
+            accuracy=np.divide(correct, mass, out=nothing, where=mass > 0),
+        )
+
+    def of_chance(self, weights: Floats, lesions: Ints, *, draws: int, seed: int) -> Floats:
+        """(draws,) calibration errors that these confidences would show if each were the true chance of being right.
+
+        Bröcker & Smith 2007, "Increasing the reliability of reliability diagrams", Weather Forecast. 22:651–661.
+        weights: (N, 1), summing to 1; lesions: (N,) numbers: images of a lesion share their luck.
+        """
+        luck = np.random.default_rng(seed).random((int(lesions.max(initial=-1)) + 1, draws))[lesions]
+        gaps = self.groups.sums(weights * ((luck < self.confidence) - self.confidence))
+        return np.abs(gaps).sum(axis=0)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """A fitted temperature: logits are divided by it. Losses are mean negative log-likelihoods on val, in nats."""
+
+    temperature: float
+    loss_before: float
+    loss_after: float
+    at_limit: bool  # the best temperature lies outside TEMPERATURE_LIMITS: val cannot tell
+
+
+def fit_temperature(logits: Floats, labels: Ints, prior: Floats) -> Temperature:
+    """The temperature that minimises the log loss of val images weighted to the prior (Guo et al. 2017).
+
+    logits: (N, C) under that prior (`at_prior`); labels: (N,); prior: (C,) (`class_prior`). Raises DataError when no
+    val image has a class of the prior.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    weights = prior_weights(labels, np.ones((labels.size, 1)), prior)[:, 0]
+    use = weights > 0
+    if not use.any():
+        raise DataError("temperature scaling needs val images of the trained classes, and there are none")
+    rows, chosen, share = logits[use], labels[use], weights[use]
+
+    def loss(log_temperature: float) -> float:
+        scaled = log_softmax(rows / np.exp(log_temperature), axis=1)
+        return float(-(share * scaled[np.arange(chosen.size), chosen]).sum())
+
+    low, high = np.log(TEMPERATURE_LIMITS)
+    best = float(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6}).x)  # pyright: ignore
+    return Temperature(
+        temperature=float(np.exp(best)),
+        loss_before=loss(0.0),
+        loss_after=loss(best),
+        at_limit=bool(min(best - low, high - best) < 1e-3),
+    )

@@ -1,0 +1,188 @@
+"""What a split by image gains falsely: two training sets of one size, and the difference that they make."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shards.common.errors import DataError
+from train.study.numbers import p_value, points
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from shards.shardset import ShardSet
+
+ARMS = ("leaky", "apart")
+RESULT = "leakage.json"
+
+
+def arms(
+    split: "np.ndarray", labels: "np.ndarray", lesions: "np.ndarray", images: "np.ndarray", classes: tuple[str, ...]
+) -> "dict[str, np.ndarray]":
+    """Training rows of both arms, each ascending int64, with equally many images of every class.
+
+    split, labels, lesions, images: (N,) of every image of a set that was split by image. `apart`: all training images
+    whose lesion has no test image. `leaky`: as many of each class, first those whose lesion has one, then others, each
+    in the order of a hash of its name. Raises DataError where a class has no training image but of test lesions.
+    """
+    import numpy as np
+    import xxhash
+
+    training = np.flatnonzero(split == "train")
+    tested = set(lesions[split == "test"].tolist())
+    shared = np.array([lesion in tested for lesion in lesions[training].tolist()], dtype=bool)
+    keys = np.array([xxhash.xxh3_64_intdigest(f"leakage/{name}".encode()) for name in images[training]], np.uint64)
+    leaky = []
+    for label in np.unique(labels[training]):
+        mine = np.flatnonzero(labels[training] == label)
+        wanted = int((~shared[mine]).sum())
+        if wanted == 0:
+            raise DataError(f"every training lesion of class {classes[int(label)]} has a test image: too few images")
+        order = mine[np.lexsort((keys[mine], ~shared[mine]))]
+        leaky.append(order[:wanted])
+    return {"apart": training[~shared], "leaky": training[np.sort(np.concatenate(leaky))]}
+
+
+def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> None:
+    """Write the shard set of an arm: the training rows named, and the validation and test images as they are.
+
+    A set that is there already and comes from the same source is kept.
+    """
+    import numpy as np
+
+    from shards.format import INDEX_TYPES, MANIFEST, Manifest
+    from shards.writer import PackedSample, ShardSetWriter
+
+    source = {**data.manifest.source, "derived_from": data.manifest.index_sha256, "arm": arm}
+    if (out / MANIFEST).exists() and Manifest.from_file(out / MANIFEST).source == source:
+        return
+    names = list(INDEX_TYPES)
+    kept = [name for name in names[: names.index("split")] if name != "label"]
+    splits = data.column("split")
+    rows = np.concatenate([training, np.flatnonzero(splits == "val"), np.flatnonzero(splits == "test")])
+    with ShardSetWriter(out, data.manifest.encode, 64 << 20, overwrite=True) as writer:
+        for row in rows.tolist():
+            metadata: dict[str, Any] = {name: data.column(name)[row] for name in kept}
+            metadata["age"] = None if math.isnan(metadata["age"]) else float(metadata["age"])
+            writer.add(
+                PackedSample(
+                    bytes(data.read(row)),
+                    str(data.column("encoding")[row]),
+                    int(data.column("height")[row]),
+                    int(data.column("width")[row]),
+                    str(splits[row]),
+                    metadata,
+                )
+            )
+        manifest = data.manifest
+        writer.finish(
+            mean=manifest.mean,
+            std=manifest.std,
+            split={**manifest.split, "arm": arm},
+            source=source,
+            citation=manifest.citation,
+            licence=manifest.licence,
+            versions=manifest.versions,
+        )
+
+
+def measure(data: "ShardSet", rows: "dict[str, np.ndarray]", cells: list[Any], folder: Any) -> dict[str, Any]:
+    """The paired differences leaky − apart (`differences.model_difference`) of all test images, of those that have
+    views among the leaky training images (`seen`), and of those that have none (`unseen`).
+
+    None where a group has no image.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from train.metrics.differences import model_difference, tested
+    from train.study.table import read_json
+
+    in_test = data.column("split") == "test"
+    trained = set(data.lesion_names[rows["leaky"]].tolist())
+    seen = np.array([lesion in trained for lesion in data.lesion_names[in_test].tolist()], dtype=bool)
+    names = data.column("image_id")[in_test]
+    groups = {"all": names, "seen": names[seen], "unseen": names[~seen]}
+    found: dict[str, Any] = {
+        "model": cells[0].config.model,
+        "seeds": sorted({cell.config.seed for cell in cells}),
+        "training_images": len(rows["apart"]),
+        "training_lesions": {arm: len(set(data.lesion_names[rows[arm]].tolist())) for arm in ARMS},
+        "test_images": {name: len(group) for name, group in groups.items()},
+        "epochs": cells[0].config.epochs,
+        "resolution_px": cells[0].config.resolution,
+    }
+    for name, group in groups.items():
+        if not len(group):
+            found[name] = None
+            continue
+        chosen = set(group.tolist())
+        sides: dict[str, list[Any]] = {arm: [] for arm in ARMS}
+        for cell in cells:
+            run = folder.cell(cell.name)
+            test = read_json(run / "result.json")
+            table = pd.read_parquet(run / "predictions.parquet")
+            side = tested(
+                table.loc[table["image_id"].isin(sorted(chosen))],
+                prior=test["test"]["prior"],
+                logits_prior=test["test"]["logits_prior"],
+                training_prior=list(test["training_images_per_class"].values()),
+            )
+            sides[cell.prefix.rstrip("_")].append(side)
+        found[name] = model_difference(sides["leaky"], sides["apart"])
+    return found
+
+
+def told(result: dict[str, Any]) -> list[str]:
+    """The result in sentences: the difference on all test images, what it shows, and the control. Empty if undefined.
+
+    The control are test images whose lesion has no view in training: nothing can leak there, so what the networks
+    differ by on those is not of the leak. The difference on the others is the leak's at its largest.
+    """
+    metric = "balanced_accuracy"
+    cell, unseen = result["all"][metric], _cell(result, "unseen", metric)
+    if cell["difference"]["value"] is None:
+        return []
+    seeds, images = len(result["seeds"]), result["test_images"]
+    lines = [
+        f"Trained on as many images, but with views of the test lesions among them, {result['model']} scores "
+        f"{_gap(cell, metric)} in balanced accuracy on the same {images['all']:,} test images "
+        f"({seeds} seed{'' if seeds == 1 else 's'})."
+    ]
+    biased = unseen is not None and _side_of_0(unseen) != 0
+    if _side_of_0(cell) == 0:
+        lines.append("The interval holds 0, so this experiment cannot show a gain.")
+    elif _side_of_0(cell) < 0:
+        lines.append("It scores lower, so this experiment shows no gain.")
+    elif not biased:
+        lines.append("So much does a split by image gain falsely.")
+    if not cell["includes_seeds"]:
+        lines.append("That is of these two trained networks; other seeds may give another figure.")
+    seen = _cell(result, "seen", metric)
+    if seen is not None:
+        lines.append(f"On the {images['seen']:,} test images with views in training it is {_gap(seen, metric)}.")
+    if unseen is None:
+        lines.append("No test image is without views in training, so there is no control.")
+    else:
+        line = f"On the {images['unseen']:,} without any, where nothing can leak, it is {_gap(unseen, metric)}"
+        lines.append(line + (": part of the difference is of the networks and not of the leak." if biased else "."))
+    return lines
+
+
+def _cell(result: dict[str, Any], group: str, metric: str) -> dict[str, Any] | None:
+    """A group's difference, None where the group has no image or the metric is undefined there."""
+    cell = result[group] and result[group][metric]
+    return cell if cell and cell["difference"]["value"] is not None else None
+
+
+def _side_of_0(cell: dict[str, Any]) -> int:
+    """1 or −1 where the whole interval of a difference lies above or below 0, and 0 where it does not or is unknown."""
+    low, high = cell["difference"]["low"], cell["difference"]["high"]
+    return 0 if low is None or high is None else int(low > 0) - int(high < 0)
+
+
+def _gap(cell: dict[str, Any], metric: str) -> str:
+    """`+1.5 points (-2.4 points to +5.4 points, p = 0.442)`."""
+    gap = cell["difference"]
+    ends = f"{points(metric, gap['low'])} to {points(metric, gap['high'])}"
+    return f"{points(metric, gap['value'])} ({ends}, p {p_value(cell['p'])})"

@@ -1,0 +1,139 @@
+"""results.csv: the cells of a study as a table, one row a cell that finished or failed."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from shards.common.errors import DataError
+from shards.common.files import write_durably
+from train.record import CONFIG, read_result
+from train.study.folder import CELLS, read_journal
+
+RESULTS = "results.csv"
+FIRST = ("cell", "status", "model", "fraction", "seed", "subset_seed", "n_train")
+"""The columns that say which cell a row is; the others follow in the order in which rows first have them."""
+
+AT_TRAINING_PRIOR = ("accuracy", "macro_f1", "expected_calibration_error")
+"""The metrics that are in the table at the training prior too: that of networks trained with plain cross-entropy."""
+
+
+def finished(result: dict[str, Any], config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The row of a finished cell from its result.json and config.json.
+
+    Every metric as `name`, `name_low`, `name_high` (95 %), per class as `recall_mel` …; `_s` seconds, `_bytes` bytes.
+    `accuracy_training_prior` …: of the calls and probabilities at the training set's class frequencies, where those of
+    the run are for another prior.
+    """
+    from train.metrics.summary import flatten
+
+    decisions = {key: taken["value"] for key, taken in result["decisions"].items()}
+    scaling = result["test"]["temperature_scaling"]
+    other = result.get("test_training_prior")
+    other = flatten(other) if other and result["test"]["prior"] != "training" else {}
+    return {
+        "cell": name,
+        "status": "finished",
+        "model": result["model"],
+        "fraction": result["fraction"],
+        "seed": result["seed"],
+        "subset_seed": result["subset_seed"],
+        "n_train": result["images"]["train"],
+        "lesions_train": result["lesions"]["train"],
+        "n_val": result["images"]["val"],
+        "n_test": result["images"]["test"],
+        "resolution_px": config["resolution"],
+        "batch_size": config["batch_size"],
+        "epochs": result["epochs"],
+        "steps": result["steps"],
+        "parameters": result["parameters"],
+        "flops_per_image": result["flops_per_image"],
+        **flatten(result["test"]),
+        **{
+            f"{name}_training_prior{end}": other[f"{name}{end}"]
+            for name in AT_TRAINING_PRIOR
+            for end in ("", "_low", "_high")
+            if other
+        },
+        "prior": result["test"]["prior"],
+        "temperature": scaling["temperature"] if scaling else None,
+        "val_balanced_accuracy": result["val"]["balanced_accuracy"],
+        "train_loss": result["train_loss"],
+        **{f"{phase}_s": seconds for phase, seconds in result["seconds"].items()},
+        "img_per_s": result["img_per_s"],
+        "data_wait_fraction": result["data_wait_fraction"],
+        "peak_memory_bytes": result["peak_memory_bytes"],
+        "device": result["device"],
+        **{key: decisions.get(key) for key in ("compile", "engine", "precision", "threads")},
+        "wall_s": None,
+        "note": "",
+        "error": "",
+    }
+
+
+def failed(entry: dict[str, Any]) -> dict[str, Any]:
+    """The row of a failed cell from its line in the grid's journal."""
+    known = ("model", "fraction", "seed", "subset_seed", "n_train", "batch_size", "wall_s", "note", "error")
+    return {"cell": entry["cell"], "status": "failed", **{key: entry.get(key) for key in known}}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a run folder. Raises DataError where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; delete the folder {path.parent} and run the grid again") from None
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); delete the folder {path.parent} and run the grid again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: damaged (not a JSON object); delete the folder {path.parent} and run the grid again")
+    return content
+
+
+def read_row(folder: Path, name: str, entry: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The row of one cell of the study in `folder`; None where it neither finished nor failed.
+
+    entry: its last line in the journal. Raises DataError for a damaged file.
+    """
+    run = folder / CELLS / name
+    result = read_result(run)
+    if result is not None:
+        row = finished(result, read_json(run / CONFIG), name)
+        if entry is not None:
+            row |= {"wall_s": entry.get("wall_s"), "note": entry.get("note", "")}
+        return row
+    if entry is not None and entry.get("outcome") == "failed":
+        return failed(entry)
+    return None
+
+
+def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a study by cell, sorted by name. Raises DataError for a damaged run folder."""
+    journal = read_journal(folder)
+    names = {path.name for path in (folder / CELLS).iterdir() if path.is_dir()} if (folder / CELLS).is_dir() else set()
+    found = {name: read_row(folder, name, journal.get(name)) for name in sorted(names | set(journal))}
+    return {name: row for name, row in found.items() if row is not None}
+
+
+def write_table(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Write results.csv: by model, falling fraction, seed and subset seed. What is unknown or undefined is empty."""
+    columns = list(FIRST)
+    for row in sorted(rows.values(), key=lambda row: row["status"] != "finished"):
+        columns += [key for key in row if key not in columns]
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(
+        sorted(
+            rows.values(),
+            key=lambda row: (
+                str(row["model"]),
+                -(row["fraction"] or 0.0),
+                row["seed"] or 0,
+                row["subset_seed"] or 0,
+                row["cell"],
+            ),
+        )
+    )
+    write_durably(folder / RESULTS, text.getvalue().encode())

@@ -16,7 +16,9 @@ from shards.jpeg import encode_jpeg
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter
 
-pytest.register_assert_rewrite("tests.report_pages", "tests.train_runs")  # a failing assert shows its values there too
+pytest.register_assert_rewrite(
+    "tests.support.report_pages", "tests.support.train_runs"
+)  # a failing assert shows its values there too
 
 
 def pytest_configure() -> None:
@@ -145,8 +147,8 @@ def shard_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet]:
 
 @pytest.fixture(scope="session")
 def whole(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of `tests.train_runs.small`, to compare others with; nobody may change it."""
-    from tests.train_runs import small
+    """An uninterrupted run of `tests.support.train_runs.small`, to compare others with; nobody may change it."""
+    from tests.support.train_runs import small
     from train.loop import train_once
 
     out = tmp_path_factory.mktemp("runs") / "whole"

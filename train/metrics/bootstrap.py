@@ -106,7 +106,7 @@ class LesionBootstrap:
     On simulated test sets of the size of HAM10000's the intervals of balanced accuracy hold the truth in 93.0 to 95.1 %
     of 2,000 repeats, for recalls from 0.3 to 0.9; with half the lesions (7 of the rarest class) in 91.4 to 95.5 %.
     Those of differences of two runs hold it in 94.4 to 96.2 % of 1,000, and equal runs get a p below 0.05 in 3.8 to
-    5.0 %. `python -m tests.simulate_coverage` repeats this.
+    5.0 %. `python -m tests.support.simulate_coverage` repeats this.
 
     The same (labels, lesions, seed) give the same resamples, so two runs on one test set are resampled as pairs.
     """

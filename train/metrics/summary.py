@@ -118,7 +118,7 @@ def calibration_error(
     is 0, and a test set of 900 images shows 0.03 to 0.06. Resamples add that once more, hence the `basic` interval, and
     its low end is 0 where chance alone explains the value (97.5 % of draws). The intervals then hold the truth of a
     calibrated model in 97 to 99 % of 400 simulated test sets, and of an overconfident one in 88 to 89 %
-    (`python -m tests.simulate_coverage --only metrics`), less than the intervals of the other metrics (92 to 97 %).
+    (`python -m tests.support.simulate_coverage --only metrics`), less than those of the other metrics (92 to 97 %).
     They are about the error without its bias, and may lie below the value that is shown: they are then widened to it.
     """
     cell = estimate(replicates, kind="basic")

@@ -117,7 +117,7 @@ def fit_curve(
     Coverage on results made up from known curves, seven sizes of three runs, 2,000 repeats of each of three curves: the
     95 % intervals of a, b, c, of the curve from the smallest to twice the largest size, and of the held-out mean hold
     the truth in 93.9 to 95.4 %; with four sizes in 93.2 to 96.0 %, but then such a curve is identifiable in one case of
-    eight (`python -m tests.simulate_coverage --only curves`).
+    eight (`python -m tests.support.simulate_coverage --only curves`).
 
     Not identifiable (a, b, c then have open ends, None): fewer than MIN_SIZES sizes, no spare runs, an interval of c
     that reaches the end of its range, or one of a that reaches the ceiling. Raises DataError for unusable numbers.

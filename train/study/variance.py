@@ -82,7 +82,7 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
     SS shares credit every source with some of the noise. Seed is what runs of one model and size differ by, training
     subset included. Intervals are percentiles over `resamples` sets of runs drawn with the estimated effects and noise;
     of four models, seven sizes and three runs they hold the truth in 94.1 to 94.9 % of 2,000 repeats
-    (`python -m tests.simulate_coverage --only variance`).
+    (`python -m tests.support.simulate_coverage --only variance`).
 
     Without repeated runs the interaction cannot be told from the seed: it is None, `seed` holds both, and `notes` says
     so. Raises DataError with fewer than two models or sizes, no spare run, or where every run has the same score.

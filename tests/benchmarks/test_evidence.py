@@ -1,0 +1,119 @@
+"""What has run on which GPU: the README's table is that of the committed files, and says so where there are none."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.evidence import FOLDER, NOTHING, Evidence, block_of, main, read_evidence, table
+from shards.common.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+def written(folder, name, **changes):
+    """An evidence file of a GPU that does not exist."""
+    training = {"img_per_s": 1234.5, "cached_img_per_s": 2000.0, "data_wait_share": 0.25}
+    training |= {"utilization": {"sm_percent": {"mean": 41.26}, "busy_percent": {"mean": 99.0}}}
+    content = {
+        "format": 1,
+        "device": "cuda",
+        "counts_as_gpu_evidence": True,
+        "name": f"Made-up {name}",
+        "environment": {
+            "gpu_driver": "1.2",
+            "versions": "torch 2.9; numpy 2.0; nvidia-dali-cuda120 2.4",
+            "date": "2030-01-02T03:04:05+00:00",
+            "commit": "abc",
+            "cores": 8,
+        },
+        "settings": {"batch_size": 64, "resolution": 224},
+        "finished": True,
+        "checks": [
+            {"name": "choice of auto (jpg)", "result": "pass", "numbers": {"engine": "dali"}},
+            {"name": "parity of dali region (jpg, training)", "result": "fail", "numbers": {}},
+            {"name": "training of resnet50", "result": "pass", "numbers": training},
+            {"name": "training of vit_b16", "result": "fail", "numbers": {}},
+        ],
+    } | changes
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_the_readme_says_what_the_evidence_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert block_of(page, "README.md").group().strip() == table(FOLDER).strip(), (
+        "renew it with `python -m benchmarks.evidence --write README.md`"
+    )
+
+
+def test_every_committed_file_is_of_a_gpu():
+    for path in sorted((ROOT / FOLDER).glob("*.json")):
+        read_evidence(path)
+
+
+def test_the_home_folder_is_not_in_what_is_committed(tmp_path):
+    evidence = Evidence(tmp_path / "e.json", {"name": "a GPU"}, lambda line: None)
+    evidence.check("choice", lambda: (True, {"reason": f"kept in {Path.home()}/.cache/x.json", "all": [float("nan")]}))
+    assert json.loads(evidence.out.read_text())["checks"][0]["numbers"] == {
+        "reason": "kept in ~/.cache/x.json",
+        "all": ["nan"],
+    }
+    for path in (ROOT / FOLDER).glob("*.json"):
+        assert not re.search(r"/(root|home)/", path.read_text())
+
+
+def test_no_files_are_said_to_be_none(tmp_path):
+    assert table(tmp_path) == table(tmp_path / "absent") == NOTHING
+    assert "no evidence file is committed" in NOTHING
+
+
+def test_every_gpu_and_every_failure_is_in_the_table(tmp_path):
+    written(tmp_path, "a")
+    written(tmp_path, "b", finished=False, checks=[])
+    text = table(tmp_path)
+    assert "Made-up a" in text and "2 of 4 passed" in text and "parity of dali region (jpg, training)" in text
+    assert "torch 2.9, nvidia-dali-cuda120 2.4" in text and "numpy" not in text
+    assert "0 of 0 passed, unfinished" in text and "not found out" in text
+    assert "8 cores, batches of 64 at 224 px" in text and "99" not in text
+    assert "| resnet50 | 1,234 | 2,000 | 25.0 % | 41.3 % |  |  |  |  |" in text
+    assert "| vit_b16 | failed |  |  |  |  |  |  |  |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"counts_as_gpu_evidence": False}, "made on a CPU"),
+        ({"device": "cpu"}, "made on a CPU"),
+        ({"format": 2}, "format 2"),
+    ],
+)
+def test_what_is_no_evidence_of_a_gpu_is_refused(tmp_path, changes, words):
+    written(tmp_path, "x", **changes)
+    with pytest.raises(DataError, match=words):
+        table(tmp_path)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(DataError, match=r"x\.json: not an evidence file"):
+        table(tmp_path)
+
+
+def test_a_page_is_renewed_between_its_marks_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n<!-- gpu evidence -->\nold\n<!-- /gpu evidence -->\n\nafter\n")
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    for name in (None, "a"):
+        if name:
+            written(folder, name)
+        for _ in range(2):  # a second time changes nothing
+            done = CliRunner().invoke(main, ["--write", str(page), "--folder", str(folder)])
+            assert done.exit_code == 0, done.output
+            expected = f"before\n\n<!-- gpu evidence -->\n{table(folder)}<!-- /gpu evidence -->\n\nafter\n"
+            assert page.read_text() == expected
+    with pytest.raises(DataError, match="0 marks"):
+        block_of("nothing", "page.md")

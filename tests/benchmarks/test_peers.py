@@ -1,0 +1,309 @@
+import json
+import re
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import packers, peers
+from benchmarks.forms import FORMS, described, names, originals, packed_size, prepared, sized, stats
+from benchmarks.options import chosen
+from benchmarks.packers import PACKERS
+from benchmarks.peers import SYSTEMS, need, set_up
+from benchmarks.peers_ffcv import max_resolution
+from benchmarks.targets import TARGETS
+from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
+from shards import Loader, ShardSet
+from shards.common.errors import DataError
+from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_without, small_job
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Work:
+    return small_job(tmp_path_factory)
+
+
+# ------------------------------------------------------------------ the check of what comes out
+
+
+def photographs(side: int = 48, n: int = 16) -> np.ndarray:
+    random = np.random.default_rng(1)
+    found = [
+        cv2.resize(random.normal(0, 20, (5, 5, 3)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+        for _ in range(n)
+    ]
+    return (np.stack(found) + np.array([190, 140, 120])).clip(0, 255).astype(np.uint8)
+
+
+JOB = Work(Path(), Path(), resolution_px=48, batch_size=16)
+MEAN = (190.0, 140.0, 120.0)
+LABELS = np.arange(16) % 7
+
+
+@pytest.mark.parametrize("layout", ["channels last", "channels first"])
+def test_photographs_pass(layout):
+    images = photographs() if layout == "channels last" else photographs().transpose(0, 3, 1, 2)
+    check_batch((images, LABELS), JOB, MEAN)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda x: x[:15], "shape"),
+        (lambda x: x[:, :40], "shape"),
+        (lambda x: x.astype(np.float32), "type float32"),
+        (lambda x: x[..., ::-1].copy(), "not its RGB"),
+        (lambda x: np.full_like(x, 150), "flat"),
+        (lambda x: np.concatenate([x[:15], np.full_like(x[:1], 150)]), "flat"),
+        (lambda x: np.repeat(x[:2], 8, axis=0), "the same"),
+        (lambda x: np.random.default_rng(0).integers(0, 256, x.shape, dtype=np.uint8), "not a photograph"),
+        (lambda x: x.reshape(16, 3, 48, 48), "not a photograph"),
+        (lambda x: x // 128, "flat"),
+    ],
+)
+def test_anything_else_is_refused(broken, said):
+    with pytest.raises(WrongBatchError, match=said):
+        check_batch((broken(photographs()), LABELS), JOB, MEAN)
+
+
+@pytest.mark.parametrize("labels", [LABELS[:15], LABELS + 1, LABELS - 1, LABELS.astype(np.float32)])
+def test_wrong_labels_are_refused(labels):
+    with pytest.raises(WrongBatchError, match="labels"):
+        check_batch((photographs(), labels), JOB, MEAN)
+
+
+# ------------------------------------------------------------------ equal work
+
+
+def test_every_form_is_read_by_somebody_and_every_system_has_its_form():
+    assert {system.form for system in SYSTEMS.values()} <= set(FORMS)
+    assert set(FORMS) - {system.form for system in SYSTEMS.values()} == {
+        "source",
+        "shards-cold",
+        "shards-cold-raw",
+        "shards-cold-dali",
+        "shards-split",
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "px", "packed"),
+    [
+        ((450, 600), 341, (256, 341)),
+        ((450, 600), 400, (300, 400)),
+        ((450, 600), 700, (450, 600)),
+        ((600, 450), 341, (341, 256)),
+    ],
+)
+def test_ffcv_is_asked_for_the_size_that_all_pack(size, px, packed):
+    assert packed_size(*size, px) == packed
+    ratio = max_resolution(*size, px) / max(size)  # what FFCV's writer computes with, and cuts to whole pixels
+    if ratio < 1:
+        assert (int(size[0] * ratio), int(size[1] * ratio)) == packed
+    else:
+        assert packed == size
+
+
+def test_our_packer_and_the_forms_agree_on_the_size(work):
+    data = ShardSet(prepared("shards-jpg", work) / "set")
+    assert stats(work)[1] == "160x120"
+    assert set(data.column("height").tolist()) == {120}
+    assert set(data.column("width").tolist()) == {160}
+    assert len(data.select("train")) == IMAGES * 2
+
+
+def test_all_jpeg_forms_hold_the_same_bytes(work):
+    import tarfile
+
+    packed = {path.stem: path.read_bytes() for path in prepared("packed", work).rglob("*.jpg")}
+    assert len(packed) == IMAGES * 2
+    in_tars = {}
+    for tar in prepared("tars", work).glob("*.tar"):
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                if member.name.endswith(".jpg"):
+                    in_tars[Path(member.name).stem] = archive.extractfile(member).read()
+    assert in_tars == packed
+
+
+def test_a_form_is_made_once_and_another_source_is_another(work):
+    folder = prepared("packed", work)
+    made = (folder / "stats.json").stat().st_mtime_ns
+    assert prepared("packed", work) == folder
+    assert (folder / "stats.json").stat().st_mtime_ns == made
+    assert prepared("originals", replace(work, copies=3)) != prepared("originals", work)
+    assert not list(folder.parent.glob(".*partial*"))
+
+
+def test_a_source_without_images_is_refused(tmp_path):
+    with pytest.raises(DataError, match="HAM10000_metadata"):
+        originals(Work(tmp_path, tmp_path))
+    (tmp_path / "HAM10000_metadata.csv").write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\n")
+    with pytest.raises(DataError, match="holds no image"):
+        originals(Work(tmp_path, tmp_path))
+
+
+def test_samples_fill_a_batch_for_every_worker_so_that_no_loader_drops_what_it_decoded(work):
+    fewer = sized(replace(work, batch_size=12), 80, whole_batches=True)
+    assert names(fewer) == names(work)[:72]
+    assert len(ShardSet(prepared("shards-jpg", fewer) / "set").select("train")) == 72
+
+
+@pytest.mark.parametrize("workers", [1, 3, 10, 32])
+def test_every_worker_has_as_many_whole_batches_and_tars(work, workers):
+    many = sized(replace(work, workers=workers), 80, whole_batches=True)
+    assert len(names(many)) >= 8 * workers and len(names(many)) % (8 * workers) == 0
+    assert len(set(names(many))) == len(names(many))
+    assert len(list(prepared("tars", many).glob("*.tar"))) == len(names(many)) // 8
+
+
+def test_tars_are_of_the_batch_size_that_was_asked_for(work):
+    assert prepared("tars", work) != prepared("tars", replace(work, batch_size=16))
+
+
+def test_a_job_has_its_size_whatever_the_source_holds(work):
+    assert (sized(work, 120).copies, len(names(sized(work, 120)))) == (3, 120)
+    assert len(names(sized(work, 20))) == 20
+    part = sized(work, 20, whole_batches=True)
+    assert (part.copies, len(originals(part)), len(names(part))) == (1, 20, 16)
+    assert described(part).startswith(f"20 images of {work.source.name}, of which 16 samples")
+    assert prepared("originals", part) != prepared("originals", work)
+
+
+def test_metadata_that_cannot_be_used_are_named(tmp_path):
+    table = tmp_path / "HAM10000_metadata.csv"
+    (tmp_path / "HAM10000_images_part_1").mkdir()
+    (tmp_path / "HAM10000_images_part_1" / "ISIC_1.jpg").touch()
+    table.write_text("image_id,dx\nISIC_1,nv\n")
+    with pytest.raises(DataError, match="no column lesion_id"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,mole\n")
+    with pytest.raises(DataError, match="ISIC_1 has the unknown dx 'mole'"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1\n")
+    with pytest.raises(DataError, match="ISIC_1 has the unknown dx ''"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_bytes("lesion_id,image_id,dx\nHAM_1,ISIC_1,n\u00e4\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_text('lesion_id,image_id,dx\nHAM_1,ISIC_1,"nv\n')
+    with pytest.raises(DataError, match="cannot be read"):
+        originals(Work(tmp_path, tmp_path))
+    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\n", encoding="utf-8-sig")
+    assert [row["lesion_id"] for _, _, row in originals(Work(tmp_path, tmp_path))] == ["HAM_1"]
+
+
+def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(work):
+    folder = prepared("shards-jpg", work)
+    system = SYSTEMS["dermscale native jpg"]
+
+    def first(epoch: int) -> np.ndarray:
+        loader = Loader(ShardSet(folder / "set").select("train"), batch_size=8, resolution=64, engine="native")
+        loader.set_epoch(epoch)
+        return next(iter(loader)).images.numpy()
+
+    epochs = system.open(work, folder)
+    for _ in epochs():
+        pass  # and the next epoch is under way
+    assert system.before
+    system.before(epochs)()
+    images, _ = next(epochs())
+    assert np.array_equal(images.numpy(), first(2)) and not np.array_equal(images.numpy(), first(1))
+
+
+# ------------------------------------------------------------------ the systems themselves
+
+
+def counted(name: str, work: Work) -> int:
+    """The images of an epoch of a system."""
+    return set_up(name, work).once()  # checks the batches first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_system_gives_an_epoch_of_real_images(name, work):
+    skip_without(SYSTEMS[name].packages)
+    if SYSTEMS[name].on_gpu and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    count = in_a_process_of_its_own(counted, name, work)
+    if SYSTEMS[name].ceiling:
+        assert count == IMAGES * 2
+    else:  # full batches of 8; workers that batch on their own may each drop one
+        assert count % 8 == 0
+        assert IMAGES * 2 - 16 <= count <= IMAGES * 2
+
+
+def test_the_script_installs_what_the_project_names():
+    root = Path(__file__).parents[2]
+    named = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["peers"]
+    script = (root / "benchmarks/install_peers.sh").read_text().partition("-e .")[2]
+    assert sorted(re.findall(r'"([\w-]+>=[\d.]+)"', script)) == sorted(named)
+
+
+def test_a_missing_peer_says_how_to_get_it():
+    with pytest.raises(MissingPeerError, match=r"no-such-distribution.*make peers"):
+        need(("torch", "no-such-distribution"))
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_command_says_what_it_knows(tmp_path):
+    from click.testing import CliRunner
+
+    from benchmarks.run import main
+
+    found = CliRunner().invoke(
+        main, ["loader", "--only", "nobody", "--source", str(tmp_path), "--cache", str(tmp_path)]
+    )
+    assert found.exception is not None
+    assert "FFCV jpg" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("systems", "left_out"), [(SYSTEMS, peers.NOT_IN_QUICK), (PACKERS, packers.NOT_IN_QUICK)], ids=["loader", "pack"]
+)
+def test_the_short_version_leaves_out_some_but_no_aim_and_nothing_that_is_asked_for(systems, left_out):
+    assert chosen(systems, ()) == list(systems.values())
+    assert chosen(systems, (), left_out) == [system for name, system in systems.items() if name not in left_out]
+    for name in left_out:
+        assert systems[name] in chosen(systems, (name,), left_out)
+    aims = [target for target in TARGETS if target.system in systems]
+    assert aims and not {name for target in aims for name in (target.system, target.beside)} & set(left_out)
+
+
+def test_a_form_that_several_want_at_once_is_made_once(work, tmp_path, monkeypatch):
+    made = []
+
+    def slowly(work: Work, folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.3)
+        (folder / "whole").touch()
+
+    monkeypatch.setitem(FORMS, "slow", slowly)
+    job = replace(work, cache=tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: prepared("slow", job), range(4)))
+    assert len(made) == len(found) == 1 and (found.pop() / "whole").exists()
+
+
+def test_the_loader_command_writes_csv_and_markdown(work, tmp_path):
+    from click.testing import CliRunner
+
+    from benchmarks.run import main
+    from benchmarks.tables import read_csv
+
+    options = ["loader", "--quick", "--only", "memory copy", "--source", str(work.source), "--cache", str(work.cache)]
+    found = CliRunner().invoke(main, [*options, "--out", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    rows = read_csv(tmp_path / "loader-quick.csv")
+    assert {row.metric for row in rows} == {"img_per_s", "cpu_s_per_1000"}
+    assert all(row.value and row.environment for row in rows)
+    assert "ceiling: memory copy only" in (tmp_path / "loader-quick.md").read_text()
+    assert json.dumps(str(tmp_path)) not in (tmp_path / "loader-quick.csv").read_text()

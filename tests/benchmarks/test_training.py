@@ -1,0 +1,257 @@
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.cold import StillCachedError, cached_share, drop_from_cache, read_into_cache
+from benchmarks.forms import prepared
+from benchmarks.machine import environment
+from benchmarks.measure import Row, Sample, Series
+from benchmarks.peak import products_of
+from benchmarks.speed import (
+    IN_FP32,
+    RATIOS,
+    SYSTEMS,
+    _share_of_peak,
+    matrix_products,
+    measure_training,
+    training_text,
+)
+from benchmarks.stalls import _stall, _utilization, agreement, by_engine, measure_stalls, stalls_text, turns
+from benchmarks.training import (
+    _FORMS,
+    CACHED,
+    COLD,
+    COLD_DALI,
+    COLD_RAW,
+    DALI,
+    FOLDER,
+    FP32,
+    MATRIX,
+    NATIVE,
+    RAW,
+    RESIDENT,
+    TrainingJob,
+    precision_of,
+    set_up,
+    system_name,
+)
+from benchmarks.work import Work
+from shards import ShardSet
+from tests.support.benchdata import in_a_process_of_its_own, write_source
+from train.device import Decision
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> TrainingJob:
+    source = write_source(tmp_path_factory.mktemp("ham"))
+    work = Work(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=32, batch_size=8, copies=2)
+    return TrainingJob(work, "resnet18", "cpu")
+
+
+def stepped(name: str, job: TrainingJob) -> tuple[float, bool, dict[str, float]]:
+    """Images of a step, whether waiting was counted, and the figures found on the way."""
+    running = set_up(name, job)
+    running.before()
+    before = running.waited()
+    return running.once(), running.waited() >= before, running.about
+
+
+def waited_s(name: str, job: TrainingJob) -> float:
+    running = set_up(name, job)
+    for _ in range(8):  # more than is read ahead
+        running.once()
+    return running.waited()
+
+
+def series(*per_s: float, wait: float = math.nan) -> Series:
+    return Series([Sample(100, 100 / rate, 1.0, 0.0, wait * 100 / rate) for rate in per_s])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("style", "source"),
+    [
+        ("eager NCHW", CACHED),
+        (f"eager NCHW{FP32}", FOLDER),
+        ("channels-last", NATIVE),
+        ("channels-last", COLD),
+        ("channels-last", RAW),
+        ("channels-last", COLD_RAW),
+        ("channels-last", RESIDENT),
+        ("channels-last", DALI),
+        ("channels-last", COLD_DALI),
+    ],
+)
+def test_every_way_to_train_makes_steps(job, style, source):
+    name = system_name(style, source)
+    found = in_a_process_of_its_own(stepped, name, job) if source == FOLDER else stepped(name, job)
+    assert found == (8, True, {})
+
+
+@pytest.mark.slow
+def test_a_round_starts_when_what_was_read_ahead_is_used_up(job, monkeypatch):
+    """So that the counted steps wait as they would in the middle of a training."""
+    running = set_up(system_name("channels-last", COLD), job)
+    running.before()
+    closed = []
+    monkeypatch.setattr("shards.Loader.close", lambda loader: closed.append(loader))
+    left = 0
+    while running.once():
+        left += 1
+    assert not closed  # at the end of the epoch nobody had to wait for that
+    images = len(ShardSet(prepared("shards-cold", job.work) / "set").select("train"))
+    assert left == images // 8 - 2
+
+
+@pytest.mark.slow
+def test_a_cached_batch_never_waits_and_a_loader_is_seen_waiting(job):
+    cached = waited_s(system_name("channels-last", CACHED), job)
+    assert in_a_process_of_its_own(waited_s, system_name("channels-last", FOLDER), job) > 10 * cached
+
+
+def test_the_matrix_product_counts_gflop(job):
+    assert set_up(MATRIX, job).once() == pytest.approx(2 * 2 * 2048**3 / 1e9)
+
+
+def test_every_way_to_multiply_matrices_gives_their_product():
+    left, right = torch.randn(2, 160, 160, generator=torch.Generator().manual_seed(0))
+    ways = products_of(left, right)
+    assert len(ways) == 2
+    for product in ways:
+        torch.testing.assert_close(product(), left @ right)
+
+
+def test_every_style_stands_beside_its_own_ceiling():
+    known = {*SYSTEMS, *IN_FP32}
+    styles = {name.partition(", ")[0] for name in known}
+    assert {system_name(style, CACHED) for style in styles} <= known
+    assert {name for pair in RATIOS for name in pair} <= known
+
+
+def test_each_engine_is_told_from_the_others():
+    """Rows of three engines: each keeps its own, and all stand beside the one cached batch."""
+    rows = [Row("stalls", system_name("channels-last", CACHED), "img_per_s", "img/s", 50.0, model="resnet18")]
+    for value, source in ((0.1, NATIVE), (0.2, RAW), (0.3, RESIDENT)):
+        name = system_name("channels-last", source)
+        rows.append(Row("stalls", name, "prep_stall", "1", value, model="resnet18", page_cache="warm"))
+    found = {engine: own for _, engine, own in by_engine(rows)}
+    assert list(found) == ["jpg", "raw", "resident"]
+    assert [own["warm", "prep_stall"].value for own in found.values()] == [0.1, 0.2, 0.3]
+    assert all(own["", "img_per_s"].value == 50.0 for own in found.values())
+    assert "| resnet18 |  | raw | 50.0 | 20.0 |" in stalls_text(rows)
+    assert "| resnet18 | 4 | raw | 50.0 | 20.0 |" in stalls_text([replace(row, batch_size=4) for row in rows])
+
+
+def test_files_leave_the_page_cache_and_come_back(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 20))
+    assert cached_share(path) == 1.0
+    try:
+        drop_from_cache(tmp_path)
+    except StillCachedError:
+        pytest.skip("this file system keeps its files in memory")
+    assert cached_share(path) <= 0.02
+    read_into_cache(tmp_path)
+    assert cached_share(path) == 1.0
+
+
+def test_mapped_files_that_stay_cached_are_noticed(tmp_path):
+    import mmap
+
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 20))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        assert len(bytes(view)) == 1 << 20  # touch every page
+        with pytest.raises(StillCachedError, match="file: "):
+            drop_from_cache(tmp_path)
+
+
+def test_stalls_are_shares_of_the_slower_ones_time():
+    columns = {"benchmark": "stalls", "system": "x"}
+    cached, warm = series(100, 100, 100), series(80, 75, 80)
+    assert _stall(warm, cached, "prep_stall", columns).value == pytest.approx(0.2)
+    assert _utilization(warm, cached, columns).value == pytest.approx(0.8)
+    failed = _stall(warm, Series(failed="no disk"), "prep_stall", columns)
+    assert failed.value is None
+    assert failed.failed == "no disk"
+
+
+def test_what_is_compared_has_its_turns_side_by_side():
+    order = turns("none", [("jpg", "jpg cold"), ("raw", "raw cold"), ("resident",)])
+    assert order == ["jpg cold", "jpg", "resident", "none", "raw", "raw cold"]
+    assert turns("none", [("jpg", "jpg cold")]) == ["jpg cold", "jpg", "none"]
+
+
+@pytest.mark.parametrize("benchmark", ["stalls", "training"])
+def test_systems_stand_still_while_others_have_their_turn(job, monkeypatch, benchmark):
+    def recorded(set_up, names, *_, frozen=False, **__):
+        assert frozen
+        order.extend(names)
+        return {name: series(10.0, 11.0, wait=0.1) for name in names}, {}
+
+    order: list[str] = []
+    fast = {"rounds": 2, "seconds": 1.0, "told": lambda step: None}
+    if benchmark == "stalls":
+        monkeypatch.setattr("benchmarks.stalls.take_turns", recorded)
+        measure_stalls(job, "channels-last", ["jpg", "raw"], environment(""), **fast)
+        sources = [name.partition(", ")[2] for name in order]
+        assert sources == [COLD, NATIVE, CACHED, RAW, COLD_RAW]
+    else:
+        monkeypatch.setattr("benchmarks.speed.take_turns", recorded)
+        measure_training(job, SYSTEMS, environment(""), **fast)
+        assert tuple(order[: len(SYSTEMS)]) == SYSTEMS and MATRIX in order
+
+
+def test_no_other_process_has_the_files_mapped_that_are_dropped():
+    cold = [_FORMS[source][0] for source in (COLD, COLD_RAW, COLD_DALI)]
+    warm = [_FORMS[source][0] for source in (NATIVE, RAW, RESIDENT, DALI)]
+    assert len({*cold}) == len(cold) and not {*cold} & {*warm}
+
+
+def test_agreement_is_said_in_points():
+    stall, wait = Row("stalls", "x", "prep_stall", "1", 0.20), Row("stalls", "x", "data_wait", "1", 0.17)
+    assert agreement(stall, wait) == "3.0 points apart: they agree"
+    assert agreement(stall, replace(wait, value=0.1)) == "10.0 points apart: they do not agree"
+    wide = replace(stall, low=-0.1, high=0.3)
+    assert agreement(wide, wait) == "3.0 points apart, undecided: the stall lies between -10.0 and 30.0 %"
+    assert agreement(replace(stall, low=0.19, high=0.21), wait) == "3.0 points apart: they agree"
+    assert agreement(replace(stall, low=0.28, high=0.31), wait).endswith("they do not agree")
+    assert agreement(stall, replace(wait, value=None)) == ""
+
+
+def test_share_of_peak_counts_forward_and_backward():
+    # 50 images/s of 2 GFLOP forward are 300 GFLOP/s with the backward pass, of a peak of 600
+    peak = Series([Sample(600, 1.0, 1.0)] * 3)
+    row = _share_of_peak(series(50, 50, 50), peak, 2_000_000_000, {"benchmark": "training", "system": "x"})
+    assert row.value == pytest.approx(0.5)
+
+
+def test_tables_show_failures_and_lines_under_the_mark():
+    name = system_name("channels-last", NATIVE)
+    rows = [
+        Row("stalls", name, "accelerator_utilization", "1", 0.8, model="resnet18", page_cache="warm"),
+        Row("stalls", name, "prep_stall", "1", None, model="resnet18", page_cache="warm", failed="no disk"),
+        Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18", precision="bf16", batch_size=4),
+    ]
+    assert "80.0 (under 90%)" in stalls_text(rows)
+    for ends, said in (((0.7, 0.95), "(undecided: 90%)"), ((0.91, 0.95), "(at least 90%)"), ((0.7, 0.85), "(under")):
+        assert said in stalls_text([replace(rows[0], low=ends[0], high=ends[1])])
+    assert "no disk" in stalls_text(rows)
+    assert "| resnet18 | 4 | channels-last, native loader | bf16 | 20.0 |" in training_text(rows)
+
+
+def test_the_name_of_a_style_says_its_precision(monkeypatch):
+    device = torch.device("cpu")
+    own = precision_of(system_name("compiled", CACHED), device)
+    assert own == precision_of(MATRIX, device)
+    monkeypatch.setattr("train.device.precision", lambda device, choice: Decision("bf16", "a device that has it"))
+    assert precision_of(system_name("compiled", CACHED), device) == "bf16"
+    assert precision_of(system_name(f"compiled{FP32}", CACHED), device) == "fp32"
+    assert precision_of(MATRIX + FP32, device) == "fp32"
+    assert matrix_products(SYSTEMS[:2], device) == {"bf16": MATRIX}
+    assert matrix_products(IN_FP32, device) == {"bf16": MATRIX, "fp32": MATRIX + FP32}
+    monkeypatch.setattr("train.device.precision", lambda device, choice: Decision("fp32", "a device that has no more"))
+    assert matrix_products(IN_FP32, device) == {"fp32": MATRIX}  # one product serves both

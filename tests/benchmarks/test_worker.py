@@ -1,0 +1,264 @@
+"""The process that each system of a benchmark lives in: rounds, failures, and turns."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import benchmarks.worker
+from benchmarks.measure import Series, summary_row
+from benchmarks.worker import Running, SystemFailedError, Worker, start_server, take_turns
+
+
+def well(name: str, job: object) -> Running:
+    def once() -> int:
+        time.sleep(0.02)
+        return 10
+
+    return Running(once, about={"size": 3.0})
+
+
+def sick(name: str, job: object) -> Running:
+    if name == "cannot start":
+        raise OSError("no such\nformat")
+
+    def once() -> int:
+        if name == "dies":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if name == "hangs":
+            subprocess.Popen(["sleep", "600"])
+            time.sleep(600)
+        if name == "breaks":
+            raise RuntimeError("broken in the middle")
+        if name == "ends early":
+            raise EOFError
+        if name == "gives nothing":
+            return 0
+        return 10
+
+    return Running(once)
+
+
+def living() -> list[tuple[int, int]]:
+    """Processes that are not zombies, each with its group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            found.append((int(stat.parent.name), int(group)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def context():
+    return start_server(preload=("numpy",))
+
+
+def test_a_worker_runs_whole_passes_for_at_least_the_time_asked(context, tmp_path):
+    with Worker(context, well, "fine", None, logs=tmp_path, limit_s=60) as worker:
+        about = worker.ready()
+        assert about["size"] == 3.0
+        assert about["set_up_s"] >= 0
+        sample = worker.run(0.1)
+    assert sample.seconds >= 0.1
+    assert sample.count % 10 == 0
+    assert sample.count >= 10
+    assert sample.cpu_s < sample.seconds
+
+
+def test_a_round_of_no_seconds_is_one_pass(context, tmp_path):
+    """Grids ask for that: a study is a round, however long it takes."""
+    with Worker(context, well, "fine", None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        assert [worker.run(0.0).count for _ in range(3)] == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dies", "died with exit code -11"),
+        ("hangs", "no answer"),
+        ("breaks", "broken in the middle"),
+        ("ends early", "EOFError"),
+        ("gives nothing", "no image"),
+    ],
+)
+def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(context, tmp_path, name, said):
+    with Worker(context, sick, name, None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        worker.limit_s = 2 if name == "hangs" else 60
+        with pytest.raises(SystemFailedError, match=said):
+            worker.run(0.1)
+        group = worker._process.pid
+    end = time.monotonic() + 30
+    while any(group in process for process in living()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def ticking(name: str, job: object) -> Running:
+    """A thread counts on in the background, as a loader reads ahead; a pass gives what was counted since the last."""
+    count, seen = 0, 0
+
+    def tick() -> None:
+        nonlocal count
+        while True:
+            count += 1
+            time.sleep(0.001)
+
+    threading.Thread(target=tick, daemon=True).start()
+
+    def once() -> int:
+        nonlocal seen
+        since, seen = count - seen, count
+        return since
+
+    return Running(once)
+
+
+def test_a_frozen_system_reads_nothing_ahead_between_its_rounds(context, tmp_path):
+    def counted_in_a_pause(frozen: bool) -> int:
+        with Worker(context, ticking, "ticks", None, logs=tmp_path, limit_s=60, frozen=frozen) as worker:
+            worker.ready()
+            time.sleep(0.05)
+            worker.run(1e-9)
+            time.sleep(3.0)
+            found = worker.run(1e-9).count
+            closing.append(time.monotonic())
+        closing.append(time.monotonic())
+        return found
+
+    closing: list[float] = []
+    assert counted_in_a_pause(frozen=True) < counted_in_a_pause(frozen=False) / 3
+    assert closing[1] - closing[0] < 4  # it was asked to end, and heard it
+
+
+def test_a_frozen_system_does_not_outlive_who_asks(tmp_path):
+    """Killed from outside, the parent cannot wake it."""
+    asks = f"""
+import time
+from pathlib import Path
+from benchmarks.worker import Worker, start_server
+from tests.benchmarks.test_worker import well
+worker = Worker(start_server(("numpy",)), well, "still", None, logs=Path({str(tmp_path)!r}), limit_s=60, frozen=True)
+worker.ready()
+print(worker._process.pid, flush=True)
+time.sleep(600)
+"""
+    end = time.monotonic() + 60
+    with subprocess.Popen([sys.executable, "-c", asks], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            pid = int(parent.stdout.readline())
+            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        finally:
+            parent.kill()
+    while any(pid in process for process in living()):  # nor does anyone of its group
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def scarce(name: str, job: object) -> Running:
+    left = [10, 10]
+    return Running(lambda: left.pop() if left else 0, lambda: left.extend([10] * (2 - len(left))))
+
+
+def test_a_round_ends_where_a_system_has_no_more(context, tmp_path):
+    with Worker(context, scarce, "few", None, logs=tmp_path, limit_s=60) as worker:
+        worker.ready()
+        found = [worker.run(60.0) for _ in range(2)]  # it would take so long if it went on
+    assert [sample.count for sample in found] == [20, 20]
+    assert max(sample.seconds for sample in found) < 30
+
+
+def warming(name: str, job: object) -> Running:
+    """Its first round gives ten images, the next one twenty, and so on."""
+    rounds = []
+    return Running(lambda: 10 * len(rounds), lambda: rounds.append(name))
+
+
+def test_a_first_round_of_all_systems_warms_up_and_is_thrown_away(tmp_path):
+    def run(**warmup: int) -> tuple[list[float], list[str]]:
+        steps = []
+        series, _ = take_turns(
+            warming, ["one", "two"], None, tmp_path, rounds=2, seconds=1e-9, told=steps.append, **warmup
+        )
+        assert [s.count for s in series["one"].samples] == [s.count for s in series["two"].samples]
+        return [sample.count for sample in series["one"].samples], steps
+
+    counts, steps = run()
+    assert counts == [20, 30]
+    assert steps[2:5] == ["warm-up round, one", "warm-up round, two", "round 1 of 2, one"]
+    assert len(steps) == 2 * (2 + 2)  # what the progress of the commands counts
+    counts, steps = run(warmup=0)
+    assert counts == [10, 20] and len(steps) == 2 * (1 + 2)
+
+
+def meeting(name: str, job: tuple[Path, float]) -> Running:
+    """Set up only beside another one, which comes within some seconds."""
+    folder, limit_s = job
+    (folder / name).touch()
+    end = time.monotonic() + limit_s
+    while len(list(folder.iterdir())) < 2:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{name} is alone")
+        time.sleep(0.01)
+    return Running(lambda: 10)
+
+
+def test_systems_are_set_up_beside_each_other_where_that_is_asked_for(tmp_path):
+    def failures(at_once: int, limit_s: float) -> list[str]:
+        folder = tmp_path / str(at_once)
+        folder.mkdir()
+        steps: list[str] = []
+        job = (folder, limit_s)
+        series, about = take_turns(
+            meeting, ["b", "a", "c"], job, tmp_path, rounds=1, seconds=1e-9, told=steps.append, at_once=at_once
+        )
+        assert steps[:3] == ["set up b", "set up a", "set up c"]
+        assert all(len(s.samples) == 1 for s in series.values() if not s.failed)
+        assert set(about) == {name for name, s in series.items() if not s.failed}
+        return [name for name, s in series.items() if s.failed]
+
+    assert failures(at_once=2, limit_s=60) == []
+    assert failures(at_once=1, limit_s=1) == ["b"]
+
+
+def preparing(name: str, job: object) -> Running:
+    prepared = []
+
+    class AfterPreparing:
+        def __init__(self) -> None:
+            self.share = 0.25 if prepared else 0.75
+
+        def other_cpu(self, own_cpu_s: float) -> float:
+            return self.share
+
+    benchmarks.worker.Meter = AfterPreparing  # in the process of this system alone
+    return Running(lambda: 10, lambda: prepared.append(name))
+
+
+def test_what_others_use_is_counted_from_where_the_round_begins(tmp_path):
+    series, _ = take_turns(preparing, ["one"], None, tmp_path, rounds=1, seconds=1e-9, told=lambda step: None, warmup=0)
+    assert series["one"].samples[0].other_cpu == 0.25
+
+
+def test_turns_go_on_without_the_one_that_cannot_start(tmp_path):
+    series, about = take_turns(
+        sick, ["cannot start", "fine"], None, tmp_path, rounds=3, seconds=0.01, told=lambda step: None
+    )
+    assert series["cannot start"] == Series(failed="OSError: no such format")
+    assert len(series["fine"].samples) == 3
+    assert "fine" in about
+    row = summary_row([], series["cannot start"].failed, benchmark="x", system="s", metric="m", unit="u")
+    assert row.failed

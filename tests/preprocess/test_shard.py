@@ -1,0 +1,319 @@
+"""`python -m preprocess.shard`, end to end: one set of bytes, nothing half-written, every fault in one line."""
+
+import csv
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from preprocess import shard
+from preprocess.ham10000 import read_source
+from preprocess.packing import Settings, pack
+from shards import ShardSet
+from shards.common import cli
+from shards.common.errors import DataError
+from shards.encode import decode_strictly, shrink
+from shards.format import CLASSES, EncodeSpec
+from tests.preprocess.test_isic2018 import official_test  # noqa: F401 (a fixture)
+from tests.support.rawdata import jpeg, rows, write_raw, write_table
+
+ROOT = Path(__file__).parents[2]
+METADATA = "HAM10000_metadata.csv"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """A whole raw folder of 150 small images. Read only."""
+    return write_raw(tmp_path_factory.mktemp("source") / "raw", 150)
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """A raw folder of 60 images to be spoilt."""
+    return write_raw(tmp_path / "raw")
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["shard", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(shard.main)
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw", "proportion", "smart"])
+def test_runs_and_worker_counts_change_no_byte(raw, tmp_path, mode):
+    spec = EncodeSpec(write_mode=mode, max_resolution=40, smart_threshold=100)
+    sets = []
+    for name, workers in (("a", 1), ("b", 2), ("c", 7)):
+        pack(read_source(raw), tmp_path / name, Settings(encode=spec, workers=workers, shard_bytes=1 << 20))
+        sets.append(digest(tmp_path / name))
+    assert sets[0] == sets[1] == sets[2]
+
+
+def test_order_of_the_rows_changes_no_shard(raw, tmp_path):
+    shuffled = tmp_path / "raw"
+    shuffled.mkdir()
+    for part in raw.glob("HAM10000_images*"):
+        (shuffled / part.name).symlink_to(part)
+    write_table(shuffled / METADATA, rows(150)[::-1])
+    pack(read_source(raw), tmp_path / "a", Settings())
+    pack(read_source(shuffled), tmp_path / "b", Settings())
+    a, b = digest(tmp_path / "a"), digest(tmp_path / "b")
+    assert {name for name in a if a[name] != b[name]} == {"manifest.json"}  # it holds the metadata's hash
+
+
+def test_the_set_holds_the_source(raw, tmp_path):
+    packed = pack(read_source(raw), tmp_path / "set", Settings(encode=EncodeSpec(write_mode="raw", max_resolution=40)))
+    data = ShardSet(tmp_path / "set")
+    table = {row["image_id"]: row for row in rows(150)}
+    assert set(data.column("image_id")) == set(table)
+    files = {file.stem: file for file in raw.glob("*/*.jpg")}
+    total, squares, count = np.zeros(3), np.zeros(3), 0
+    for sample, image_id in enumerate(data.column("image_id")):
+        pixels = shrink(decode_strictly(files[image_id].read_bytes()), 40)
+        assert np.array_equal(data.pixels(sample), pixels) and pixels.shape == (30, 40, 3)
+        assert data.column("dx")[sample] == table[image_id]["dx"]
+        assert data.column("lesion_id")[sample] == table[image_id]["lesion_id"]
+        if data.column("split")[sample] == "train":
+            scaled = pixels.reshape(-1, 3) / 255
+            total, squares, count = total + scaled.sum(0), squares + (scaled**2).sum(0), count + len(scaled)
+    mean = total / count
+    assert np.allclose(packed.manifest.mean, mean, atol=1e-9)
+    assert np.allclose(packed.manifest.std, np.sqrt(squares / count - mean**2), atol=1e-9)
+    assert packed.manifest.source["images"] == 150
+    assert packed.manifest.source["lesions"] == len({row["lesion_id"] for row in table.values()})
+    text = (tmp_path / "set" / "manifest.json").read_text()
+    assert str(raw) not in text and str(tmp_path) not in text
+    assert set(packed.manifest.versions) >= {"numpy", "opencv", "simplejpeg", "pyarrow", "libjpeg-turbo", "dermscale"}
+
+
+def test_lesions_stay_together_and_classes_mix(raw, tmp_path):
+    pack(read_source(raw), tmp_path / "set", Settings(seed=3))
+    data = ShardSet(tmp_path / "set")
+    splits = list(data.column("split"))
+    assert len(set(zip(data.column("lesion_id"), splits, strict=True))) == len(set(data.column("lesion_id")))
+    assert splits == sorted(splits, key=["train", "val", "test"].index)
+    train = [dx for dx, split in zip(data.column("dx"), splits, strict=True) if split == "train"]
+    assert len(set(train[:30])) == 7
+    pack(read_source(raw), tmp_path / "other", Settings(seed=4))
+    assert list(ShardSet(tmp_path / "other").column("image_id")) != list(data.column("image_id"))
+
+
+def test_the_table_and_the_summary(raw, tmp_path, monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "set", "--workers", 2)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split() == ["split", *CLASSES, "images", "bytes"]
+    table = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:]] for line in lines[1:5]}
+    assert list(table) == ["train", "val", "test", "all"]
+    assert table["all"][7] == 150 == sum(table["all"][:7]) == sum(table[s][7] for s in ("train", "val", "test"))
+    assert table["all"][8] == sum(file.stat().st_size for file in (tmp_path / "set").glob("*.tar"))
+    assert re.fullmatch(r"150 images packed in .*set, [\d.]+ s, \d+ images/s", lines[5])
+
+
+def test_an_old_set_is_kept_without_overwrite_and_until_the_new_one_is_whole(raw, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "set"
+    pack(read_source(raw), out, Settings(seed=1))
+    before = digest(out)
+    code, _, err = run(monkeypatch, capsys, "--source", raw, "--out", out)
+    assert code == 1 and "already holds a shard set; add --overwrite" in err and err.count("\n") == 1
+    broken = write_raw(tmp_path / "raw", 60)
+    (broken / "HAM10000_images_part_1" / "ISIC_0000004.jpg").write_bytes(jpeg()[:-40])
+    code, _, err = run(monkeypatch, capsys, "--source", broken, "--out", out, "--overwrite")
+    assert code == 1 and digest(out) == before and [p.name for p in tmp_path.iterdir() if p.name[0] == "."] == []
+    assert run(monkeypatch, capsys, "--source", raw, "--out", out, "--overwrite")[0] == 0
+    assert digest(out) != before
+
+
+def test_an_output_below_a_file_is_one_line(raw, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "file" / "set")
+    assert code == 1 and "file is a file; choose another folder" in err and err.count("\n") == 1
+
+
+def test_a_foreign_folder_is_never_replaced(raw, tmp_path, monkeypatch, capsys):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("precious")
+    code, _, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "home", "--overwrite")
+    assert code == 1 and "no shard set" in err
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
+
+
+def damage(folder: Path) -> dict[str, str]:
+    """Spoil one image in each way; returns image_id → what the reason says."""
+    images = folder / "HAM10000_images_part_1"
+    good = jpeg(0, height=240, width=320)
+    middle = len(good) // 2
+    spoilt = {
+        "ISIC_0000001": (good[: len(good) // 3], "is damaged"),
+        "ISIC_0000002": (good[:-2], "is damaged"),
+        "ISIC_0000003": (good[:-900] + bytes(900), "is damaged"),
+        "ISIC_0000004": (good[:middle] + bytes(8192) + good[middle + 8192 :], "is damaged"),
+        "ISIC_0000005": (b"", "is empty"),
+        "ISIC_0000006": (b"<html>", "is not a JPEG"),
+    }
+    for image_id, (data, _) in spoilt.items():
+        (images / f"{image_id}.jpg").write_bytes(data)
+    (images / "ISIC_0000007.jpg").unlink()
+    (images / "extra.jpg").write_bytes(good)
+    return {i: text for i, (_, text) in spoilt.items()} | {"ISIC_0000007": "is missing", "extra": "is not listed"}
+
+
+def test_skip_packs_the_rest_and_lists_what_was_left_out(spoilt, tmp_path, monkeypatch, capsys):
+    expected = damage(spoilt)
+    code, out, _ = run(
+        monkeypatch, capsys, "--source", spoilt, "--out", tmp_path / "set", "--on-bad", "skip", "--workers", 3
+    )
+    assert code == 0 and "8 left out, listed with reasons in" in out and "53 images packed" in out
+    listed = list(csv.DictReader((tmp_path / "set" / "quarantine.csv").open()))
+    assert {row["image_id"] for row in listed} == set(expected)
+    for row in listed:
+        assert expected[row["image_id"]] in row["reason"] and row["file"].endswith(f"{row['image_id']}.jpg")
+    data = ShardSet(tmp_path / "set")
+    assert len(data) == 53 and not set(data.column("image_id")) & set(expected)
+    assert data.manifest.source["quarantined"] == 8
+    subprocess.run([sys.executable, "-m", "shards", "verify", str(tmp_path / "set")], check=True, cwd=ROOT)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("ISIC_0000001.jpg", "Too many levels of symbolic links"), ("/proc/self/mem", "Input/output error")],
+    ids=["a link to itself", "a damaged disk"],
+)
+def test_a_file_that_the_system_cannot_read_is_left_out(spoilt, tmp_path, monkeypatch, capsys, target, reason):
+    file = spoilt / "HAM10000_images_part_1" / "ISIC_0000001.jpg"
+    file.unlink()
+    file.symlink_to(target)  # the start of a process's memory answers as a damaged disk does
+    arguments = ["--source", spoilt, "--out", tmp_path / "set"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and f"ISIC_0000001.jpg: cannot be read ({reason})" in err and err.count("\n") == 1
+    code, out, _ = run(monkeypatch, capsys, *arguments, "--on-bad", "skip")
+    assert code == 0 and "59 images packed" in out
+    listed = list(csv.DictReader((tmp_path / "set" / "quarantine.csv").open()))
+    assert [(row["image_id"], row["reason"]) for row in listed] == [("ISIC_0000001", f"cannot be read ({reason})")]
+
+
+@pytest.mark.parametrize("image_id", [f"ISIC_{n:07d}" for n in range(1, 8)] + ["extra"])
+def test_stop_names_the_file_in_one_line_and_leaves_nothing(spoilt, tmp_path, monkeypatch, capsys, image_id):
+    good = {file.name: file.read_bytes() for file in spoilt.glob("*/*.jpg")}
+    expected = damage(spoilt)
+    for other in set(expected) - {image_id}:  # mend the others
+        path = spoilt / "HAM10000_images_part_1" / f"{other}.jpg"
+        path.unlink(missing_ok=True) if other == "extra" else path.write_bytes(good[path.name])
+    code, out, err = run(monkeypatch, capsys, "--source", spoilt, "--out", tmp_path / "set")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert f"{image_id}.jpg: {expected[image_id]}" in err and "--on-bad skip" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--source", "absent"], 1, "no such folder; get HAM10000 with"),
+        (["--split", "70/30"], 2, "give train/val/test as three whole numbers"),
+        (["--split", "0/50/50"], 2, "train above 0"),
+        (["--split", "-1/50/50"], 2, "train above 0"),
+        (["--max-resolution", "8"], 2, "max resolution 8 px is outside 16 to 65535"),
+        (["--jpeg-quality", "0"], 2, "jpeg quality 0 is outside 1 to 100"),
+        (["--compress-probability", "1.5"], 2, "compress probability 1.5 is outside 0 to 1"),
+        (["--smart-threshold", "-1"], 2, "smart threshold -1 bytes is negative"),
+        (["--shard-mb", "0"], 2, "--shard-mb 0: at least 1"),
+        (["--workers", "0"], 2, "0 is not in the range x>=1"),
+        (["--write-mode", "png"], 2, "'png' is not one of 'jpg', 'raw', 'proportion', 'smart'"),
+        (["--test-source", "absent"], 1, "absent: no such folder"),
+    ],
+)
+def test_wrong_usage_ends_in_one_line(raw, tmp_path, monkeypatch, capsys, arguments, code, text):
+    got, out, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "set", *arguments)
+    assert (got, out) == (code, "") and text in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_splitting_by_image_is_warned_of_and_recorded(raw, tmp_path, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "set", "--split-unit", "image")
+    assert code == 0 and "SPLITTING BY IMAGE" in err
+    data = ShardSet(tmp_path / "set")
+    assert data.manifest.split["unit"] == "image"
+    pairs = set(zip(data.column("lesion_id"), data.column("split"), strict=True))
+    assert len(pairs) > len(set(data.column("lesion_id")))
+
+
+def test_the_official_test_set_becomes_the_test_split(raw, official_test, tmp_path, monkeypatch, capsys):  # noqa: F811
+    arguments = ["--source", raw, "--test-source", official_test, "--out", tmp_path / "set"]
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0 and "resample images" in err and "ISIC_0035068: left out" in out
+    data = ShardSet(tmp_path / "set")
+    counts = Counter(data.column("split"))
+    assert counts["test"] == 21 and counts["train"] + counts["val"] == 150
+    assert abs(counts["val"] / 150 - 1 / 8) < 0.04
+    for lesion, dataset, split in zip(*(data.column(n) for n in ("lesion_id", "dataset", "split")), strict=True):
+        assert (lesion is None) == (dataset == "isic2018_task3_test") == (split == "test")
+    assert data.manifest.split["test_source"] == "ISIC 2018 Task 3 test"
+    assert data.manifest.split["ratio"] == [70, 10, 0]
+    assert data.manifest.source["test"]["known_missing"] == ["ISIC_0035068"]
+    assert "Codella" in data.manifest.citation and "Tschandl" in data.manifest.citation
+
+
+def test_test_images_that_training_knows_are_refused(raw, official_test, tmp_path, monkeypatch, capsys):  # noqa: F811
+    images = official_test / "ISIC2018_Task3_Test_Images"
+    (images / "ISIC_0030000.jpg").rename(images / "ISIC_0000000.jpg")
+    table = next(official_test.glob("*/*.csv"))
+    table.write_text(table.read_text().replace("ISIC_0030000", "ISIC_0000000"))
+    arguments = ["--source", raw, "--test-source", official_test, "--out", tmp_path / "set"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and "ISIC_0000000.jpg: is in the training source too" in err
+    assert run(monkeypatch, capsys, *arguments, "--on-bad", "skip")[0] == 0
+    assert Counter(ShardSet(tmp_path / "set").column("split"))["test"] == 20
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(raw, tmp_path, monkeypatch, capsys):
+    real_open = Path.open
+
+    def full(self, mode="r", *rest, **named):
+        return real_open(Path("/dev/full") if self.suffix == ".tar" and "w" in mode else self, mode, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    code, out, err = run(monkeypatch, capsys, "--source", raw, "--out", tmp_path / "set")
+    assert (code, out) == (1, "") and "the disk is full" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_originals(real_images, tmp_path):
+    packed = pack(read_source(real_images / "originals"), tmp_path / "set", Settings(workers=2))
+    data = ShardSet(tmp_path / "set")
+    assert len(data) == 312 and not packed.rejected
+    assert (
+        packed.manifest.source["metadata_sha256"]
+        == hashlib.sha256((real_images / "originals" / METADATA).read_bytes()).hexdigest()
+    )
+    files = {file.stem: file for file in (real_images / "originals").glob("*/*.jpg")}
+    for sample in range(0, 312, 40):
+        pixels = shrink(decode_strictly(files[data.column("image_id")[sample]].read_bytes()), 400)
+        stored = simplejpeg.decode_jpeg(bytes(data.read(sample)), "RGB").astype(float)
+        assert 10 * np.log10(255**2 / ((stored - pixels) ** 2).mean()) > 33
+    again = pack(read_source(real_images / "originals"), tmp_path / "again", Settings(workers=5))
+    assert again.manifest == packed.manifest
+    assert json.loads((tmp_path / "set" / "manifest.json").read_text())["licence"] == "CC BY-NC 4.0"
+
+
+def test_no_training_image_is_one_line(tmp_path):
+    source = write_raw(tmp_path / "raw", 8)
+    for file in source.glob("*/*.jpg"):
+        file.write_bytes(b"\xff\xd8")
+    with pytest.raises(DataError, match="no training image could be packed"):
+        pack(read_source(source), tmp_path / "set", Settings(skip_bad=True))
+    assert not (tmp_path / "set").exists()

@@ -1,0 +1,293 @@
+"""The dali engine against the native one: pixels, order, resume, ranks, damage, and what is kept and given back."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from simplejpeg import decode_jpeg
+
+from shards import Augment, Loader, ShardSet
+from shards.common.errors import DataError
+from shards.engines import Work, dali
+from shards.engines.dali import DaliEngine, Graph, build_graph
+from shards.engines.dali_feed import INPUTS, Reader
+from shards.engines.native import NativeEngine
+from shards.format import CLASSES, EncodeSpec
+from shards.plan import training_plan
+from shards.writer import PackedSample, ShardSetWriter
+from tests.conftest import growth_bytes, write_set
+from tests.support.benchdata import in_a_process_of_its_own
+from tests.support.parity import assert_parity, batches, distances
+
+KINDS = ("jpg", "raw", "mixed", "sizes")
+
+
+def with_variant(loader: Loader, variant: str) -> Loader:
+    """The same loader on another graph."""
+    engine = loader._engine
+    assert isinstance(engine, DaliEngine)
+    loader._engine = DaliEngine(engine.data, engine.device, contents=engine.graph.contents, variant=variant)
+    engine.close()
+    return loader
+
+
+def works(data: ShardSet, sizes: list[int]) -> list[Work]:
+    """Consecutive training crops in batches of these sizes."""
+    samples = data.select("train").samples
+    plan = training_plan(5, 1, samples, data.column("height")[samples], data.column("width")[samples], Augment())
+    ends = np.cumsum(sizes)
+    assert ends[-1] <= len(samples)
+    return [Work(samples[a:b], plan.boxes[a:b], plan.symmetry[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+@pytest.mark.parametrize("variant", dali.VARIANTS)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_epochs_equal_native(shard_sets, kind, train, variant):
+    options = {"batch_size": 10, "resolution": 48, "train": train, "seed": 4}
+    selection = shard_sets[kind].select("train")
+    native = Loader(selection, engine="native", **options)
+    loader = with_variant(Loader(selection, engine="dali", **options), variant)
+    assert loader._engine.graph.contents == {"jpg": "jpg", "raw": "raw"}.get(kind, "mixed")  # type: ignore[attr-defined]
+    for epoch in range(2):
+        native.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        assert_parity(batches(native), batches(loader))
+    loader.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_rank_equals_native(shard_sets, world_size):
+    selection = shard_sets["sizes"].select("train")
+    for rank in range(world_size):
+        for train in (True, False):
+            options = {"batch_size": 10, "resolution": 40, "seed": 2, "rank": rank, "world_size": world_size}
+            native = Loader(selection, engine="native", train=train, **options)
+            assert_parity(batches(native), batches(Loader(selection, engine="dali", train=train, **options)))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_restart_in_mid_epoch_goes_on_as_native_does(shard_sets, train):
+    selection = shard_sets["mixed"].select("train")
+    options = {"batch_size": 8, "resolution": 32, "train": train, "seed": 7}
+    stopped = Loader(selection, engine="dali", **options)
+    running = iter(stopped)
+    for _ in range(3):
+        next(running)
+    state = stopped.state_dict()
+    running.close()
+    resumed, native = (Loader(selection, engine=engine, **options) for engine in ("dali", "native"))
+    whole = batches(native)
+    resumed.load_state_dict(state)
+    assert_parity(whole[3:], batches(resumed))
+    stopped.load_state_dict(state)  # and by the loader that was stopped
+    assert_parity(whole[3:], batches(stopped))
+
+
+def test_threads_and_prefetch_change_nothing(shard_sets):
+    selection = shard_sets["mixed"].select("train")
+    first, second = (
+        batches(Loader(selection, batch_size=9, resolution=40, engine="dali", threads=threads, prefetch=prefetch))
+        for threads, prefetch in ((1, 1), (3, 4))
+    )
+    assert distances(first, second).max() == 0
+
+
+def test_batches_of_uneven_and_growing_sizes(shard_sets):
+    data = shard_sets["mixed"]
+    work = works(data, [4, 9, 2, 12, 12, 1, 20, 7])
+    expected = [images.clone() for images in NativeEngine(data).run(work, 40)]
+    found = list(DaliEngine(data).run(iter(work), 40))
+    assert [len(a) for a in found] == [len(item.samples) for item in work]
+    assert max(int((a.int() - b.int()).abs().max()) for a, b in zip(expected, found, strict=True)) <= 1
+
+
+def test_batches_stay_valid_when_kept(shard_sets):
+    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=64, engine="dali")
+    kept = [batch.images for batch in loader]
+    copies = [images.clone() for images in kept]
+    for epoch in (1, 2):  # overwrite whatever is used again
+        loader.set_epoch(epoch)
+        batches(loader)
+    loader.close()
+    del loader
+    gc.collect()
+    assert all(map(torch.equal, kept, copies))
+
+
+def test_one_pipeline_serves_all_epochs_and_resolutions(shard_sets, monkeypatch):
+    built = []
+    original = dali.build_graph
+    monkeypatch.setattr(dali, "build_graph", lambda *args: built.append(args) or original(*args))
+    selection = shard_sets["jpg"].select("train")
+    loader, native = (Loader(selection, batch_size=8, engine=engine) for engine in ("dali", "native"))
+    for epoch, resolution in enumerate((32, 64, 48)):
+        for one in (loader, native):
+            one.set_epoch(epoch)
+            one.set_resolution(resolution)
+        assert_parity(batches(native), batches(loader))
+    assert len(built) == 1
+
+
+def test_a_pipeline_that_dali_has_taken_apart_is_given_up_quietly(shard_sets, monkeypatch):
+    """As where a Loader that nobody closed is collected, and DALI's part of the cycle goes first."""
+    made = []
+    monkeypatch.setattr(dali, "_Pipeline", lambda *args, plain=dali._Pipeline: made.append(plain(*args)) or made[-1])
+    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=32, engine="dali", threads=1)
+    next(iter(loader))
+    (pipeline,) = made
+    pipeline._outputs._pipes[0]._pipe = None
+    assert not pipeline.drained()
+
+
+def leave_early(folder: Path) -> None:
+    selection = ShardSet(folder).select("train")
+    loader = Loader(selection, batch_size=8, resolution=32, engine="dali", threads=2)
+    expected = batches(Loader(selection, batch_size=8, resolution=32, engine="native"))
+    batches(loader)
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))  # noqa: PTH208  # DALI's own threads too
+
+    before = threads()
+    for taken in (1, 2, 7):
+        loader.set_epoch(0)
+        loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batch": 0})
+        running = iter(loader)
+        for _ in range(taken):
+            next(running)
+        running.close()
+    assert threads() <= before + 1  # a reader that the first epoch could do without
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batch": 0})
+    assert_parity(expected, batches(loader))
+    loader.close()
+    gc.collect()
+    assert threads() < before
+
+
+def test_an_epoch_left_early_neither_hangs_nor_spoils_the_next(shard_sets):
+    in_a_process_of_its_own(leave_early, shard_sets["mixed"].path)  # threads of other tests would be counted too
+
+
+@pytest.mark.slow
+def test_a_loader_that_is_left_open_ends_with_the_program_quietly(shard_sets):
+    code = (
+        "from shards import Loader, ShardSet\n"
+        f"loader = Loader(ShardSet({str(shard_sets['jpg'].path)!r}).select('train'), batch_size=8, engine='dali')\n"
+        "running = iter(loader)\n"
+        "print(len(next(running).images))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "8", "")
+
+
+def test_two_epochs_may_run_at_once(shard_sets):
+    engine = DaliEngine(shard_sets["jpg"], contents="jpg")
+    work = works(shard_sets["jpg"], [8] * 6)
+    expected = list(engine.run(work, 32))
+    pairs = list(zip(engine.run(work, 32), engine.run(work, 32), strict=True))
+    assert all(torch.equal(a, e) and torch.equal(b, e) for (a, b), e in zip(pairs, expected, strict=True))
+
+
+def flip_a_bit(folder: Path, position: int) -> str:
+    """Damage the training sample at this position; returns its name."""
+    data = ShardSet(folder)
+    victim = int(data.select("train").samples[position])
+    file = folder / data.manifest.shards[int(data.column("shard")[victim])].file
+    content = bytearray(file.read_bytes())
+    content[int(data.column("offset")[victim]) + int(data.column("length")[victim]) - 9] ^= 0x10
+    file.write_bytes(content)
+    return str(data.column("image_id")[victim])
+
+
+@pytest.mark.parametrize("kind", ["jpg", "raw"])
+def test_a_damaged_sample_is_named_after_the_batches_before_it(tmp_path, kind):
+    folder = write_set(tmp_path / "set", kind, images=60)
+    name = flip_a_bit(folder, 21)
+    loader = Loader(ShardSet(folder).select("train"), batch_size=4, resolution=32, engine="dali", train=False)
+    for _ in range(2):  # a second time too: the engine is still of use
+        taken = []
+        with pytest.raises(DataError, match=f"{name}: damaged in .*shard-00000.tar") as error:
+            taken.extend(batch.samples for batch in loader)
+        assert type(error.value) is DataError and len(taken) == 21 // 4
+    running = iter(loader)
+    assert len(next(running).images) == 4
+    running.close()
+
+
+def test_a_sample_that_cannot_be_decoded_is_named(tmp_path):
+    """Its checksum is right: what was packed is no JPEG."""
+    rng = np.random.default_rng(0)
+    intact = ShardSet(write_set(tmp_path / "intact", images=30))
+    with ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20) as writer:
+        for row in range(12):
+            payload = bytes(rng.bytes(900)) if row == 7 else bytes(intact.read(row))
+            metadata = {"image_id": f"IMG_{row}", "lesion_id": f"LES_{row}", "dx": CLASSES[row % 7]}
+            metadata |= dict.fromkeys(("dx_type", "age", "sex", "localization", "dataset"))
+            writer.add(PackedSample(payload, "jpg", 72, 96, "train", metadata))
+        writer.finish(
+            mean=(0.5,) * 3, std=(0.2,) * 3, split={}, source={}, citation="none", licence="none", versions={}
+        )
+    loader = Loader(ShardSet(tmp_path / "set").select("train"), batch_size=4, resolution=32, engine="dali", train=False)
+    with pytest.raises(DataError, match=r"IMG_7: damaged.*does not decode"):
+        batches(loader)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "mixed"])
+def test_a_region_is_cut_out_before_dali_gets_it(shard_sets, kind):
+    """Fewer bytes than whole files, each a JPEG that holds the box where the graph is told to slice it."""
+    data, work = shard_sets[kind], works(shard_sets[kind], [60])
+    fed = {}
+    for cutting in (True, False):
+        reader = Reader(data, kind, ahead=1, cutting=cutting)
+        (batch,) = reader.batches(work, 32)
+        reader.close()
+        fed[cutting] = dict(zip(INPUTS[kind], batch.arrays, strict=True))
+    assert np.array_equal(fed[False]["start"], work[0].boxes[:, :2])
+    smaller = 0
+    for place, sample in enumerate(work[0].samples.tolist()):
+        part, whole = (fed[cutting]["payload"][place] for cutting in (True, False))
+        if data.column("encoding")[sample] == "raw":
+            assert np.array_equal(part, whole)
+            continue
+        smaller += len(part) < len(whole)
+        (y, x), (top, left) = (fed[cutting]["start"][place] for cutting in (False, True))
+        h, w = fed[True]["shape"][place]
+        assert min(top, left) >= 0
+        crop = decode_jpeg(part.tobytes())[top : top + h, left : left + w]
+        assert np.array_equal(crop, data.pixels(sample)[y : y + h, x : x + w])
+    assert smaller > 10
+
+
+@pytest.mark.parametrize("contents", ["jpg", "raw", "mixed"])
+def test_the_graph_of_a_gpu_can_be_defined_without_one(contents):
+    pipeline = build_graph(lambda: [], Graph(contents, device_id=0, threads=2), max_batch=4)
+    assert pipeline.device_id == 0 and pipeline.exec_dynamic
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="GPU"):  # so it is one
+            pipeline.build()
+
+
+def test_unknown_graphs_are_refused(shard_sets):
+    with pytest.raises(ValueError, match="variant 'half'"):
+        DaliEngine(shard_sets["jpg"], variant="half")
+    with pytest.raises(ValueError, match="contents 'png'"):
+        DaliEngine(shard_sets["jpg"], contents="png")
+
+
+@pytest.mark.slow
+def test_memory_stays_constant_over_epochs(shard_sets):
+    """A batch kept in each epoch would show as 15 batches."""
+    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=160, engine="dali", threads=2)
+
+    def epoch(number: int) -> None:
+        loader.set_epoch(number)
+        for batch in loader:
+            assert len(batch.images) == 8
+
+    assert growth_bytes(epoch) <= 8 * 8 * 160 * 160 * 3

@@ -1,0 +1,205 @@
+"""The resident engine against the native one, its memory check, and its compiled gather."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from shards import Augment, Loader, ShardSet
+from shards.common import free_memory as memory
+from shards.common.errors import DataError, UsageError
+from shards.engines import Work, resident
+from shards.engines.native import NativeEngine
+from shards.engines.resident import ResidentEngine
+from tests.conftest import write_set
+from tests.shards.engines.test_dali import flip_a_bit, works
+from tests.support.parity import assert_parity, batches, distances
+
+KINDS = ("jpg", "raw", "mixed", "sizes")
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_epochs_equal_native_at_every_resolution(shard_sets, kind, train):
+    selection = shard_sets[kind].select("train")
+    native, loader = (
+        Loader(selection, batch_size=12, train=train, seed=3, engine=engine) for engine in ("native", "resident")
+    )
+    for epoch, resolution in enumerate((48, 32, 37, 150)):  # 150 px enlarges every crop
+        for one in (native, loader):
+            one.set_epoch(epoch)
+            one.set_resolution(resolution)
+        expected, found = batches(native), batches(loader)
+        assert_parity(expected, found, mean=0.001)  # the same roundings as OpenCV's, but for a few ties
+
+
+def test_every_box_and_symmetry_equals_native(shard_sets):
+    """Boxes from one pixel to the whole image, at all its edges, each in all eight symmetries."""
+    data = shard_sets["sizes"]
+    selection = data.select("train")
+    sample = int(selection.samples[11])
+    height, width = int(data.column("height")[sample]), int(data.column("width")[sample])
+    boxes = [(0, 0, height, width), (height - 1, width - 1, 1, 1), (0, width - 2, height, 2), (3, 0, 1, width)]
+    work = [Work(np.full(8, sample), np.array([box] * 8, np.int32), np.arange(8, dtype=np.uint8)) for box in boxes]
+    expected = NativeEngine(data).run(work, 33)
+    for a, b in zip(expected, ResidentEngine(selection).run(work, 33), strict=True):
+        assert int((a.int() - b.int()).abs().max()) <= 1
+        assert len(torch.unique(b, dim=0)) > 1 or int(b.float().var(dim=(2, 3)).max()) == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_rank_equals_native(shard_sets, world_size):
+    selection = shard_sets["sizes"].select("train")
+    for rank in range(world_size):
+        options = {"batch_size": 10, "resolution": 40, "seed": 2, "rank": rank, "world_size": world_size}
+        native, loader = (Loader(selection, engine=engine, **options) for engine in ("native", "resident"))
+        assert_parity(batches(native), batches(loader))
+
+
+def test_a_restart_in_mid_epoch_goes_on_as_native_does(shard_sets):
+    selection = shard_sets["mixed"].select("train")
+    options = {"batch_size": 8, "resolution": 32, "seed": 7}
+    native, loader = (Loader(selection, engine=engine, **options) for engine in ("native", "resident"))
+    whole = batches(native)
+    running = iter(loader)
+    for _ in range(3):
+        next(running)
+    state = loader.state_dict()
+    running.close()
+    resumed = Loader(selection, engine="resident", **options)
+    for one in (resumed, loader):
+        one.load_state_dict(state)
+        assert_parity(whole[3:], batches(one))
+
+
+def test_train_and_validation_may_both_be_resident(shard_sets):
+    data = shard_sets["sizes"]
+    splits = [(data.select("train", fraction=0.5), True), (data.select("val"), False)]
+    loaders = [Loader(s, batch_size=6, resolution=40, train=t, engine="resident") for s, t in splits]
+    for loader, (selection, train) in zip(loaders, splits, strict=True):
+        native = Loader(selection, batch_size=6, resolution=40, train=train, engine="native")
+        assert_parity(batches(native), batches(loader))
+
+
+def test_small_chunks_and_parts_change_nothing(shard_sets, monkeypatch):
+    selection = shard_sets["sizes"].select("train")
+    loaders = [Loader(selection, batch_size=12, resolution=40, engine="resident") for _ in range(2)]
+    expected = batches(loaders[0])
+    monkeypatch.setattr(resident, "_CHUNK_BYTES", 20_000)  # less than the largest image
+    monkeypatch.setattr(resident, "_EAGER_PIXELS", 1)
+    assert distances(expected, batches(loaders[1])).max() == 0
+
+
+def test_batches_stay_valid_when_kept(shard_sets):
+    loader = Loader(shard_sets["jpg"].select("train"), batch_size=8, resolution=32, engine="resident")
+    kept = [batch.images for batch in loader]
+    copies = [images.clone() for images in kept]
+    batches(loader)
+    loader.close()
+    assert all(map(torch.equal, kept, copies))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "raw"])
+def test_a_damaged_sample_is_named(tmp_path, kind):
+    folder = write_set(tmp_path / "set", kind, images=60)
+    name = flip_a_bit(folder, 21)
+    loader = Loader(ShardSet(folder).select("train"), batch_size=4, resolution=32, engine="resident")
+    with pytest.raises(DataError, match=f"{name}: damaged in .*shard-00000.tar"):
+        next(iter(loader))
+
+
+def test_a_sample_that_is_not_held_is_refused(shard_sets):
+    data = shard_sets["jpg"]
+    other = int(data.select("val").samples[0])
+    work = [Work(np.array([other]), np.array([[0, 0, 8, 8]], np.int32), np.zeros(1, np.uint8))]
+    with pytest.raises(ValueError, match=f"sample {other} is not in the selection"):
+        list(ResidentEngine(data.select("train")).run(work, 16))
+
+
+def test_too_little_memory_is_refused_in_numbers(shard_sets, monkeypatch):
+    selection = shard_sets["jpg"].select("train")
+    needed = 72 * 72 * 96 * 3
+    monkeypatch.setattr(resident, "free_bytes", lambda device: needed)  # it fits, and leaves nothing to a model
+    with pytest.raises(UsageError) as error:
+        Loader(selection, batch_size=4, engine="resident")
+    assert "needs 0.00149 GB on cpu for 72 images" in str(error.value) and "0.00149 GB free" in str(error.value)
+    monkeypatch.setattr(resident, "free_bytes", lambda device: 2 * needed)
+    loader = Loader(selection, batch_size=4, resolution=32, engine="resident")
+    monkeypatch.setattr(resident, "free_bytes", lambda device: needed // 2)  # taken by another in the meantime
+    with pytest.raises(UsageError, match="a smaller fraction"):
+        next(iter(loader))
+
+
+def test_free_memory_is_the_least_of_machine_and_container(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       16000 kB\nMemFree:  10 kB\nMemAvailable:    9000 kB\n")
+    assert memory._available(meminfo) == 9000 * 1024
+    assert memory._container_room(tmp_path) == 1 << 62  # no control group
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200000\n")
+    assert memory._container_room(tmp_path) == 500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._container_room(tmp_path) == 1 << 62
+    assert 1 << 20 < memory.free_bytes("cpu") < 1 << 50
+
+
+def test_without_a_compiler_the_gather_goes_on_unfused_and_says_so(shard_sets, monkeypatch, caplog):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def broken(function):
+        def run(*args):
+            raise BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    selection = shard_sets["jpg"].select("train")
+    work = works(shard_sets["jpg"], [8, 8, 8])
+    with caplog.at_level(logging.WARNING):
+        found = list(ResidentEngine(selection, compiled=True).run(work, 32))
+    assert len([r for r in caplog.records if "torch.compile failed" in r.message]) == 1
+    expected = list(ResidentEngine(selection).run(work, 32))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.slow
+def test_the_compiled_gather_equals_the_unfused_one(shard_sets, caplog):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    selection = shard_sets["sizes"].select("train")
+    work = works(shard_sets["sizes"], [8, 8, 8])
+    compiled, plain = (ResidentEngine(selection, compiled=c) for c in (True, False))
+    with caplog.at_level(logging.WARNING, logger="shards"):
+        for resolution in (32, 48):
+            pairs = zip(compiled.run(work, resolution), plain.run(work, resolution), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert not [r for r in caplog.records if "torch.compile failed" in r.message]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_computes_the_bits_of_the_cpu(shard_sets, kind, compiled):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    selection = shard_sets[kind].select("train")
+    work = works(shard_sets[kind], [16, 16, 16])
+    expected = ResidentEngine(selection).run(work, 48)
+    found = ResidentEngine(selection, "cuda", compiled=compiled).run(work, 48)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
+
+
+def test_evaluation_crops_are_exact_at_their_own_size(shard_sets):
+    """No resizing at all: the pixels of the centre square themselves."""
+    data = shard_sets["jpg"]
+    selection = data.select("val")
+    loader = Loader(
+        selection, batch_size=4, resolution=63, train=False, engine="resident", augment=Augment(eval_crop=0.875)
+    )
+    batch = next(iter(loader))
+    for image, sample in zip(batch.images, batch.samples.tolist(), strict=True):
+        crop = data.pixels(sample)[(72 - 63) // 2 :][:63, (96 - 63) // 2 :][:, :63]
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), crop)

@@ -1,0 +1,315 @@
+"""The format on disk: deterministic, atomic, read by other people's tools, and every damage is one clear line."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.common.errors import DataError, UsageError
+from shards.format import CLASSES, INDEX_TYPES, EncodeSpec, Manifest
+from shards.shardset import ShardSet
+from shards.writer import PackedSample, ShardSetWriter, check_image_id
+from tests.conftest import write_set
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+def test_two_packs_are_equal_byte_for_byte(tiny_shards, tmp_path):
+    again = write_set(tmp_path / "again")
+    assert digest(tiny_shards) == digest(again)
+    assert {f.name for f in tiny_shards.iterdir()} >= {
+        "manifest.json",
+        "index.parquet",
+        "shard-00000.tar",
+        "shard-00000.idx",
+    }
+
+
+@pytest.mark.parametrize("kind", ["jpg", "raw", "mixed"])
+def test_plain_tar_reads_every_sample(shard_sets, kind):
+    data = shard_sets[kind]
+    members = {}
+    for info in data.manifest.shards:
+        with tarfile.open(data.path / info.file) as tar:
+            for member in tar:
+                assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
+                members[member.name] = tar.extractfile(member).read()
+    assert len(members) == 3 * len(data)
+    for sample, image_id in enumerate(data.column("image_id")):
+        raw = data.column("encoding")[sample] == "raw"
+        payload = members[f"{image_id}.{'npy' if raw else 'jpg'}"]
+        assert payload == bytes(data.read(sample))
+        assert int(members[f"{image_id}.cls"]) == data.column("label")[sample]
+        record = json.loads(members[f"{image_id}.json"])
+        assert record["image_id"] == image_id and record["dx"] == CLASSES[record["label"]]
+        if raw:
+            assert np.array_equal(np.load(io.BytesIO(payload)), data.pixels(sample))
+
+
+def test_webdataset_reads_our_tars(shard_sets):
+    import webdataset as wds
+
+    for kind in ("jpg", "mixed"):
+        data = shard_sets[kind]
+        names = [str(data.path / info.file) for info in data.manifest.shards]
+        found = {}
+        for sample in wds.WebDataset(names, shardshuffle=False):
+            payload = sample.get("jpg") or sample["npy"]
+            found[sample["__key__"]] = (payload, int(sample["cls"]))
+        assert found == {
+            image_id: (bytes(data.read(i)), data.column("label")[i])
+            for i, image_id in enumerate(data.column("image_id"))
+        }
+
+
+def test_dalis_own_reader_reads_our_tars_by_our_index(shard_sets):
+    dali = pytest.importorskip("nvidia.dali")
+    data = shard_sets["jpg"]
+    names = [data.path / info.file for info in data.manifest.shards]
+
+    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def graph():
+        jpg, label = dali.fn.readers.webdataset(
+            paths=[str(n) for n in names], index_paths=[str(n.with_suffix(".idx")) for n in names], ext=["jpg", "cls"]
+        )
+        return jpg, label
+
+    pipeline = graph()
+    pipeline.build()
+    for sample in range(len(data)):
+        payload, label = pipeline.run()
+        assert bytes(payload.at(0)) == bytes(data.read(sample))
+        assert int(bytes(label.at(0))) == data.column("label")[sample]
+
+
+def test_the_index_has_the_columns_of_the_format(tiny_shards):
+    data = ShardSet(tiny_shards)
+    assert data.table.column_names == list(INDEX_TYPES)
+    assert {f.name: str(f.type).replace("float", "float32") for f in data.table.schema} == {
+        k: v.replace("float32", "float32") for k, v in INDEX_TYPES.items()
+    }
+    assert np.isnan(data.column("age")[0]) and data.column("age")[1] == 21
+
+
+def test_an_unfinished_packing_leaves_nothing_and_an_old_set_stays(tiny_shards, tmp_path):
+    out = tmp_path / "set"
+    sample = PackedSample(
+        b"x" * 100,
+        "jpg",
+        4,
+        4,
+        "train",
+        {"image_id": "A", "dx": "nv"}
+        | dict.fromkeys(["lesion_id", "dx_type", "age", "sex", "localization", "dataset"]),
+    )
+    with pytest.raises(RuntimeError), ShardSetWriter(out, EncodeSpec(), 1 << 20) as writer:
+        writer.add(sample)
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    write_set(out)
+    before = digest(out)
+    with pytest.raises(RuntimeError), ShardSetWriter(out, EncodeSpec(), 1 << 20, overwrite=True) as writer:
+        writer.add(sample)
+        assert digest(out) == before
+        raise RuntimeError
+    assert digest(out) == before and [f.name for f in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_killed_packing_leaves_no_set_and_the_next_one_works(tmp_path):
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom shards.writer import *\nfrom shards.format import EncodeSpec\n"
+        "writer = ShardSetWriter(Path(sys.argv[1]), EncodeSpec(), 1 << 20)\n"
+        "print(sorted(p.name for p in Path(sys.argv[1]).parent.iterdir()))\nos.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "set")], capture_output=True, text=True)
+    assert done.returncode == -9
+    with pytest.raises(DataError, match="no such folder"):
+        ShardSet(tmp_path / "set")
+    write_set(tmp_path / "set")
+    assert [f.name for f in tmp_path.iterdir()] == ["set"]
+
+
+def test_overwriting_swaps_in_the_new_set(tmp_path):
+    out = write_set(tmp_path / "set", images=30)
+    with pytest.raises(DataError, match="--overwrite"):
+        write_set(out)
+    with ShardSetWriter(out, EncodeSpec(), 1 << 20, overwrite=True) as writer:
+        metadata = dict.fromkeys(["lesion_id", "dx_type", "age", "sex", "localization", "dataset"])
+        writer.add(PackedSample(b"x", "jpg", 1, 1, "train", {"image_id": "A", "dx": "nv"} | metadata))
+        writer.finish(mean=(0, 0, 0), std=(1, 1, 1), split={}, source={}, citation="", licence="", versions={})
+    assert len(ShardSet(out)) == 1 and [f.name for f in tmp_path.iterdir()] == ["set"]
+
+
+def test_foreign_folders_and_a_second_packer_are_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(DataError, match="holds other files"):
+        ShardSetWriter(tmp_path / "mine", EncodeSpec(), 1 << 20, overwrite=True)
+    with (
+        ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20),
+        pytest.raises(DataError, match="another process"),
+    ):
+        ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["a.b", "a/b", "", "a b", "ä", "a\n", "x" * 91])
+def test_unusable_image_ids_are_refused(name):
+    with pytest.raises(DataError, match="image_id"):
+        check_image_id(name)
+
+
+def test_shards_hold_one_split_and_respect_their_size(shard_sets):
+    data = shard_sets["raw"]
+    assert len(data.manifest.shards) > 3
+    for number, info in enumerate(data.manifest.shards):
+        rows = data.column("shard") == number
+        assert set(data.column("split")[rows]) == {info.split} and rows.sum() == info.samples
+        assert info.bytes <= (1 << 20) + 2048 == (1 << 20) + 4 * 512
+        assert (data.path / info.file).stat().st_size == info.bytes
+
+
+def damaged_manifest(change):
+    def damage(folder: Path) -> None:
+        file = folder / "manifest.json"
+        raw = json.loads(file.read_text())
+        change(raw)
+        file.write_text(json.dumps(raw))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "not a shard set"),
+        (lambda f: (f / "manifest.json").write_text("{"), "damaged"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "damaged"),
+        (lambda f: (f / "index.parquet").unlink(), "index.parquet: missing"),
+        (lambda f: (f / "index.parquet").write_bytes(b"PAR1"), "not the index that the manifest names"),
+        (lambda f: (f / "shard-00001.tar").unlink(), "shard-00001.tar: missing"),
+        (lambda f: os.truncate(f / "shard-00000.tar", 1024), "1024 bytes, and the manifest says"),
+        (damaged_manifest(lambda m: m.update(format_version=2)), "format version 2, and this release reads version 1"),
+        (damaged_manifest(lambda m: m.pop("mean")), "no mean"),
+        (damaged_manifest(lambda m: m["encode"].update(colour="no")), "damaged"),
+    ],
+)
+def test_damaged_sets_are_refused_by_name(tmp_path, damage, words):
+    folder = write_set(tmp_path / "set", images=40)
+    damage(folder)
+    with pytest.raises(DataError, match=words) as caught:
+        ShardSet(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_idx_is_found(tmp_path):
+    folder = write_set(tmp_path / "set", images=40)
+    idx = folder / "shard-00000.idx"
+    whole = idx.read_bytes()
+    damaged = [f"{idx.name} is damaged: it is not the index of this tar"]
+    with ShardSet(folder) as data:
+        for byte in {*range(0, len(whole), 37), *range(12), len(whole) - 1}:  # the header, every kind of field, the end
+            idx.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << byte % 8]) + whole[byte + 1 :])
+            assert next(data.verify()) == ("shard-00000.tar", damaged), byte
+        for wrong in (b"", b"v1.2 0\n", whole[:-1], whole + b"\n"):
+            idx.write_bytes(wrong)
+            assert next(data.verify()) == ("shard-00000.tar", damaged), wrong
+        idx.unlink()
+        assert next(data.verify()) == ("shard-00000.tar", [f"{idx.name} is missing"])
+        idx.write_bytes(whole)
+        assert not any(problems for _, problems in data.verify())
+
+
+def test_an_idx_with_a_flipped_high_bit_is_named_by_the_command(tmp_path):
+    folder = write_set(tmp_path / "set", images=40)
+    content = bytearray((folder / "shard-00000.idx").read_bytes())
+    content[20] ^= 128
+    (folder / "shard-00000.idx").write_bytes(content)
+    failed = command("verify", str(folder))
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert [line for line in failed.stderr.splitlines() if ".idx" in line] == [
+        "shard-00000.tar: shard-00000.idx is damaged: it is not the index of this tar"
+    ]
+
+
+def test_selections(tiny_shards):
+    data = ShardSet(tiny_shards)
+    assert sum(len(data.select(split)) for split in ("train", "val", "test")) == len(data)
+    half = data.select("train", fraction=0.5, subset_seed=1)
+    assert set(half.samples) < set(data.select("train").samples)
+    assert (np.diff(half.samples) > 0).all() and half.labels.dtype == np.int64
+    assert set(half.image_ids) == set(data.column("image_id")[half.samples])
+    for wrong, words in (
+        ({"split": "dev"}, "train, val, test"),
+        ({"fraction": 0}, "outside"),
+        ({"split": "val", "fraction": 0.5}, "only the training split"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            data.select(**wrong)
+
+
+def test_the_manifest_survives_a_round_trip(tiny_shards):
+    file = tiny_shards / "manifest.json"
+    assert Manifest.from_file(file).to_json() == file.read_text()
+
+
+def test_the_format_page_lists_the_real_columns():
+    text = (Path(__file__).parents[2] / "shards" / "FORMAT.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| (\w+)", text.split("## index.parquet")[1], re.M)
+    assert dict(listed[: len(INDEX_TYPES)]) == INDEX_TYPES
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"write_mode": "png"},
+        {"jpeg_quality": 0},
+        {"max_resolution": 4},
+        {"compress_probability": 2},
+        {"smart_threshold": -1},
+        {"subsampling": "411"},
+    ],
+)
+def test_encode_settings_outside_their_range_are_refused(values):
+    with pytest.raises(UsageError):
+        EncodeSpec(**values)
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "shards", *words], capture_output=True, text=True)
+
+
+def test_info_and_verify_answer(tmp_path):
+    folder = write_set(tmp_path / "set", images=40)
+    info = command("info", str(folder))
+    assert info.returncode == 0 and "40 samples" in info.stdout and "licence" in info.stdout
+    assert command("verify", str(folder)).stdout == f"{folder}: 3 shards and 40 samples are whole\n"
+    content = bytearray((folder / "shard-00000.tar").read_bytes())
+    content[900] ^= 1
+    (folder / "shard-00000.tar").write_bytes(content)
+    failed = command("verify", str(folder))
+    assert failed.returncode == 1 and "SHA-256" in failed.stderr and "Traceback" not in failed.stderr
+    missing = command("info", str(tmp_path / "none"))
+    assert missing.returncode == 1 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
+    assert command("inform").returncode == 2
+
+
+def test_show_draws_a_batch(tiny_shards, tmp_path):
+    import cv2
+
+    done = command("show", str(tiny_shards), "--out", str(tmp_path / "b.png"), "--images", "10", "--resolution", "48")
+    assert done.returncode == 0, done.stderr
+    sheet = cv2.imread(str(tmp_path / "b.png"))
+    assert sheet is not None and sheet.shape == (96, 8 * 48, 3)
+    assert sheet[:48].std() > 10 and not sheet[48:, 2 * 48 :].any()
+    wrong = command("show", str(tiny_shards), "--out", str(tmp_path / "b.png"), "--images", "1000")
+    assert wrong.returncode == 2 and "larger than the training set" in wrong.stderr

@@ -1,0 +1,330 @@
+"""`python -m train.predict`: the evaluation's own answers from original files, and every file answered or refused."""
+
+import csv
+import io
+import json
+import pickle
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from preprocess.ham10000 import read_source
+from preprocess.packing import Settings, pack
+from shards import Loader, ShardSet
+from shards.common.errors import DataError, UsageError
+from shards.format import CLASSES, EncodeSpec
+from tests.support.rawdata import write_raw
+from tests.support.train_runs import child_environment, small
+from tests.train.inference.test_images import png_header
+from train.inference.images import read_image
+from train.inference.output import ISIC_COLUMNS
+from train.inference.predictor import Predictor, load_network, read_about
+from train.inference.resnet import LAYERS, ResNet
+from train.loop import train_once
+from train.metrics.calibration import class_prior, softmax
+from train.predict import judge
+from train.predict import main as predict_command
+from train.result import used_temperature
+
+ROOT = Path(__file__).parents[3]
+PROBABILITIES = [f"prob_{dx}" for dx in CLASSES]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_raw(tmp_path_factory.mktemp("raw"), images=70, size=(60, 80))
+
+
+@pytest.fixture(scope="module")
+def runs(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`quick`: a ResNet, JPEG, balanced prior. `timm`: another model, jpg and raw mixed, the training prior."""
+    found = {}
+    for name, model, mode, loss in (
+        ("quick", "resnet18", "jpg", "logit-adjusted"),
+        ("timm", "test_resnet", "proportion", "plain"),
+    ):
+        folder = tmp_path_factory.mktemp(name)
+        encode = EncodeSpec(write_mode=mode, max_resolution=64, jpeg_quality=85)
+        pack(read_source(raw), folder / "shards", Settings(encode=encode))
+        train_once(small(folder / "shards", model=model, loss=loss, epochs=1), folder / "run")
+        found[name] = folder / "run"
+    return found
+
+
+def predict(*arguments: object, python: tuple[str, ...] = ("-m", "train.predict")) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *python, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=child_environment())
+
+
+def predict_here(*arguments: object) -> int:
+    """The same in this process, without the start of another; the exit code, or the error of the command."""
+    return predict_command.main(list(map(str, arguments)), standalone_mode=False)
+
+
+def table(text: str) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(text)).set_index("image")
+
+
+# ------------------------------------------------------------------ the evaluation's own answers
+
+
+@pytest.mark.parametrize("name", ["quick", "timm"])
+def test_original_files_give_the_probabilities_of_the_evaluation(name, runs, raw, tmp_path):
+    out = tmp_path / "predictions.csv"
+    done = predict("--run", runs[name], raw, "--out", out, "--batch-size", 16)
+    assert done.returncode == 0, done.stderr
+    expected = pd.read_parquet(runs[name] / "predictions.parquet").set_index("image_id")
+    found = table(out.read_text()).loc[expected.index]
+    np.testing.assert_allclose(found[PROBABILITIES], expected[PROBABILITIES], rtol=0, atol=1e-4)
+    assert set(found["prior"]) == {{"quick": "balanced", "timm": "training"}[name]}
+    assert expected[PROBABILITIES].to_numpy().std(axis=0).max() > 1e-3  # the images do differ
+
+
+@pytest.mark.parametrize("name", ["quick", "timm"])
+def test_packed_files_are_not_encoded_a_second_time(name, runs, tmp_path):
+    predictor = Predictor(runs[name], "cpu")
+    data = ShardSet(runs[name].parent / "shards")
+    expected = pd.read_parquet(runs[name] / "predictions.parquet").set_index("image_id")
+    for sample in data.select("test").samples:
+        if data.column("encoding")[sample] == "jpg":
+            image_id = data.column("image_id")[sample]
+            file = tmp_path / f"{image_id}.jpg"
+            file.write_bytes(data.read(sample))
+            square = predictor.prepare(read_image(file), "any name").square
+            found = predictor.probabilities(predictor.logits(square[None]))[0]
+            np.testing.assert_allclose(found, expected.loc[image_id, PROBABILITIES].to_numpy(float), rtol=0, atol=1e-5)
+
+
+def test_what_the_network_is_given_is_the_evaluations_own_bytes(runs, raw):
+    predictor = Predictor(runs["quick"], "cpu")
+    data = ShardSet(runs["quick"].parent / "shards")
+    loader = Loader(data.select("test"), batch_size=8, resolution=32, train=False, engine="native")
+    files = {file.stem: file for file in raw.rglob("*.jpg")}
+    for batch in loader:
+        for image, sample in zip(batch.images[batch.mask], batch.samples[batch.mask], strict=True):
+            name = data.column("image_id")[int(sample)]
+            square = predictor.prepare(read_image(files[name]), name).square
+            assert np.array_equal(square, image.permute(1, 2, 0).numpy())
+    loader.close()
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_the_resnets_are_timms_bit_for_bit(name):
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=7).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)  # pyright: ignore
+            module.running_var.uniform_(0.5, 1.5)  # pyright: ignore
+    ours = ResNet(name, 7)
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    x = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        assert torch.equal(theirs(x), ours.eval()(x))
+        features = [net.forward_head(net.forward_features(x), pre_logits=True) for net in (theirs, ours)]
+    assert torch.equal(*features)
+
+
+# ------------------------------------------------------------------ probabilities
+
+
+def test_temperature_comes_first_and_the_prior_after_it(runs):
+    predictor = Predictor(runs["timm"], "cpu")
+    counts = (5, 10, 20, 40, 0, 80, 160)
+    predictor.about = replace(predictor.about, prior="training", temperature=2.0, class_counts=counts)
+    logits = np.random.default_rng(0).normal(0, 3, (50, 7))
+    own = predictor.probabilities(logits)
+    trained = np.array(counts) > 0
+    assert np.allclose(own[:, trained], softmax(logits[:, trained] / 2)) and not own[:, ~trained].any()
+    # Bayes: posterior / prior is proportional to the likelihood, whatever the prior
+    balanced = predictor.probabilities(logits, "balanced")
+    expected = own[:, trained] / class_prior("training", counts)[trained]
+    assert np.allclose(balanced[:, trained], expected / expected.sum(axis=1, keepdims=True))
+    with pytest.raises(UsageError, match="uniform"):
+        predictor.probabilities(logits, "uniform")
+
+
+def test_a_temperature_that_val_cannot_tell_is_not_used():
+    assert used_temperature({"temperature_scaling": {"temperature": 1.7, "at_limit": False}}) == 1.7
+    assert used_temperature({"temperature_scaling": {"temperature": 20.0, "at_limit": True}}) == 1.0
+
+
+def test_flips_average_over_the_mirrorings(runs):
+    predictor = Predictor(runs["quick"], "cpu")
+    square = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    views = np.concatenate([square, square[:, ::-1], square[:, :, ::-1], square[:, ::-1, ::-1]])
+    averaged = predictor.logits(views, flips=True)
+    assert np.allclose(averaged, averaged[0], atol=1e-5)  # a mirrored image has the same mirrorings
+    assert np.allclose(averaged[0], predictor.logits(views).mean(axis=0), atol=1e-5)
+    assert predictor.logits(views).std(axis=0).max() > 1e-3
+
+
+# ------------------------------------------------------------------ any file, each answered or refused
+
+
+@pytest.fixture(scope="module")
+def mixed(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of good and bad files; the good ones show one image."""
+    folder = tmp_path_factory.mktemp("mixed")
+    data = next(raw.rglob("*.jpg")).read_bytes()
+    image = Image.open(io.BytesIO(data))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    image.save(folder / "good.png")
+    (folder / "good.jpg").write_bytes(data)
+    (folder / "cut.jpg").write_bytes(data[:-300])
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "bomb.png").write_bytes(png_header(40_000, 40_000))
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    return folder
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(runs, mixed, tmp_path):
+    done = predict("--run", runs["quick"], mixed, mixed / "missing.jpg", "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    shares = {one["image"] + Path(one["file"]).suffix: one["probabilities"] for one in found["images"]}
+    assert set(shares) == {"good.jpg", "good.png", "turned.png"}
+    assert all(abs(sum(one.values()) - 1) < 1e-4 for one in shares.values())
+    assert shares["good.jpg"] == shares["good.png"] == shares["turned.png"]
+    reasons = {Path(one["file"]).name: one["reason"] for one in found["refused"]}
+    expected = {
+        "cut.jpg": "damaged",
+        "text.jpg": "no image",
+        "empty.png": "empty",
+        "bomb.png": "100 megapixels",
+        "cmyk.jpg": "CMYK",
+        "missing.jpg": "does not exist",
+    }
+    assert set(reasons) == set(expected)
+    for name, reason in expected.items():
+        assert reason in reasons[name]
+        assert any(line.startswith("refused:") and name in line for line in done.stderr.splitlines())
+    assert "not a medical device" in done.stderr and "not a medical device" in found["notice"]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_image_for_which_opencv_finds_no_memory_is_refused_and_the_rest_goes_on(runs, raw, monkeypatch, capsys):
+    shrink = cv2.resize
+
+    def scarce(image: np.ndarray, size: tuple[int, int], **options: int) -> np.ndarray:
+        return shrink(image[:0] if image.shape[0] == 61 else image, size, **options)
+
+    monkeypatch.setattr(cv2, "resize", scarce)
+    Image.new("RGB", (80, 61)).save(raw.parent / "large.png")
+    assert predict_here("--run", runs["quick"], raw.parent / "large.png", next(raw.rglob("*.jpg"))) == 1
+    output, errors = capsys.readouterr()
+    assert output.startswith(str(raw)) and "large.png" not in output
+    assert f"refused: {raw.parent / 'large.png'} cannot be packed (OpenCV: " in errors
+
+
+def test_files_keep_their_order_whatever_the_batch(runs, mixed):
+    predictor = Predictor(runs["quick"], "cpu")
+    files = sorted(mixed.iterdir())
+    for size in (1, 3, 100):
+        assert [one.file for batch in judge(predictor, files, batch_size=size) for one in batch] == files
+
+
+def test_the_isic_submission_is_what_its_scorer_demands(runs, raw, tmp_path):
+    # the rules of isic_challenge_scoring/load_csv.py 5.6; the scorer itself needs pandas 2, so it is not installed here
+    out = tmp_path / "submission.csv"
+    images = sorted(raw.rglob("*.jpg"))[:9]
+    assert predict_here("--run", runs["quick"], *images, "--isic", "--out", out) == 0
+    with out.open() as file:
+        head, *rows = csv.reader(file)
+    assert head == ["image", *ISIC_COLUMNS]
+    assert sorted(column.lower() for column in ISIC_COLUMNS) == list(CLASSES)
+    assert [row[0] for row in rows] == [image.stem for image in images]
+    found = pd.read_csv(out)
+    assert all(found[column].dtype == np.float64 and found[column].between(0, 1).all() for column in ISIC_COLUMNS)
+    assert predict_here("--run", runs["quick"], *images, "--out", tmp_path / "plain.csv") == 0
+    plain = table((tmp_path / "plain.csv").read_text()).loc[found["image"]]
+    for column in ISIC_COLUMNS:
+        np.testing.assert_allclose(found[column], plain[f"prob_{column.lower()}"], atol=2e-6)
+
+
+def test_lines_for_people_name_class_share_and_prior(runs, raw, capsys):
+    image = next(raw.rglob("*.jpg"))
+    assert predict_here("--run", runs["timm"], image) == 0
+    shown = capsys.readouterr().out
+    assert str(image) in shown and "%" in shown and "training prior" in shown
+
+
+def test_wrong_usage_is_said_before_any_work(runs, raw, mixed, tmp_path):
+    image = next(raw.rglob("*.jpg"))
+    run = runs["quick"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
+    (tmp_path / "hostile").mkdir()
+    (tmp_path / "hostile" / "model.safetensors").write_bytes(pickle.dumps({"weights": 1}))
+    (tmp_path / "file").write_text("")
+    for arguments, kind, text in (
+        ((run, image, "--json", "--isic"), UsageError, "exclude each other"),
+        ((run, image, "--prior", "uniform"), UsageError, "balanced or training"),
+        ((run, mixed / "good.jpg", mixed / "good.png", "--isic"), UsageError, "both named good"),
+        ((tmp_path, image, "--out", tmp_path), UsageError, "is a folder; give the name of a file"),
+        ((tmp_path, image, "--out", tmp_path / "none" / "a.csv"), UsageError, "none is no folder; make it"),
+        ((tmp_path, image, "--out", tmp_path / "file" / "a.csv"), UsageError, "file is no folder; make it"),
+        ((tmp_path, image, "--explain", "--explain-out", tmp_path / "file"), UsageError, "is a file; choose a folder"),
+        ((run, image, "--explain", "--explain-out", tmp_path / "file" / "a"), NotADirectoryError, "file"),
+        ((run, tmp_path / "empty"), DataError, "holds no image"),
+        ((tmp_path, image), DataError, "not a run folder"),
+        ((tmp_path / "unfinished", image), DataError, "not finished"),
+        ((tmp_path / "hostile", image), DataError, "no readable weights"),
+    ):
+        with pytest.raises(kind, match=text):
+            predict_here("--run", *arguments)
+
+
+def test_weights_of_another_model_are_refused(runs):
+    about = read_about(runs["quick"])
+    with pytest.raises(DataError, match="not the weights of resnet34"):
+        load_network(runs["quick"], replace(about, model="resnet34"))
+
+
+def test_explanations_are_written_for_each_image_even_of_one_name(runs, mixed, tmp_path, capsys):
+    out = tmp_path / "maps"
+    images = (mixed / "good.jpg", mixed / "good.png")
+    assert predict_here("--run", runs["quick"], *images, "--json", "--explain", "--explain-out", out) == 0
+    files = [Path(one["explanation"]) for one in json.loads(capsys.readouterr().out)["images"]]
+    assert files == [out / "good.png", out / "good-2.png"]
+    assert all(Image.open(file).size == (2 * 64, 48) for file in files)
+
+
+# ------------------------------------------------------------------ start and speed
+
+
+def test_predicting_with_a_resnet_imports_neither_timm_nor_the_compiler(runs, mixed):
+    program = (
+        "import sys; from train.predict import main; main.main(sys.argv[1:], standalone_mode=False); "
+        "print(sorted({'timm', 'torchvision', 'torch._dynamo', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = predict("--run", runs["quick"], mixed / "good.jpg", python=("-c", program))
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+def test_a_prediction_takes_under_five_seconds_of_processor_time(runs, mixed):
+    # processor time, since other work on the machine stretches the clock's; measured alone it is about as long
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert predict("--run", runs["quick"], mixed / "good.jpg").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 5

@@ -1,0 +1,279 @@
+"""The web page, in a real browser: an upload is judged as `train.predict` judges it, and nothing of it stays."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from preprocess.ham10000 import read_source
+from preprocess.packing import Settings, pack
+from shards.format import CLASSES, EncodeSpec
+from tests.conftest import free_port
+from tests.support.rawdata import write_raw
+from tests.support.train_runs import child_environment, small
+from train.inference.images import open_image
+from train.inference.page import class_name
+from train.inference.predictor import Predictor
+from train.loop import train_once
+
+pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dermscale[serve]')")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_raw(tmp_path_factory.mktemp("raw"), images=70, size=(60, 80))
+
+
+@pytest.fixture(scope="module")
+def run(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    pack(read_source(raw), folder / "shards", Settings(encode=EncodeSpec(max_resolution=64)))
+    train_once(small(folder / "shards", model="resnet18", epochs=1), folder / "run")
+    return folder / "run"
+
+
+@dataclass
+class Server:
+    address: str
+    port: int
+    uploads: Path
+    process: subprocess.Popen[str]
+
+
+@contextmanager
+def serving(run: Path, temporary: Path, *options: object) -> Iterator[Server]:
+    """`python -m train.serve` until the block ends; its temporary files lie in a folder of their own."""
+    port = free_port()
+    command = [sys.executable, "-m", "train.serve", "--run", run, "--port", port, "--device", "cpu", *options]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=child_environment() | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
+    )
+    try:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "is ready" in line:
+                break
+        else:
+            pytest.fail(f"the server ended: {''.join(lines)}")
+        (uploads,) = temporary.glob("dermscale-uploads-*")
+        yield Server(f"http://127.0.0.1:{port}", port, uploads, process)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(run, tmp_path_factory.mktemp("tmp"), "--max-upload-mb", 1) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@dataclass
+class Visit:
+    """A page that is open, with what the browser said about it and where it went."""
+
+    page: Any
+    complaints: list[str]
+    elsewhere: list[str]
+
+    def drop(self, name: str, data: bytes) -> None:
+        """Drag a file onto the page and drop it there, as a person does."""
+        transfer = self.page.evaluate_handle(
+            """([name, bytes]) => {
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([new Uint8Array(bytes)], name));
+                return transfer;
+            }""",
+            [name, list(data)],
+        )
+        for event in ("dragenter", "dragover", "drop"):
+            self.page.dispatch_event("#upload button", event, {"dataTransfer": transfer})
+
+
+@pytest.fixture
+def visit(server: Server, browser: Any) -> Iterator[Visit]:
+    page = browser.new_page(viewport={"width": 1200, "height": 1000})
+    page.set_default_timeout(60_000)
+    found = Visit(page, [], [])
+    page.on("console", lambda m: found.complaints.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: found.complaints.append(str(error)))
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith((server.address, "data:", "blob:")) else found.elsewhere.append(r.url),
+    )
+    page.goto(server.address)
+    page.wait_for_selector("#upload input[type=file]", state="attached")
+    yield found
+    page.close()
+
+
+def kept(server: Server) -> list[str]:
+    """Files of uploads that have something in them."""
+    return [str(file) for file in server.uploads.rglob("*") if file.is_file() and file.stat().st_size]
+
+
+def shown_probabilities(page: Any) -> dict[str, float]:
+    text = page.inner_text("#probabilities")
+    found = {dx: re.search(re.escape(class_name(dx)) + r"\s*(\d+)%", text) for dx in CLASSES}
+    assert all(found.values()), text
+    return {dx: int(match[1]) / 100 for dx, match in found.items() if match}
+
+
+def expected_probabilities(run: Path, data: bytes) -> dict[str, float]:
+    predictor = Predictor(run, "cpu")
+    square = predictor.prepare(open_image(data), "upload").square
+    return dict(zip(CLASSES, predictor.probabilities(predictor.logits(square[None]))[0], strict=True))
+
+
+def drawn(page: Any, selector: str) -> list[tuple[int, int]]:
+    """Width and height of each picture, in its own px; 0 where it could not be drawn."""
+    return page.eval_on_selector_all(
+        selector, "images => images.map(i => i.complete ? [i.naturalWidth, i.naturalHeight] : [0, 0])"
+    )
+
+
+def test_a_dropped_image_is_judged_explained_compared_and_forgotten(server, visit, run, raw):
+    data = next(raw.rglob("*.jpg")).read_bytes()
+    for _ in range(30):  # the features of the training lesions are still computed after the first start
+        visit.drop("mole.jpg", data)
+        visit.page.wait_for_selector("#said >> text=mole.jpg")
+        visit.page.wait_for_selector("#pictures img")
+        if visit.page.query_selector("#alike img"):
+            break
+        assert "still being read" in visit.page.inner_text("#alike")
+        visit.page.reload()
+        visit.page.wait_for_selector("#upload input[type=file]", state="attached")
+    expected = expected_probabilities(run, data)
+    for dx, share in shown_probabilities(visit.page).items():
+        assert abs(share - expected[dx]) <= 0.0051
+    assert drawn(visit.page, "#pictures img") == [[64, 48], [64, 48]]
+    assert drawn(visit.page, "#alike img") == [[64, 48]] * 6
+    assert "balanced prior" in visit.page.inner_text("#said")
+    assert "not a medical device" in visit.page.inner_text("body")
+    assert class_name(max(expected, key=lambda dx: expected[dx])) in visit.page.inner_text("#pictures")
+    assert not kept(server)
+    assert not visit.complaints and not visit.elsewhere
+
+
+def test_an_image_can_be_chosen_as_well_as_dropped(server, visit, raw, tmp_path):
+    image = tmp_path / "grey & <i>16 bit.png"
+    grey = np.asarray(Image.open(next(raw.rglob("*.jpg"))).convert("L")).astype(np.uint16) << 8
+    Image.fromarray(grey).save(image)
+    visit.page.set_input_files("#upload input[type=file]", image)
+    visit.page.wait_for_selector("#pictures img")
+    assert "bit.png" in visit.page.inner_text("#said")
+    assert visit.page.query_selector("#said i") is None  # the name is shown, not carried out
+    assert not kept(server) and not visit.complaints
+
+
+def test_what_is_no_image_is_refused_by_name_and_forgotten(server, visit):
+    visit.drop("notes.jpg", b"these are only words")
+    visit.page.wait_for_selector("#said >> text=notes.jpg")
+    assert "no image that can be read" in visit.page.inner_text("#said")
+    assert not visit.page.query_selector("#pictures img")
+    assert not kept(server)
+
+
+def test_a_file_above_the_limit_is_refused_and_not_kept(server):
+    boundary = "limit"
+    for size, code in ((900_000, 200), (1_100_000, 413)):
+        file = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'.encode()
+        body = file + bytes(size) + f"\r\n--{boundary}--\r\n".encode()
+        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        request = urllib.request.Request(f"{server.address}/gradio_api/upload", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                found = answer.status
+        except urllib.error.HTTPError as error:
+            found = error.code
+        assert found == code
+    assert all(Path(file).stat().st_size <= 900_000 for file in kept(server))
+
+
+def test_only_this_machine_can_reach_the_page(server):
+    hexadecimal = f"{server.port:04X}"
+    listening = [
+        line.split()[1]
+        for file in ("/proc/net/tcp", "/proc/net/tcp6")
+        if Path(file).exists()
+        for line in Path(file).read_text().splitlines()[1:]
+        if line.split()[1].endswith(f":{hexadecimal}") and line.split()[3] == "0A"
+    ]
+    assert listening == [f"0100007F:{hexadecimal}"]  # 127.0.0.1, and no other address
+
+
+def test_the_end_takes_uploads_and_processes_along(run, tmp_path):
+    with serving(run, tmp_path) as server:
+        (child,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()[-1:]
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=60) == 0
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not Path(f"/proc/{child}").exists()
+    assert not list(tmp_path.glob("dermscale-uploads-*"))
+
+
+def test_what_cannot_be_served_ends_in_one_line(run, raw, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        for arguments, code, text in (
+            (("--run", run, "--port", taken), 2, f"--port {taken} cannot be had"),
+            (("--run", tmp_path, "--port", free_port()), 1, "not a run folder"),
+            (("--run", run, "--port", free_port(), "--data", raw), 1, "not a shard set"),
+        ):
+            command = [sys.executable, "-m", "train.serve", *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=child_environment())
+            assert done.returncode == code
+            assert done.stderr.strip().startswith("error:") and text in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_page_starts_in_a_process_without_torch_or_timm():
+    program = (
+        "import sys, train.serve as s; s._import_page(); import train.inference.worker; "
+        "print(sorted({'torch', 'timm', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    assert done.stdout.strip() == "[]", done.stderr

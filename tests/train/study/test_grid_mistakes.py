@@ -1,0 +1,102 @@
+"""What can go wrong with a grid's options: refused before anything is written, and what is said is true."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shards.common.errors import DataError, UsageError
+from shards.common.locking import lock
+from tests.train.study.test_grid import BASE, leave
+from train import grid, leakage, run
+from train.inference.predictor import read_about
+from train.study import folder as study_folder
+from train.study.cells import Cell
+from train.study.folder import StudyFolder, read_journal, read_study
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake that gets as far as the cells is a failure of the test."""
+    monkeypatch.setattr("train.grid.run", lambda *_: pytest.fail("the cells were started"))
+
+
+@pytest.mark.parametrize("command", [grid, leakage])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (("resnt18",), UsageError, "resnt18.*did you mean"),
+        (("vit_b16", "--resolution", "100"), UsageError, "multiples of 16"),
+        (("resnet18", "--device", "cuda:99"), UsageError, "GPU 99"),
+        (("resnet18", "--device", "tpu"), UsageError, "'tpu' is unknown"),
+        (("resnet18", "--device", "cpu", "--precision", "fp16"), UsageError, "fp16: needs a GPU"),
+        (("resnet18", "--weights", "missing.pt"), DataError, "missing.pt: no such file"),
+        (("resnet18", "--batch-size", "1"), UsageError, "--batch-size 1: .* choose 2 or more"),
+    ],
+)
+def test_what_would_fail_every_cell_is_refused_before_anything_is_written(
+    command, arguments, kind, words, tiny_shards, tmp_path
+):
+    option = "--models" if command is grid else "--model"
+    options = [option, *arguments, "--data", str(tiny_shards), "--out", str(tmp_path / "study")]
+    with pytest.raises(kind, match=words):
+        command.main.main(options, standalone_mode=False)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("names", [["vit_b16"], ["alexnet", "mixer_b16"], ["test_vit_relpos"]])
+def test_a_batch_of_one_image_is_for_models_without_batch_norm(names):
+    one = replace(BASE, batch_size=1, resolution=64)
+    grid.check(names, one)
+    with pytest.raises(UsageError, match="--batch-size 1: batch norm needs 2 images"):
+        grid.check([*names, "resnet18"], one)
+
+
+@pytest.mark.parametrize("kept", ["result.json", "checkpoint.pt"])
+def test_a_study_that_trained_nothing_yet_takes_other_settings_and_forgets_its_failed_cells(tmp_path, kept):
+    out, cell = tmp_path / "study", Cell(BASE, 1000, 10)
+    with StudyFolder(out, {"device": "cuda"}) as folder:
+        leave(folder, "config.json")
+        folder.ended(cell, "failed", "no GPU", 1.0)
+        with pytest.raises(DataError, match="another grid is running"):
+            StudyFolder(out, {"device": "cpu"})
+        assert read_journal(out) and folder.cell(cell.name).exists()  # which the other grid is using
+    with StudyFolder(out, {"device": "cpu"}) as folder:
+        assert read_study(out)["settings"] == {"device": "cpu"}
+        assert not read_journal(out) and not folder.cell(cell.name).exists()
+        leave(folder, kept)
+    with pytest.raises(UsageError, match="device: cpu, now cuda"):
+        StudyFolder(out, {"device": "cuda"})
+    assert (folder.cell(cell.name) / kept).exists()
+
+
+def test_a_study_that_was_made_a_moment_ago_is_not_overwritten(tmp_path, monkeypatch):
+    """Another start makes the study after this one has found the folder empty."""
+    out = tmp_path / "study"
+
+    def lock_late(*arguments):
+        monkeypatch.setattr(study_folder, "lock", lock)
+        with StudyFolder(out, {"device": "cpu"}) as other:
+            leave(other, "result.json")
+        lock(*arguments)
+
+    monkeypatch.setattr(study_folder, "lock", lock_late)
+    with pytest.raises(UsageError, match="device: cpu, now cuda"):
+        StudyFolder(out, {"device": "cuda"})
+    assert read_study(out)["settings"] == {"device": "cpu"}
+    assert len(list(out.glob("cells/*/result.json"))) == 1
+
+
+def test_batch_norm_over_processes_is_offered_only_where_there_are_several():
+    offering = [c for c in (grid, leakage, run) if "sync_batch_norm" in {option.name for option in c.main.params}]
+    assert offering == [run]
+
+
+def test_weights_that_were_not_kept_are_not_called_those_of_an_unfinished_run(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="not finished; go on with --resume"):
+        read_about(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(DataError, match=r"no weights any more .*train\.run.*--keep weights") as error:
+        read_about(tmp_path)
+    assert "not finished" not in str(error.value) and "--resume" not in str(error.value)

@@ -1,0 +1,314 @@
+"""Reports of other folders: what their words doubt, one run or many models, what is refused, and tiles."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.common.errors import DataError
+from tests.support.made_study import test_set as made_test_set
+from tests.support.made_study import write_run, write_study
+from tests.support.report_pages import assert_drawn, browse, compose_folder, told, words
+from train.config import Config
+from train.report import draw
+from train.study import analysis
+from train.study import runs as study_data
+from train.study.cells import EIGHT, cell_name
+from train.study.report.charts_detail import results_table
+from train.study.report.findings import curve as told_of_curve
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    """One run folder, as train.run leaves it."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    write_run(out, Config(model="vit_b16", resolution=64), 500, made_test_set(np.random.default_rng(2), 80))
+    return out
+
+
+# ------------------------------------------------------------------ the words
+
+
+CURVE = {
+    "curve": {"identifiable": True, "reasons": [], "a": {"value": 0.62, "low": 0.6, "high": 0.65}},
+    "hold_out": {"inside": True, "predicted": 0.5, "low": 0.48, "high": 0.52, "observed": 0.513},
+    "doubts": [],
+    "band": [
+        {"n": 5600, "value": 0.478, "low": 0.46, "high": 0.49},
+        {"n": 11200, "value": 0.515, "low": 0.5, "high": 0.53},
+    ],
+    "notes": ["a note"],
+}
+
+
+def test_a_curve_that_held_is_told_beyond_the_data_without_a_gain_over_its_own_present():
+    text = " ".join(told_of_curve(CURVE, "balanced_accuracy"))
+    assert (
+        "Twice as many as now would give 51.5 % (50.0 % to 53.0 %) on these test lesions by the fitted curve." in text
+    )
+    assert "came, as predicted." in text and "the curve ends at 62.0 % (60.0 % to 65.0 %)" in text
+    assert "points" not in text and text.endswith("Note: a note.")
+
+
+def test_of_a_curve_in_doubt_nothing_beyond_the_data_is_told_but_why():
+    doubts = ["fitted without the largest size, it does not foretell that", "and another"]
+    failed = CURVE | {"hold_out": CURVE["hold_out"] | {"inside": False}, "doubts": doubts}
+    text = " ".join(told_of_curve(failed, "balanced_accuracy"))
+    assert "51.3 % came, NOT as predicted." in text
+    assert f"No figure beyond the data is told, for the fitted curve is in doubt: {'; '.join(doubts)}." in text
+    assert "51.5 %" not in text and "62.0 %" not in text and "Twice" not in text
+
+
+def test_a_curve_in_doubt_is_drawn_and_tabled_to_the_largest_size_only(tmp_path):
+    out = write_study(
+        tmp_path / "s", models=("resnet18",), fractions=(0.0625, 0.125, 0.25, 0.5, 1.0), lesions=60, resamples=20
+    )
+    for path in out.glob("cells/resnet18_f1_*/result.json"):
+        result = json.loads(path.read_text())
+        result["test"]["balanced_accuracy"]["value"] = 0.2
+        path.write_text(json.dumps(result))
+    one, page = compose_folder(out)
+    told_curve = one.curves["balanced_accuracy"]["resnet18"]
+    assert told_curve["doubts"] and told_curve["band"][-1]["n"] == pytest.approx(told_curve["curve"]["n_max"])
+    figure = next(f for f in draw(one) if f.name == "curves-balanced_accuracy")
+    assert "foretold" not in figure.charts[0] and "A curve in doubt ends where the data do." in figure.caption
+    (row,) = figure.more.rows
+    assert (row[1], row[3]) == ("–", "–") and "in doubt: " in row[-1]
+    assert "No figure beyond the data is told" in words(page)
+
+
+def test_a_model_is_not_better_than_its_twin(tmp_path):
+    out = write_study(tmp_path / "s", models=("resnet18",), fractions=(1.0,), seeds=(0, 1), lesions=120)
+    for seed in (0, 1):
+        twin = out / "cells" / f"alexnet_f1_s{seed}_u{seed}"
+        shutil.copytree(out / "cells" / f"resnet18_f1_s{seed}_u{seed}", twin)
+        for name in ("config", "result"):
+            content = json.loads((twin / f"{name}.json").read_text())
+            (twin / f"{name}.json").write_text(json.dumps(content | {"model": "alexnet"}))
+    text = told(compose_folder(out)[0])
+    assert "cannot be told apart" in text and "is better than" not in text
+
+
+def test_equal_steps_are_told_and_few_runs_too(tmp_path):
+    out = write_study(tmp_path / "s", fractions=(0.25, 1.0), seeds=(0,), lesions=80, budget="steps")
+    one, page = compose_folder(out)
+    text = told(one)
+    assert "same number of optimizer steps" in text
+    assert "Some cells have 1 run" in text and "trained networks" in text
+    assert "No curve was fitted" in text
+    assert "interaction cannot be told from the seed" in words(page)
+
+
+def test_seeds_that_meet_several_subsets_are_counted_as_such(tmp_path):
+    out = write_study(tmp_path / "s", fractions=(0.5,), seeds=(0, 1), subset_seeds=(0, 1), lesions=60, resamples=20)
+    one, page = compose_folder(out)
+    text = told(one)
+    assert "8 runs of 2 models" in text and "with 2 seeds and 2 subset seeds" in text
+    assert "(2 seeds and 2 subset seeds: " in text and "4 seeds" not in text
+    assert "4 pairs of runs share 2 subset seeds and 2 seeds" in words(page)
+
+
+def test_a_study_without_spread_says_that_there_is_nothing_to_share_out(tmp_path):
+    out = write_study(tmp_path / "s", fractions=(0.5, 1.0), seeds=(0, 1), lesions=60)
+    for path in out.glob("cells/*/result.json"):
+        result = json.loads(path.read_text())
+        result["test"]["balanced_accuracy"] |= {"value": 1 / 7}  # runs that call everything by one class
+        path.write_text(json.dumps(result))
+    one, page = compose_folder(out)
+    assert "all 8 runs have the same balanced_accuracy (0.143), so there is nothing to share out" in words(page)
+    assert "this grid, the" not in told(one) and "What moves macro AUC" in words(page)
+
+
+def test_a_split_by_image_is_announced_before_anything_else(tmp_path):
+    out = write_study(tmp_path / "s", models=("resnet18",), fractions=(1.0,), seeds=(0,), lesions=80, unit="image")
+    _, page = compose_folder(out)
+    header = page[page.index("<header>") : page.index("</header>")]
+    assert "Split by image" in header and "too good" in header
+
+
+def test_images_without_lesions_are_named_as_a_doubt(tmp_path):
+    out = write_study(
+        tmp_path / "s", models=("resnet18",), fractions=(1.0,), seeds=(0,), lesions=80, with_lesions=False
+    )
+    assert "names no lesions" in told(compose_folder(out)[0])
+
+
+# ------------------------------------------------------------------ one cell or many; what cannot be reported
+
+
+def test_one_run_folder_is_a_report_too(single):
+    one, page = compose_folder(single)
+    assert len(one.study.runs) == 1 and "1 run of 1 model" in words(page)
+    assert "Which classes are confused" in page and "with 500 images" in words(page)
+
+
+def test_a_browser_draws_the_report_of_a_single_run(single, tmp_path):
+    one, page = compose_folder(single)
+    seen, console = browse(page, tmp_path, width=500)
+    assert_drawn(seen, console, sum(len(figure.charts) for figure in draw(one)))
+
+
+@pytest.mark.slow
+def test_a_study_of_hundreds_of_cells_is_a_page(tmp_path):
+    fractions = tuple(0.5**i for i in range(7))
+    out = write_study(tmp_path / "s", models=EIGHT, fractions=fractions, lesions=30, resamples=10)
+    one, page = compose_folder(out)
+    assert "168 runs of 8 models" in words(page) and len(one.differences) == 28
+    assert page.count('<svg class="chart" id="curve-balanced_accuracy-') == 8
+    assert all(len(by_fraction) == 7 for by_fraction in one.sizes.values())
+    assert {size.runs for by_fraction in one.sizes.values() for size in by_fraction} == {3}
+    assert "speed" in page and len(page) < 5_000_000
+
+
+def test_the_table_of_results_names_the_prior_of_its_calls(single):
+    assert "calls and probabilities for the balanced prior" in results_table(compose_folder(single)[0]).head[0]
+
+
+def test_many_models_get_a_learning_curve_each(tmp_path):
+    models = ("alexnet", "resnet18", "resnet34", "resnet50", "vit_b16", "convnext_tiny")
+    out = write_study(tmp_path / "s", models=models, fractions=(0.25, 1.0), seeds=(0,), lesions=60)
+    one, page = compose_folder(out)
+    assert page.count('<svg class="chart" id="curve-balanced_accuracy-') == 6
+    assert one.study.models == list(models)
+    assert len(one.differences) == 15
+    ps = [pair["metrics"]["balanced_accuracy"] for pair in one.differences]
+    assert all(p["p_holm"] >= p["p"] for p in ps)
+
+
+def test_runs_of_different_sets_do_not_share_a_report(tmp_path):
+    out = write_study(tmp_path / "s", models=("resnet18",), fractions=(1.0,), seeds=(0, 1), lesions=60)
+    path = out / "cells" / "resnet18_f1_s1_u1" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shard_set_sha256": "cd" * 32}))
+    with pytest.raises(DataError, match="2 different shard sets"):
+        study_data.read(out)
+
+
+def run_folders(out: Path, **runs: Config) -> Path:
+    """A folder of run folders without a grid."""
+    test = made_test_set(np.random.default_rng(2), 60)
+    for name, config in runs.items():
+        write_run(out / name, config, round(2000 * config.fraction), test, resamples=20)
+    return out
+
+
+PLAIN = Config(model="resnet18", resolution=64, epochs=12)
+
+
+def test_run_folders_that_differ_in_model_fraction_seed_and_batch_share_a_report(tmp_path):
+    small = replace(PLAIN, fraction=0.25, batch_size=32)
+    alex = replace(PLAIN, model="alexnet", lr=0.01)
+    out = run_folders(tmp_path, a=PLAIN, b=replace(PLAIN, seed=1), c=small, d=alex)
+    assert len(study_data.read(out).runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"epochs": 30}, "epochs: 12, and 30"),
+        ({"start_resolution": 32}, "start_resolution: None, and 32"),
+        ({"loss": "plain"}, "loss: logit-adjusted, and plain"),
+        ({"weights": "w.safetensors"}, "weights: None, and w.safetensors"),
+        ({"weights": "w.safetensors", "model": "alexnet"}, "weights: None, and of a file"),
+    ],
+    ids=["epochs", "ramp", "loss", "weights", "weights of another model"],
+)
+def test_run_folders_with_different_settings_are_no_seeds_of_each_other(tmp_path, change, told):
+    out = run_folders(tmp_path, one=PLAIN, two=replace(PLAIN, seed=1, **change))
+    with pytest.raises(DataError, match=rf"one and two were trained with different settings \({told}\).*apart"):
+        study_data.read(out)
+
+
+def test_the_same_cell_twice_is_refused_and_models_may_have_weights_of_their_own(tmp_path):
+    tuned = replace(PLAIN, weights="a.safetensors")
+    out = run_folders(tmp_path, a=tuned, b=replace(tuned, model="alexnet", weights="b.safetensors"))
+    assert len(study_data.read(out).runs) == 2
+    run_folders(tmp_path, c=tuned)
+    with pytest.raises(DataError, match="a and c are both resnet18 on fraction 1 with seed 0 and subset seed 0"):
+        study_data.read(out)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "damaged", "unfinished"])
+def test_what_cannot_be_reported_ends_in_one_line(tmp_path, what):
+    out = tmp_path / "s"
+    if what != "missing":
+        out.mkdir()
+    if what == "damaged":
+        write_run(out / "run", Config(model="resnet18"), 500, made_test_set(np.random.default_rng(2), 60))
+        (out / "run" / "result.json").write_text("{")
+    if what == "unfinished":
+        (out / "study.json").write_text(json.dumps({"version": 1, "settings": {}}))
+    done = subprocess.run(
+        [sys.executable, "-m", "train.report", str(out)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert str(out) in done.stderr and not (out / "report.html").exists()
+
+
+# ------------------------------------------------------------------ tiles
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "train.report", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=180
+    )
+
+
+def study_of(shards: Path, out: Path) -> Path:
+    """A run folder whose predictions are about the images of a real shard set."""
+    from shards import ShardSet
+
+    with ShardSet(shards) as data:
+        test = data.select("test")
+        names = (test.labels, test.lesion_ids.astype(str), test.image_ids.astype(str))
+        sha = data.manifest.index_sha256
+    write_run(out, replace(Config(model="resnet18"), data=str(shards)), 70, names)
+    path = out / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shard_set_sha256": sha}))
+    return out
+
+
+def test_tiles_are_images_of_the_mistakes_and_only_there_when_asked_for(tiny_shards, tmp_path):
+    out = study_of(tiny_shards, tmp_path / "run")
+    plain = command(str(out), "--resamples", "200")
+    assert plain.returncode == 0, plain.stderr
+    assert "<img" not in (out / "report.html").read_text()
+    asked = command(str(out), "--resamples", "200", "--tiles", "3", "--out", str(tmp_path / "tiles.html"))
+    assert asked.returncode == 0, asked.stderr
+    page = (tmp_path / "tiles.html").read_text()
+    wrong = analysis.mistakes(study_data.read(out).runs[0], 3)
+    assert wrong and page.count("<img ") == len(wrong)
+    for one in wrong:
+        assert f"{one['image_id']}: {one['true']} called {one['called']}" in page
+    assert "CC BY-NC" in page
+    seen, console = browse(page, tmp_path)
+    assert not console and len(seen["images"]) == len(wrong) and min(seen["images"]) > 50
+
+
+def test_tiles_of_another_set_are_refused(tiny_shards, single):
+    done = command(str(single), "--resamples", "200", "--tiles", "3", "--data", str(tiny_shards))
+    assert done.returncode == 2 and "not the shard set" in done.stderr
+
+
+# ------------------------------------------------------------------ as real runs are
+
+
+@pytest.mark.slow
+def test_a_made_up_run_has_the_keys_of_a_real_one(tiny_shards, single, tmp_path):
+    """So that the report is tested on the format that runs are really written in."""
+    from train.loop import train_once
+
+    config = Config(model="resnet18", data=str(tiny_shards), epochs=1, batch_size=32, resolution=32, compile="off")
+    train_once(config, tmp_path / "real")
+    for name in ("result", "environment", "config"):
+        real, made = (json.loads((p / f"{name}.json").read_text()) for p in (tmp_path / "real", single))
+        assert set(made) <= set(real), name
+    real, made = (json.loads((p / "result.json").read_text())["test"] for p in (tmp_path / "real", single))
+    assert set(real) == set(made)
+    assert cell_name(config) == "resnet18_f1_s0_u0"

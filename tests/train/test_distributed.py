@@ -1,0 +1,166 @@
+"""Several processes against one: the same losses, metrics and resume; and no hang when one of them dies."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from tests.conftest import free_port
+from tests.support.train_runs import WORKER, child_environment, losses, small, start_worker
+from train.distributed import SyncedBatchNorm2d, World, sync_batch_norm
+from train.loop import train_once
+
+NORM_FREE = {"model": "test_vit", "batch_size": 8, "epochs": 3, "steps": 20}
+"""Layer norm only and no dropout: nothing in it depends on which process holds which sample."""
+
+
+def run_ranks(
+    order: dict[str, Any], ranks: int, *, restarts: int = 0, timeout_s: int = 240
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun` with so many processes of tests/support/train_worker.py."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *launch, "--max-restarts", str(restarts), str(WORKER), json.dumps(order)],
+        env=child_environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def assert_equal_within_float_error(one: Path, several: Path) -> None:
+    """Loss curve within 1e-4, relative; metrics of the same images; the same number of them."""
+    torch.testing.assert_close(torch.tensor(losses(several)), torch.tensor(losses(one)), rtol=1e-4, atol=0)
+    results = [json.loads((run / "result.json").read_text()) for run in (one, several)]
+    for part in ("images", "steps", "training_images_per_class"):
+        assert results[0][part] == results[1][part]
+    for name in ("balanced_accuracy", "macro_auc", "macro_f1"):
+        assert results[1]["test"][name]["value"] == pytest.approx(results[0]["test"][name]["value"], abs=1e-3)
+    assert results[0]["test"]["images"] == results[1]["test"]["images"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "logit-adjusted"), (3, "class-weighted")])
+def test_torchrun_gives_the_loss_curve_of_one_process(tiny_shards: Path, tmp_path: Path, ranks: int, kind: str) -> None:
+    config = small(tiny_shards, loss=kind, **NORM_FREE)  # 8 images over 3 processes: 2, 3 and 3
+    train_once(config, tmp_path / "alone")
+    done = run_ranks({"config": config.to_dict(), "out": str(tmp_path / "run")}, ranks)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == ranks
+    assert_equal_within_float_error(tmp_path / "alone", tmp_path / "run")
+
+
+def test_a_job_goes_on_after_a_death_with_another_number_of_ranks(tiny_shards: Path, tmp_path: Path) -> None:
+    config = small(tiny_shards, **NORM_FREE)
+    train_once(config, tmp_path / "alone")
+    order = {"config": config.to_dict(), "out": str(tmp_path / "run"), "kill_at": 6, "kill_rank": 1}
+    broken = run_ranks(order, 3)
+    assert broken.returncode != 0
+    assert "exitcode" in broken.stderr or "lost another process" in broken.stderr
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 3 <= len(written) < 20
+    train_once(config, tmp_path / "run", resume=True)  # one process where there were three
+    assert_equal_within_float_error(tmp_path / "alone", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_job_that_goes_on_by_itself(tiny_shards: Path, tmp_path: Path) -> None:
+    config = small(tiny_shards, **NORM_FREE)
+    train_once(config, tmp_path / "alone")
+    order = {"config": config.to_dict(), "out": str(tmp_path / "run"), "kill_at": 5, "kill_rank": 1}
+    done = run_ranks(order, 2, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "going on at step" in (tmp_path / "run" / "log.txt").read_text()
+    assert_equal_within_float_error(tmp_path / "alone", tmp_path / "run")
+
+
+def test_a_dead_rank_ends_the_others_with_a_message(tiny_shards: Path, tmp_path: Path) -> None:
+    # without torchrun, which would end the survivor itself
+    order = {"config": small(tiny_shards, **NORM_FREE).to_dict(), "out": str(tmp_path / "run"), "kill_at": 4}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [start_worker(order | {"kill_rank": 1}, rendezvous | {"RANK": str(rank)}) for rank in range(2)]
+    try:
+        _, errors = ranks[0].communicate(timeout=120)
+        assert ranks[1].wait(10) == -signal.SIGKILL
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert ranks[0].returncode == 1
+    lines = [line for line in errors.splitlines() if "lost another process" in line]
+    assert len(lines) == 1, errors
+    assert "rank 0 of 2" in lines[0]
+    assert "--resume" in lines[0]
+    assert "Traceback" not in errors
+
+
+# ------------------------------------------------------------------ parts, in processes that do no more
+
+
+def spawn(work: Any, ranks: int, *arguments: Any) -> None:
+    """Run `work(rank, ranks, port, …)` in so many processes; an assertion that fails in one fails here."""
+    mp.spawn(work, (ranks, free_port(), *arguments), nprocs=ranks)
+
+
+def join(rank: int, ranks: int, port: int) -> World:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    group = dist.new_group(backend="gloo")
+    return World(rank, ranks, torch.device("cpu"), flags=group)  # type: ignore[arg-type]
+
+
+def little_net(double: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
+    return net.double() if double else net
+
+
+def check_parts(rank: int, ranks: int, port: int) -> None:
+    world = join(rank, ranks, port)
+    # flags: everyone learns of one rank's wish at the same call, one later
+    seen = [world.agree(rank == 1 and call == 2, rank == 0 and call == 3) for call in range(6)]
+    world.settle()
+    assert seen == [(call == 3, call == 4) for call in range(6)], seen
+    # known errors of the first rank are raised everywhere
+    from shards.common.errors import DataError
+
+    def fail() -> None:
+        raise DataError("of the first rank")
+
+    with pytest.raises(DataError, match="of the first rank"):
+        world.from_first(fail)
+    assert world.from_first(lambda: rank) == 0
+    assert world.gather(rank) == (list(range(ranks)) if rank == 0 else [])
+    # batch norm over unequal slices equals one process's over the whole, forward, backward and running statistics
+    torch.manual_seed(1)
+    images = torch.randn(7, 3, 8, 8, dtype=torch.float64)
+    mine = images[rank * 7 // ranks : (rank + 1) * 7 // ranks]
+    single, synced = little_net(), sync_batch_norm(little_net(), torch.device("cpu"))
+    assert any(isinstance(module, SyncedBatchNorm2d) for module in synced.modules())
+    whole = single(images)
+    whole.square().mean().backward()
+    part = synced(mine)
+    (part.square().sum() / whole.numel()).backward()
+    torch.testing.assert_close(part, whole[rank * 7 // ranks : (rank + 1) * 7 // ranks])
+    for a, b in zip(single.parameters(), synced.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(world.sum(b.grad), a.grad)
+    for a, b in zip(single.buffers(), synced.buffers(), strict=True):
+        torch.testing.assert_close(b, a)
+    single.eval(), synced.eval()
+    torch.testing.assert_close(synced(mine), single(mine))
+    dist.destroy_process_group()
+
+
+def test_flags_errors_gathering_and_batch_norm_across_ranks() -> None:
+    spawn(check_parts, 3)

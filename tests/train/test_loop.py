@@ -1,0 +1,269 @@
+"""A run as a whole: what it writes, what it refuses, and that a worker's earlier runs do not change it."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from shards import ShardSet
+from shards.common.errors import DataError, DermscaleError, UsageError
+from shards.engines import dali
+from shards.format import CLASSES
+from tests.support.train_runs import assert_same_run, at, losses, small, weights
+from train import loop
+from train.console import Silent
+from train.distributed import World
+from train.loop import Stopped, train_once
+from train.metrics.summary import balanced_accuracy
+from train.record import write_predictions
+from train.result import used_temperature
+from train.study.table import finished
+from train.workspace import Workspace
+
+# ------------------------------------------------------------------ shared worker
+
+
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_a_run_in_a_shared_worker_equals_its_run_alone(tiny_shards: Path, tmp_path: Path, compiled: str) -> None:
+    shared = Workspace()
+    for seed in (1, 0):
+        train_once(small(tiny_shards, seed=seed, compile=compiled), tmp_path / f"shared{seed}", workspace=shared)
+    train_once(small(tiny_shards, seed=0, compile=compiled), tmp_path / "alone")
+    assert_same_run(tmp_path / "alone", tmp_path / "shared0")
+    assert losses(tmp_path / "shared0") != losses(tmp_path / "shared1")
+    decided = json.loads((tmp_path / "alone" / "result.json").read_text())["decisions"]["compile"]
+    assert decided["value"] == compiled, decided
+
+
+def test_later_runs_of_a_worker_find_dalis_pipelines_built(tiny_shards: Path, tmp_path: Path, monkeypatch) -> None:
+    built, build = [], dali.build_graph
+    monkeypatch.setattr(dali, "build_graph", lambda *args: built.append(args) or build(*args))
+    shared, counts = Workspace(), []
+    for seed in (1, 0):
+        train_once(small(tiny_shards, seed=seed, engine="dali"), tmp_path / f"shared{seed}", workspace=shared)
+        counts.append(len(built))
+    shared.close()
+    assert counts == [2, 2]  # the first run trains with one and evaluates with another meanwhile
+    train_once(small(tiny_shards, seed=0, engine="dali"), tmp_path / "alone")
+    assert len(built) == 4
+    assert_same_run(tmp_path / "alone", tmp_path / "shared0")
+
+
+def test_a_warning_that_holds_for_every_run_of_a_worker_comes_once(tiny_shards: Path, tmp_path: Path) -> None:
+    warnings = []
+
+    class Heard(Silent):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    shared = Workspace()
+    for name in ("first", "second"):
+        config = small(tiny_shards, steps=1, resolution=31)  # evaluation cuts out 63 px
+        train_once(config, tmp_path / name, workspace=shared, console=Heard())
+    assert len(warnings) == 1
+    assert "63 px" in warnings[0]
+
+
+# ------------------------------------------------------------------ what is written
+
+
+def test_the_run_folder_is_whole_and_true(tiny_shards: Path, whole: Path) -> None:
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "log.txt"} <= names
+    assert {"model.safetensors", "predictions.parquet", "result.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in weights(whole) if "_orig_mod" in name or "module." in name]
+    result = json.loads((whole / "result.json").read_text())
+    data = ShardSet(tiny_shards)
+    assert result["images"] == {split: len(data.select(split)) for split in ("train", "val", "test")}
+    assert result["steps"] == 8
+    assert set(result["seconds"]) == {"start", "compile", "train", "eval", "save", "write"}
+    assert result["img_per_s"] > 0
+    assert 0 <= result["data_wait_fraction"] <= 1
+    epochs = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in epochs if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert epochs[0]["loss"] == pytest.approx(np.mean(losses(whole)[:4]))
+
+
+def test_a_test_split_without_lesions_has_no_number_of_them(
+    tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = json.loads((whole / "result.json").read_text())["lesions"]
+    assert all(count > 0 for count in named.values())
+    column = ShardSet.column
+
+    def without(data: ShardSet, name: str) -> np.ndarray:
+        values = column(data, name)
+        return np.where(column(data, "split") == "test", None, values) if name == "lesion_id" else values
+
+    monkeypatch.setattr(ShardSet, "column", without)
+    result = train_once(small(tiny_shards, epochs=1), tmp_path / "run")
+    assert result["lesions"] == named | {"test": None}
+    assert (result["test"]["lesions"], result["test"]["resampled"]) == (None, "image")
+
+
+def test_metrics_are_told_at_the_training_prior_too(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:
+    result = json.loads((whole / "result.json").read_text())
+    counts = np.array(list(result["training_images_per_class"].values()), float)
+    table = pd.read_parquet(whole / "predictions.parquet").query("split == 'test'")
+    called = table[[f"logit_{dx}" for dx in CLASSES]].to_numpy() + np.log(counts / counts.sum())
+    right = float((called.argmax(axis=1) == table["label"].to_numpy()).mean())
+    other = result["test_training_prior"]
+    assert (result["test"]["prior"], other["prior"]) == ("balanced", "training")
+    assert other["accuracy"]["value"] == pytest.approx(right)
+    assert set(other) == set(result["test"]) and other["temperature_scaling"] is not None
+    row = finished(result, small(tiny_shards).to_dict(), "cell")
+    for end, key in (("", "value"), ("_low", "low"), ("_high", "high")):
+        for name in ("accuracy", "macro_f1", "expected_calibration_error"):
+            assert row[f"{name}_training_prior{end}"] == other[name][key]
+            assert row[f"{name}{end}"] == result["test"][name][key]
+    config = small(tiny_shards, loss="plain", epochs=1)
+    plain = train_once(config, tmp_path / "plain")
+    assert plain["test"]["prior"] == "training" and plain["test_training_prior"] == plain["test"]
+    assert not [name for name in finished(plain, config.to_dict(), "cell") if "training_prior" in name]
+
+
+def test_predictions_hold_each_val_and_test_image_once(tiny_shards: Path, whole: Path) -> None:
+    table = pd.read_parquet(whole / "predictions.parquet")
+    data = ShardSet(tiny_shards)
+    expected = [image for split in ("val", "test") for image in data.select(split).image_ids]
+    assert table["image_id"].tolist() == expected
+    classes = data.manifest.classes
+    assert list(table.columns) == ["image_id", "lesion_id", "split", "label"] + [
+        f"{kind}_{dx}" for kind in ("logit", "prob") for dx in classes
+    ]
+    logits = torch.tensor(table[[f"logit_{dx}" for dx in classes]].to_numpy())
+    result = json.loads((whole / "result.json").read_text())
+    temperature = used_temperature(result["test"])
+    expected = (logits.double() / temperature).softmax(1)
+    np.testing.assert_allclose(table[[f"prob_{dx}" for dx in classes]], expected, rtol=0, atol=1e-6)
+    about = {k.decode(): v.decode() for k, v in pq.read_schema(whole / "predictions.parquet").metadata.items()}
+    assert about == {"prior": "balanced", "temperature": repr(temperature)}
+    test = (table["split"] == "test").to_numpy()
+    score = balanced_accuracy(logits.numpy()[test], table["label"].to_numpy()[test])
+    assert json.loads((whole / "result.json").read_text())["test"]["balanced_accuracy"]["value"] == pytest.approx(score)
+
+
+def test_saved_weights_give_the_saved_predictions(tiny_shards: Path, whole: Path) -> None:
+    from shards import Loader
+    from train import models
+
+    metadata_net = models.build(
+        "test_resnet", 32, 7, (0.0,) * 3, (1.0,) * 3, weights=whole / "model.safetensors"
+    ).eval()
+    selection = ShardSet(tiny_shards).select("test")
+    loader = Loader(selection, batch_size=7, resolution=32, train=False)
+    with torch.no_grad():
+        parts = [metadata_net(batch.images, batch.colour)[batch.mask] for batch in loader]
+    loader.close()
+    table = pd.read_parquet(whole / "predictions.parquet").query("split == 'test'")
+    logits = table[[name for name in table.columns if name.startswith("logit_")]].to_numpy()
+    np.testing.assert_allclose(torch.cat(parts).numpy(), logits, rtol=0, atol=1e-4)
+
+
+def test_writing_is_counted_and_what_nobody_wants_is_not_written(
+    tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, out = "train.result.write_predictions", tmp_path / "run"
+    monkeypatch.setattr(write, lambda *arguments: (time.sleep(0.3), write_predictions(*arguments)))
+    unwanted = ("checkpoint.pt", "model.safetensors")
+    result = train_once(small(tiny_shards, checkpoint_s=1e6), out, unwanted=unwanted)
+    assert result["seconds"]["write"] >= 0.3
+    assert not [name for name in unwanted if (out / name).exists()]
+    assert (out / "predictions.parquet").read_bytes() == (whole / "predictions.parquet").read_bytes()
+
+
+def test_steps_instead_of_epochs(tiny_shards: Path, tmp_path: Path) -> None:
+    result = train_once(small(tiny_shards, steps=6), tmp_path / "run")
+    assert (result["steps"], result["epochs"], len(losses(tmp_path / "run"))) == (6, 2, 6)
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def test_a_loss_that_is_no_number_names_its_step(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_backward = loop.Run.backward
+    calls = []
+
+    def backward(self, batch, *rest):
+        calls.append(1)
+        return true_backward(self, batch, *rest) * (math.nan if len(calls) >= 6 else 1.0)
+
+    monkeypatch.setattr(loop.Run, "backward", backward)
+    with pytest.raises(DermscaleError, match=r"loss is nan at step 5 \(epoch 2.*--lr"):
+        train_once(small(tiny_shards, checkpoint_s=1e6), tmp_path / "run")
+    assert len(calls) == 8  # it was noticed when the losses were fetched, at the end of the epoch
+
+
+def test_a_diverging_run_ends_in_one_line(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DermscaleError, match="at step"):
+        train_once(small(tiny_shards, lr=1e30), tmp_path / "run")
+
+
+def test_a_folder_that_holds_a_run_is_not_touched_without_resume(
+    tiny_shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="--resume"):
+        train_once(small(tiny_shards), whole)
+    with pytest.raises(UsageError, match="seed: 0, now 1"):
+        train_once(small(tiny_shards, seed=1), whole, resume=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="other files"):
+        train_once(small(tiny_shards), tmp_path, resume=True)
+
+
+def test_two_runs_cannot_share_a_folder(tiny_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def second() -> bool:
+        with pytest.raises(DataError, match="another process"):
+            train_once(small(tiny_shards), out, resume=True)
+        return True
+
+    with pytest.raises(Stopped):
+        train_once(small(tiny_shards), out, stop=at(2, second))
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="72 images"):
+        train_once(small(tiny_shards, batch_size=73), tmp_path / "run")
+    with pytest.raises(UsageError, match="batch norm needs 2"):
+        train_once(small(tiny_shards, batch_size=1), tmp_path / "run", world=World())
+    assert not (tmp_path / "run").exists()
+
+
+def test_splits_that_do_not_fit_in_memory_together_are_refused_before_training(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_bytes = 72 * 72 * 96 * 3
+    monkeypatch.setattr("shards.engines.resident.free_bytes", lambda device: int(1.3 * train_bytes))  # train alone fits
+    with pytest.raises(UsageError, match="for 120 images"):
+        train_once(small(tiny_shards, engine="resident"), tmp_path / "run")
+
+
+def test_a_compiler_that_fails_is_replaced_by_eager(
+    tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the compiler broke")
+
+    monkeypatch.setattr("train.compiling.warm_up", broken)
+    result = train_once(small(tiny_shards, compile="on"), tmp_path / "run")
+    assert result["decisions"]["compile"] == {"value": "off", "reason": "compiling failed: the compiler broke"}
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_no_compiler_means_eager(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.compiling.compiler", lambda: None)
+    result = train_once(small(tiny_shards, compile="on", epochs=1), tmp_path / "run")
+    assert result["decisions"]["compile"]["value"] == "off"
+    assert "no C++ compiler" in result["decisions"]["compile"]["reason"]

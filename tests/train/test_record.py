@@ -1,0 +1,70 @@
+"""The run folder's own files: what TensorBoard reads of a run that went on, and what a full disk leaves."""
+
+import errno
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.train_runs import small
+from train.record import RunFolder
+
+
+def full_disk(folder: Path) -> None:
+    """From now on every write to a file of `folder` fails as on a full disk, to open files and to those opened anew."""
+    descriptors = list(Path("/proc/self/fd").iterdir())
+    with Path("/dev/full").open("wb") as full:
+        for descriptor in descriptors:
+            with suppress(FileNotFoundError):  # the one that listed them
+                if descriptor.readlink().is_relative_to(folder):
+                    os.dup2(full.fileno(), int(descriptor.name))
+    for file in [file for file in folder.iterdir() if file.is_file()]:
+        file.unlink()
+        file.symlink_to("/dev/full")
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of each point that TensorBoard shows, by the name of its curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder)).Reload()
+    return {name: [(p.step, p.value) for p in found.Scalars(name)] for name in found.Tags()["scalars"]}
+
+
+def test_tensorboard_reads_each_step_of_a_run_that_went_on_once(tiny_shards, tmp_path):
+    config, out = small(tiny_shards), tmp_path / "run"
+    with RunFolder(out, config, resume=False) as folder:
+        folder.rewind(0, 0)
+        folder.steps(0, 0, [4.0, 3.5, 3.0], [0.5, 0.25, 0.125])
+        kept = folder.metrics_bytes()
+        folder.epoch(3, {"epoch": 1, "loss": 3.5})
+        folder.steps(3, 1, [2.5, 9.0], [0.5, 0.5])
+    with RunFolder(out, config, resume=True) as folder:
+        folder.rewind(kept, 3)
+        folder.steps(3, 1, [2.5, 2.0], [0.25, 0.25])
+        folder.epoch(5, {"epoch": 1, "loss": 3.0})
+        expected = [(0, 4.0), (1, 3.5), (2, 3.0), (3, 2.5), (4, 2.0)]
+        found = events(out)  # while the run goes on
+        assert found["loss/step"] == expected
+        assert found["lr"] == [(0, 0.5), (1, 0.25), (2, 0.125), (3, 0.25), (4, 0.25)]
+        assert found["epoch/loss"] == [(5, 3.0)]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines if line["kind"] == "step"] == expected
+    assert [line["step"] for line in lines if line["kind"] == "epoch"] == [5]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_for_events_loses_no_metrics_and_closes_every_file(tiny_shards, tmp_path):
+    out = tmp_path / "run"
+    folder = RunFolder(out, small(tiny_shards), resume=False)
+    folder.rewind(0, 0)
+    assert folder._board is not None
+    with Path("/dev/full").open("wb") as full:
+        os.dup2(full.fileno(), folder._board._file.fileno())
+    with pytest.raises(OSError, match="No space left") as error, folder:
+        folder.steps(0, 0, [4.0, 3.5], [0.5, 0.25])
+    assert error.value.errno == errno.ENOSPC
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+    assert all(file.closed for file in (folder._metrics, folder._log, folder._lock, folder._board._file))

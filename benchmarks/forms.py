@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.work import QUALITY, Work
 from preprocess.records import read_table, table_columns
-from shards.common.errors import DataError
+from shards.common.errors import DataError, last_line
 from shards.format import CLASSES
 
 _PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
@@ -207,7 +207,7 @@ def _shards(write_mode: str, split: str = "100/0/0") -> Callable[[Work, Path], N
         command += ["--max-resolution", str(work.packed_px), "--jpeg-quality", str(QUALITY)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            last = last_line(done.stderr)
             raise DataError(f"packing with `preprocess.shard --write-mode {write_mode}` failed: {last}")
 
     return write

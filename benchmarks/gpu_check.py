@@ -7,7 +7,6 @@ for a few steps, and samples the GPU meanwhile, on data that it makes itself. Wh
 goes on. `benchmarks/evidence.py` makes the README's table of the files that are committed.
 """
 
-import os
 import re
 import shlex
 import sys
@@ -22,6 +21,7 @@ import click
 from benchmarks.evidence import CPU_NOTE, FOLDER, FORMAT, Evidence
 from shards.common import cli
 from shards.common.errors import DataError
+from shards.common.machine import available_cores
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def make_sets(folder: Path, images: int, packed_px: int) -> dict[str, Path]:
     from preprocess.synthetic import write_folder
     from shards.format import EncodeSpec
 
-    workers = len(os.sched_getaffinity(0))
+    workers = available_cores()
     write_folder(folder / "images", images, seed=0, difficulty=0.5, workers=workers)
     sets = {}
     for contents, mode in (("jpg", "jpg"), ("raw", "raw"), ("mixed", "proportion")):

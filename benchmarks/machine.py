@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from shards.common.errors import DataError
+from shards.common.machine import available_cores
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -77,7 +78,7 @@ def environment(command: str, gpu_uuid: str | None = None) -> Environment:
         commit=_commit(),
         command=command,
         cpu=_cpu_model(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=available_cores(),
         cpu_mhz=_cpu_mhz(),
         ram_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpu=gpu,

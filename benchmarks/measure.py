@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.machine import Environment, Meter
+from shards.common.errors import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +166,8 @@ def interleave(
 
 def reason(error: BaseException) -> str:
     """An exception as one line for a table: its type and text."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = one_line(error)
+    return f"{type(error).__name__}: {text}" if str(error).strip() else text
 
 
 def summary_row(values: Sequence[float], failed: str = "", **columns: object) -> Row:

@@ -1,6 +1,5 @@
 """What the subcommands of `benchmarks.run` share: options, the choice of systems, and writing tables."""
 
-import os
 import re
 import shlex
 import sys
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from shards.common.machine import available_cores
 
 if TYPE_CHECKING:
     from benchmarks.machine import Environment
@@ -53,7 +54,7 @@ def shared(command: Callable) -> Callable:
         click.option(
             "--workers",
             type=click.IntRange(1),
-            default=lambda: len(os.sched_getaffinity(0)),
+            default=available_cores,
             show_default="the cores",
             help="Threads or processes.",
         ),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.machine import Meter, tree_cpu_s
 from benchmarks.measure import Sample
+from shards.common.errors import last_line
 
 _START_LIMIT_S = 120.0
 """A start that takes longer is a hang."""
@@ -18,11 +19,6 @@ _START_LIMIT_S = 120.0
 
 class StartFailedError(Exception):
     """A command ended with an error, or never got ready; the text is its last line."""
-
-
-def last_line(text: str) -> str:
-    """What a command said last, on standard error: the reason why it failed."""
-    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def start_predict(run: Path, image: Path, device: str) -> Sample:

@@ -26,8 +26,7 @@ from preprocess.records import list_images
 from preprocess.unpack import read_only_member, unpack_images
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
-from shards.common.exclusive import exclusive
-from shards.common.files import write_durably
+from shards.common.files import exclusive, write_durably
 
 TEST_FOLDER = "ISIC2018_Task3_Test"
 _DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile"

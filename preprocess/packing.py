@@ -6,8 +6,11 @@ the records and the index, and no more images the more there are.
 """
 
 import io
+import os
 import re
 import time
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +26,17 @@ from preprocess.records import Record, Rejected, Source, quarantine_csv
 from shards.common.errors import DataError
 from shards.common.machine import keep_freed_memory
 from shards.common.progress import Progress
-from shards.common.readahead import in_order
+from shards.common.readahead import read_ahead
 from shards.encode import BadImageError, Encoded, encode_image
 from shards.format import CLASSES, SPLITS, EncodeSpec, Manifest
 from shards.subsets import split_lesions
 from shards.writer import PackedSample, ShardSetWriter
 
 QUARANTINE = "quarantine.csv"
+_WINDOW = 16
+"""Images under way per worker: enough to keep every worker busy while a finished shard is flushed to the disk."""
+_TOGETHER = 4
+"""Images that a worker takes at once, because handing over a task costs time."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +128,11 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # one image a worker; OpenCV's own threads would only get in their way
     try:
-        files = (job.path for job in jobs)
         with (
             ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite) as writer,
             Progress("packing", len(jobs), "images") as bar,
-            closing(in_order(partial(_encode, spec=settings.encode), jobs, files, settings.workers)) as encoded_jobs,
+            ThreadPoolExecutor(settings.workers, thread_name_prefix="pack") as pool,
+            closing(_encoded(pool, jobs, settings)) as encoded_jobs,
         ):
             for job, encoded in encoded_jobs:
                 bar.advance(1)
@@ -155,6 +162,34 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
     finally:
         cv2.setNumThreads(threads)
     return Packed(manifest, rejected, _absent(manifest), time.monotonic() - started)
+
+
+def _encoded(
+    pool: ThreadPoolExecutor, jobs: list[_Job], settings: Settings
+) -> Generator[tuple[_Job, Encoded | Rejected], None, None]:
+    """Every job with its payload, in order."""
+    encode = partial(_encode, spec=settings.encode)
+
+    def submit(group: list[_Job]) -> list[Future[list[Encoded | Rejected]]]:
+        for job in group:
+            _announce(job.path)
+        return [pool.submit(lambda: [encode(job) for job in group])]
+
+    groups = (jobs[start : start + _TOGETHER] for start in range(0, len(jobs), _TOGETHER))
+    for group, (encoded,) in read_ahead(submit, groups, _WINDOW * settings.workers // _TOGETHER):
+        yield from zip(group, encoded, strict=True)
+
+
+def _announce(file: str) -> None:
+    """Tell the system that a file is needed soon: it reads the file in while others are worked on."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:  # whatever is wrong with the file, the worker that opens it says so
+        return
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
 
 
 def _drop_seen(source: Source, test: Source) -> None:

@@ -7,7 +7,6 @@ Reads the official layout, splits by lesion, decodes every image strictly, reduc
 of workers.
 """
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import click
 
 from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError
+from shards.common.machine import available_cores
 from shards.format import CLASSES, WRITE_MODES, EncodeSpec
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def main(
         seed=seed,
         unit=split_unit,
         shard_bytes=shard_mb << 20,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=workers or available_cores(),
         skip_bad=on_bad == "skip",
         overwrite=overwrite,
     )

@@ -23,6 +23,7 @@ from preprocess.ham10000 import METADATA
 from preprocess.records import COLUMNS
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
+from shards.common.machine import available_cores
 from shards.format import CLASSES
 
 if TYPE_CHECKING:
@@ -164,8 +165,7 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
     """
     import cv2
 
-    from shards.common.exclusive import exclusive
-    from shards.common.files import sync_folder, write_durably
+    from shards.common.files import exclusive, sync_folder, write_durably
     from shards.common.progress import Progress
     from shards.place import beside, real_place, refuse_inside_file, refuse_mount
 
@@ -224,7 +224,7 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
 def main(out: Path, images: int, seed: int, difficulty: float, workers: int | None) -> None:
     """Write a HAM10000-shaped folder of computed skin lesions, for trying things out without the real data."""
     started = time.monotonic()
-    lesions = write_folder(out, images, seed, difficulty, workers or len(os.sched_getaffinity(0)))
+    lesions = write_folder(out, images, seed, difficulty, workers or available_cores())
     seconds = time.monotonic() - started
     click.echo(f"{'class':8}{'lesions':>9}{'images':>9}")
     of_class = Counter(lesion.dx for lesion in lesions)

@@ -16,7 +16,7 @@ from shards.order import batch_count, check_seed, epoch_order, evaluation_batch,
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 
 if TYPE_CHECKING:
-    from shards.engines.pool import EnginePool
+    from shards.engines.choose import EnginePool
     from shards.shardset import Selection
 
 

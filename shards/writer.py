@@ -5,6 +5,7 @@ so a crash at any moment leaves either the old set or the new one, whole. The sw
 exchange two names; `place.py` says what a crash leaves where it cannot.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,21 +18,23 @@ from typing import IO, Any
 import xxhash
 
 from shards.common.errors import DataError, UsageError
-from shards.common.files import write_durably
-from shards.common.locking import lock
+from shards.common.files import lock, write_durably
 from shards.format import (
     CLASSES,
     FORMAT_VERSION,
     INDEX,
+    INDEX_TYPES,
     MANIFEST,
     EncodeSpec,
     Manifest,
     ShardInfo,
+    index_schema,
 )
-from shards.index_file import IndexFile
 from shards.place import beside, real_place, recover, refuse_occupied, swap_into_place
 from shards.tar import BLOCK, Shard
 
+_GROUP_ROWS = 16_384
+"""Rows per Parquet row group: all of HAM10000 is one."""
 _SUFFIX = {"jpg": "jpg", "raw": "npy"}
 
 
@@ -49,6 +52,52 @@ class PackedSample:
     width: int
     split: str
     metadata: dict[str, Any]
+
+
+class IndexFile:
+    """A new index.parquet; `add` each row, then `finish`. Rows go to the file in groups: memory holds one group."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.path = path
+        self._file = path.open("wb")  # Python's own file, so that a full disk is the OSError that users are told of
+        self._writer: Any = pq.ParquetWriter(self._file, index_schema(), compression="zstd", write_statistics=False)
+        self._columns: dict[str, list[Any]] = {name: [] for name in INDEX_TYPES}
+        self._waiting = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row: a value for each column of the index."""
+        for name, column in self._columns.items():
+            column.append(row[name])
+        self._waiting += 1
+        if self._waiting == _GROUP_ROWS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        import pyarrow as pa
+
+        self._writer.write_table(pa.table(self._columns, schema=index_schema()))
+        self._columns = {name: [] for name in INDEX_TYPES}
+        self._waiting = 0
+
+    def finish(self) -> str:
+        """Write what is waiting and the footer, flush to the disk; returns the file's SHA-256."""
+        if self._waiting:
+            self._write_group()
+        self._writer.close()
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def close(self) -> None:
+        """Close the file; without `finish` it is no whole index."""
+        try:
+            self._writer.close()
+        finally:
+            self._file.close()
 
 
 class ShardSetWriter:

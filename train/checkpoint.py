@@ -9,7 +9,7 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from shards.common.errors import DataError
+from shards.common.errors import DataError, one_line
 from shards.common.files import whole_file
 from train import device as devices
 
@@ -78,7 +78,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise DataError(f"{path}: damaged ({reason}); delete it to start the run from its beginning") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise DataError(f"{path}: of another release; delete it to start the run from its beginning")

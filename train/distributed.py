@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards.common.errors import DermscaleError, UsageError
+from shards.common.errors import DermscaleError, UsageError, one_line
 from train import device as devices
 
 TIMEOUT = timedelta(minutes=10)
@@ -144,7 +144,7 @@ def world(device_name: str) -> Iterator[World]:
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise DermscaleError(
             f"rank {rank} of {size} lost another process of the job ({reason}); its own message says why it ended. "
             "Start again with --resume to go on from the last checkpoint, with any number of processes"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shards.common.errors import UsageError
+from shards.common.errors import UsageError, one_line
 from train.config import RAMP_STEP_PX
 from train.head import InputHead
-from train.weights import Norm, Weights, downloading, first_line, load_fitting, read_weights
+from train.weights import Norm, Weights, downloading, load_fitting, read_weights
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
         try:
             body(torch.empty(1, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise UsageError(f"{name} at {size} px: it cannot take this size ({first_line(error)})") from None
+            raise UsageError(f"{name} at {size} px: it cannot take this size ({one_line(error, 160)})") from None
 
 
 def _fixed_size(name: str) -> bool:
@@ -147,7 +147,7 @@ def _skeleton(name: str, px: int | None) -> nn.Module:
         try:
             return timm.create_model(name, num_classes=2, **_size_arguments(name, px, ramp=True))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            raise UsageError(f"{name}: timm cannot build it for {px} px ({first_line(error)})") from None
+            raise UsageError(f"{name}: timm cannot build it for {px} px ({one_line(error, 160)})") from None
 
 
 # ------------------------------------------------------------------ building one

@@ -9,10 +9,11 @@ Research software, not a medical device.
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ import click
 
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
+from shards.common.readahead import read_ahead
 
 if TYPE_CHECKING:
     from train.inference.explain import Explainer
@@ -134,26 +136,20 @@ def judge(
     batch_size: int = 32,
 ) -> "Iterator[list[Answer | Refused]]":
     """The files in order, a batch at a time, each judged or refused. Threads read ahead, by two batches at most."""
-    from shards.engines.native import available_cores
+    from shards.common.machine import available_cores
     from train.inference.output import Refused
 
     named: set[Path] = set()
     with ThreadPoolExecutor(available_cores(), thread_name_prefix="predict") as pool:
-        pending: deque[tuple[Path, Future[Prepared | str]]] = deque()
-        source = iter(files)
-        try:
-            while True:
-                while len(pending) < 3 * batch_size and (file := next(source, None)) is not None:
-                    pending.append((file, pool.submit(_prepare, predictor, file)))
-                if not pending:
-                    return
-                batch = [pending.popleft() for _ in range(min(batch_size, len(pending)))]
-                ready = [(file, future.result()) for file, future in batch]
+
+        def submit(file: Path) -> "list[Future[Prepared | str]]":
+            return [pool.submit(_prepare, predictor, file)]
+
+        with closing(read_ahead(submit, files, 3 * batch_size)) as prepared:
+            while ready := [(file, item) for file, (item,) in islice(prepared, batch_size)]:
                 good = [(file, item) for file, item in ready if not isinstance(item, str)]
                 answers = iter(_answers(predictor, good, prior, flips, explainer, explain_out, named))
                 yield [Refused(file, item) if isinstance(item, str) else next(answers) for file, item in ready]
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _prepare(predictor: "Predictor", file: Path) -> "Prepared | str":

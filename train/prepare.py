@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shards import Loader, Selection, ShardSet
-from shards.common.errors import UsageError
+from shards.common.errors import UsageError, one_line
 from shards.engines.resident import check_memory
 from shards.order import rank_slice
 from shards.plan import evaluation_plan
@@ -26,7 +26,6 @@ from train.console import Console
 from train.device import Decision
 from train.distributed import World
 from train.loss import Loss
-from train.weights import first_line
 from train.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -286,7 +285,7 @@ def compile_and_distribute(run: Run, workspace: Workspace, progress: Progress, c
         except compiling.FAILURES as error:
             if devices.is_out_of_memory(error):
                 raise
-            run.decided["compile"] = Decision("off", f"compiling failed: {first_line(error)[:200]}")
+            run.decided["compile"] = Decision("off", f"compiling failed: {one_line(error, 200)}")
             workspace.decision = run.decided["compile"]
             console.warn(f"training without torch.compile: {run.decided['compile'].reason}")
         progress.seconds["compile"] += time.perf_counter() - began

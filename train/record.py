@@ -21,8 +21,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from shards.common.errors import DataError, UsageError
-from shards.common.files import write_durably
-from shards.common.locking import lock
+from shards.common.files import lock, write_durably
+from shards.common.machine import available_cores
 from shards.format import CLASSES
 from shards.kernels import load as kernels
 from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read_config
@@ -158,7 +158,7 @@ def environment(data: "ShardSet", device: dict[str, Any], decisions: dict[str, A
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         **device,
         "versions": versions,
         "kernels": kernels.in_use(),

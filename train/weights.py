@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from shards.common.errors import DataError, DermscaleError
+from shards.common.errors import DataError, DermscaleError, one_line
 from shards.common.files import whole_file
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
@@ -32,11 +32,6 @@ class Weights:
     source: str
     state: dict[str, Tensor]
     norm: Norm | None = None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_weights(path: Path) -> Weights:
@@ -59,11 +54,11 @@ def read_weights(path: Path) -> Weights:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: no readable weights ({first_line(error)[:160]})") from None
+        raise DataError(f"{path}: no readable weights ({one_line(error, 160)})") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise DataError(f"{path}: no readable weights ({first_line(error)[:160]})") from None
+        raise DataError(f"{path}: no readable weights ({one_line(error, 160)})") from None
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -140,7 +135,7 @@ def downloading(name: str) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
-            f"--pretrained: the weights of {name} could not be had ({first_line(error)[:160]}); fetch them on "
+            f"--pretrained: the weights of {name} could not be had ({one_line(error, 160)}); fetch them on "
             "a machine with a network and name the file with --weights"
         ) from None
     finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shards import ShardSet
-from shards.engines.pool import EnginePool
+from shards.engines.choose import EnginePool
 from train import device as devices
 from train import distributed, models
 from train.checkpoint import seed_everything

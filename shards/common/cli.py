@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import click
 
-from shards.common.errors import DermscaleError
+from shards.common.errors import DermscaleError, one_line
 
 _HINTS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; check the permissions or choose another folder"),
@@ -38,11 +38,6 @@ def importing() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def one_line(error: BaseException | str) -> str:
-    """The text of an error on one line."""
-    return " ".join(str(error).split())
 
 
 def _file_of(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""What a user can have got wrong, as exceptions whose text is the one line that the user sees."""
+"""What a user can have got wrong, as exceptions whose text is the one line that the user sees; and errors as text."""
 
 
 class DermscaleError(Exception):
@@ -15,3 +15,14 @@ class UsageError(DermscaleError):
     """A wrong value of an option or argument: exit code 2."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException | str, most: int | None = None) -> str:
+    """The text of an error on one line, of at most `most` characters; its type where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if most is None or len(text) <= most else text[: most - 1] + "…"
+
+
+def last_line(output: str) -> str:
+    """The last line that a child process wrote to standard error, which says what ended it."""
+    return (output.strip().splitlines() or ["no message"])[-1]

@@ -1,13 +1,50 @@
-"""What the C library does with memory that is freed."""
+"""This machine: its cores, its free memory, and what the C library does with memory that is freed."""
 
 import ctypes
+import os
+from pathlib import Path
 
+_CGROUP = Path("/sys/fs/cgroup")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """Parameters of mallopt(3)."""
 _LARGEST_THRESHOLD = 32 << 20
 """Bytes: glibc takes no larger threshold for blocks that are mapped one by one."""
 _KEPT = 512 << 20
 """Bytes that are kept at most."""
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_bytes(device: str) -> int:
+    """What can be allocated on `device`: `cpu`, `cuda` or `cuda:N`.
+
+    On CUDA, what the driver has free and what PyTorch's allocator holds unused. On the CPU, what Linux calls
+    available, within the limit of the container.
+    """
+    if device == "cpu":
+        import psutil
+
+        return min(psutil.virtual_memory().available, _container_room(_CGROUP))
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _container_room(cgroup: Path) -> int:
+    """Bytes up to the limit of the control group (version 2), file cache that can be dropped counted as free."""
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except FileNotFoundError:
+        return 1 << 62
+    if limit == "max":
+        return 1 << 62
+    return max(int(limit) - used + int(stat.get("inactive_file", 0)), 0)
 
 
 def keep_freed_memory() -> None:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.common.errors import DataError
+from shards.common.machine import available_cores
 from shards.decode import NOT_ITS_SIZE
 from shards.engines import Work
 from shards.engines.dali_feed import INPUTS, Fed, Reader, Source
-from shards.engines.native import available_cores
 from shards.shardset import ShardSet
 
 if TYPE_CHECKING:

@@ -3,11 +3,13 @@
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from shards.common.errors import DataError
+from shards.common.readahead import read_ahead
 from shards.decode import raw_pixels
 from shards.engines import Work
 from shards.jpeg import RegionCutter
@@ -43,18 +45,13 @@ class Reader:
 
     def batches(self, work: Iterable[Work], resolution: int) -> "Generator[Fed, None, None]":
         """The work's bytes, read and checked on other threads, a few batches ahead."""
-        pending: deque[Future[Fed]] = deque()
-        source = iter(work)
-        try:
-            while True:
-                while len(pending) <= self.ahead and (item := next(source, None)) is not None:
-                    pending.append(self._threads.submit(self._read, item, resolution))
-                if not pending:
-                    return
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+
+        def submit(item: Work) -> list[Future[Fed]]:
+            return [self._threads.submit(self._read, item, resolution)]
+
+        with closing(read_ahead(submit, work, self.ahead + 1)) as read:
+            for _, (batch,) in read:
+                yield batch
 
     def _read(self, item: Work, resolution: int) -> Fed:
         """Read and check a batch's bytes. Raises DataError naming a damaged sample."""

@@ -4,12 +4,11 @@ The decoder, the kernels and xxHash let go of Python's lock while they work, so 
 them fills a core. Before that they wait for the lock. A buffer is reused when no batch refers to it any more.
 """
 
-import os
 import sys
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from threading import local
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,8 @@ import simplejpeg
 import xxhash
 
 from shards.common.errors import DataError
+from shards.common.machine import available_cores
+from shards.common.readahead import read_ahead
 from shards.decode import NOT_ITS_SIZE, cached_pixels, raw_pixels
 from shards.engines import Work
 from shards.engines.resample import Resampler
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 8  # least images a task, for hand-overs cost; more where each thread gets two tasks all the same
 _RAW = 8  # where a sample's tuple says whether it is raw
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 class BufferPool:
@@ -121,32 +117,15 @@ class NativeEngine:
 
     def _filled(self, work: Iterable[Work], resolution: int) -> Iterator[np.ndarray]:
         """Buffers (n, resolution, resolution, 3) uint8 in the order of the work."""
-        pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
-        source = iter(work)
-        try:
-            while True:
-                while len(pending) <= self.prefetch and (item := next(source, None)) is not None:
-                    buffer = self._buffers.take((len(item.samples), resolution, resolution, 3))
-                    pending.append((buffer, self._submit(item, buffer)))
-                if not pending:
-                    return
-                buffer, futures = pending.popleft()
-                for future in futures:
-                    future.result()
-                del futures
+        places = ((item, self._buffers.take((len(item.samples), resolution, resolution, 3))) for item in work)
+        with closing(read_ahead(self._submit, places, self.prefetch + 1)) as filled:
+            for (_, buffer), _ in filled:
                 yield buffer
                 del buffer  # so that the pool can tell when the caller has let go of it
-        finally:
-            for _, futures in pending:
-                for future in futures:
-                    future.cancel()
-            for _, futures in pending:
-                for future in futures:
-                    if not future.cancelled():
-                        future.exception()  # wait: the buffers must not be written to any more
 
-    def _submit(self, item: Work, buffer: np.ndarray) -> list["Future[None]"]:
-        data, rows = self.data, item.samples
+    def _submit(self, place: tuple[Work, np.ndarray]) -> list["Future[None]"]:
+        (item, buffer), data = place, self.data
+        rows = item.samples
         fields = [data.column(name)[rows].tolist() for name in ("shard", "offset", "length", "height", "width", "xxh3")]
         raw = (data.column("encoding")[rows] == "raw").tolist()
         columns = [range(len(rows)), rows.tolist(), *fields, raw, item.boxes.tolist(), item.symmetry.tolist()]

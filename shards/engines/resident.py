@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shards.common.errors import DataError, UsageError
-from shards.common.free_memory import free_bytes
+from shards.common.errors import DataError, UsageError, one_line
+from shards.common.machine import available_cores, free_bytes
 from shards.decode import NOT_ITS_SIZE, decode_whole
 from shards.engines import Work
-from shards.engines.native import available_cores
 
 if TYPE_CHECKING:
     import torch
@@ -236,7 +235,7 @@ def _compiled(held: "torch.Tensor") -> "Callable[..., torch.Tensor]":
                 return fused(pixels, table, resolution)
             except TorchDynamoException as error:  # no compiler, or one that fails
                 failed = True
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = one_line(error)
                 _log.warning("resident: torch.compile failed on %s, going on without it: %s", pixels.device, reason)
         return _gather_in_parts(pixels, table, resolution)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shards.common.errors import last_line
 from shards.engines import verdicts
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _ask_child(
         crashed = ended_by in _CRASHES
         return False, f"{'crashed' if crashed else 'ended from outside'}: {ended_by.name}", crashed
     if process.returncode > 0:
-        last = (errors.strip().splitlines() or ["no message"])[-1]
+        last = last_line(errors)
         return False, f"could not be checked: {last}", False
     return judge(json.loads(output.splitlines()[-1]), str(device))
 

@@ -20,7 +20,7 @@ from preprocess.ham10000 import read_source
 from preprocess.isic2018 import read_test_source
 from shards import ShardSet
 from shards.common.errors import DataError, UsageError
-from shards.common.exclusive import exclusive
+from shards.common.files import exclusive
 from tests.support.download_server import (
     FILES,
     WHOLE,
@@ -140,18 +140,16 @@ def test_two_downloads_do_not_write_to_one_folder(server: Server, tmp_path: Path
 
 
 SCRIPT = """
-import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 from preprocess import download, fetch
-from download_server import FILES, items_of
+from tests.support.download_server import FILES, items_of
 fetch._CHUNK_BYTES = 4096
 download.download(items_of(FILES), Path({out!r}), {url!r}, pause_s=0)
 """
 
 
 def test_a_killed_download_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
-    script = SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path), url=server.url)
+    script = SCRIPT.format(out=str(tmp_path), url=server.url)
     server.script = ["", "stall:20480"]
     process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
     part = tmp_path / ".HAM10000_images_part_1.zip.part"

@@ -21,7 +21,7 @@ from preprocess.phantom.appearance import LOOKS, draw_lesion
 from preprocess.phantom.camera import photograph
 from preprocess.phantom.paint import paint_lesion
 from shards.common.errors import DataError, UsageError
-from shards.common.exclusive import exclusive
+from shards.common.files import exclusive
 from shards.format import CLASSES
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shards.common.errors import one_line
 from shards.encode import MOST_PIXELS, BadImageError, decode_upright, turn_upright
 from shards.jpeg import has_restart_table
 
@@ -98,13 +99,9 @@ def open_image(data: bytes) -> Picture:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError(f"claims a size far above the limit of {_LIMIT}") from None
     except (*_DAMAGE, struct.error, zlib.error) as error:
-        raise BadImageError(f"is damaged ({_first_line(error)})") from None
+        raise BadImageError(f"is damaged ({one_line(error, 160)})") from None
     turned = isinstance(orientation, int) and 2 <= orientation <= 8
     return Picture(turn_upright(pixels, orientation) if turned else pixels)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _to_rgb(image: "Image") -> np.ndarray:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shards.common.errors import DataError, UsageError
-from shards.common.files import write_durably
-from shards.common.locking import lock
+from shards.common.files import lock, write_durably
 from train.study.cells import Cell
 
 STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"

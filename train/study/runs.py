@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.common.errors import DataError
+from shards.common.errors import DataError, one_line
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT
 from train.study.cells import EIGHT
 from train.study.folder import CELLS, STUDY, read_journal, read_study
@@ -45,9 +45,7 @@ class Run:
         try:
             return pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); train this run again"
-            ) from None
+            raise DataError(f"{path}: cannot be read ({one_line(error, 160)}); train this run again") from None
 
     def tested(self) -> "Tested":
         """Its answers on the test split, ready to be compared."""

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from shards.common.errors import one_line
 from train.config import Config
 
 
@@ -111,7 +112,7 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
 def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
     import traceback
 
-    from shards.common.cli import importing, one_line
+    from shards.common.cli import importing
     from shards.common.errors import DermscaleError
 
     with importing():
@@ -154,7 +155,7 @@ def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
             )
         except Exception as error:  # noqa: BLE001 (whatever it is, it ends this cell and not the study; the log has all of it)
             traceback.print_exc()
-            ended = Ended("failed", error=f"{type(error).__name__}: {one_line(error)[:300]}")
+            ended = Ended("failed", error=f"{type(error).__name__}: {one_line(error, 300)}")
         sys.stderr.flush()
         pipe.send(ended)
 

@@ -6,7 +6,7 @@ import fcntl
 import pytest
 
 from shards.common.errors import DataError
-from shards.common.exclusive import exclusive
+from shards.common.files import exclusive
 from shards.format import EncodeSpec
 from shards.writer import ShardSetWriter
 from tests.support.train_runs import small

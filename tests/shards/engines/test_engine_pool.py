@@ -1,7 +1,7 @@
 """Engines that are lent: one for a set and its options, closed with the pool or the set, never by who borrows it."""
 
 from shards import Loader
-from shards.engines.pool import EnginePool
+from shards.engines.choose import EnginePool
 from tests.support.parity import assert_parity, batches
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shards.common.errors import DataError, UsageError
-from shards.common.locking import lock
+from shards.common.files import lock
 from tests.train.study.test_grid import BASE, leave
 from train import grid, leakage, run
 from train.inference.predictor import read_about

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shards import Loader, Selection
-from shards.engines import Engine, Work
+from shards.engines import Engine, Request
 from shards.engines.dali import DaliEngine
 from shards.engines.native import NativeEngine
 from shards.engines.resident import ResidentEngine
@@ -94,43 +94,43 @@ def engines(selection: Selection, device: torch.device) -> dict[str, Callable[[]
     return found
 
 
-def work_of(selection: Selection, *, train: bool, batch_size: int, batches: int) -> list[Work]:
+def requests_of(selection: Selection, *, train: bool, batch_size: int, batches: int) -> list[Request]:
     """The first batches of the epochs 0, 1, … as engines get them; fewer where an evaluation has fewer."""
-    work: list[Work] = []
+    requests: list[Request] = []
     with closing(Loader(selection, batch_size=batch_size, train=train, seed=1, engine="native")) as loader:
         for epoch in range(batches if train else 1):
             loader.set_epoch(epoch)
             order, plan = loader.plan()
             for start in range(0, len(loader) * batch_size, batch_size):
                 rows = order[start : start + batch_size]
-                work.append(Work(selection.samples[rows], plan.boxes[rows], plan.symmetry[rows]))
-                if len(work) == batches:
-                    return work
-    return work
+                requests.append(Request(selection.samples[rows], plan.boxes[rows], plan.symmetry[rows]))
+                if len(requests) == batches:
+                    return requests
+    return requests
 
 
-def reference(selection: Selection, work: Iterable[Work], resolution: int) -> list[Tensor]:
+def reference(selection: Selection, requests: Iterable[Request], resolution: int) -> list[Tensor]:
     """Native's images on the CPU, (n, 3, S, S) uint8 each."""
     with closing(NativeEngine(selection.data, "cpu")) as native:
-        return [images.clone() for images in native.run(work, resolution)]
+        return [images.clone() for images in native.run(requests, resolution)]
 
 
 def parity(
     engine: Engine,
     device: torch.device,
-    work: list[Work],
+    requests: list[Request],
     expected: list[Tensor],
     resolution: int,
     allowed: Tolerance,
 ) -> tuple[bool, dict[str, Any]]:
     """Whether an engine gives the expected images on `device`, and by how much they differ."""
     difference, seen = Difference(), 0
-    for wanted, images in zip(expected, engine.run(iter(work), resolution), strict=True):
+    for wanted, images in zip(expected, engine.run(iter(requests), resolution), strict=True):
         if not images.is_contiguous(memory_format=torch.channels_last) or images.device != device:
             raise ValueError(f"a batch is not channels-last on {device}")
         difference.add(wanted, images)
         seen += len(images)
-    numbers = {"images": seen, "batches": len(work), "resolution_px": resolution, "allowed": asdict(allowed)}
+    numbers = {"images": seen, "batches": len(requests), "resolution_px": resolution, "allowed": asdict(allowed)}
     found = difference.numbers()
     return allowed.holds(found), numbers | found
 
@@ -150,7 +150,7 @@ def heavy_kernels(device: torch.device, side: int, repeats: int) -> Callable[[],
 
 def stress(
     engine: Engine,
-    work: list[Work],
+    requests: list[Request],
     expected: list[Tensor],
     resolution: int,
     allowed: Tolerance,
@@ -166,7 +166,7 @@ def stress(
     kept: list[Tensor] = []
     load()
     with consumer or nullcontext():
-        for images in engine.run(iter(work), resolution):
+        for images in engine.run(iter(requests), resolution):
             load()
             kept.append(images.clone())  # queued behind the load
             del images  # from here on the engine may use the memory again
@@ -175,6 +175,6 @@ def stress(
     difference = Difference()
     for wanted, images in zip(expected, kept, strict=True):
         difference.add(wanted, images)
-    numbers = {"batches": len(work), "resolution_px": resolution, "allowed": asdict(allowed)}
+    numbers = {"batches": len(requests), "resolution_px": resolution, "allowed": asdict(allowed)}
     found = difference.numbers()
     return allowed.holds(found), numbers | found

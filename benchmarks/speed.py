@@ -23,15 +23,12 @@ from benchmarks.training import (
     system_name,
 )
 from benchmarks.worker import Told, take_turns
+from train.config import FORWARD_AND_BACKWARD
 
 if TYPE_CHECKING:
     import torch
 
 BASELINE = system_name(EAGER + FP32, FOLDER)
-FORWARD_AND_BACKWARD = 3
-"""FLOPs of a training step over those of its forward pass: the backward pass has two products for each one (Kaplan et
-al. 2020, arXiv:2001.08361, section 2.1)."""
-
 SYSTEMS = (*(system_name(style, source) for style in STYLES for source in (CACHED, NATIVE)), BASELINE)
 NOT_IN_QUICK = (system_name(EAGER, NATIVE),)
 """Left out of the short version: nobody trains like that, and the baseline has its own loader."""

@@ -102,7 +102,7 @@ def _check_engines(evidence: Evidence, device: torch.device, settings: Settings,
                 useless.add(f"dali {variant}")
     evidence.check(f"choice of auto ({kinds})", partial(_choice, train, device, settings))
     for selection, training in ((train, True), (val, False)):
-        work = checks.work_of(
+        work = checks.requests_of(
             selection, train=training, batch_size=min(settings.batch_size, len(selection)), batches=settings.batches
         )
         expected = checks.reference(selection, work, settings.resolution)

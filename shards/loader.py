@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from shards.common.errors import UsageError
-from shards.engines import Work
+from shards.engines import Request
 from shards.engines.choose import make_engine
 from shards.order import batch_count, check_seed, epoch_order, evaluation_batch, rank_slice
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
@@ -182,12 +182,12 @@ class Loader:
         """Set the engine to work at batch `start` of the epoch in hand; in training it goes on into the next ones."""
         asked: deque[_Part] = deque()
 
-        def work() -> Iterator[Work]:
+        def requests() -> Iterator[Request]:
             for part in self._parts(self.epoch, start):
                 asked.append(part)
-                yield Work(part.samples, part.plan.boxes, part.plan.symmetry)
+                yield Request(part.samples, part.plan.boxes, part.plan.symmetry)
 
-        images = self._engine.run(work(), self.resolution)
+        images = self._engine.run(requests(), self.resolution)
         return _Stream(self.epoch, self.resolution, images, asked)  # type: ignore[arg-type]  # engines are generators
 
     def _parts(self, epoch: int, start: int) -> Iterator["_Part"]:

@@ -12,6 +12,9 @@ LOSSES = ("logit-adjusted", "class-weighted", "plain")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("auto", "on", "off")
 ENGINES = ("auto", "native", "dali", "resident")
+FORWARD_AND_BACKWARD = 3
+"""FLOPs of a training step over those of its forward pass: the backward pass has two products for each one (Kaplan et
+al. 2020, arXiv:2001.08361, section 2.1)."""
 RAMP_STEP_PX = 32
 RAMP_END = 0.75
 """The resolution ramp reaches the full size after this share of the epochs, so that the last quarter trains at it."""

@@ -1,7 +1,7 @@
 """Engines carry out a plan: decode the box, resize it, flip or transpose it, and return uint8.
 
 `native` runs on threads with OpenCV, `dali` on NVIDIA DALI, `resident` gathers from device memory. All take the same
-`Work` and give the same images; `shards/loader.py` chooses one.
+`Request` and give the same images; `shards/loader.py` chooses one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ ENGINES = ("native", "dali", "resident")
 
 
 @dataclass(frozen=True)
-class Work:
+class Request:
     """One batch to load. samples: (n,) int64 sample numbers; boxes: (n, 4) int32 y, x, h, w; symmetry: (n,) uint8."""
 
     samples: np.ndarray
@@ -28,8 +28,8 @@ class Work:
 class Engine(Protocol):
     """What every engine offers."""
 
-    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
-        """The images of each piece of work, in order.
+    def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
+        """The images of each request, in order.
 
         (n, 3, resolution, resolution) uint8, 0 to 255, RGB, channels-last, on the loader's device. A tensor stays
         valid for as long as the caller keeps it. Closing the iterator stops what is under way. Raises DataError naming

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from shards.common.errors import UsageError
-from shards.engines import ENGINES, Engine, Work
+from shards.engines import ENGINES, Engine, Request
 
 if TYPE_CHECKING:
     import torch
@@ -138,9 +138,9 @@ class _Lent:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
+    def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`."""
-        return self._engine.run(work, resolution)
+        return self._engine.run(requests, resolution)
 
     def close(self) -> None:
         """Nothing: the pool closes it."""

@@ -19,7 +19,7 @@ import numpy as np
 from shards.common.errors import DataError
 from shards.common.machine import available_cores
 from shards.decode import NOT_ITS_SIZE
-from shards.engines import Work
+from shards.engines import Request
 from shards.engines.dali_feed import INPUTS, Fed, Reader, Source
 from shards.shardset import ShardSet
 
@@ -176,24 +176,24 @@ class DaliEngine:
         self._idle: list[_Pipeline] = []
         self._taking, self._closed = Lock(), False  # runs may be on different threads
 
-    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
+    def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. DALI is fed and asked on a thread, so that this takes no time of the training loop's."""
         if self.graph.device_id is None:
-            with closing(_one_ahead(self._images(work, resolution))) as batches:
+            with closing(_one_ahead(self._images(requests, resolution))) as batches:
                 for batch in batches:
                     yield batch.permute(0, 3, 1, 2)
                     del batch
             return
         from shards.engines.transfer import hand_over
 
-        with closing(_one_ahead(_owned(self._images(work, resolution), self.graph.device_id))) as copies:
+        with closing(_one_ahead(_owned(self._images(requests, resolution), self.graph.device_id))) as copies:
             for batch, copied in copies:
                 yield hand_over(batch, copied, f"cuda:{self.graph.device_id}")
                 del batch, copied
 
-    def _images(self, work: Iterable[Work], resolution: int) -> "Generator[torch.Tensor, None, None]":
+    def _images(self, requests: Iterable[Request], resolution: int) -> "Generator[torch.Tensor, None, None]":
         """(n, S, S, 3) uint8 in memory of DALI's."""
-        batches = self._reader.batches(work, resolution)
+        batches = self._reader.batches(requests, resolution)
         try:
             first = next(batches, None)
             while first is not None:
@@ -261,10 +261,10 @@ def _one_ahead(items: Generator[Any, None, None]) -> Generator[Any, None, None]:
     thread = ThreadPoolExecutor(1, thread_name_prefix="shards-dali-run")
     coming = thread.submit(next, items, None)
     try:
-        while (item := coming.result()) is not None:
+        while (request := coming.result()) is not None:
             coming = thread.submit(next, items, None)
-            yield item
-            del item
+            yield request
+            del request
     finally:
         thread.shutdown(wait=True, cancel_futures=True)
         items.close()

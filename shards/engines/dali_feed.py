@@ -11,7 +11,7 @@ import numpy as np
 from shards.common.errors import DataError
 from shards.common.readahead import read_ahead
 from shards.decode import raw_pixels
-from shards.engines import Work
+from shards.engines import Request
 from shards.jpeg import RegionCutter
 from shards.shardset import ShardSet
 
@@ -43,24 +43,24 @@ class Reader:
         self.data, self.contents, self.ahead, self.cutting = data, contents, ahead, cutting
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="shards-dali")
 
-    def batches(self, work: Iterable[Work], resolution: int) -> "Generator[Fed, None, None]":
-        """The work's bytes, read and checked on other threads, a few batches ahead."""
+    def batches(self, requests: Iterable[Request], resolution: int) -> "Generator[Fed, None, None]":
+        """The bytes of the requests, read and checked on other threads, a few batches ahead."""
 
-        def submit(item: Work) -> list[Future[Fed]]:
-            return [self._threads.submit(self._read, item, resolution)]
+        def submit(request: Request) -> list[Future[Fed]]:
+            return [self._threads.submit(self._read, request, resolution)]
 
-        with closing(read_ahead(submit, work, self.ahead + 1)) as read:
+        with closing(read_ahead(submit, requests, self.ahead + 1)) as read:
             for _, (batch,) in read:
                 yield batch
 
-    def _read(self, item: Work, resolution: int) -> Fed:
+    def _read(self, request: Request, resolution: int) -> Fed:
         """Read and check a batch's bytes. Raises DataError naming a damaged sample."""
-        data, boxes, symmetry = self.data, item.boxes, item.symmetry
-        raw = (data.column("encoding")[item.samples] == "raw").astype(bool)
+        data, boxes, symmetry = self.data, request.boxes, request.symmetry
+        raw = (data.column("encoding")[request.samples] == "raw").astype(bool)
         start, shape = boxes[:, :2].copy(), np.ascontiguousarray(boxes[:, 2:])
-        heights, widths = (data.column(name)[item.samples].tolist() for name in ("height", "width"))
+        heights, widths = (data.column(name)[request.samples].tolist() for name in ("height", "width"))
         payloads, cut = [], RegionCutter()
-        for place, (sample, (y, x, h, w)) in enumerate(zip(item.samples.tolist(), boxes.tolist(), strict=True)):
+        for place, (sample, (y, x, h, w)) in enumerate(zip(request.samples.tolist(), boxes.tolist(), strict=True)):
             payload, height, width = data.read(sample), heights[place], widths[place]
             if raw[place]:
                 crop = raw_pixels(payload, height, width)[y : y + h, x : x + w]
@@ -84,7 +84,7 @@ class Reader:
             "transposed": transposed,
             "raw": raw,
         }
-        return Fed(item.samples, [given[name] for name in INPUTS[self.contents]])
+        return Fed(request.samples, [given[name] for name in INPUTS[self.contents]])
 
     def close(self) -> None:
         """Stop the threads."""

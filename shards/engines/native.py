@@ -21,7 +21,7 @@ from shards.common.errors import DataError
 from shards.common.machine import available_cores
 from shards.common.readahead import read_ahead
 from shards.decode import NOT_ITS_SIZE, cached_pixels, raw_pixels
-from shards.engines import Work
+from shards.engines import Request
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter
 from shards.shardset import ShardSet
@@ -103,32 +103,34 @@ class NativeEngine:
         self._fused = Resampler(1).fused
         self._mapped = _Mapped(data)
 
-    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
+    def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. On a CUDA device a batch travels as one asynchronous copy out of pinned memory."""
         import torch
 
         if self.device == "cpu":
-            for buffer in self._filled(work, resolution):
+            for buffer in self._filled(requests, resolution):
                 yield torch.from_numpy(buffer).permute(0, 3, 1, 2)
         else:
             from shards.engines.transfer import to_device
 
-            yield from to_device(self._filled(work, resolution), self.device)
+            yield from to_device(self._filled(requests, resolution), self.device)
 
-    def _filled(self, work: Iterable[Work], resolution: int) -> Iterator[np.ndarray]:
-        """Buffers (n, resolution, resolution, 3) uint8 in the order of the work."""
-        places = ((item, self._buffers.take((len(item.samples), resolution, resolution, 3))) for item in work)
+    def _filled(self, requests: Iterable[Request], resolution: int) -> Iterator[np.ndarray]:
+        """Buffers (n, resolution, resolution, 3) uint8 in the order of the requests."""
+        places = (
+            (request, self._buffers.take((len(request.samples), resolution, resolution, 3))) for request in requests
+        )
         with closing(read_ahead(self._submit, places, self.prefetch + 1)) as filled:
             for (_, buffer), _ in filled:
                 yield buffer
                 del buffer  # so that the pool can tell when the caller has let go of it
 
-    def _submit(self, place: tuple[Work, np.ndarray]) -> list["Future[None]"]:
-        (item, buffer), data = place, self.data
-        rows = item.samples
+    def _submit(self, place: tuple[Request, np.ndarray]) -> list["Future[None]"]:
+        (request, buffer), data = place, self.data
+        rows = request.samples
         fields = [data.column(name)[rows].tolist() for name in ("shard", "offset", "length", "height", "width", "xxh3")]
         raw = (data.column("encoding")[rows] == "raw").tolist()
-        columns = [range(len(rows)), rows.tolist(), *fields, raw, item.boxes.tolist(), item.symmetry.tolist()]
+        columns = [range(len(rows)), rows.tolist(), *fields, raw, request.boxes.tolist(), request.symmetry.tolist()]
         samples = list(zip(*columns, strict=True))
         parts = [(self._fill, samples)]
         if self._fused and any(raw):

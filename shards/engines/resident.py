@@ -18,7 +18,7 @@ import numpy as np
 from shards.common.errors import DataError, UsageError, one_line
 from shards.common.machine import available_cores, free_bytes
 from shards.decode import NOT_ITS_SIZE, decode_whole
-from shards.engines import Work
+from shards.engines import Request
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class ResidentEngine:
         self._gather: Callable[..., torch.Tensor] = _gather_in_parts
         check_memory([selection], device)
 
-    def run(self, work: Iterable[Work], resolution: int) -> "Iterator[torch.Tensor]":
+    def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. The first run decodes the selection."""
         import torch
 
@@ -86,19 +86,19 @@ class ResidentEngine:
             self._pixels = self._load()
             if self.compiled:
                 self._gather = _compiled(self._pixels)
-        for item in work:
-            table = torch.from_numpy(self._table(item))
+        for request in requests:
+            table = torch.from_numpy(self._table(request))
             if self.device != "cpu":
                 table = table.pin_memory().to(self.device, non_blocking=True)
             yield self._gather(self._pixels, table, resolution).permute(0, 3, 1, 2)
 
-    def _table(self, item: Work) -> np.ndarray:
+    def _table(self, request: Request) -> np.ndarray:
         """(n, 7) int64: first pixel of the image, its width, box y, x, h, w, and symmetry."""
-        positions = np.searchsorted(self.selection.samples, item.samples)
-        known = self.selection.samples[np.minimum(positions, len(self.selection) - 1)] == item.samples
+        positions = np.searchsorted(self.selection.samples, request.samples)
+        known = self.selection.samples[np.minimum(positions, len(self.selection) - 1)] == request.samples
         if not known.all():
-            raise ValueError(f"sample {item.samples[~known][0]} is not in the selection that the engine holds")
-        return np.column_stack([self._starts[positions], self._widths[positions], item.boxes, item.symmetry])
+            raise ValueError(f"sample {request.samples[~known][0]} is not in the selection that the engine holds")
+        return np.column_stack([self._starts[positions], self._widths[positions], request.boxes, request.symmetry])
 
     def _load(self) -> "torch.Tensor":
         """Decode the selection: (pixels, 3) uint8 on the device. Raises DataError naming a damaged sample."""

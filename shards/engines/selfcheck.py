@@ -164,18 +164,18 @@ def differences(data: "ShardSet", samples: np.ndarray, device: str, variant: str
 
     One batch of training crops, loaded several times, so that buffers are used again.
     """
-    from shards.engines import Work
+    from shards.engines import Request
     from shards.engines.dali import DaliEngine
     from shards.engines.native import NativeEngine
     from shards.plan import Augment, training_plan
 
     plan = training_plan(0, 0, samples, data.column("height")[samples], data.column("width")[samples], Augment())
-    work = Work(samples, plan.boxes, plan.symmetry)
+    request = Request(samples, plan.boxes, plan.symmetry)
     native, dali = NativeEngine(data), DaliEngine(data, device, contents=contents(data, samples), variant=variant)
-    (expected,) = native.run([work], _RESOLUTION)
+    (expected,) = native.run([request], _RESOLUTION)
     raw = data.column("encoding")[samples] == "raw"
     parts: dict[str, list[np.ndarray]] = {"jpg": [], "raw": []}
-    for images in dali.run([work] * _ROUNDS, _RESOLUTION):
+    for images in dali.run([request] * _ROUNDS, _RESOLUTION):
         apart = np.abs(images.cpu().numpy().astype(np.int16) - expected.numpy())
         parts["jpg"].append(apart[~raw])
         parts["raw"].append(apart[raw])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from shards.common.errors import DataError
-from train.config import Config, pixel_share
+from train.config import FORWARD_AND_BACKWARD, Config, pixel_share
 from train.study.folder import LEAKAGE
 from train.study.leakage import RESULT
 from train.study.runs import Run, Study
@@ -15,9 +15,6 @@ from train.study.table import read_json
 
 METRICS = ("balanced_accuracy", "macro_auc")
 """The metrics with learning curves, differences and variance shares; the first leads."""
-
-TRAINING_PASSES = 3
-"""A training step costs about three forward passes: the backward pass computes two gradients for each product."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ def training_flops(run: Run) -> float:
     row, full = run.row, run.config["resolution"]
     ramp = Config(row["model"], resolution=full, start_resolution=run.config.get("start_resolution"))
     images = row["steps"] * row["batch_size"]
-    return TRAINING_PASSES * row["flops_per_image"] * images * pixel_share(ramp, row["epochs"])
+    return FORWARD_AND_BACKWARD * row["flops_per_image"] * images * pixel_share(ramp, row["epochs"])
 
 
 # ------------------------------------------------------------------ tables pooled over the seeds

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shards import Loader, ShardSet, decode
-from shards.engines import Work, dali, native, transfer
+from shards.engines import Request, dali, native, transfer
 from shards.engines.native import NativeEngine
 from shards.plan import Augment, training_plan
 
@@ -138,7 +138,7 @@ def test_a_closed_engine_gives_its_buffers_back_and_batches_stay_valid(shard_set
     samples = data.select("train").samples[:6]
     plan = training_plan(0, 0, samples, data.column("height")[samples], data.column("width")[samples], Augment())
     engine = NativeEngine(data, threads=1)
-    batch, *others = list(engine.run([Work(samples, plan.boxes, plan.symmetry)] * 3, 32))
+    batch, *others = list(engine.run([Request(samples, plan.boxes, plan.symmetry)] * 3, 32))
     before = batch.clone()
     held = [weakref.ref(buffer) for buffer in engine._buffers._held]
     del others

@@ -13,7 +13,7 @@ from simplejpeg import decode_jpeg
 
 from shards import Augment, Loader, ShardSet
 from shards.common.errors import DataError
-from shards.engines import Work, dali
+from shards.engines import Request, dali
 from shards.engines.dali import DaliEngine, Graph, build_graph
 from shards.engines.dali_feed import INPUTS, Reader
 from shards.engines.native import NativeEngine
@@ -36,13 +36,15 @@ def with_variant(loader: Loader, variant: str) -> Loader:
     return loader
 
 
-def works(data: ShardSet, sizes: list[int]) -> list[Work]:
+def requests_of(data: ShardSet, sizes: list[int]) -> list[Request]:
     """Consecutive training crops in batches of these sizes."""
     samples = data.select("train").samples
     plan = training_plan(5, 1, samples, data.column("height")[samples], data.column("width")[samples], Augment())
     ends = np.cumsum(sizes)
     assert ends[-1] <= len(samples)
-    return [Work(samples[a:b], plan.boxes[a:b], plan.symmetry[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [
+        Request(samples[a:b], plan.boxes[a:b], plan.symmetry[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("variant", dali.VARIANTS)
@@ -100,10 +102,10 @@ def test_threads_and_prefetch_change_nothing(shard_sets):
 
 def test_batches_of_uneven_and_growing_sizes(shard_sets):
     data = shard_sets["mixed"]
-    work = works(data, [4, 9, 2, 12, 12, 1, 20, 7])
-    expected = [images.clone() for images in NativeEngine(data).run(work, 40)]
-    found = list(DaliEngine(data).run(iter(work), 40))
-    assert [len(a) for a in found] == [len(item.samples) for item in work]
+    requests = requests_of(data, [4, 9, 2, 12, 12, 1, 20, 7])
+    expected = [images.clone() for images in NativeEngine(data).run(requests, 40)]
+    found = list(DaliEngine(data).run(iter(requests), 40))
+    assert [len(a) for a in found] == [len(request.samples) for request in requests]
     assert max(int((a.int() - b.int()).abs().max()) for a, b in zip(expected, found, strict=True)) <= 1
 
 
@@ -188,9 +190,9 @@ def test_a_loader_that_is_left_open_ends_with_the_program_quietly(shard_sets):
 
 def test_two_epochs_may_run_at_once(shard_sets):
     engine = DaliEngine(shard_sets["jpg"], contents="jpg")
-    work = works(shard_sets["jpg"], [8] * 6)
-    expected = list(engine.run(work, 32))
-    pairs = list(zip(engine.run(work, 32), engine.run(work, 32), strict=True))
+    requests = requests_of(shard_sets["jpg"], [8] * 6)
+    expected = list(engine.run(requests, 32))
+    pairs = list(zip(engine.run(requests, 32), engine.run(requests, 32), strict=True))
     assert all(torch.equal(a, e) and torch.equal(b, e) for (a, b), e in zip(pairs, expected, strict=True))
 
 
@@ -241,16 +243,16 @@ def test_a_sample_that_cannot_be_decoded_is_named(tmp_path):
 @pytest.mark.parametrize("kind", ["jpg", "mixed"])
 def test_a_region_is_cut_out_before_dali_gets_it(shard_sets, kind):
     """Fewer bytes than whole files, each a JPEG that holds the box where the graph is told to slice it."""
-    data, work = shard_sets[kind], works(shard_sets[kind], [60])
+    data, requests = shard_sets[kind], requests_of(shard_sets[kind], [60])
     fed = {}
     for cutting in (True, False):
         reader = Reader(data, kind, ahead=1, cutting=cutting)
-        (batch,) = reader.batches(work, 32)
+        (batch,) = reader.batches(requests, 32)
         reader.close()
         fed[cutting] = dict(zip(INPUTS[kind], batch.arrays, strict=True))
-    assert np.array_equal(fed[False]["start"], work[0].boxes[:, :2])
+    assert np.array_equal(fed[False]["start"], requests[0].boxes[:, :2])
     smaller = 0
-    for place, sample in enumerate(work[0].samples.tolist()):
+    for place, sample in enumerate(requests[0].samples.tolist()):
         part, whole = (fed[cutting]["payload"][place] for cutting in (True, False))
         if data.column("encoding")[sample] == "raw":
             assert np.array_equal(part, whole)

@@ -7,7 +7,7 @@ import torch
 from shards import Loader
 from shards.engines import dali
 from shards.engines.dali import DaliEngine
-from tests.shards.engines.test_dali import KINDS, works
+from tests.shards.engines.test_dali import KINDS, requests_of
 from tests.support.parity import batches, distances
 
 
@@ -40,16 +40,18 @@ def test_batches_on_a_gpu_survive_a_busy_stream(shard_sets):
     """What a kernel reads late is still what was handed over, though the batch was dropped long before."""
     needs_gpu()
     data = shard_sets["jpg"]
-    work = works(data, [8] * 9) * 6
+    requests = requests_of(data, [8] * 9) * 6
     variant, sums = "whole", []
-    expected = [int(images.long().sum()) for images in DaliEngine(data, contents="jpg", variant=variant).run(work, 64)]
+    expected = [
+        int(images.long().sum()) for images in DaliEngine(data, contents="jpg", variant=variant).run(requests, 64)
+    ]
     square = torch.randn(4096, 4096, device="cuda")
-    for images in DaliEngine(data, "cuda", contents="jpg", variant=variant).run(work, 64):
+    for images in DaliEngine(data, "cuda", contents="jpg", variant=variant).run(requests, 64):
         for _ in range(3):
             square = square @ square / 64
         sums.append(images.long().sum())  # queued behind the products
         del images
     found = torch.stack(sums).cpu().numpy()
-    again = [int(i.long().sum()) for i in DaliEngine(data, "cuda", contents="jpg", variant=variant).run(work, 64)]
+    again = [int(i.long().sum()) for i in DaliEngine(data, "cuda", contents="jpg", variant=variant).run(requests, 64)]
     assert found.tolist() == again
     assert np.allclose(found, expected, rtol=0.01)

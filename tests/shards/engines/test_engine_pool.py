@@ -11,7 +11,7 @@ class Counted:
     def __init__(self) -> None:
         self.closed = 0
 
-    def run(self, work, resolution):
+    def run(self, requests, resolution):
         yield from ()
 
     def close(self) -> None:

@@ -10,11 +10,11 @@ import torch
 from shards import Augment, Loader, ShardSet
 from shards.common import machine as memory
 from shards.common.errors import DataError, UsageError
-from shards.engines import Work, resident
+from shards.engines import Request, resident
 from shards.engines.native import NativeEngine
 from shards.engines.resident import ResidentEngine
 from tests.conftest import write_set
-from tests.shards.engines.test_dali import flip_a_bit, works
+from tests.shards.engines.test_dali import flip_a_bit, requests_of
 from tests.support.parity import assert_parity, batches, distances
 
 KINDS = ("jpg", "raw", "mixed", "sizes")
@@ -42,9 +42,11 @@ def test_every_box_and_symmetry_equals_native(shard_sets):
     sample = int(selection.samples[11])
     height, width = int(data.column("height")[sample]), int(data.column("width")[sample])
     boxes = [(0, 0, height, width), (height - 1, width - 1, 1, 1), (0, width - 2, height, 2), (3, 0, 1, width)]
-    work = [Work(np.full(8, sample), np.array([box] * 8, np.int32), np.arange(8, dtype=np.uint8)) for box in boxes]
-    expected = NativeEngine(data).run(work, 33)
-    for a, b in zip(expected, ResidentEngine(selection).run(work, 33), strict=True):
+    requests = [
+        Request(np.full(8, sample), np.array([box] * 8, np.int32), np.arange(8, dtype=np.uint8)) for box in boxes
+    ]
+    expected = NativeEngine(data).run(requests, 33)
+    for a, b in zip(expected, ResidentEngine(selection).run(requests, 33), strict=True):
         assert int((a.int() - b.int()).abs().max()) <= 1
         assert len(torch.unique(b, dim=0)) > 1 or int(b.float().var(dim=(2, 3)).max()) == 0
 
@@ -113,9 +115,9 @@ def test_a_damaged_sample_is_named(tmp_path, kind):
 def test_a_sample_that_is_not_held_is_refused(shard_sets):
     data = shard_sets["jpg"]
     other = int(data.select("val").samples[0])
-    work = [Work(np.array([other]), np.array([[0, 0, 8, 8]], np.int32), np.zeros(1, np.uint8))]
+    requests = [Request(np.array([other]), np.array([[0, 0, 8, 8]], np.int32), np.zeros(1, np.uint8))]
     with pytest.raises(ValueError, match=f"sample {other} is not in the selection"):
-        list(ResidentEngine(data.select("train")).run(work, 16))
+        list(ResidentEngine(data.select("train")).run(requests, 16))
 
 
 def test_too_little_memory_is_refused_in_numbers(shard_sets, monkeypatch):
@@ -154,11 +156,11 @@ def test_without_a_compiler_the_gather_goes_on_unfused_and_says_so(shard_sets, m
 
     monkeypatch.setattr(torch, "compile", broken)
     selection = shard_sets["jpg"].select("train")
-    work = works(shard_sets["jpg"], [8, 8, 8])
+    requests = requests_of(shard_sets["jpg"], [8, 8, 8])
     with caplog.at_level(logging.WARNING):
-        found = list(ResidentEngine(selection, compiled=True).run(work, 32))
+        found = list(ResidentEngine(selection, compiled=True).run(requests, 32))
     assert len([r for r in caplog.records if "torch.compile failed" in r.message]) == 1
-    expected = list(ResidentEngine(selection).run(work, 32))
+    expected = list(ResidentEngine(selection).run(requests, 32))
     assert all(map(torch.equal, found, expected))
 
 
@@ -167,11 +169,11 @@ def test_the_compiled_gather_equals_the_unfused_one(shard_sets, caplog):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     selection = shard_sets["sizes"].select("train")
-    work = works(shard_sets["sizes"], [8, 8, 8])
+    requests = requests_of(shard_sets["sizes"], [8, 8, 8])
     compiled, plain = (ResidentEngine(selection, compiled=c) for c in (True, False))
     with caplog.at_level(logging.WARNING, logger="shards"):
         for resolution in (32, 48):
-            pairs = zip(compiled.run(work, resolution), plain.run(work, resolution), strict=True)
+            pairs = zip(compiled.run(requests, resolution), plain.run(requests, resolution), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
     assert not [r for r in caplog.records if "torch.compile failed" in r.message]
 
@@ -183,9 +185,9 @@ def test_a_gpu_computes_the_bits_of_the_cpu(shard_sets, kind, compiled):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     selection = shard_sets[kind].select("train")
-    work = works(shard_sets[kind], [16, 16, 16])
-    expected = ResidentEngine(selection).run(work, 48)
-    found = ResidentEngine(selection, "cuda", compiled=compiled).run(work, 48)
+    requests = requests_of(shard_sets[kind], [16, 16, 16])
+    expected = ResidentEngine(selection).run(requests, 48)
+    found = ResidentEngine(selection, "cuda", compiled=compiled).run(requests, 48)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
 
 

@@ -19,15 +19,15 @@ class Recorded:
     """An engine that keeps the work it is given."""
 
     def __init__(self, engine):
-        self.engine, self.work = engine, deque()
+        self.engine, self.requests = engine, deque()
 
-    def run(self, work, resolution):
-        self.work.clear()  # an epoch that runs into the next one stays in the same run
+    def run(self, requests, resolution):
+        self.requests.clear()  # an epoch that runs into the next one stays in the same run
 
         def watched():
-            for item in work:
-                self.work.append(item)
-                yield item
+            for request in requests:
+                self.requests.append(request)
+                yield request
 
         yield from self.engine.run(watched(), resolution)
 
@@ -68,7 +68,7 @@ def sequence(loaders, stop=None, state=None):
             parts.append(iter(loader))
         for batch in zip(*parts, strict=True):
             for loader, part in zip(loaders, batch, strict=True):
-                work = loader._engine.work.popleft()
+                work = loader._engine.requests.popleft()
                 assert part.samples.tolist() == work.samples.tolist()
                 for sample, box, symmetry, colour, mask in zip(
                     work.samples, work.boxes, work.symmetry, part.colour, part.mask, strict=True

@@ -1,53 +1,10 @@
-"""The feature table: every test it names exists; and the features that no other test shows by themselves."""
-
-import ast
-import re
-from pathlib import Path
+"""The features that no other test shows by themselves (`docs/features.md` names them)."""
 
 import numpy as np
 import pytest
 
 from shards.loader import Loader
 from shards.shardset import ShardSet
-
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "features.md"
-
-
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
-def test_every_test_that_a_page_names_exists(page):
-    named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", page.read_text(encoding="utf-8"))
-    if page == PAGE:
-        assert len(named) >= 10
-    for file, name in named:
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        found = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        assert name in found, f"{page.name} names {file}::{name}"
-
-
-def test_the_table_is_whole_and_every_link_has_its_address():
-    text = PAGE.read_text(encoding="utf-8")
-    rows = [line.strip("|\n ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    header, body = rows[0], rows[1:]
-    assert [row[0] for row in body] == [
-        "random access",
-        "mid-epoch resume in O(1)",
-        "world size may change",
-        "deterministic augmentation",
-        "checksums",
-        "decode at crop",
-        "mixed raw/JPEG",
-        "readable with plain tar",
-        "metadata index",
-        "fractions without repacking",
-    ]
-    assert all(len(row) == len(header) + 1 for row in body)  # the header's first cell is empty and was stripped
-    for row in body:
-        assert "tests/" in row[1]
-        assert all("][" in cell or cell.startswith("not documented") for cell in row[2:])
-    used = set(re.findall(r"\]\[([\w-]+)\]", text))
-    given = re.findall(r"^\[([\w-]+)\]: https://\S+$", text, flags=re.M)
-    assert used == set(given) and len(given) == len(set(given))
 
 
 @pytest.mark.parametrize("kind", ["jpg", "raw", "mixed"])

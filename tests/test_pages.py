@@ -27,6 +27,12 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
         assert not fragment or fragment in anchors(target), f"{page.name} links to {link}"
 
 
+@each_page
+def test_every_file_that_a_page_names_exists(page):
+    for name in re.findall(r"`((?:shards|preprocess|train|benchmarks|tests|docs)/[\w/.-]+\.\w+)", page.read_text()):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 130

@@ -29,7 +29,11 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 @each_page
 def test_every_file_that_a_page_names_exists(page):
-    for name in re.findall(r"`((?:shards|preprocess|train|benchmarks|tests|docs)/[\w/.-]+\.\w+)", page.read_text()):
+    if page.name == "CHANGELOG.md":
+        pytest.skip("names files that are gone")
+    for name in re.findall(
+        r"`((?:shards|preprocess|train|benchmarks|tests|docs)/[\w/.-]+\.\w+)", page.read_text(encoding="utf-8")
+    ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 

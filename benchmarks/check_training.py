@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from train.config import Config, learning_rate, resolved
 from train.console import Silent
 from train.distributed import World
 from train.loop import train_once
-from train.prepare import choose_data, compile_and_distribute, decisions, prepare
+from train.prepare import choose_data, compile_and_distribute, prepare
 from train.workspace import Workspace
 
 WARM_UP = 5
@@ -73,14 +74,12 @@ def training_steps(
         selections = choose_data(config, workspace.open(data), family, world)
         run = prepare(config, family, world, workspace, selections, None, stack)
         progress = Progress()
-        compile_and_distribute(run, workspace, progress, Silent())
+        compile_and_distribute(run, progress, Silent())
         batches = stack.enter_context(closing(_endless(run.loaders["train"])))
         losses: list[Tensor] = []
 
         def step(batch: Parts) -> None:
-            losses.append(run.backward(batch))
-            done = len(losses) - 1
-            run.update(done, learning_rate(config, min(done, total - 1), total))
+            losses.append(run.step(*batch, lr=learning_rate(config, min(run.step.done, total - 1), total)))
 
         def timed(source: Callable[[], Parts]) -> tuple[float, float, int]:
             """Start and end of the steps, by `time.perf_counter()`, and how many they were."""
@@ -119,8 +118,8 @@ def training_steps(
         step_s, cached_step_s = (ended - began) / count, (cached_ended - cached_began) / cached_count
         data_wait_share = waiting()
         values = torch.stack(losses).float().cpu()
-        if compiled and run.decided["compile"].value != "on":
-            raise DermscaleError(f"torch.compile was not used: {run.decided['compile'].reason}")
+        if compiled and run.compilation.decision.value != "on":
+            raise DermscaleError(f"torch.compile was not used: {run.compilation.decision.reason}")
         return bool(values.isfinite().all()), {
             "span": (began, ended),
             "steps": count,
@@ -134,7 +133,7 @@ def training_steps(
             "first_loss": float(values[0]),
             "last_loss": float(values[WARM_UP + steps - 1]),
             "peak_memory_bytes": devices.peak_memory_bytes(device),
-            "decisions": decisions(run),
+            "decisions": {name: asdict(taken) for name, taken in run.decisions.items()},
         }
 
 

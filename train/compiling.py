@@ -1,4 +1,9 @@
-"""Whether `torch.compile` pays for itself in a run, and the compiling itself, done and timed before the first step."""
+"""`--compile`: whether `torch.compile` pays off for a network, the compiled code, and eager training where it fails.
+
+Everything about it is here. A process keeps one `Compilation` from run to run (`train/workspace.py`), because later
+runs of the same network keep the decision and reuse the code. Compiling, and the timing that decides about it, comes
+before the first step and leaves no trace in the weights or in the random state.
+"""
 
 import os
 import shutil
@@ -6,34 +11,141 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shards.common.errors import one_line
+from shards.order import rank_slice
 from train import device as devices
+from train import models
+from train.config import Config, pixel_share
+from train.console import Console
 from train.device import Decision
-
-Batch = tuple[Tensor, Tensor, Tensor]
-"""images (N, 3, H, W) uint8, colour (N, 3, 4) float32, labels (N,) int64."""
+from train.distributed import World
+from train.step import TrainingStep
 
 FAILURES = (RuntimeError, OSError)
-"""What compiling can end in: TorchDynamo's and Inductor's errors are RuntimeErrors, a missing compiler an OSError."""
+"""How compiling fails: TorchDynamo and Inductor raise RuntimeErrors, a missing compiler is an OSError."""
 
 COST_S = {"cpu": (0.0, 3.5), "cuda": (10.0, 0.5)}
-"""Seconds that compiling takes, and those for each convolution or linear layer: for two CPU cores ResNet-18's 21 took
-74 s; for an H100 beside 16 cores they took 21 s, and ViT-B/16's 50, of which many are alike, 23 s."""
+"""Seconds that compiling takes: a fixed part, and a part for each convolution or linear layer. Measured: the 21 layers
+of ResNet-18 took 74 s on two CPU cores, and 21 s for an H100 with 16 cores; the 50 of ViT-B/16, many of them alike,
+took 23 s for the H100."""
 
 MOST_COST = {"cpu": 0.05, "cuda": 0.2}
-"""The share of the uncompiled training time that compiling may cost at the most. On a CPU it may turn out to gain
-nothing (AlexNet ran faster without), so it has to be nearly free; on an H100 training with batches of 64 took ResNet-18
-and ViT-B/16 less than half of the time (`benchmarks/results/gpu`), and with larger ones it gains less."""
+"""Compiling may cost this share of the uncompiled training time. On a CPU it may gain nothing (AlexNet was faster
+without it), so it has to be almost free. On an H100, with batches of 64, it more than halved the training time of
+ResNet-18 and ViT-B/16 (`benchmarks/results/gpu`); larger batches gain less."""
 
 
-def decide(wanted: str, layers: int, device: torch.device, eager_run_s: Callable[[], float]) -> Decision:
+class Compilation:
+    """All state of `torch.compile` in a process, for one network at a time.
+
+    decision: of the current run. images_ahead: images that later runs in this process will train the same network on;
+    they share the cost of compiling.
+    """
+
+    def __init__(self) -> None:
+        self.decision = Decision("off", "nothing is trained yet")
+        self.images_ahead = 0
+        self._code: Callable[..., Tensor] | None = None
+        self._compiled_for: set[tuple[Any, ...]] = set()  # (images, px, precision)
+        self._earlier: Decision | None = None  # of earlier runs of this network; `auto` keeps to it
+        self._timed = False  # whether that decision has been checked by timing both
+        self._recorded = False  # whether the decision is from an earlier start of the run
+
+    def forget(self) -> None:
+        """Drop the compiled code and the decision: the network changes."""
+        self._earlier, self._timed = None, False
+        self._compiled_for.clear()
+        if self._code is not None:
+            self._code = None
+            torch.compiler.reset()
+
+    def decide(
+        self, step: TrainingStep, config: Config, sizes: list[int], total: int, world: World, recorded: Decision | None
+    ) -> None:
+        """Make the decision for a run. The first process decides for all.
+
+        sizes: resolution of each epoch, px. total: steps of the run. recorded: what an earlier start of this run
+        decided; it stays.
+        """
+        self._recorded = recorded is not None
+
+        def decide() -> Decision:
+            if config.compile != "auto" or self._earlier is None:
+                layers = models.depth(step.net) * len(set(sizes))  # each size is compiled on its own
+                steps = total * pixel_share(config, len(sizes)) + self.images_ahead / config.batch_size
+                self._earlier = choose(
+                    config.compile,
+                    layers,
+                    step.device,
+                    lambda: steps * step_s(step, _own_images(config, world), config.resolution),
+                )
+            return self._earlier
+
+        self.decision = world.from_first(decide) if recorded is None else recorded
+
+    def compile(self, step: TrainingStep, config: Config, sizes: list[int], world: World, console: Console) -> float:
+        """Make `step` call compiled code if that is the decision; return the seconds that this took.
+
+        sizes: the resolutions still to come, ascending, px. If the compiler fails, the step stays eager, with a
+        warning.
+        """
+        if config.compile == "on" and self.decision.value == "off":
+            console.warn(f"training without torch.compile: {self.decision.reason}")
+        if self.decision.value == "off" or not sizes:
+            return 0.0
+        began = time.perf_counter()
+        try:
+            step.model = self._compiled(step, config, sizes, world, console)
+            if step.device.type == "cpu" and config.compile == "auto" and not self._recorded and not self._timed:
+                images = _own_images(config, world)
+                self.decision = self._earlier = world.from_first(lambda: faster(step, images, config.resolution))
+                self._timed = True
+        except FAILURES as error:
+            if devices.is_out_of_memory(error):
+                raise
+            self.decision = self._earlier = Decision("off", f"compiling failed: {one_line(error, 200)}")
+            console.warn(f"training without torch.compile: {self.decision.reason}")
+        if self.decision.value == "off":
+            step.model = step.net
+        return time.perf_counter() - began
+
+    def _compiled(
+        self, step: TrainingStep, config: Config, sizes: list[int], world: World, console: Console
+    ) -> Callable[..., Tensor]:
+        """The network as `torch.compile` gives it, compiled for all `sizes`."""
+        limit = 2 * (len(sizes) + len(self._compiled_for))  # beyond it torch.compile would silently run eager code
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        if self._code is None:
+            self._code = torch.compile(step.net, dynamic=False, mode=devices.compile_mode(step.device, world.size))
+        step.model = self._code
+        images = _own_images(config, world)
+        for px in sizes:
+            console.at(f"compiling for {px} px", 0, 1)
+            if (images, px, step.precision) not in self._compiled_for:
+                warm_up(step, images, px)
+                self._compiled_for.add((images, px, step.precision))
+        return self._code
+
+
+def _own_images(config: Config, world: World) -> int:
+    """Images of each global batch that this process trains on."""
+    share = rank_slice(config.batch_size, world.rank, world.size)
+    return share.stop - share.start
+
+
+# ------------------------------------------------------------------ the rule
+
+
+def choose(wanted: str, layers: int, device: torch.device, eager_run_s: Callable[[], float]) -> Decision:
     """`on` or `off`, and why. wanted: `auto`, `on` or `off`.
 
-    layers: to be compiled, counted once for each size. eager_run_s: estimates the training time without. `auto`
-    compiles where that costs a small share of the run. On a CPU `faster` then has the last word.
+    layers: how many are compiled, counted once for each size. eager_run_s: estimates the training time without
+    compiling. `auto` compiles if that costs a small share of it; on a CPU `faster` checks that afterwards.
     """
     if wanted == "off":
         return Decision("off", "asked for")
@@ -50,39 +162,61 @@ def decide(wanted: str, layers: int, device: torch.device, eager_run_s: Callable
     return Decision("on", estimate)
 
 
-def faster(
-    net: nn.Module,
-    eager: Callable[[Batch], Tensor],
-    compiled: Callable[[Batch], Tensor],
-    count: int,
-    px: int,
-    device: torch.device,
-) -> Decision:
-    """Time both on batches of `count` images of `px`, in turns, and keep the faster; `net` stays as it is."""
-    batch = example(count, px, device)
-    seconds: dict[str, list[float]] = {"off": [], "on": []}
-    with leaving_no_trace(net, device):
-        for _ in range(5):
-            for name, step in (("off", eager), ("on", compiled)):
-                devices.synchronize(device)
-                start = time.perf_counter()
-                step(batch)
-                devices.synchronize(device)
-                seconds[name].append(time.perf_counter() - start)
-    off, on = (statistics.median(seconds[name][1:]) for name in ("off", "on"))
-    return Decision("on" if on < off else "off", f"a step takes {on:.3g} s compiled and {off:.3g} s without")
-
-
 def compiler() -> str | None:
-    """The C++ compiler that `torch.compile` would use, None where there is none."""
+    """The C++ compiler that `torch.compile` would use, None if there is none."""
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         if name and (found := shutil.which(name)):
             return found
     return None
 
 
-def example(count: int, px: int, device: torch.device) -> Batch:
-    """A batch of noise in the loader's shapes and layout."""
+# ------------------------------------------------------------------ passes on a batch of noise
+
+
+def faster(step: TrainingStep, images: int, px: int) -> Decision:
+    """Compiled (`step.model`) or eager (`step.net`): time both in turns on batches of `images` images of `px`."""
+    compiled, batch = step.model, example(images, px, step.device)
+    seconds: dict[str, list[float]] = {"off": [], "on": []}
+    with leaving_no_trace(step.net, step.device):
+        for _ in range(5):
+            for name, model in (("off", step.net), ("on", compiled)):
+                step.model = model
+                seconds[name].append(_backward_s(step, batch))
+    off, on = (statistics.median(seconds[name][1:]) for name in ("off", "on"))
+    return Decision("on" if on < off else "off", f"a step takes {on:.3g} s compiled and {off:.3g} s without")
+
+
+def step_s(step: TrainingStep, images: int, px: int) -> float:
+    """Seconds of a forward and backward pass of `images` images of `px`.
+
+    On a CPU at most eight images are timed and the result is scaled, because the time grows with the batch.
+    """
+    timed = min(images, 8) if step.device.type == "cpu" else images
+    batch = example(timed, px, step.device)
+    with leaving_no_trace(step.net, step.device):
+        return min(_backward_s(step, batch) for _ in range(3)) * images / timed
+
+
+def warm_up(step: TrainingStep, images: int, px: int) -> None:
+    """Compile the forward and backward pass for batches of `images` images of `px`."""
+    with leaving_no_trace(step.net, step.device):
+        for _ in range(devices.steps_to_compile(step.device)):
+            for parameter in step.net.parameters():
+                parameter.grad = None
+            step.backward(*example(images, px, step.device))
+        devices.synchronize(step.device)
+
+
+def _backward_s(step: TrainingStep, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+    devices.synchronize(step.device)
+    start = time.perf_counter()
+    step.backward(*batch)
+    devices.synchronize(step.device)
+    return time.perf_counter() - start
+
+
+def example(count: int, px: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of noise in the loader's shapes and layout: images, colour and labels as in `shards.Batch`."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, px, px, 3), dtype=torch.uint8, generator=generator).to(device)
     colour = torch.eye(3, 4).repeat(count, 1, 1).to(device)
@@ -91,7 +225,7 @@ def example(count: int, px: int, device: torch.device) -> Batch:
 
 @contextmanager
 def leaving_no_trace(net: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back the random numbers and the buffers of `net` (running means), and drop its gradients, on leaving."""
+    """On leaving, put back the random state and the buffers of `net` (running means), and drop its gradients."""
     random_state = devices.random_state(device)
     buffers = [buffer.clone() for buffer in net.buffers()]
     try:
@@ -103,31 +237,3 @@ def leaving_no_trace(net: nn.Module, device: torch.device) -> Iterator[None]:
         for parameter in net.parameters():
             parameter.grad = None
         devices.set_random_state(device, random_state)
-
-
-def step_s(net: nn.Module, step: Callable[[Batch], Tensor], count: int, px: int, device: torch.device) -> float:
-    """Seconds of one forward and backward pass of a batch of `count` images of `px`; `net` stays as it is.
-
-    On a CPU, where a batch's time grows with its size, at most eight images are timed and the result is scaled.
-    """
-    timed = min(count, 8) if device.type == "cpu" else count
-    batch = example(timed, px, device)
-    seconds = []
-    with leaving_no_trace(net, device):
-        for _ in range(3):
-            devices.synchronize(device)
-            start = time.perf_counter()
-            step(batch)
-            devices.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    return min(seconds) * count / timed
-
-
-def warm_up(net: nn.Module, step: Callable[[Batch], Tensor], count: int, px: int, device: torch.device) -> None:
-    """Compile `step`, forward and backward, for batches of `count` images of `px`; `net` stays as it is."""
-    with leaving_no_trace(net, device):
-        for _ in range(devices.steps_to_compile(device)):
-            for parameter in net.parameters():
-                parameter.grad = None
-            step(example(count, px, device))
-        devices.synchronize(device)

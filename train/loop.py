@@ -21,7 +21,7 @@ from train.console import Console, Silent
 from train.distributed import World
 from train.evaluation import Answers, answers
 from train.metrics.summary import balanced_accuracy
-from train.prepare import Run, choose_data, compile_and_distribute, decisions, prepare, reduction_warning
+from train.prepare import Run, choose_data, compile_and_distribute, prepare, reduction_warning
 from train.record import ENVIRONMENT, RunFolder, environment, read_decisions, read_result
 from train.result import finish
 from train.workspace import Workspace
@@ -126,16 +126,16 @@ def _train(
     if (warning := reduction_warning(run.loaders["test"])) and warning not in workspace.warned:
         workspace.warned.add(warning)
         console.warn(warning)
-    compile_and_distribute(run, workspace, progress, console)
+    compile_and_distribute(run, progress, console)
     mark = time.perf_counter()
     if state:
-        run.load(state)
+        run.load(state, progress.step)
         checkpoint.set_random_states(device, state["random"], world.rank, (config.seed, progress.step))
         say(f"{out}: going on at step {progress.step} of {run.total}")
     if folder is not None:
         folder.rewind(state["metrics_bytes"] if state else 0, progress.step)
-        folder.write(ENVIRONMENT, environment(run.data, devices.environment(device), decisions(run), world.size))
-    for name, taken in run.decided.items():
+        folder.write(ENVIRONMENT, environment(run.data, devices.environment(device), run.decisions, world.size))
+    for name, taken in run.decisions.items():
         say(f"{name}: {taken.value} ({taken.reason})")
     sizes = ", ".join(f"{split} {len(selection)}" for split, selection in selections.items())
     say(f"images: {sizes}; {len(run.sizes)} epochs, {run.total} steps of {config.batch_size} images")
@@ -160,7 +160,7 @@ def _train(
             bad, step, lr = values[len(good)], first + len(good), rates[len(good)]
             raise DermscaleError(
                 f"the loss is {bad} at step {step} (epoch {progress.epoch + 1}, learning rate {lr:.3g}): "
-                f"use a lower --lr{'' if run.precision == 'fp32' else ' or --precision fp32'}"
+                f"use a lower --lr{'' if run.step.precision == 'fp32' else ' or --precision fp32'}"
             )
         rates.clear()
 
@@ -187,7 +187,7 @@ def _train(
 
     def evaluate(split: str, precision: str) -> Answers | None:
         began = time.perf_counter()
-        found = answers(run.reported, run.loaders[split], precision, world, functools.partial(between, split))
+        found = answers(run.step.reported, run.loaders[split], precision, world, functools.partial(between, split))
         progress.seconds["eval"] += time.perf_counter() - began
         return found
 
@@ -199,8 +199,7 @@ def _train(
         mark = time.perf_counter()
         for batch in _batches(loader, epoch, px, steps, progress):
             lr = learning_rate(config, progress.step, run.total)
-            losses[len(rates)] = run.backward((batch.images, batch.colour, batch.labels))
-            run.update(progress.step, lr)
+            losses[len(rates)] = run.step(batch.images, batch.colour, batch.labels, lr)
             rates.append(lr)
             progress.step += 1
             progress.epoch_step += 1
@@ -227,7 +226,7 @@ def _train(
         }
         line = f"epoch {epoch + 1:3d}/{len(run.sizes)}  loss {numbers['loss']:.4f}"
         due = (epoch + 1) % config.eval_epochs == 0 or epoch + 1 == len(run.sizes)
-        if due and (seen := evaluate("val", run.precision)):
+        if due and (seen := evaluate("val", run.step.precision)):
             numbers["val_balanced_accuracy"] = balanced_accuracy(seen.logits, selections["val"].labels)
             line += f"  val balanced accuracy {numbers['val_balanced_accuracy']:.3f}"
         line += f"  {numbers['img_per_s']:.1f} img/s  data wait {100 * numbers['data_wait_fraction']:.1f} %"

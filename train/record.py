@@ -12,7 +12,9 @@ import json
 import os
 import platform
 import socket
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +32,7 @@ from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read
 if TYPE_CHECKING:
     from shards.shardset import ShardSet
     from train.board import Board
+    from train.device import Decision
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, PREDICTIONS, WEIGHTS, LOG = "metrics.jsonl", "predictions.parquet", "model.safetensors", "log.txt"
@@ -145,7 +148,9 @@ class RunFolder:
         write_durably(self.path / name, to_json(content))
 
 
-def environment(data: "ShardSet", device: dict[str, Any], decisions: dict[str, Any], world_size: int) -> dict[str, Any]:
+def environment(
+    data: "ShardSet", device: dict[str, Any], decisions: "Mapping[str, Decision]", world_size: int
+) -> dict[str, Any]:
     """Where and on what a run took place."""
     versions = {}
     for name in _PACKAGES:
@@ -169,7 +174,7 @@ def environment(data: "ShardSet", device: dict[str, Any], decisions: dict[str, A
             "source": data.manifest.source,
         },
         "world_size": world_size,
-        "decisions": decisions,
+        "decisions": {name: asdict(taken) for name, taken in decisions.items()},
     }
 
 

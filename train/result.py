@@ -18,7 +18,7 @@ from train.evaluation import Answers
 from train.loss import LOGITS_PRIOR
 from train.metrics.calibration import at_prior, softmax
 from train.metrics.summary import balanced_accuracy, evaluate
-from train.prepare import Run, decisions
+from train.prepare import Run
 from train.record import RESULT, WEIGHTS, RunFolder, write_predictions
 from train.weights import write_weights
 
@@ -62,7 +62,7 @@ def finish(
     about = {"prior": prior, "temperature": repr(temperature)}
     write_predictions(folder.path, run.data, {s: (one.samples, one.logits) for s, one in parts.items()}, shares, about)
     if WEIGHTS not in unwanted:
-        write_weights(folder.path / WEIGHTS, run.reported.body, _metadata(run, prior, temperature))
+        write_weights(folder.path / WEIGHTS, run.step.reported.body, _metadata(run, prior, temperature))
     parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
     score = metrics["balanced_accuracy"]
     seconds = {"train": progress.train_s, **progress.seconds, "write": time.perf_counter() - began}
@@ -95,7 +95,7 @@ def finish(
         "peak_memory_bytes": devices.peak_memory_bytes(run.world.device),
         "device": devices.describe(run.world.device),
         "world_size": run.world.size,
-        "decisions": decisions(run),
+        "decisions": {name: asdict(taken) for name, taken in run.decisions.items()},
         "shard_set_sha256": run.data.manifest.index_sha256,
     }
     folder.write(RESULT, result)
@@ -128,8 +128,8 @@ def _metadata(run: Run, prior: str, temperature: float) -> dict[str, str]:
         "model": run.config.model,
         "resolution": str(run.config.resolution),
         "classes": json.dumps(CLASSES),
-        "mean": json.dumps(run.reported.head.mean.tolist()),
-        "std": json.dumps(run.reported.head.std.tolist()),
+        "mean": json.dumps(run.step.reported.head.mean.tolist()),
+        "std": json.dumps(run.step.reported.head.std.tolist()),
         "encode": json.dumps(asdict(run.data.manifest.encode)),
         "eval_crop": repr(run.loaders["test"].augment.eval_crop),
         "logits_prior": prior,

@@ -4,20 +4,15 @@ A grid's worker trains many cells of one model; the second and later ones find t
 left in it: weights are drawn anew from the next run's seed and copied into the network's own memory.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from shards import ShardSet
 from shards.engines.choose import EnginePool
-from train import device as devices
 from train import distributed, models
 from train.checkpoint import seed_everything
+from train.compiling import Compilation
 from train.config import Config
-from train.device import Decision
 from train.distributed import World
 from train.models import Classifier
 
@@ -31,18 +26,10 @@ class Workspace:
         """Of the sets that are open."""
         self._key: tuple[Any, ...] = ()
         self._net: Classifier | None = None
-        self._processes = 1  # that train it together
-        self._compiled: Callable[..., Tensor] | None = None
-        self.images_ahead = 0
-        """Images that later runs will train this network on: they share the cost of compiling it."""
-        self.decision: Decision | None = None
-        """What `--compile auto` came to for this network; later runs keep to it, so that they stay comparable."""
-        self.tried = False
-        """Whether that decision has been put to the test by timing both."""
+        self.compilation = Compilation()
+        """Of the network."""
         self.warned: set[str] = set()
         """Warnings that hold for many runs and have been given once."""
-        self.warm: set[tuple[Any, ...]] = set()
-        """What the compiled network has already been compiled for: (samples, px, precision)."""
 
     def open(self, path: str | Path) -> ShardSet:
         """The shard set in a folder, opened once, and again only where its manifest has changed."""
@@ -82,19 +69,8 @@ class Workspace:
         self.forget()
         if config.sync_batch_norm and world.size > 1:
             distributed.sync_batch_norm(fresh, world.device)
-        self._key, self._net, self._processes = key, fresh.to(world.device).train(), world.size
+        self._key, self._net = key, fresh.to(world.device).train()
         return self._net
-
-    def compiled(self, sizes: int) -> Callable[..., Tensor]:
-        """The network in hand as `torch.compile` gives it, for so many static shapes; compiled when first called."""
-        if self._net is None:
-            raise ValueError("no network yet")
-        # beyond its limit torch.compile would go back to eager without a word
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * (sizes + len(self.warm)))
-        if self._compiled is None:
-            mode = devices.compile_mode(self._net.head.mean.device, self._processes)
-            self._compiled = torch.compile(self._net, dynamic=False, mode=mode)
-        return self._compiled
 
     def close(self) -> None:
         """Let everything go."""
@@ -103,8 +79,5 @@ class Workspace:
 
     def forget(self) -> None:
         """Let the network and its compiled code go."""
-        self._key, self._net, self.decision, self.tried = (), None, None, False
-        if self._compiled is not None:
-            self._compiled = None
-            torch.compiler.reset()
-        self.warm.clear()
+        self._key, self._net = (), None
+        self.compilation.forget()

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from train.config import Config
+from train import models
+from train.config import Config, resolved
+from train.step import TrainingStep
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -30,6 +32,13 @@ def small(data: Path, **changes: Any) -> Config:
         "checkpoint_s": 0.0,
     }
     return Config(**(settings | changes))
+
+
+def step_of(config: Config, precision: str = "fp32") -> TrainingStep:
+    """A training step on the CPU without data: a new network, as `config` names it, for seven classes."""
+    torch.manual_seed(config.seed)
+    net = models.build(config.model, config.resolution, 7, (0.7, 0.5, 0.4), (0.2, 0.15, 0.1)).train()
+    return TrainingStep(net, resolved(config, models.family(config.model)), [30, 40, 100, 10, 90, 600, 20], precision)
 
 
 def at(call: int, action: Callable[[], bool]) -> Callable[[], bool]:

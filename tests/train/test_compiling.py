@@ -1,15 +1,17 @@
-"""Whether compiling pays: the rule, and the trial that has the last word on a CPU."""
+"""Whether compiling pays off: the rule, the timing that checks it on a CPU, and what a process keeps."""
 
 import time
 from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.support.train_runs import small
+from tests.support.train_runs import small, step_of
 from train import compiling, models
 from train import device as devices
 from train.config import resolved
+from train.console import Silent
 from train.distributed import World
 from train.prepare import choose_data, prepare
 from train.workspace import Workspace
@@ -23,13 +25,13 @@ def never():
 
 @pytest.mark.parametrize("wanted", ["on", "off"])
 def test_what_is_asked_for_is_done(wanted):
-    assert compiling.decide(wanted, 21, CPU, never).value == wanted
+    assert compiling.choose(wanted, 21, CPU, never).value == wanted
 
 
 def test_a_short_run_does_not_pay_for_compiling_and_a_long_one_does():
     for device, seconds in ((CPU, 21 * 3.5 / 0.05), (CUDA, (10 + 21 * 0.5) / 0.2)):
-        assert compiling.decide("auto", 21, device, lambda s=seconds: 0.9 * s).value == "off"
-        assert compiling.decide("auto", 21, device, lambda s=seconds: 1.1 * s).value == "on"
+        assert compiling.choose("auto", 21, device, lambda s=seconds: 0.9 * s).value == "off"
+        assert compiling.choose("auto", 21, device, lambda s=seconds: 1.1 * s).value == "on"
 
 
 def test_a_ramp_is_charged_for_every_size_that_is_compiled(tiny_shards, monkeypatch):
@@ -42,8 +44,8 @@ def test_a_ramp_is_charged_for_every_size_that_is_compiled(tiny_shards, monkeypa
         with ExitStack() as stack:
             selections = choose_data(config, workspace.open(tiny_shards), "batchnorm", world)
             run = prepare(config, "batchnorm", world, workspace, selections, None, stack)
-            reasons.append(run.decided["compile"].reason)
-            layers = models.depth(run.net)
+            reasons.append(run.decisions["compile"].reason)
+            layers = models.depth(run.step.net)
     for reason, sizes, steps in zip(reasons, (1, 3), (32, 4 * (3 / 9 + 3 * 4 / 9 + 2)), strict=True):
         costs = f"compiling takes about {3.5 * layers * sizes:.0f} s and training without it about {steps:.0f} s"
         assert reason.startswith(costs), reason
@@ -55,50 +57,47 @@ def test_a_gpu_of_one_process_gets_graphs(tiny_shards, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda net, **options: asked.append(options) or net)
     monkeypatch.setattr(devices, "compile_mode", lambda device, processes: f"{device.type} {processes}")
-    workspace, config = Workspace(), resolved(small(tiny_shards), "batchnorm")
-    workspace.network(config, workspace.open(tiny_shards), World())
-    workspace.compiled(1)
+    config, compilation = resolved(small(tiny_shards, compile="on"), "batchnorm"), compiling.Compilation()
+    step = step_of(config)
+    compilation.decide(step, config, [32], 8, World(), None)
+    compilation.compile(step, config, [32], World(), Silent())
     assert asked == [{"dynamic": False, "mode": "cpu 1"}]
 
 
 def test_graphs_are_recorded_before_training(monkeypatch):
-    monkeypatch.setattr(compiling, "example", lambda *_: None)
+    monkeypatch.setattr(compiling, "example", lambda *_: ())
     monkeypatch.setattr(compiling, "leaving_no_trace", lambda *_: nullcontext())
     monkeypatch.setattr(devices, "synchronize", lambda device: None)
     net, grads = torch.nn.Linear(2, 2), []
 
-    def step(batch):
+    def backward():
         grads.append(net.weight.grad)
         net.weight.grad = torch.ones(2, 2)
 
     for device, times in ((CUDA, 3), (CPU, 1)):
-        compiling.warm_up(net, step, 4, 32, device)
+        compiling.warm_up(SimpleNamespace(net=net, backward=backward, device=device), 4, 32)
         assert grads == [None] * times
         grads.clear()
 
 
 def test_without_a_compiler_it_is_off(monkeypatch):
     monkeypatch.setattr(compiling, "compiler", lambda: None)
-    assert "no C++ compiler" in compiling.decide("on", 21, CPU, never).reason
+    assert "no C++ compiler" in compiling.choose("on", 21, CPU, never).reason
 
 
 @pytest.mark.parametrize(("eager_s", "compiled_s", "value"), [(0.002, 0.1, "off"), (0.1, 0.002, "on")])
 def test_the_faster_one_is_kept_and_the_network_stays(eager_s, compiled_s, value):
-    net = torch.nn.BatchNorm2d(3)
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-    def step(seconds):
-        def run(batch):
-            time.sleep(seconds)
-            loss = net(batch[0].float()).sum()
-            loss.backward()
-            return loss.detach()
-
-        return run
-
+    step = step_of(small("no data"))
+    before = {name: tensor.clone() for name, tensor in step.net.state_dict().items()}
     random_state = torch.get_rng_state()
-    found = compiling.faster(net, step(eager_s), step(compiled_s), 2, 8, CPU)
-    assert found.value == value
-    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-    assert all(parameter.grad is None for parameter in net.parameters())
+    step.net.register_forward_pre_hook(lambda *_: time.sleep(eager_s))
+
+    def compiled(*batch):
+        time.sleep(compiled_s)
+        return step.net.forward(*batch)  # without the hook
+
+    step.model = compiled
+    assert compiling.faster(step, 2, 32).value == value
+    assert all(torch.equal(before[name], tensor) for name, tensor in step.net.state_dict().items())
+    assert all(parameter.grad is None for parameter in step.net.parameters())
     assert torch.equal(random_state, torch.get_rng_state())

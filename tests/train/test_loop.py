@@ -16,13 +16,13 @@ from shards.common.errors import DataError, DermscaleError, UsageError
 from shards.engines import dali
 from shards.format import CLASSES
 from tests.support.train_runs import assert_same_run, at, losses, small, weights
-from train import loop
 from train.console import Silent
 from train.distributed import World
 from train.loop import Stopped, train_once
 from train.metrics.summary import balanced_accuracy
 from train.record import write_predictions
 from train.result import used_temperature
+from train.step import TrainingStep
 from train.study.table import finished
 from train.workspace import Workspace
 
@@ -191,14 +191,14 @@ def test_steps_instead_of_epochs(tiny_shards: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_names_its_step(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_backward = loop.Run.backward
+    true_step = TrainingStep.__call__
     calls = []
 
-    def backward(self, batch, *rest):
+    def step(self, *batch):
         calls.append(1)
-        return true_backward(self, batch, *rest) * (math.nan if len(calls) >= 6 else 1.0)
+        return true_step(self, *batch) * (math.nan if len(calls) >= 6 else 1.0)
 
-    monkeypatch.setattr(loop.Run, "backward", backward)
+    monkeypatch.setattr(TrainingStep, "__call__", step)
     with pytest.raises(DermscaleError, match=r"loss is nan at step 5 \(epoch 2.*--lr"):
         train_once(small(tiny_shards, checkpoint_s=1e6), tmp_path / "run")
     assert len(calls) == 8  # it was noticed when the losses were fetched, at the end of the epoch

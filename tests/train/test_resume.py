@@ -18,7 +18,6 @@ from train import device as devices
 from train.config import Config
 from train.loop import Stopped, train_once
 from train.record import environment, read_decisions
-from train.workspace import Workspace
 
 PLAIN = {}
 """SGD, batch norm."""
@@ -180,10 +179,10 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_decisions(
     def anew(*_: object) -> None:
         pytest.fail("decided anew")
 
-    monkeypatch.setattr("train.prepare._decide_to_compile", anew)
-    monkeypatch.setattr("train.prepare._try_out", anew)
+    monkeypatch.setattr("train.compiling.choose", anew)
+    monkeypatch.setattr("train.compiling.faster", anew)
     monkeypatch.setattr("train.compiling.warm_up", lambda *_: None)
-    monkeypatch.setattr(Workspace, "compiled", lambda workspace, sizes: workspace._net)
+    monkeypatch.setattr(torch, "compile", lambda net, **_: net)
     result = train_once(config, out, resume=True)
     assert result["decisions"] == environment["decisions"]
     assert json.loads((out / "environment.json").read_text())["decisions"] == environment["decisions"]

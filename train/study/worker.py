@@ -131,7 +131,7 @@ def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
         try:
             if not prepared:
                 world, prepared = _world(order.config.device), True
-            workspace.images_ahead = order.images_ahead
+            workspace.compilation.images_ahead = order.images_ahead
             result = train_once(
                 order.config,
                 order.out,

@@ -1,0 +1,135 @@
+"""The training step against the same arithmetic written out with plain PyTorch, bit for bit on the CPU."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support.train_runs import small, step_of
+from train.compiling import example
+from train.config import Config
+from train.distributed import World
+from train.step import TrainingStep
+
+COUNTS = torch.tensor([30.0, 40, 100, 10, 90, 600, 20])
+CPU = torch.device("cpu")
+SGD, ADAMW = {"model": "test_resnet"}, {"model": "test_vit"}
+
+
+def config(**changes: object) -> Config:
+    return small("no data", batch_size=8, **changes)  # type: ignore[arg-type]
+
+
+def by_hand(step: TrainingStep, lr: float, clip: float | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Five steps on one batch with the optimizer of a copy of the step's network; the losses, and the weights."""
+    net = copy.deepcopy(step.net)
+    known = {id(parameter): name for name, parameter in step.net.named_parameters()}
+    own = dict(net.named_parameters())
+    groups = [
+        {"params": [own[known[id(p)]] for p in group["params"]], "weight_decay": group["weight_decay"]}
+        for group in step.optimizer.param_groups
+    ]
+    if isinstance(step.optimizer, torch.optim.SGD):
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    images, colour, labels = example(8, 32, CPU)
+    losses = []
+    for _ in range(5):
+        logits = net(images, colour) + (COUNTS.double() / COUNTS.double().sum()).log().float()
+        loss = F.cross_entropy(logits, labels, reduction="sum") / 8
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, net.state_dict()
+
+
+@pytest.mark.parametrize(("changes", "clip"), [(SGD, None), (SGD | {"clip": 0.1}, 0.1), (ADAMW, 1.0)])
+def test_a_step_equals_plain_pytorch_bit_for_bit(changes: dict, clip: float | None) -> None:
+    step = step_of(config(**changes))
+    losses, weights = by_hand(step, 0.01, clip)
+    batch = example(8, 32, CPU)
+    assert [step(*batch, lr=0.01).item() for _ in range(5)] == losses
+    assert all(torch.equal(weights[name], value) for name, value in step.net.state_dict().items())
+    assert step.done == 5
+    assert all(parameter.grad is None for parameter in step.net.parameters())
+
+
+def test_clipping_shortens_the_gradient_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer, *_: norms.append(norm(optimizer)))
+
+    def norm(optimizer: torch.optim.Optimizer) -> float:
+        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        return float(torch.cat(grads).norm())
+
+    for clip in (None, 0.05, 1e6):
+        step_of(config(clip=clip))(*example(8, 32, CPU), lr=0.1)
+    assert norms[0] == norms[2] > 0.05
+    assert norms[1] == pytest.approx(0.05, rel=1e-4)
+
+
+def test_the_average_follows_its_definition() -> None:
+    """decay · average + (1 − decay) · weights, with the decay of (1 + t) / (10 + t) at first; buffers are copied."""
+    step = step_of(config(ema=0.25))
+    expected = {name: p.detach().double() for name, p in step.net.named_parameters()}
+    for t in range(4):
+        step(*example(8, 32, CPU), lr=0.05)
+        decay = min(0.25, (1 + t) / (10 + t))
+        for name, weight in step.net.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * weight.detach().double()
+    assert step.reported is not step.net
+    for name, value in step.reported.named_parameters():
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6)
+    for average, buffer in zip(step.reported.buffers(), step.net.buffers(), strict=True):
+        assert torch.equal(average, buffer)
+    assert step_of(config()).average is None
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_weights_and_loss_in_float32() -> None:
+    seen = []
+    for precision in ("fp32", "bf16"):
+        step = step_of(config(), precision)
+        step.net.body.conv1.register_forward_hook(lambda *args: seen.append(args[2].dtype))  # type: ignore[union-attr]
+        seen.append(step(*example(8, 32, CPU), lr=0.01))
+        assert {p.dtype for p in step.net.parameters()} == {torch.float32}
+    assert (seen[0], seen[2]) == (torch.float32, torch.bfloat16)
+    assert seen[1].dtype == seen[3].dtype == torch.float32
+    assert seen[1] != seen[3]
+    torch.testing.assert_close(seen[1], seen[3], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "class-weighted"])
+def test_the_loss_is_the_mean_over_the_global_batch(kind: str) -> None:
+    """Two slices, as of two processes, add up to the loss of the whole batch; class weights divide by their sum."""
+    batch = example(8, 32, CPU)
+    step = step_of(config(loss=kind, model="test_vit"))
+    whole = step.backward(*batch)
+    weights = step.loss(torch.zeros(8, 7), batch[2])[1]
+
+    class Two(World):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            assert weights is not None
+            return values.copy_(weights)
+
+    step.world = Two()
+    parts = [step.backward(*(part[a:b] for part in batch)) for a, b in ((0, 3), (3, 8))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_a_step_goes_on_from_its_state() -> None:
+    batch = example(8, 32, CPU)
+    whole, first, second = (step_of(config(ema=0.9, model="test_vit")) for _ in range(3))
+    for _ in range(4):
+        whole(*batch, lr=0.01)
+    for _ in range(2):
+        first(*batch, lr=0.01)
+    second.load_state_dict(copy.deepcopy(first.state_dict()), first.done)
+    for _ in range(2):
+        second(*batch, lr=0.01)
+    for a, b in ((whole.net, second.net), (whole.reported, second.reported)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

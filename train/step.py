@@ -1,0 +1,131 @@
+"""One training step: forward, loss, backward, update, in this order and with nothing that waits for the device.
+
+A run builds one (`train/prepare.py`) and calls it once for each batch (`train/loop.py`). It needs neither a shard set
+nor a run folder, so anything that has a network and a batch can take the same step, a benchmark for example.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train import device as devices
+from train import models
+from train.config import Config
+from train.distributed import World
+from train.loss import Loss
+from train.models import Classifier
+
+
+class TrainingStep:
+    """`loss = step(images, colour, labels, lr)`: one optimizer step on this process's share of a global batch.
+
+    net: the network, which owns the weights. model: what the step calls, one of: `net`, its compiled form, or either
+    of them wrapped for several processes. precision: `fp32`, `bf16` or `fp16`. world: the processes that share each
+    global batch; one until `distribute`. done: optimizer steps so far.
+    """
+
+    def __init__(self, net: Classifier, config: Config, class_counts: list[int], precision: str) -> None:
+        """Take `net` as it is, on its device. config: resolved. class_counts: training images of each class, (C,)."""
+        self.device = net.head.mean.device
+        self.net = net
+        self.model: Callable[..., Tensor] = net
+        self.loss = Loss(config.loss, class_counts, self.device)
+        self.optimizer = devices.optimizer(
+            models.parameter_groups(net, config.weight_decay or 0.0), config.optimizer or "", config.lr or 0.0
+        )
+        self.precision = precision
+        self.scaler = devices.scaler(self.device, precision)
+        self.batch_size = config.batch_size
+        self.clip = config.clip
+        self.average = Average(net, config.ema) if config.ema else None
+        self.world = World(device=self.device)
+        self.done = 0
+
+    def __call__(self, images: Tensor, colour: Tensor, labels: Tensor, lr: float) -> Tensor:
+        """Update the weights once; return this process's share of the global batch's mean loss, () on the device.
+
+        images (N, 3, H, W) uint8, colour (N, 3, 4) float32, labels (N,) int64, as in `shards.Batch`. No host sync.
+        """
+        loss = self.backward(images, colour, labels)
+        self.update(lr)
+        return loss
+
+    def backward(self, images: Tensor, colour: Tensor, labels: Tensor) -> Tensor:
+        """Forward pass, loss and backward pass: add the gradients of the share that is returned."""
+        with devices.autocast(self.device, self.precision):
+            logits = self.model(images, colour)
+        total, weight = self.loss(logits, labels)
+        share = total / (self.batch_size if weight is None else self.world.sum(weight.detach()))
+        # times the number of processes, because DistributedDataParallel takes the mean of their gradients
+        self.scaler.scale(share * self.world.size).backward()
+        return share.detach()
+
+    def update(self, lr: float) -> None:
+        """Clip the gradients, update the weights with them, drop them, and update the average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            devices.clip_gradients(self.net.parameters(), self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.done)
+        self.done += 1
+
+    @property
+    def reported(self) -> Classifier:
+        """The network with the weights that are evaluated and saved: the averaged ones if there is an average."""
+        return self.net if self.average is None else self.average.net
+
+    def distribute(self, world: World) -> None:
+        """Share each global batch with the other processes of `world` from now on. Comes after compiling."""
+        self.world = world
+        self.model = world.wrap(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps. Tensors have the network's own names: no prefix of the compiler or of DDP."""
+        return {
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.net.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], done: int) -> None:
+        """Go on from what `state_dict` gave after `done` steps."""
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty if the run was not in fp16 before
+            self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.net.load_state_dict(state["average"])
+        self.done = done
+
+
+class Average:
+    """An exponential moving average (EMA) of a network's weights, on its device.
+
+    After every step, `net` holds decay · average + (1 − decay) · weights. The decay starts lower, (1 + t) / (10 + t) at
+    step t, so that the random start is soon forgotten (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
+    Buffers (running means) are copied.
+    """
+
+    def __init__(self, net: Classifier, decay: float) -> None:
+        """decay: in (0, 1); 0.999 remembers about 1,000 steps."""
+        self.decay = decay
+        self.net = copy.deepcopy(net).requires_grad_(False)
+        self._averages = [parameter.detach() for parameter in self.net.parameters()]
+        self._weights = [parameter.detach() for parameter in net.parameters()]
+        self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
+
+    def update(self, step: int) -> None:
+        """Include the weights after `step` (0 the first)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averages, self._weights, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        for average, buffer in self._buffers:
+            average.copy_(buffer)

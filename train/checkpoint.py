@@ -1,4 +1,4 @@
-"""One file from which an interrupted run goes on as if nothing had happened: the old one or the new one, whole."""
+"""The checkpoint: one file from which an interrupted run continues to the same weights. It is replaced as a whole."""
 
 import pickle
 import random
@@ -21,9 +21,9 @@ VERSION = 1
 class Progress:
     """How far a run has come. Times are in seconds, summed over restarts.
 
-    step: optimizer steps done. epoch: epochs done, their evaluation included; epoch_…: of the one that is under way.
-    images: seen in training. train_s, wait_s: of training, and the part of it spent waiting for data. seconds: of what
-    is not training.
+    step: optimizer steps done. epoch: epochs done, with their evaluation; epoch_…: of the current one. images: seen in
+    training. train_s: time of training; wait_s: the part of it spent waiting for data. loss: mean of the last epoch.
+    seconds: all other time, by what it was spent on.
     """
 
     step: int = 0
@@ -39,7 +39,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("start", "compile", "eval", "save"), 0.0))
 
     def end_epoch(self, images: int) -> None:
-        """Add the epoch under way, of `images` images, to the sums."""
+        """Add the current epoch, of `images` images, to the sums."""
         self.loss = self.epoch_loss / self.epoch_step
         self.images += images
         self.train_s += self.epoch_train_s
@@ -55,7 +55,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
 
 class _Plain:
-    """A file for torch.save that hands on the operating system's own error (a full disk) instead of torch's."""
+    """A file for torch.save that raises the operating system's own error (a full disk) instead of torch's."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -68,9 +68,9 @@ class _Plain:
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """The state of a run folder on the CPU, or None where there is none yet.
+    """The state in a run folder, with tensors on the CPU; None if there is no checkpoint yet.
 
-    Read with `weights_only`: a checkpoint cannot run code. Raises DataError where it is damaged or of another version.
+    It is read with `weights_only`, so it cannot run code. Raises DataError if it is damaged or of another version.
     """
     path = folder / FILE
     if not path.exists():
@@ -81,12 +81,12 @@ def load(folder: Path) -> dict[str, Any] | None:
         reason = one_line(error, 160)
         raise DataError(f"{path}: damaged ({reason}); delete it to start the run from its beginning") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise DataError(f"{path}: of another release; delete it to start the run from its beginning")
+        raise DataError(f"{path}: written by another release; delete it to start the run from its beginning")
     return state
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The generators of torch, numpy and Python, in plain types."""
+    """The states of the random generators of torch, numpy and Python, in plain types."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": devices.random_state(device),
@@ -96,9 +96,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(device: torch.device, states: list[dict[str, Any]], rank: int, position: tuple[int, int]) -> None:
-    """Put back what `random_state` gave on this rank.
+    """Restore what `random_state` gave on this rank.
 
-    A rank that was not there then is seeded from the position, (seed, step), so that its draws are new and known.
+    A rank that did not exist then is seeded from the position, (seed, step): its numbers are new but reproducible.
     """
     if rank >= len(states):
         seed_everything((position[0] << 32) + position[1], rank)
@@ -110,7 +110,7 @@ def set_random_states(device: torch.device, states: list[dict[str, Any]], rank: 
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed torch (all devices), numpy and Python. Ranks differ, so that their dropout masks do; rank 0 has the seed."""
+    """Seed torch (all devices), numpy and Python. Each rank has a seed of its own for dropout; rank 0 has `seed`."""
     own = (seed + rank * 0x9E3779B97F4A7C15) % 2**64
     torch.manual_seed(own - 2**64 if own >= 2**63 else own)
     np.random.seed(own % 2**32)

@@ -1,10 +1,12 @@
-"""The settings of one training run, and their defaults by model family. A run is a function of these and the data."""
+"""The settings of a run: fields, options, limits, defaults by model family, schedules. A run depends on them and the
+data alone."""
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from shards.common.errors import DataError, UsageError
 
@@ -13,21 +15,21 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("auto", "on", "off")
 ENGINES = ("auto", "native", "dali", "resident")
 FORWARD_AND_BACKWARD = 3
-"""FLOPs of a training step over those of its forward pass: the backward pass has two products for each one (Kaplan et
-al. 2020, arXiv:2001.08361, section 2.1)."""
+"""FLOPs of a training step over those of its forward pass: the backward pass computes two products for each product of
+the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1)."""
 RAMP_STEP_PX = 32
 RAMP_END = 0.75
-"""The resolution ramp reaches the full size after this share of the epochs, so that the last quarter trains at it."""
+"""The resolution ramp reaches the full size after this share of the epochs; the last quarter trains at full size."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The optimizer of a model family.
 
-    lr: the peak learning rate for a global batch of 64 from random weights. lr_power: it grows with
-    (batch / 64) ** lr_power, linearly for SGD (Goyal et al. 2017, arXiv:1706.02677) and by the root for Adam
+    lr: peak learning rate for a global batch of 64 and random weights. lr_power: the rate grows with
+    (batch / 64) ** lr_power: linearly for SGD (Goyal et al. 2017, arXiv:1706.02677), with the square root for Adam
     (Malladi et al. 2022, arXiv:2205.10287). warmup: share of all steps. clip: largest gradient norm, or None.
-    finetune: what `lr` is multiplied by when training starts from given weights.
+    finetune: factor of `lr` if training starts from given weights.
     """
 
     optimizer: str
@@ -48,63 +50,65 @@ RECIPES = {
 everything else (ViT, Mixer, ConvNeXt, Swin …)."""
 
 
+def _option(default: Any, help: str, **more: Any) -> Any:
+    """A field of Config that is a command-line option too; `training_options` makes the option.
+
+    default: `...` if there is none. more: choices: all allowed values. least: the smallest allowed one. path: True for
+    a file or folder. shown: what `--help` shows as the default. run_only: True if a grid has no such option.
+    """
+    metadata = {"help": help, **more}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Config:
-    """One run. What is None here is filled in by `resolved` from the model's family.
+    """The settings of one run, and their defaults: `train.run` and the other commands make their options from these.
 
-    data: folder of the shard set. fraction: share of the training lesions, in (0, 1]. batch_size: the global one.
-    resolution, start_resolution: pixels a side; the latter starts a ramp. epochs: passes over the training images;
-    steps: optimizer steps instead of epochs (a grid with equal steps), or None. lr: peak learning rate.
-    warmup: share of the steps. ema: decay of the averaged weights, or None. checkpoint_s: least seconds between two
-    checkpoints. eval_epochs: epochs from one evaluation on the validation split to the next.
+    What is None is filled in by `resolved` from the model's family. Fields without an option: steps: optimizer steps in
+    place of epochs (a grid with equal steps). warmup: share of the steps. clip: largest gradient norm.
     """
 
-    model: str
-    data: str = "data/shards"
-    fraction: float = 1.0
-    seed: int = 0
-    subset_seed: int = 0
-    epochs: int = 30
+    model: str = _option(
+        ..., "alexnet, resnet18/34/50/101/152, vit_b16, mixer_b16, or any name of timm.", run_only=True
+    )
+    data: str = _option("data/shards", "Folder of the shard set.", path=True)
+    fraction: float = _option(1.0, "Share of the training lesions, in (0, 1].", run_only=True)
+    seed: int = _option(0, "Seed of weights, order and augmentation.", least=0, run_only=True)
+    subset_seed: int = _option(0, "Seed that picks the lesions of a fraction.", least=0, run_only=True)
+    epochs: int = _option(30, "Passes over the training images.", least=1)
     steps: int | None = None
-    batch_size: int = 64
-    resolution: int = 224
-    start_resolution: int | None = None
+    batch_size: int = _option(64, "Images in a global batch, shared by all processes.", least=1)
+    resolution: int = _option(224, "Side of the images in px.", least=1)
+    start_resolution: int | None = _option(None, "Start at this side and go up in steps of 32 px.")
     optimizer: str | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: float | None = _option(None, "Peak learning rate, after the warm-up.", shown="by model")
+    weight_decay: float | None = _option(None, "Not applied to biases and normalisation.", shown="by model")
     warmup: float | None = None
     clip: float | None = None
-    loss: str = "logit-adjusted"
-    ema: float | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    compile: str = "auto"
-    engine: str = "auto"
-    pretrained: bool = False
-    weights: str | None = None
-    sync_batch_norm: bool = False
-    checkpoint_s: float = 60.0
-    eval_epochs: int = 1
+    loss: str = _option("logit-adjusted", "Cross-entropy", choices=LOSSES)
+    ema: float | None = _option(None, "Evaluate and save a moving average of the weights with this decay, e.g. 0.999.")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: str = _option("auto", "Number format of the matrix products", choices=PRECISIONS)
+    compile: str = _option("auto", "torch.compile", choices=COMPILE)
+    engine: str = _option("auto", "Loader", choices=ENGINES)
+    pretrained: bool = _option(False, "Start from ImageNet weights (downloaded once).")
+    weights: str | None = _option(None, "Start from the weights in this file (.safetensors or .pt).", path=True)
+    sync_batch_norm: bool = _option(False, "Batch norm over all processes of the job; needs GPUs.", run_only=True)
+    checkpoint_s: float = _option(60.0, "Minimum seconds between two checkpoints; 0: one after every step.")
+    eval_epochs: int = _option(1, "Evaluate on the validation split every so many epochs.", least=1)
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have. Raises UsageError naming the value, the limit and what to do."""
-        for name, least in (
-            ("epochs", 1),
-            ("eval_epochs", 1),
-            ("batch_size", 1),
-            ("resolution", 1),
-            ("seed", 0),
-            ("subset_seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is under {least}")
+        for one in fields(self):
+            value, option = getattr(self, one.name), f"--{one.name.replace('_', '-')}"
+            if "least" in one.metadata and value < one.metadata["least"]:
+                raise UsageError(f"{option} {value} is under {one.metadata['least']}")
+            if "choices" in one.metadata and value not in one.metadata["choices"]:
+                raise UsageError(f"{option} '{value}' is unknown: use one of {', '.join(one.metadata['choices'])}")
         if not 0.0 < self.fraction <= 1.0:
             raise UsageError(f"--fraction {self.fraction} is outside (0, 1]: 1 is the whole training split")
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"steps {self.steps} is under 1")
-        for name, known in (("loss", LOSSES), ("precision", PRECISIONS), ("compile", COMPILE), ("engine", ENGINES)):
-            if getattr(self, name) not in known:
-                raise UsageError(f"--{name} '{getattr(self, name)}' is unknown: use one of {', '.join(known)}")
         for name in ("lr", "weight_decay", "checkpoint_s", "clip"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0.0):
@@ -122,7 +126,7 @@ class Config:
 
     @property
     def batch_change(self) -> float:
-        """How the global batch compares with the one that the recipes are written for."""
+        """The global batch size over that of the recipes."""
         return self.batch_size / 64
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,8 +134,33 @@ class Config:
         return asdict(self)
 
 
+def training_options(command: Callable[..., Any], run_only: bool = False) -> Callable[..., Any]:
+    """Give a click command the options that are fields of Config; it gets them as keyword arguments of the same names.
+
+    run_only: add those that only `train.run` has.
+    """
+    import click
+
+    for one in reversed(fields(Config)):
+        about = one.metadata
+        if not about or (about.get("run_only") and not run_only):
+            continue
+        choices = f": {', '.join(about['choices'][:-1])} or {about['choices'][-1]}." if "choices" in about else ""
+        kind = next(kind for kind in (*get_args(one.type), one.type) if kind is not type(None))
+        command = click.option(
+            f"--{one.name.replace('_', '-')}",
+            type=click.Path() if about.get("path") else kind,
+            is_flag=kind is bool,
+            required=one.default is MISSING,
+            default=None if one.default is MISSING else one.default,
+            show_default=about.get("shown"),
+            help=about["help"] + choices,
+        )(command)
+    return command
+
+
 def resolved(config: Config, family: str) -> Config:
-    """`config` with everything that was left open filled in from the recipe of a model family."""
+    """`config` with every None that a recipe knows filled in from that of a model family."""
     recipe = RECIPES[family]
     lr = recipe.lr * config.batch_change**recipe.lr_power
     if config.pretrained or config.weights:
@@ -147,31 +176,31 @@ def resolved(config: Config, family: str) -> Config:
 
 
 def check_batch(batch_size: int, family: str, processes: int = 1) -> None:
-    """Raise UsageError where a global batch leaves a process fewer images than a model family can be trained on."""
+    """Raise UsageError if a global batch gives a process fewer images than a model family needs."""
     least = (2 if family == "batchnorm" else 1) * processes
     if batch_size < least:
-        why = "batch norm needs 2 images in each process" if family == "batchnorm" else "each process needs an image"
+        why = "batch norm needs 2 images in each process" if family == "batchnorm" else "each process needs 1 image"
         shared = f" with {processes} processes" if processes > 1 else ""
         raise UsageError(f"--batch-size {batch_size}{shared}: {why}; choose {least} or more")
 
 
 def read_config(path: Path) -> Config:
-    """The settings that a run folder's config.json holds. Raises DataError where it is missing or damaged."""
+    """The settings in a run folder's config.json. Raises DataError if it is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return Config(**{field.name: raw[field.name] for field in fields(Config)})
     except FileNotFoundError:
         raise DataError(f"{path.parent}: not a run folder (no {path.name})") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({error}); start the run anew in another folder") from None
+        raise DataError(f"{path}: damaged ({error}); start the run again in another folder") from None
 
 
 DECIDES_NOTHING = ("checkpoint_s", "eval_epochs", "data")
-"""Fields that may differ between a run and its continuation: the data are compared by the hash of their index."""
+"""Fields that may differ when a run is resumed. The data are compared by the hash of their index instead."""
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What differs between two configurations and would change the weights: `name: old, now new`."""
+    """The differences between two configurations that would change the weights: `name: old, now new`."""
     a, b = old.to_dict(), new.to_dict()
     return [f"{k}: {a[k]}, now {b[k]}" for k in a if a[k] != b[k] and k not in DECIDES_NOTHING]
 
@@ -180,7 +209,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
-    """The learning rate of `step` (0 the first) out of `total`: linear warm-up to `lr`, then a cosine to zero."""
+    """The learning rate of `step` (0 the first) of `total`: linear warm-up to `lr`, then a cosine to zero."""
     if config.lr is None or config.warmup is None:
         raise ValueError("the configuration is not resolved")
     warm = round(config.warmup * total)
@@ -200,8 +229,8 @@ def resolution_of(config: Config, epoch: int, epochs: int) -> int:
 
 
 def pixel_share(config: Config, epochs: int) -> float:
-    """The mean over `epochs` of the pixels an image is trained at, as a share of the full size's: 1 without a ramp.
+    """Pixels of a training image, as a share of those at full size, averaged over `epochs`: 1 without a ramp.
 
-    What a step costs grows about as they do.
+    The cost of a step is about proportional to them.
     """
     return sum((resolution_of(config, epoch, epochs) / config.resolution) ** 2 for epoch in range(epochs)) / epochs

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line an epoch, and on a terminal a bar in between."""
+"""What a run shows: one line per epoch, and a progress bar in between if it runs in a terminal."""
 
 import sys
 import time
@@ -9,23 +9,23 @@ import click
 
 
 class Console(Protocol):
-    """Where a run speaks. A grid's worker has one of its own."""
+    """Where a run shows its lines and its progress. A grid's worker has another one."""
 
     def say(self, text: str) -> None:
         """Show one line."""
         ...
 
     def warn(self, text: str) -> None:
-        """Show one line that asks for attention."""
+        """Show a warning, one line."""
         ...
 
     def at(self, phase: str, done: int, total: int) -> None:
-        """Show how far a phase (`epoch 3/12`, `test`) has come; called often."""
+        """Show the progress of a phase (`epoch 3/12`, `test`). Called often."""
         ...
 
 
 class Silent:
-    """Says nothing: for ranks after the first, and for library use."""
+    """Shows nothing: for ranks after the first, and for use as a library."""
 
     def say(self, text: str) -> None:
         """Nothing."""
@@ -38,7 +38,7 @@ class Silent:
 
 
 class Terminal:
-    """Lines on standard output, warnings and the bar on standard error; no bar where that is not a terminal."""
+    """Lines go to standard output, warnings and the bar to standard error. The bar needs a terminal."""
 
     REDRAW_S = 0.1
 
@@ -62,7 +62,7 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 

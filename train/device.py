@@ -1,4 +1,4 @@
-"""What depends on the device: the only file of train/ with lines for CUDA, so that CPU tests run every other one."""
+"""What depends on the device. Code for CUDA is in this file alone, so that tests on a CPU run all of the others."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Decision:
-    """What was taken, and why: kept in the log and the run record."""
+    """What `auto` chose, and why. It stands in the log and in the run folder."""
 
     value: str
     reason: str
@@ -31,8 +31,8 @@ class Decision:
 def choose(name: str, local_rank: int = 0) -> torch.device:
     """The device of a name: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
 
-    local_rank: position of this process among those of its machine; it picks the GPU. Raises UsageError for a device
-    that is unknown or not there.
+    local_rank: number of this process on its machine; it picks the GPU. Raises UsageError for a device that is unknown
+    or not there.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -51,7 +51,7 @@ def gpu_count() -> int:
 
 
 def gpu_uuid(device: torch.device) -> str | None:
-    """The GPU's name for its driver, `GPU-…` or `MIG-…`: NVML and CUDA may number GPUs differently. None for a CPU."""
+    """The driver's name of a GPU, `GPU-…` or `MIG-…`; None for a CPU. NVML and CUDA may number GPUs differently."""
     if device.type == "cpu":
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -59,9 +59,9 @@ def gpu_uuid(device: torch.device) -> str | None:
 
 
 def prepare(device: torch.device, *, keep_memory: bool = False) -> None:
-    """Settings of the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU.
+    """Set up the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU.
 
-    keep_memory: for training, on a CPU; what a step frees is kept for the next one, until `give_back`.
+    keep_memory: for training on a CPU: memory that a step frees is kept for the next one, until `give_back`.
     """
     if keep_memory and device.type == "cpu":
         keep_all_freed_memory()
@@ -73,13 +73,13 @@ def prepare(device: torch.device, *, keep_memory: bool = False) -> None:
 
 
 def give_back(device: torch.device) -> None:
-    """Give memory that was kept for training steps back to the system, where it is the CPU's."""
+    """On a CPU, give memory that was kept for training steps back to the system."""
     if device.type == "cpu":
         give_back_freed_memory()
 
 
 def describe(device: torch.device) -> str:
-    """The device's name for people."""
+    """The device's name as people know it. psutil does not know a CPU's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -88,7 +88,7 @@ def describe(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What of the device and its software belongs into a run's record."""
+    """The device and its software, for environment.json."""
     found: dict[str, Any] = {"device": str(device), "device_name": describe(device), "cuda": torch.version.cuda}
     if device.type == "cuda":
         found["capability"] = list(torch.cuda.get_device_capability(device))
@@ -107,13 +107,11 @@ def own_gpu(device: torch.device) -> list[int] | None:
     return [device.index] if device.type == "cuda" else None
 
 
-def synced_batch_norm(model: nn.Module, device: torch.device) -> nn.Module | None:
-    """`model` with PyTorch's own batch norm over all processes, which needs a GPU; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    from timm.layers.norm_act import convert_sync_batchnorm  # also those of timm that hold an activation
+def sync_batch_norm(model: nn.Module) -> None:
+    """Replace every batch norm in `model` by PyTorch's own over all processes, which needs a GPU for each."""
+    from timm.layers.norm_act import convert_sync_batchnorm  # also converts timm's layers with an activation inside
 
-    return convert_sync_batchnorm(model)
+    convert_sync_batchnorm(model)
 
 
 # ------------------------------------------------------------------ precision
@@ -128,7 +126,7 @@ def has_bf16_instructions() -> bool:
 def precision(device: torch.device, wanted: str) -> Decision:
     """The number format of the matrix products: `fp32`, `bf16` or `fp16`.
 
-    Raises UsageError where the device cannot compute in the wanted one.
+    Raises UsageError if the device cannot compute in the wanted one.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -140,7 +138,7 @@ def precision(device: torch.device, wanted: str) -> Decision:
         best = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
         return Decision(best, f"the best that a {where} does in hardware")
     if wanted == "fp16":
-        raise UsageError("--precision fp16: needs a GPU; use fp32, or bf16 where the CPU has it")
+        raise UsageError("--precision fp16: needs a GPU; use fp32, or bf16 if the CPU has it")
     if wanted != "auto":
         return Decision(wanted, "asked for")
     if has_bf16_instructions():
@@ -155,25 +153,25 @@ def autocast(device: torch.device, name: str) -> AbstractContextManager[Any]:
 
 
 def scaler(device: torch.device, name: str) -> torch.amp.GradScaler:
-    """The loss scaler that fp16 needs; in any other precision it passes everything through."""
+    """The loss scaler that fp16 needs; in any other precision it changes nothing."""
     return torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
 
 def compile_mode(device: torch.device, processes: int) -> str | None:
-    """The mode of `torch.compile`: `reduce-overhead` on a GPU, where its CUDA graphs launch a step at once.
+    """The mode of `torch.compile`: `reduce-overhead` on a GPU, where CUDA graphs launch a whole step at once.
 
-    At batches of 64 an H100 does ResNet-18's kernels faster than Python launches them: on one cached batch 12,149 img/s
-    with graphs and 4,077 eager (`benchmarks/results/gpu`). None, PyTorch's default, on a CPU, and where several
-    processes train, which nobody has tried.
+    With batches of 64, an H100 runs ResNet-18's kernels faster than Python launches them: on one cached batch it
+    trained 12,149 img/s with graphs and 4,077 without (`benchmarks/results/gpu`). None, PyTorch's default mode, on a
+    CPU, and for several processes, where graphs have not been tried.
     """
     return "reduce-overhead" if device.type == "cuda" and processes == 1 else None
 
 
 def steps_to_compile(device: torch.device) -> int:
-    """How many steps it takes until compiled code is all made.
+    """Steps until the compiled code is complete.
 
-    CUDA graphs run a first time as they are, are recorded the second and replayed the third: whatever can fail or takes
-    time in that belongs before training.
+    A CUDA graph is run in the first step, recorded in the second and replayed in the third. What fails or takes long in
+    them belongs before training.
     """
     return 3 if device.type == "cuda" else 1
 
@@ -182,7 +180,7 @@ def steps_to_compile(device: torch.device) -> int:
 
 
 def optimizer(groups: Iterable[dict[str, Any]], name: str, lr: float) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum 0.9, or AdamW, in one fused kernel (which needs no host sync for the loss scaler)."""
+    """SGD with Nesterov momentum 0.9, or AdamW. The fused kernels need no host sync for the loss scaler."""
     if name == "sgd-nesterov":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
     if name == "adamw":
@@ -191,7 +189,7 @@ def optimizer(groups: Iterable[dict[str, Any]], name: str, lr: float) -> torch.o
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
-    """Shorten the gradient to a norm of `largest` where it is longer; no host sync."""
+    """Shorten the gradient to a norm of `largest` if it is longer. No host sync."""
     torch.nn.utils.clip_grad_norm_(parameters, largest, error_if_nonfinite=False)
 
 
@@ -199,7 +197,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -213,7 +211,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory since `reset_peak_memory`: allocated on the GPU, or resident of this process on a CPU."""
+    """Peak memory since `reset_peak_memory`: allocated on the GPU, or this process's resident memory on a CPU.
+
+    psutil knows no peak on Linux.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

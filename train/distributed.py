@@ -1,7 +1,7 @@
-"""Several processes as one: torchrun's world, sums over it, decisions that all ranks take at the same step.
+"""Several processes that train one model: the world that torchrun describes, sums and decisions over its ranks.
 
 Each rank loads its slice of the same global batch (`shards/order.py`) and divides its loss by the denominator of the
-whole batch, so that the gradient is that of one process, however uneven the slices are.
+whole batch. So the gradient equals that of one process, however uneven the slices are.
 """
 
 import inspect
@@ -17,30 +17,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards.common.errors import DermscaleError, UsageError, one_line
+from shards.common.errors import DermscaleError, one_line
 from train import device as devices
 
 TIMEOUT = timedelta(minutes=10)
-"""A rank that answers nothing for so long counts as dead. One that exits is noticed at once."""
+"""A rank that does not answer for this long counts as dead. One that exits is noticed at once."""
 
 _T = TypeVar("_T")
 
 
 @dataclass
 class World:
-    """This process and its peers. One process alone has rank 0 of 1, and everything below does nothing."""
+    """This process and its peers. A single process has rank 0 of 1, and the methods below do nothing."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     restart: int = 0
-    """How often torchrun has started this job again after a failure."""
+    """How often torchrun has restarted this job after a failure."""
     flags: dist.ProcessGroup | None = None
     _pending: tuple[Tensor, dist.Work] | None = None
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     def wrap(self, model: Any) -> Any:
@@ -49,7 +49,7 @@ class World:
             return model
         ids = devices.own_gpu(self.device)
         parallel = nn.parallel.DistributedDataParallel
-        # buffers (running means) matter to evaluation only: `same_buffers` sends them once before it
+        # buffers (running means) are used in evaluation alone: `same_buffers` sends them once before it
         known = inspect.signature(parallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
         unsynced: dict[str, Any] = {option: False}
@@ -68,9 +68,9 @@ class World:
                 dist.broadcast(buffer, src=0)
 
     def agree(self, *wishes: bool) -> tuple[bool, ...]:
-        """Whether any rank had each wish one call ago. Every rank gets the same answer at the same call.
+        """For each wish: whether any rank had it at the previous call. All ranks get the same answer at the same call.
 
-        The answer is one call late so that nobody waits: the flags travel on the CPU while the next step computes.
+        The answer is one call late so that no rank waits: the flags travel on the CPU while the next step computes.
         """
         if self.size == 1:
             return wishes
@@ -86,7 +86,7 @@ class World:
         return tuple(bool(flag) for flag in before[0])
 
     def settle(self) -> None:
-        """Wait for flags that are still on their way."""
+        """Wait for the flags of the last `agree`, which may still be travelling."""
         if self._pending is not None:
             self._pending[1].wait()
             self._pending = None
@@ -107,7 +107,7 @@ class World:
         return parcel[0]
 
     def gather(self, mine: _T) -> list[_T]:
-        """What every rank has, in the order of ranks; an empty list on all but the first."""
+        """The values of all ranks, in their order, on the first rank; an empty list on the others."""
         if self.size == 1:
             return [mine]
         everything: list[Any] | None = [None] * self.size if self.first else None
@@ -115,16 +115,16 @@ class World:
         return everything or []
 
     def gather_rows(self, mine: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays joined along their first axis over the ranks; empty on all but the first."""
+        """The arrays of all ranks, joined along their first axis, on the first rank; empty on the others."""
         parts = self.gather(dict(mine))
         return {name: np.concatenate([part[name] for part in parts]) for name in mine} if parts else {}
 
 
 @contextmanager
 def world(device_name: str) -> Iterator[World]:
-    """The world that torchrun describes in the environment; one process alone where it does not.
+    """The world that torchrun describes in the environment variables; a single process without torchrun.
 
-    Raises UsageError for a device that is not there. A peer that dies raises DermscaleError here, never a hang.
+    Raises UsageError for a device that is not there. If a peer dies, DermscaleError is raised here; nothing hangs.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -147,7 +147,7 @@ def world(device_name: str) -> Iterator[World]:
         reason = one_line(error, 160)
         raise DermscaleError(
             f"rank {rank} of {size} lost another process of the job ({reason}); its own message says why it ended. "
-            "Start again with --resume to go on from the last checkpoint, with any number of processes"
+            "Start again with --resume to continue from the last checkpoint, with any number of processes"
         ) from None
     finally:
         if dist.is_initialized():
@@ -155,10 +155,10 @@ def world(device_name: str) -> Iterator[World]:
 
 
 def _store(restart: int) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
-    """Where the ranks find each other, apart for each life of the job.
+    """Where the ranks find each other: a separate space for each restart of the job.
 
-    torchrun's own store (torch 2.14, `--standalone`) outlives a restart, and a rank that is faster than its peers would
-    read the addresses of the dead ones there: seen in 3 of 5 restarts.
+    torchrun's own store (torch 2.14, `--standalone`) outlives a restart. A rank that is faster than its peers would
+    read the addresses of dead ones there: seen in 3 of 5 restarts.
     """
     from torch.distributed.rendezvous import rendezvous
 
@@ -174,63 +174,3 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     text = str(error)
     signs = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "timed out", "Timed out")
     return any(sign in text for sign in signs)
-
-
-# ------------------------------------------------------------------ batch norm over the global batch
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """A sum over the ranks through which gradients flow: each rank's output depends on every rank's input."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose mean and variance are those of the global batch, on a CPU (torch's own needs a GPU)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input (N, C, H, W) float → the same shape, normalised over all ranks' samples."""
-        if not self.training or self.running_mean is None or self.running_var is None:
-            return super().forward(input)
-        count = input.new_tensor([input.numel() / input.shape[1]])
-        total: Any = _SumOverRanks.apply(torch.cat([input.sum(dim=(0, 2, 3)), count]))
-        n, mean = total[-1], total[:-1] / total[-1]
-        away = input - mean[:, None, None]
-        # a second sum over the ranks, because a variance from sums of squares would lose digits
-        squares: Any = _SumOverRanks.apply(away.square().sum(dim=(0, 2, 3)))
-        variance = squares / n
-        with torch.no_grad():
-            momentum = 0.1 if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance * (n / (n - 1)), momentum)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-        out = away * torch.rsqrt(variance + self.eps)[:, None, None]
-        return out * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every batch norm taking its statistics over all ranks. Raises UsageError where it has none."""
-    kinds = {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    if not kinds:
-        raise UsageError("--sync-batch-norm: this model has no batch norm; leave the option out")
-    on_gpu = devices.synced_batch_norm(model, device)
-    if on_gpu is not None:
-        return on_gpu
-    if kinds != {nn.BatchNorm2d}:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise UsageError(f"--sync-batch-norm on a CPU: plain BatchNorm2d only, and this model has {names}")
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm2d  # same state, another forward pass
-    return model

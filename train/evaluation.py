@@ -1,37 +1,47 @@
-"""The network's answers for a whole split, each sample once, however many ranks share the work."""
+"""Evaluation: the logits of a whole split, and the end of a run: metrics, predictions and result.json."""
 
-from collections.abc import Callable
+import functools
+import json
+import time
+from collections.abc import Callable, Collection
 from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from shards import Loader, Selection
+from shards.format import CLASSES
 from train import device as devices
+from train import models
+from train.checkpoint import Progress
 from train.distributed import World
+from train.loss import LOGITS_PRIOR
+from train.metrics.calibration import at_prior, softmax
+from train.metrics.summary import balanced_accuracy, evaluate
 from train.models import Classifier
-
-if TYPE_CHECKING:
-    from shards import Loader
+from train.prepare import Run
+from train.record import RESULT, WEIGHTS, RunFolder, write_predictions
+from train.weights import write_weights
 
 
 @dataclass(frozen=True)
 class Answers:
-    """samples: (N,) int64 sample numbers, ascending; logits: (N, classes) float32."""
+    """The logits of a split. samples: (N,) int64 sample numbers, ascending; logits: (N, classes) float32."""
 
     samples: np.ndarray
     logits: np.ndarray
 
 
 def answers(
-    net: Classifier, loader: "Loader", precision: str, world: World, between: Callable[[int], None]
+    net: Classifier, loader: Loader, precision: str, world: World, between: Callable[[int], None]
 ) -> Answers | None:
-    """The logits of a whole split; None on all ranks but the first.
+    """The logits of a whole split, each sample once, on the first rank; None on the others.
 
-    net: with the weights to evaluate, not compiled: an evaluation is too short to pay for it. loader: of a whole split.
-    between: called after each batch with the number of batches done. Padded samples are dropped. Raises ValueError
-    where a sample is missing or counted twice.
+    net: holds the weights to evaluate. It is not compiled, because an evaluation is too short for that. loader: of a
+    whole split. between: called after each batch with the number of batches done. Padded samples are dropped. Raises
+    ValueError if a sample is missing or counted twice.
     """
     world.same_buffers(net)
     was_training = net.training
@@ -45,7 +55,7 @@ def answers(
                 between(number)
     finally:
         net.train(was_training)
-    # fetched once, at the end: the device never waits for the host in between
+    # fetched once, at the end, so that the device never waits for the host before
     samples, logits, mask = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
     rows = world.gather_rows({"samples": samples[mask], "logits": logits[mask]})
     if not rows:
@@ -53,5 +63,123 @@ def answers(
     order = np.argsort(rows["samples"], kind="stable")
     found = rows["samples"][order]
     if not np.array_equal(found, loader.selection.samples):
-        raise ValueError(f"an evaluation of {len(loader.selection)} samples gave {len(found)} answers, or others")
+        raise ValueError(f"an evaluation of {len(loader.selection)} samples gave {len(found)} answers or wrong ones")
     return Answers(found, rows["logits"][order])
+
+
+# ------------------------------------------------------------------ the end of a run
+
+
+def finish(
+    run: Run, folder: RunFolder, progress: Progress, found: dict[str, Answers | None], unwanted: Collection[str]
+) -> dict[str, Any]:
+    """Write predictions.parquet, model.safetensors (if it is wanted) and, last, result.json; return its content.
+
+    found: answers on `val` and `test`, in float32 whatever the training precision, so that anyone can repeat them.
+    """
+    began = time.perf_counter()
+    config, prior = run.config, LOGITS_PRIOR[run.config.loss]
+    parts = {split: one for split, one in found.items() if one is not None}
+    labels = {split: run.selections[split].labels for split in parts}
+    test, rows = run.selections["test"], parts["test"].samples
+    lesions = {split: _lesions(selection) for split, selection in run.selections.items()}
+    measured = functools.partial(
+        evaluate,
+        parts["test"].logits,
+        labels["test"],
+        None if lesions["test"] is None else test.lesion_ids,
+        split=run.data.column("split")[rows],
+        image_id=test.image_ids,
+        logits_prior=prior,
+        training_prior=run.class_counts,
+        val_logits=parts["val"].logits,
+        val_labels=labels["val"],
+    )
+    metrics = measured(prior=prior)
+    at_training_prior = metrics if prior == "training" else measured(prior="training")
+    progress.seconds["eval"] += time.perf_counter() - began
+    began = time.perf_counter()
+    temperature = used_temperature(metrics)
+    shares = {
+        split: softmax(
+            at_prior(one.logits, estimated=prior, wanted=prior, training_prior=run.class_counts) / temperature
+        )
+        for split, one in parts.items()
+    }
+    about = {"prior": prior, "temperature": repr(temperature)}
+    write_predictions(folder.path, run.data, {s: (one.samples, one.logits) for s, one in parts.items()}, shares, about)
+    if WEIGHTS not in unwanted:
+        write_weights(folder.path / WEIGHTS, run.step.reported.body, _metadata(run, prior, temperature))
+    parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
+    score = metrics["balanced_accuracy"]
+    seconds = {"train": progress.train_s, **progress.seconds, "write": time.perf_counter() - began}
+    result = {
+        "summary": (
+            f"test: balanced accuracy {_number(score['value'])} "
+            f"(95 % interval {_number(score['low'])} to {_number(score['high'])}), "
+            f"macro AUC {_number(metrics['macro_auc']['value'])}, {len(test)} images; "
+            f"{sum(seconds.values()):.0f} s in all; {folder.path}"
+        ),
+        "model": config.model,
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "subset_seed": config.subset_seed,
+        "images": {split: len(selection) for split, selection in run.selections.items()},
+        "lesions": lesions,
+        "training_images_per_class": dict(zip(CLASSES, run.class_counts, strict=True)),
+        "epochs": len(run.sizes),
+        "steps": progress.step,
+        "test": metrics,
+        "test_training_prior": at_training_prior,
+        "val": {"balanced_accuracy": balanced_accuracy(parts["val"].logits, labels["val"])},
+        "train_loss": progress.loss,
+        "weights": f"average with decay {config.ema}" if config.ema else "of the last step",
+        "parameters": parameters,
+        "flops_per_image": flops,
+        "img_per_s": progress.images / progress.train_s,
+        "data_wait_fraction": progress.wait_s / progress.train_s,
+        "seconds": seconds,
+        "peak_memory_bytes": devices.peak_memory_bytes(run.world.device),
+        "device": devices.describe(run.world.device),
+        "world_size": run.world.size,
+        "decisions": {name: asdict(taken) for name, taken in run.decisions.items()},
+        "shard_set_sha256": run.data.manifest.index_sha256,
+    }
+    folder.write(RESULT, result)
+    return result
+
+
+def _lesions(selection: Selection) -> int | None:
+    """Number of lesions that the images of a split show; None if the source does not name lesions."""
+    if all(lesion is None for lesion in selection.data.column("lesion_id")[selection.samples]):
+        return None
+    return len(np.unique(selection.lesion_ids))
+
+
+def used_temperature(metrics: dict[str, Any]) -> float:
+    """What the logits are divided by before they become probabilities: the temperature that fits val best.
+
+    It is 1 if the fit ends at its limit. metrics: of `metrics.summary.evaluate` with val logits.
+    """
+    fitted = metrics["temperature_scaling"]
+    return 1.0 if fitted["at_limit"] else float(fitted["temperature"])
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _metadata(run: Run, prior: str, temperature: float) -> dict[str, str]:
+    """What is needed to use model.safetensors alone, as text: safetensors keeps nothing else."""
+    return {
+        "model": run.config.model,
+        "resolution": str(run.config.resolution),
+        "classes": json.dumps(CLASSES),
+        "mean": json.dumps(run.step.reported.head.mean.tolist()),
+        "std": json.dumps(run.step.reported.head.std.tolist()),
+        "encode": json.dumps(asdict(run.data.manifest.encode)),
+        "eval_crop": repr(run.loaders["test"].augment.eval_crop),
+        "logits_prior": prior,
+        "temperature": repr(temperature),
+        "training_images_per_class": json.dumps(run.class_counts),
+    }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shards.common import cli
-from train.options import training_options
+from train.config import training_options
 from train.study.cells import BUDGETS, EIGHT, FRACTIONS
 
 if TYPE_CHECKING:

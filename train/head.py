@@ -7,20 +7,20 @@ from torch import Tensor, nn
 class InputHead(nn.Module):
     """uint8 pixels and a colour map per image → floats of mean 0 and deviation 1 per channel.
 
-    Division by 255, the colour matrix (written for values of 0 to 1) and the normalisation are all affine, so they are
-    one 3×4 map per image: A = M / (255·std), b = (m − mean) / std for the colour map (M | m). Nothing is clamped. Under
-    `torch.compile` it is fused with the cast into one pass over the pixels.
+    Division by 255, the colour matrix (for values of 0 to 1) and the normalisation are all affine. Together they are
+    one 3×4 map per image: A = M / (255·std), b = (m − mean) / std for the colour map (M | m). Nothing is clamped.
+    `torch.compile` fuses it with the cast into one pass over the pixels.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """mean, std: RGB, of pixels of 0 to 1. Raises ValueError where std is not positive."""
+        """mean, std: RGB, of pixels from 0 to 1. Raises ValueError if std is not positive."""
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0.0:
-            raise ValueError(f"mean {mean} and std {std} must be three numbers each, the latter positive")
-        # not part of the state: model files hold the network alone, and name mean and std in their metadata
+            raise ValueError(f"mean {mean} and std {std} must be three numbers each, std positive")
+        # not in the state dict: model files hold the network alone, and keep mean and std in their metadata
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
@@ -31,6 +31,6 @@ class InputHead(nn.Module):
         pixels = images.float()
         out = shift
         for channel in range(3):
-            # elementwise and in float32 on purpose: a matrix product would fall under TF32 and autocast
+            # elementwise, because TF32 and autocast would make a matrix product less precise
             out = torch.addcmul(out, pixels[:, channel, None], scale[:, :, channel, None, None])
         return out.contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ import click
 
 from shards.common import cli
 from shards.common.errors import DataError
-from train.options import training_options
+from train.config import training_options
 
 
 @click.command(context_settings={"show_default": True})

@@ -1,4 +1,4 @@
-"""One run, from the shard set to result.json, to be read from top to bottom."""
+"""One run, from the shard set to result.json. Read it from top to bottom."""
 
 import functools
 import itertools
@@ -19,11 +19,10 @@ from train.checkpoint import Progress
 from train.config import Config, learning_rate, resolved
 from train.console import Console, Silent
 from train.distributed import World
-from train.evaluation import Answers, answers
+from train.evaluation import Answers, answers, finish
 from train.metrics.summary import balanced_accuracy
 from train.prepare import Run, choose_data, compile_and_distribute, prepare, reduction_warning
 from train.record import ENVIRONMENT, RunFolder, environment, read_decisions, read_result
-from train.result import finish
 from train.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -31,10 +30,10 @@ if TYPE_CHECKING:
     from shards.loader import Batch
 
 LOG_STEPS = 50
-"""Losses stay on the device for so many steps before they are fetched, checked and recorded."""
+"""Steps after which the losses are fetched from the device, checked and recorded."""
 
 
-class Stopped(DermscaleError):  # noqa: N818 (what happened, not a fault)
+class Stopped(DermscaleError):  # noqa: N818 (not an error: it was asked for)
     """The run was asked to stop and has written a checkpoint."""
 
     exit_code = 143
@@ -54,18 +53,18 @@ def train_once(
 ) -> dict[str, Any]:
     """Train and evaluate one model, write the run folder `out`, and return its result (empty on ranks after the first).
 
-    resume: go on from the folder's checkpoint, if it has one. workspace: kept by a caller that trains many runs in one
-    process; the result is the same. stop: asked at every step; when true, a checkpoint is written and Stopped raised.
-    started: `time.perf_counter()` when the process began, to count what came before. unwanted: names of files that the
-    caller would delete from the finished run; as far as nothing is lost by it they are not written. Raises UsageError,
-    DataError, or DermscaleError when the loss is not a number or the device's memory is full, each with one line for
-    the user.
+    resume: continue from the folder's checkpoint, if it has one. workspace: kept by a caller that trains many runs in
+    one process; the result is the same. stop: called at every step; if it returns True, a checkpoint is written and
+    Stopped is raised. started: `time.perf_counter()` when the process began, so that its start is counted. unwanted:
+    names of files that the caller deletes from a finished run; they are not written, unless they are needed to resume.
+    Raises UsageError, DataError, or DermscaleError if the loss is not a number or the device's memory is full, each
+    with one line for the user.
     """
     started = time.perf_counter() if started is None else started
-    world, console, given = world or World(), console or Silent(), workspace
+    world, console = world or World(), console or Silent()
     with ExitStack() as stack:
-        workspace = given or Workspace()
-        if given is None:
+        if workspace is None:
+            workspace = Workspace()
             stack.callback(workspace.engines.close)
         try:
             return _train(config, out, resume, world, workspace, stop, console, started, unwanted, stack)
@@ -98,17 +97,17 @@ def _train(
     family = models.family(config.model)
     config = resolved(config, family)
     selections = choose_data(config, workspace.open(config.data), family, world)
-    folder: RunFolder | None = None  # the first rank's alone
+    folder: RunFolder | None = None  # on the first rank only
 
     def open_folder() -> tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, tuple[str, str]] | None]:
         nonlocal folder
         folder = stack.enter_context(RunFolder(out, config, resume))
         result, state = read_result(out), checkpoint.load(out)
-        # from the record: it is there before the first checkpoint, and tells on which machine they were taken
+        # Decisions are read from environment.json: it is older than the first checkpoint, and it names the machine.
         here = environment(selections["train"].data, devices.environment(device), {}, world.size)
         return result, state, read_decisions(out, here)
 
-    result, state, kept = world.from_first(open_folder)
+    result, state, recorded = world.from_first(open_folder)
     if result is not None:
         console.say(f"{out}: this run is finished")
         return result if world.first else {}
@@ -121,7 +120,7 @@ def _train(
     # ------------------------------------------------------------------ network, decisions, compiling
 
     progress = Progress(**state["progress"]) if state else Progress()
-    run: Run = prepare(config, family, world, workspace, selections, kept, stack)
+    run: Run = prepare(config, family, world, workspace, selections, recorded, stack)
     progress.seconds["start"] += time.perf_counter() - started
     if (warning := reduction_warning(run.loaders["test"])) and warning not in workspace.warned:
         workspace.warned.add(warning)
@@ -135,20 +134,20 @@ def _train(
     if folder is not None:
         folder.rewind(state["metrics_bytes"] if state else 0, progress.step)
         folder.write(ENVIRONMENT, environment(run.data, devices.environment(device), run.decisions, world.size))
-    for name, taken in run.decisions.items():
-        say(f"{name}: {taken.value} ({taken.reason})")
+    for name, decision in run.decisions.items():
+        say(f"{name}: {decision.value} ({decision.reason})")
     sizes = ", ".join(f"{split} {len(selection)}" for split, selection in selections.items())
     say(f"images: {sizes}; {len(run.sizes)} epochs, {run.total} steps of {config.batch_size} images")
     progress.seconds["start"] += time.perf_counter() - mark
 
-    # ------------------------------------------------------------------ what happens now and then
+    # ------------------------------------------------------------------ what happens between steps
 
     losses = torch.zeros(LOG_STEPS, device=device)
     rates: list[float] = []  # learning rates of the steps whose losses are still on the device
     saved = time.monotonic()
 
     def fetch() -> None:
-        """Fetch the losses since the last time, the only host sync of training; check and record them."""
+        """Fetch the losses since the last fetch, check and record them. This is the only host sync of training."""
         values = world.sum(losses[: len(rates)].clone()).tolist()
         good = list(itertools.takewhile(math.isfinite, values))
         first = progress.step - len(rates)
@@ -165,13 +164,13 @@ def _train(
         rates.clear()
 
     def save() -> None:
-        """Write a checkpoint of this moment. Every rank takes part."""
+        """Write a checkpoint of the current state. Every rank takes part."""
         nonlocal saved
         began = time.perf_counter()
         random_states = world.gather(checkpoint.random_state(device))
         if folder is not None:
-            kept = {"random": random_states, "metrics_bytes": folder.metrics_bytes(), "progress": asdict(progress)}
-            checkpoint.save(folder.path, kept | run.state())
+            position = {"random": random_states, "metrics_bytes": folder.metrics_bytes(), "progress": asdict(progress)}
+            checkpoint.save(folder.path, position | run.state())
         saved = time.monotonic()
         progress.seconds["save"] += time.perf_counter() - began
 
@@ -179,7 +178,7 @@ def _train(
         return Stopped(f"{out}: stopped at step {progress.step} of {run.total}; go on with --resume")
 
     def between(split: str, done: int) -> None:
-        """Between two batches of an evaluation: show it, and stop where any rank was asked to."""
+        """Between two batches of an evaluation: show the progress, and stop if any rank was asked to."""
         console.at(split, done, len(run.loaders[split]))
         if world.agree(stop(), False)[0]:
             save()
@@ -226,33 +225,33 @@ def _train(
         }
         line = f"epoch {epoch + 1:3d}/{len(run.sizes)}  loss {numbers['loss']:.4f}"
         due = (epoch + 1) % config.eval_epochs == 0 or epoch + 1 == len(run.sizes)
-        if due and (seen := evaluate("val", run.step.precision)):
-            numbers["val_balanced_accuracy"] = balanced_accuracy(seen.logits, selections["val"].labels)
+        if due and (found := evaluate("val", run.step.precision)):
+            numbers["val_balanced_accuracy"] = balanced_accuracy(found.logits, selections["val"].labels)
             line += f"  val balanced accuracy {numbers['val_balanced_accuracy']:.3f}"
         line += f"  {numbers['img_per_s']:.1f} img/s  data wait {100 * numbers['data_wait_fraction']:.1f} %"
         say(line + (f"  {px} px" if config.start_resolution else ""))
         if folder is not None:
             folder.epoch(progress.step, numbers)
         progress.end_epoch(steps * config.batch_size)
-        devices.give_back(world.device)  # other sizes come: of evaluation, of the next resolution
+        devices.give_back(world.device)  # the next allocations have other sizes: evaluation, or another resolution
 
     # ------------------------------------------------------------------ the weights of the last step, measured
 
-    # It is for a crash in what follows. One that is to be deleted is worth no more than any other moment's: after a
-    # crash training goes on from the last one, or from the start, and comes to the same weights.
+    # This checkpoint is for a crash in what follows. If it will be deleted anyway, it is written only when one is due:
+    # after a crash, training continues from the last one, or from the start, and ends with the same weights.
     if world.from_first(lambda: checkpoint.FILE not in unwanted or time.monotonic() - saved >= config.checkpoint_s):
         save()
-    found = {split: evaluate(split, "fp32") for split in ("val", "test")}
+    final = {split: evaluate(split, "fp32") for split in ("val", "test")}
     world.settle()
     if folder is None:
         return {}
-    result = finish(run, folder, progress, found, unwanted)
+    result = finish(run, folder, progress, final, unwanted)
     say(result["summary"])
     return result
 
 
 def _batches(loader: "Loader", epoch: int, px: int, steps: int, progress: Progress) -> "Iterator[Batch]":
-    """What is left of an epoch of `steps` steps, with the time spent waiting for each batch counted."""
+    """The batches left in an epoch of `steps` steps; counts the time spent waiting for each."""
     if progress.epoch_step >= steps:
         return
     loader.set_resolution(px)

@@ -1,19 +1,19 @@
-"""The loss of a batch: a sum over its samples, and the denominator that makes it a mean, which ranks can share."""
+"""The loss of a batch: the sum over its samples, and the denominator of the mean, which ranks can add up."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS_PRIOR = {"logit-adjusted": "balanced", "class-weighted": "balanced", "plain": "training"}
-"""Which prior the logits of a model trained with each loss stand for (`train/metrics/calibration.py`)."""
+"""Loss → the class prior that the logits of a model trained with it are for (`train/metrics/calibration.py`)."""
 
 
 class Loss:
     """Cross-entropy in one of three forms.
 
     `logit-adjusted`: the log of the training prior is added to the logits during training (Menon et al. 2021,
-    "Long-tail learning via logit adjustment", ICLR, τ = 1), so that the bare logits estimate the balanced posterior.
-    `class-weighted`: samples weigh in inverse proportion to the size of their class. `plain`: neither.
+    "Long-tail learning via logit adjustment", ICLR, τ = 1), so that the logits alone estimate the balanced posterior.
+    `class-weighted`: each sample's weight is inversely proportional to the size of its class. `plain`: neither.
     """
 
     def __init__(self, kind: str, counts: list[int], device: torch.device) -> None:
@@ -30,8 +30,8 @@ class Loss:
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """logits (N, C) float32, labels (N,) int64 → the sum over the samples, and the sum of their weights.
 
-        The mean over a global batch is the first summed over the ranks, divided by the second summed over the ranks
-        (None: by the number of samples).
+        The mean over a global batch is the first, summed over the ranks, divided by the second, summed over the ranks.
+        If the second is None, divide by the number of samples.
         """
         if self._shift is not None:
             logits = logits + self._shift

@@ -1,4 +1,4 @@
-"""The networks: eight by short names, any other of timm by its own, each built for the size and number of classes."""
+"""The networks: eight by short names and any other of timm by its own, each built for a size and number of classes."""
 
 import difflib
 import functools
@@ -18,7 +18,7 @@ from train.weights import Norm, Weights, downloading, load_fitting, read_weights
 
 @dataclass(frozen=True)
 class Known:
-    """One of the eight. timm: its name there, None for torchvision's. least_px, multiple_px: limits of the size."""
+    """One of the eight. timm: its name in timm, None for torchvision's. least_px, multiple_px: which sizes it takes."""
 
     timm: str | None
     family: str
@@ -27,7 +27,7 @@ class Known:
 
 
 MODELS = {
-    "alexnet": Known(None, "alexnet", least_px=63),  # below, its last pooling has nothing left to pool
+    "alexnet": Known(None, "alexnet", least_px=63),  # with less, nothing is left for its last pooling
     "resnet18": Known("resnet18", "batchnorm"),
     "resnet34": Known("resnet34", "batchnorm"),
     "resnet50": Known("resnet50", "batchnorm"),
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
 
 
 def timm_name(name: str) -> str | None:
-    """The name that timm knows a model by, None for AlexNet. Raises UsageError for an unknown one, with the known."""
+    """The name of a model in timm, None for AlexNet. Raises UsageError, with the known names, for an unknown one."""
     if name in MODELS:
         return MODELS[name].timm
     import timm
@@ -84,18 +84,12 @@ def family(name: str) -> str:
 
 
 def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
-    """Raise UsageError where a model is unknown, or cannot train at `px`, or along a ramp from `start_px` to it."""
-    timm_name(name)
+    """Raise UsageError if a model is unknown, or cannot train at `px`, or not on a ramp from `start_px` to `px`."""
+    timm_model = timm_name(name)
     least = px if start_px is None else min(start_px, px)
-    if start_px is not None and start_px != px and name not in MODELS:
-        fixed = _fixed_size(name)
-        if fixed and not _is_dynamic(name):
-            raise UsageError(f"--start-resolution: the size of {name} is fixed once it is built; leave it out")
-    if name == "mixer_b16" and start_px is not None and start_px != px:
-        raise UsageError(
-            "--start-resolution: the size of mixer_b16 is fixed once it is built (its token mixing has a weight for "
-            "every pair of patches); leave it out"
-        )
+    if least != px and timm_model is not None and _fixed_size(timm_model) and not _is_dynamic(timm_model):
+        # a Mixer, for example: its token mixing has a weight for every pair of patches
+        raise UsageError(f"--start-resolution: {name} is built for one size; leave the option out")
     if name in MODELS:
         known = MODELS[name]
         if least < known.least_px:
@@ -103,12 +97,15 @@ def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
         for size in (px, least):
             if size % known.multiple_px:
                 raise UsageError(
-                    f"{name} at {size} px: it takes multiples of {known.multiple_px} px, its patch; "
+                    f"{name} at {size} px: the size must be a multiple of {known.multiple_px} px, its patch; "
                     f"use {max(size // known.multiple_px, 1) * known.multiple_px}"
                 )
         return
     body = _skeleton(name, px).eval()
-    for size in (*range(least, px, RAMP_STEP_PX), px):  # 14 px divide both 224 and 448 and no size between
+    for size in (
+        *range(least, px, RAMP_STEP_PX),
+        px,
+    ):  # the ends may be divisible by the patch (14 px: 224 and 448) and no size between
         try:
             body(torch.empty(1, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -140,7 +137,7 @@ def _size_arguments(name: str, px: int | None, ramp: bool) -> dict[str, Any]:
 
 
 def _skeleton(name: str, px: int | None) -> nn.Module:
-    """A model of timm without memory for its weights."""
+    """A model of timm on the meta device: it has no memory for its weights."""
     import timm
 
     with torch.device("meta"):
@@ -166,7 +163,7 @@ def build(
 ) -> Classifier:
     """A model on the CPU in channels-last layout, its random weights drawn from torch's global generator.
 
-    mean, std: RGB, 0 to 1, of the training images; given weights bring their own, where they name them. Raises
+    mean, std: RGB, 0 to 1, of the training images; given weights replace them if their file names others. Raises
     UsageError for an unknown model or an impossible size, DataError for weights that are missing or do not fit.
     """
     timm_model = timm_name(name)
@@ -197,8 +194,8 @@ def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> tuple[nn.
 
 
 def _he_init(body: nn.Module) -> None:
-    """Weights that keep the scale of activations through eight layers without normalisation (He et al. 2015,
-    arXiv:1502.01852). PyTorch's default shrinks it, and AlexNet stays at chance for thousands of steps."""
+    """Draw weights that keep the scale of activations through eight layers without normalisation (He et al. 2015,
+    arXiv:1502.01852). With PyTorch's default the scale shrinks, and AlexNet learns nothing for thousands of steps."""
     layers = [layer for layer in body.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if layer is not layers[-1] else "linear")
@@ -227,12 +224,12 @@ def _from_timm(
 
 
 def _settings(body: nn.Module) -> dict[str, Any]:
-    """What timm knows of a model's given weights: their normalisation, the name of the classifier."""
+    """timm's settings of a model: normalisation of its pretrained weights, name of its classifier, …"""
     found: Any = body.pretrained_cfg
     return found
 
 
-# ------------------------------------------------------------------ what the optimizer and the reports ask of one
+# ------------------------------------------------------------------ parameters and cost
 
 
 def parameter_groups(net: Classifier, weight_decay: float) -> list[dict[str, Any]]:
@@ -244,13 +241,13 @@ def parameter_groups(net: Classifier, weight_decay: float) -> list[dict[str, Any
 
 
 def depth(net: nn.Module) -> int:
-    """Number of convolutions and linear layers: what the time to compile grows with."""
+    """Number of convolutions and linear layers. The time to compile grows with it."""
     return sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in net.modules())
 
 
 @functools.lru_cache(maxsize=32)
 def cost(name: str, resolution: int, classes: int) -> tuple[int, int]:
-    """Parameters, and floating point operations of an image's forward pass (a multiply-add is two); runs nothing."""
+    """Number of parameters, and FLOPs of an image's forward pass (a multiply-add is two). Nothing is computed."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: data, network, optimizer, and every decision that `auto` leaves open."""
+"""Everything that a run needs before its first step: data, network, training step, and the decisions of `auto`."""
 
 import math
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ from train.step import TrainingStep
 from train.workspace import Workspace
 
 MOST_REDUCTION = 2.0
-"""How far images can be shrunk without antialiasing, as the engines do it, until pixels are passed over."""
+"""Engines resize without antialiasing. Images that shrink by more than this lose pixels."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Run:
 
 
 def choose_data(config: Config, data: ShardSet, family: str, world: World) -> dict[str, Selection]:
-    """The selections of a run by split. Raises UsageError for a batch that images or ranks cannot fill."""
+    """The selections of a run by split. Raises UsageError if the images, the ranks or the device do not allow it."""
     found = {
         "train": data.select("train", config.fraction, config.subset_seed),
         "val": data.select("val"),
@@ -71,6 +71,10 @@ def choose_data(config: Config, data: ShardSet, family: str, world: World) -> di
     }
     if config.sync_batch_norm and family != "batchnorm":
         raise UsageError(f"--sync-batch-norm: {config.model} has no batch norm; leave the option out")
+    if config.sync_batch_norm and world.device.type == "cpu":
+        raise UsageError(
+            "--sync-batch-norm needs a GPU for each process, and this run uses a CPU; leave the option out"
+        )
     images = len(found["train"])
     if config.batch_size > images:
         raise UsageError(
@@ -82,7 +86,7 @@ def choose_data(config: Config, data: ShardSet, family: str, world: World) -> di
 
 
 def reduction_warning(loader: Loader) -> str | None:
-    """A line about evaluation crops that are shrunk by more than MOST_REDUCTION, on average; None where none is due."""
+    """A warning if evaluation crops shrink by more than MOST_REDUCTION, on average; None if not."""
     data, samples, px = loader.selection.data, loader.selection.samples, loader.resolution
     heights, widths = data.column("height")[samples], data.column("width")[samples]
     crop = int(np.median(evaluation_plan(heights, widths, loader.augment).boxes[:, 2]))
@@ -90,8 +94,8 @@ def reduction_warning(loader: Loader) -> str | None:
         return None
     longer = float(np.median(np.maximum(heights, widths)))
     return (
-        f"evaluation cuts out {crop} px and shrinks them to {px} px, {crop / px:.2f} times: above {MOST_REDUCTION:g} "
-        "times some pixels do not count at all, and more are decoded than are needed; better pack the images with "
+        f"evaluation crops of {crop} px shrink to {px} px, {crop / px:.2f} times: above {MOST_REDUCTION:g} times, some "
+        "pixels are decoded and then ignored; pack the images with "
         f"--max-resolution {int(longer * MOST_REDUCTION * px / crop)} or less, or train at --resolution "
         f"{math.ceil(crop / MOST_REDUCTION)} or more"
     )

@@ -1,17 +1,19 @@
-"""The run folder: everything that explains a run without its author. Only the first rank writes.
+"""The run folder: all that is needed to understand and repeat a run. Only the first rank writes.
 
-config.json          the settings, resolved        environment.json  machine, versions, data, and what `auto` chose
-metrics.jsonl        one line a step and an epoch  events.out.*      the same for TensorBoard
-checkpoint.pt        to go on from                 log.txt           what was shown
-model.safetensors    the reported weights          predictions.parquet  logits and probabilities, val and test
-result.json          written last: a run without it is not finished
+config.json        the settings, resolved           environment.json     machine, versions, data, decisions of `auto`
+metrics.jsonl      a line per step and per epoch    events.out.*         the same for TensorBoard
+checkpoint.pt      the state to continue from       log.txt              what was shown
+model.safetensors  the reported weights             predictions.parquet  logits and probabilities, val and test
+result.json        written last: a run without it is not finished
 """
 
 import io
+import itertools
 import json
 import os
 import platform
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -31,14 +33,13 @@ from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read
 
 if TYPE_CHECKING:
     from shards.shardset import ShardSet
-    from train.board import Board
     from train.device import Decision
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, PREDICTIONS, WEIGHTS, LOG = "metrics.jsonl", "predictions.parquet", "model.safetensors", "log.txt"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "nvidia-dali-cuda120", "dermscale")
-_OF_DECISIONS = ("device", "cuda", "capability", "memory_bytes", "cores", "versions", "kernels", "world_size")
-"""What decisions are taken from: where it has changed since an earlier start, they are taken anew."""
+_DECIDED_FROM = ("device", "cuda", "capability", "memory_bytes", "cores", "versions", "kernels", "world_size")
+"""What decisions depend on. If any of it differs from an earlier start's, they are made again."""
 _CHOICES = {"compile": COMPILE, "engine": ENGINES, "precision": PRECISIONS}
 
 
@@ -48,7 +49,7 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, None where it is not finished. Raises DataError where the file is damaged."""
+    """The result of a run, None if the run is not finished. Raises DataError if the file is damaged."""
     path = folder / RESULT
     if not path.exists():
         return None
@@ -62,22 +63,22 @@ class RunFolder:
     """One run's files. A context manager: it holds the folder's lock, so that two runs cannot share it."""
 
     def __init__(self, out: Path, config: Config, resume: bool) -> None:
-        """Open a new folder for `config`, or, to `resume`, an old one that was made with the same settings.
+        """Open a new folder for `config`; with `resume`, an old one of the same settings is allowed too.
 
-        Raises DataError where the folder is in use or holds something else, UsageError where its settings differ.
+        Raises DataError if the folder is in use or holds something else, UsageError if its settings differ.
         """
         self.path = out
-        self._board: Board | None = None
+        self._events: Events | None = None
         if out.exists() and not out.is_dir():
             raise DataError(f"{out}: is a file; choose a folder with --out")
         held = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
         if held and not (out / CONFIG).exists():
             raise DataError(f"{out}: holds other files and no run; choose an empty or a new folder with --out")
         if held and not resume:
-            raise DataError(f"{out}: already holds a run; go on with it with --resume, or choose another --out")
+            raise DataError(f"{out}: already holds a run; continue it with --resume, or choose another --out")
         if held and (changed := differences(read_config(out / CONFIG), config)):
             raise UsageError(
-                f"{out}: was started with other settings ({'; '.join(changed)}); keep them, or another --out"
+                f"{out}: was started with other settings ({'; '.join(changed)}); use the same, or choose another --out"
             )
         out.mkdir(parents=True, exist_ok=True)
         self._lock: IO[bytes] = (out / ".lock").open("wb")
@@ -96,19 +97,17 @@ class RunFolder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close the files and give the folder back, whatever closing one of them comes to."""
+        """Close the files and unlock the folder, even if closing one of them fails."""
         with ExitStack() as files:
-            for file in (self._lock, self._log, self._metrics, self._board):  # the last one is closed first
+            for file in (self._lock, self._log, self._metrics, self._events):  # the last one is closed first
                 if file is not None:
                     files.callback(file.close)
 
     def rewind(self, metrics_bytes: int, step: int) -> None:
-        """Start recording; forget what came after a checkpoint: metrics beyond `metrics_bytes`, events from `step`."""
+        """Start recording. Drop what a checkpoint does not know: metrics beyond `metrics_bytes`, events from `step`."""
         self._metrics.truncate(metrics_bytes)
         self._metrics.seek(0, os.SEEK_END)
-        from train.board import Board
-
-        self._board = Board(self.path, step)
+        self._events = Events(self.path, step)
 
     def metrics_bytes(self) -> int:
         """Flush metrics.jsonl to the disk; its size, which a checkpoint keeps."""
@@ -128,15 +127,15 @@ class RunFolder:
         self._record([{"kind": "epoch", "step": step, **numbers}], [(scalars, step)])
 
     def _record(self, lines: list[dict[str, Any]], points: list[tuple[dict[str, float], int]]) -> None:
-        """Write lines to metrics.jsonl, and once they are there, points to TensorBoard's events."""
+        """Write lines to metrics.jsonl, then points to TensorBoard's events."""
         for line in lines:
             self._metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._metrics.flush()
-        if self._board is None:
-            raise ValueError("`rewind` comes before anything is recorded")
+        if self._events is None:
+            raise ValueError("call `rewind` before recording")
         for numbers, step in points:
-            self._board.scalars(numbers, step)
-        self._board.flush()
+            self._events.scalars(numbers, step)
+        self._events.flush()
 
     def log(self, text: str) -> None:
         """Add a line with the time to log.txt."""
@@ -148,10 +147,49 @@ class RunFolder:
         write_durably(self.path / name, to_json(content))
 
 
+class Events:
+    """TensorBoard's file of events in a run folder. Points may be lost until `flush`; an OSError is raised at once.
+
+    TensorBoard's own writer is a thread that opens the file again for every number, and a full disk ends it with a
+    traceback.
+    """
+
+    _number = itertools.count()  # makes the names of files differ that one process opens within a second
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open a new file. TensorBoard then ignores what older files in `folder` say about `step` and later steps."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event: Any = event_pb2
+        self._summary: Any = summary_pb2
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._number)}"
+        self._file = (folder / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
+        self._add(step=step, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
+
+    def scalars(self, numbers: dict[str, float], step: int) -> None:
+        """Add a point at `step` to the curve of each name."""
+        values = [self._summary.Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        self._add(step=step, summary=self._summary.Summary(value=values))
+
+    def flush(self) -> None:
+        """Give the operating system what was added."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush and close the file; it is closed even if that fails."""
+        self._file.close()
+
+    def _add(self, **content: Any) -> None:
+        self._records.write(self._event.Event(wall_time=time.time(), **content).SerializeToString())
+
+
 def environment(
     data: "ShardSet", device: dict[str, Any], decisions: "Mapping[str, Decision]", world_size: int
 ) -> dict[str, Any]:
-    """Where and on what a run took place."""
+    """The content of environment.json: machine, device, versions, shard set and decisions of a run."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -179,14 +217,14 @@ def environment(
 
 
 def read_decisions(folder: Path, here: dict[str, Any]) -> dict[str, tuple[str, str]] | None:
-    """What `auto` chose when the run in `folder` was started before: by name, the value and its reason.
+    """What an earlier start of the run in `folder` decided: by name, the value and its reason.
 
-    here: `environment` of this start. None where nothing was decided, where the file is damaged, and where it tells of
-    another machine or of other versions: all of it is then to be decided anew.
+    here: `environment` of this start. None if there was no earlier start, if the file is damaged, or if it is of
+    another machine or of other versions: then everything is decided again.
     """
     try:
         before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-        if any(before.get(name) != here.get(name) for name in _OF_DECISIONS) or _chip(before) != _chip(here):
+        if any(before.get(name) != here.get(name) for name in _DECIDED_FROM) or _chip(before) != _chip(here):
             return None
         taken = before["decisions"]
         found = {name: (str(taken[name]["value"]), str(taken[name]["reason"])) for name in (*_CHOICES, "threads")}
@@ -197,7 +235,7 @@ def read_decisions(folder: Path, here: dict[str, Any]) -> dict[str, tuple[str, s
 
 
 def _chip(environment: dict[str, Any]) -> str:
-    """The device's name, without the threads that a CPU's ends in: they are a decision themselves."""
+    """The device's name. A CPU's ends with its threads, which are left out: they are a decision of their own."""
     return environment["device_name"].partition(",")[0]
 
 
@@ -210,8 +248,8 @@ def write_predictions(
 ) -> None:
     """predictions.parquet: image_id, lesion_id, split, label, `logit_<dx>` and `prob_<dx>`, one row an image.
 
-    parts[split]: sample numbers (N,) int64 and logits (N, 7) float32; probabilities[split]: (N, 7) float64; about: what
-    the probabilities are (prior and temperature), kept as the file's metadata.
+    parts[split]: sample numbers (N,) int64 and logits (N, 7) float32; probabilities[split]: (N, 7) float64; about: the
+    prior and temperature of the probabilities, which become the file's metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

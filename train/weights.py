@@ -1,4 +1,4 @@
-"""Weights in files: read safely, fitted into a network, downloaded, and written."""
+"""Weights in files: reading them safely, loading them into a network, downloading and writing them."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from shards.common.errors import DataError, DermscaleError, one_line
 from shards.common.files import whole_file
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and deviation, RGB, of pixels of 0 to 1."""
+"""Mean and deviation, RGB, of pixels from 0 to 1."""
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 _PREFIXES = ("_orig_mod.", "module.")
@@ -27,7 +27,7 @@ _PREFIXES = ("_orig_mod.", "module.")
 
 @dataclass
 class Weights:
-    """Tensors by name as a file holds them, where they are from, and the normalisation they expect, if it says."""
+    """Tensors by name as a file holds them. source: the file's name. norm: the normalisation it names, if it does."""
 
     source: str
     state: dict[str, Tensor]
@@ -35,9 +35,9 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """A .safetensors file, or a PyTorch file read with `weights_only`, so that neither can run code.
+    """Read a .safetensors file, or a PyTorch file with `weights_only`: neither can run code.
 
-    Raises DataError naming the file where it is missing, damaged, or holds something else than tensors.
+    Raises DataError, with the file's name, if it is missing, damaged, or holds something other than tensors.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file (--weights)")
@@ -71,9 +71,9 @@ def read_weights(path: Path) -> Weights:
 
 
 def load_fitting(body: nn.Module, weights: Weights, classifier: str) -> None:
-    """Load weights into a network; a classifier for another number of classes stays random.
+    """Load weights into a network. A classifier for another number of classes keeps its random weights.
 
-    classifier: the name of the last layer. Raises DataError naming the first tensors that do not fit.
+    classifier: the name of the last layer. Raises DataError, with the first tensor that does not fit.
     """
     own, state = body.state_dict(), dict(weights.state)
     for name in (f"{classifier}.weight", f"{classifier}.bias"):
@@ -89,12 +89,12 @@ def load_fitting(body: nn.Module, weights: Weights, classifier: str) -> None:
     for what, names in (("lacks", missing), ("has no place for", foreign), ("does not fit:", wrong)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise DataError(f"{weights.source}: the weights of another model or size; it {what} {names[0]}{more}")
+            raise DataError(f"{weights.source}: weights of another model or size: it {what} {names[0]}{more}")
     body.load_state_dict(state)
 
 
 def write_weights(path: Path, body: nn.Module | dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a network's tensors as safetensors under their plain names: aside, flushed, renamed."""
+    """Write a network's tensors as safetensors, under their plain names. The file is replaced as a whole."""
     from safetensors.torch import save
 
     state = body.state_dict() if isinstance(body, nn.Module) else body
@@ -103,13 +103,13 @@ def write_weights(path: Path, body: nn.Module | dict[str, Tensor], metadata: dic
     header, tensors_at = _in_order(content)
     with whole_file(path) as file:
         file.write(header)
-        file.write(memoryview(content)[tensors_at:])  # a copy of hundreds of MB takes longer than the disk
+        file.write(memoryview(content)[tensors_at:])  # no copy of hundreds of MB: it would take longer than writing
 
 
 def _in_order(content: bytes) -> tuple[bytes, int]:
-    """A safetensors file's header with the metadata sorted by name, and where its tensors begin.
+    """A safetensors file's header with its metadata sorted by name, and the offset of its tensors.
 
-    The library writes the metadata in another order each time.
+    The library writes the metadata in a different order each time.
     """
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -121,22 +121,22 @@ def _in_order(content: bytes) -> tuple[bytes, int]:
 
 @contextmanager
 def downloading(name: str) -> Iterator[None]:
-    """Turn a failed download of a model's weights into one line (DataError), at once where there is no network."""
+    """Turn a failed download of a model's weights into one line (DataError). Without a network it fails at once."""
     from huggingface_hub import constants
 
     quiet, offline = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     if not _network():
-        constants.HF_HUB_OFFLINE = True  # the cache alone: the hub's client would try again for 47 s
+        constants.HF_HUB_OFFLINE = True  # use the cache alone: without this the hub's client retries for 47 s
     try:
         yield
     except DermscaleError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(
-            f"--pretrained: the weights of {name} could not be had ({one_line(error, 160)}); fetch them on "
-            "a machine with a network and name the file with --weights"
+            f"--pretrained: the weights of {name} could not be downloaded ({one_line(error, 160)}); download them on "
+            "a machine with a network and give the file with --weights"
         ) from None
     finally:
         constants.HF_HUB_OFFLINE = offline
@@ -144,7 +144,7 @@ def downloading(name: str) -> Iterator[None]:
 
 
 def _network() -> bool:
-    """Whether the weights' host has an address, or a proxy would look it up."""
+    """Whether the host of the weights has an address, or a proxy is set that looks it up."""
     from huggingface_hub import constants
 
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):

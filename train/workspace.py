@@ -1,7 +1,7 @@
 """What a process keeps from one run to the next: opened shard sets, and the network with its compiled code.
 
-A grid's worker trains many cells of one model; the second and later ones find the model compiled. Nothing of a run is
-left in it: weights are drawn anew from the next run's seed and copied into the network's own memory.
+A grid's worker trains many cells of one model and compiles it once. The next run does not see the last one: its own
+weights, drawn from its own seed, are copied into the memory of the network.
 """
 
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any
 
 from shards import ShardSet
 from shards.engines.choose import EnginePool
-from train import distributed, models
+from train import device as devices
+from train import models
 from train.checkpoint import seed_everything
 from train.compiling import Compilation
 from train.config import Config
@@ -18,21 +19,21 @@ from train.models import Classifier
 
 
 class Workspace:
-    """Holds one network at a time: the compiler's caches grow with every other one."""
+    """Holds one network at a time, because the compiler's caches grow with every further one."""
 
     def __init__(self) -> None:
         self._sets: dict[Path, ShardSet] = {}
         self.engines = EnginePool()
-        """Of the sets that are open."""
+        """Engines of the open sets."""
         self._key: tuple[Any, ...] = ()
         self._net: Classifier | None = None
         self.compilation = Compilation()
-        """Of the network."""
+        """Compiled code of the network."""
         self.warned: set[str] = set()
-        """Warnings that hold for many runs and have been given once."""
+        """Warnings that were shown already: one that is true for many runs is shown once."""
 
     def open(self, path: str | Path) -> ShardSet:
-        """The shard set in a folder, opened once, and again only where its manifest has changed."""
+        """The shard set in a folder. It is opened once, and again if its manifest has changed."""
         folder = Path(path).absolute()
         kept = self._sets.get(folder)
         if kept is not None:
@@ -46,7 +47,7 @@ class Workspace:
         return self._sets[folder]
 
     def network(self, config: Config, data: ShardSet, world: World) -> Classifier:
-        """The network of a run on its device, with the weights that the run starts from."""
+        """The network of a run, on its device, with the weights that the run starts from."""
         seed_everything(config.seed)
         fresh = models.build(
             config.model,
@@ -68,16 +69,16 @@ class Workspace:
             return self._net.train()
         self.forget()
         if config.sync_batch_norm and world.size > 1:
-            distributed.sync_batch_norm(fresh, world.device)
+            devices.sync_batch_norm(fresh)
         self._key, self._net = key, fresh.to(world.device).train()
         return self._net
 
     def close(self) -> None:
-        """Let everything go."""
+        """Close the engines and drop the network."""
         self.forget()
         self.engines.close()
 
     def forget(self) -> None:
-        """Let the network and its compiled code go."""
+        """Drop the network and its compiled code."""
         self._key, self._net = (), None
         self.compilation.forget()

@@ -12,6 +12,7 @@ from train import compiling, models
 from train import device as devices
 from train.config import resolved
 from train.console import Silent
+from train.device import Decision
 from train.distributed import World
 from train.prepare import choose_data, prepare
 from train.workspace import Workspace
@@ -51,16 +52,13 @@ def test_a_ramp_is_charged_for_every_size_that_is_compiled(tiny_shards, monkeypa
         assert reason.startswith(costs), reason
 
 
-def test_a_gpu_of_one_process_gets_graphs(tiny_shards, monkeypatch):
+def test_a_gpu_of_one_process_gets_graphs(monkeypatch):
     assert devices.compile_mode(CUDA, 1) == "reduce-overhead"
     assert devices.compile_mode(CUDA, 2) is devices.compile_mode(CPU, 1) is None
     asked = []
     monkeypatch.setattr(torch, "compile", lambda net, **options: asked.append(options) or net)
     monkeypatch.setattr(devices, "compile_mode", lambda device, processes: f"{device.type} {processes}")
-    config, compilation = resolved(small(tiny_shards, compile="on"), "batchnorm"), compiling.Compilation()
-    step = step_of(config)
-    compilation.decide(step, config, [32], 8, World(), None)
-    compilation.compile(step, config, [32], World(), Silent())
+    compiled(small("no data", compile="on"))
     assert asked == [{"dynamic": False, "mode": "cpu 1"}]
 
 
@@ -80,9 +78,59 @@ def test_graphs_are_recorded_before_training(monkeypatch):
         grads.clear()
 
 
-def test_without_a_compiler_it_is_off(monkeypatch):
+class Heard(Silent):
+    """Keeps the warnings."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def compiled(config):
+    """A step after `Compilation` has compiled it, the compilation, and the warnings."""
+    step, compilation, console = step_of(config), compiling.Compilation(), Heard()
+    compilation.decide(step, config, [32], 8, World(), None)
+    compilation.compile(step, config, [32], World(), console)
+    return step, compilation, console.warnings
+
+
+def test_without_a_compiler_training_is_eager_with_a_warning(monkeypatch):
     monkeypatch.setattr(compiling, "compiler", lambda: None)
-    assert "no C++ compiler" in compiling.choose("on", 21, CPU, never).reason
+    step, compilation, warnings = compiled(small("no data", compile="on"))
+    assert compilation.decision.value == "off" and step.model is step.net
+    assert warnings == [f"training without torch.compile: {compilation.decision.reason}"]
+    assert "no C++ compiler" in warnings[0]
+
+
+@pytest.mark.parametrize("broken", ["warm_up", "faster"])
+def test_a_compiler_that_fails_leaves_the_eager_network(monkeypatch, broken):
+    def fail(*_):
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(compiling, "choose", lambda *_: Decision("on", "as a test wants"))
+    monkeypatch.setattr(compiling, "warm_up", lambda *_: None)
+    monkeypatch.setattr(compiling, broken, fail)
+    step, compilation, warnings = compiled(small("no data", compile="auto"))
+    assert compilation.decision == Decision("off", "compiling failed: it broke")
+    assert step.model is step.net
+    assert warnings == ["training without torch.compile: compiling failed: it broke"]
+
+
+def test_later_runs_of_a_network_keep_its_decision_and_another_network_gets_its_own(monkeypatch):
+    config, compilation, seen = small("no data", compile="auto"), compiling.Compilation(), []
+    monkeypatch.setattr(compiling, "choose", lambda *_: seen.append(1) or Decision("off", f"decision {len(seen)}"))
+
+    def decide(recorded=None):
+        compilation.decide(step_of(config), config, [32], 8, World(), recorded)
+        return compilation.decision.reason
+
+    assert (decide(), decide()) == ("decision 1", "decision 1")
+    assert decide(Decision("on", "recorded")) == "recorded"  # by an earlier start of that run; it holds for it alone
+    assert decide() == "decision 1"
+    compilation.forget()
+    assert decide() == "decision 2"
 
 
 @pytest.mark.parametrize(("eager_s", "compiled_s", "value"), [(0.002, 0.1, "off"), (0.1, 0.002, "on")])

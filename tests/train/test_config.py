@@ -1,14 +1,15 @@
-"""Settings, their defaults and limits, the schedules, and the loss against torch's own."""
+"""Settings, the options made of them, their limits, the recipes, and the schedules."""
 
 import json
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 from shards.common.errors import DataError, UsageError
+from train import grid, leakage, run
 from train.config import (
     RECIPES,
     Config,
@@ -19,7 +20,24 @@ from train.config import (
     resolution_of,
     resolved,
 )
-from train.loss import Loss
+
+
+def test_the_options_of_commands_are_the_fields_of_config() -> None:
+    known = {field.name: field for field in fields(Config)}
+    typed = run.main.make_context("train.run", ["--model", "x"]).params
+    assert set(known) - set(typed) == {"steps", "optimizer", "warmup", "clip"}
+    assert set(typed) - set(known) == {"out", "resume"}
+    own = {name: value for name, value in typed.items() if name in known}
+    assert Config(**own) == Config(model="x")
+    for command in (grid.main, leakage.main):  # these vary or set the others themselves
+        shared = {option.name for option in command.params} & set(known) - {"model"}
+        assert set(own) - shared == {"model", "fraction", "seed", "subset_seed", "sync_batch_norm"}
+    some = {"epochs": 3, "lr": 0.25, "ema": 0.5, "weights": "w.pt", "start_resolution": 96}
+    arguments = [part for name, value in some.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    typed = run.main.make_context("train.run", ["--model", "x", "--pretrained", *arguments]).params
+    for name, value in (some | {"pretrained": True}).items():
+        assert typed[name] == value
+        assert type(typed[name]) in (known[name].type, *get_args(known[name].type))
 
 
 @pytest.mark.parametrize(
@@ -104,50 +122,3 @@ def test_a_ramp_trains_at_a_share_of_the_pixels() -> None:
     assert pixel_share(Config(model="x", resolution=96), 7) == 1
     ramp = Config(model="x", resolution=96, start_resolution=32)  # 3 epochs at 32 px, 3 at 64, 2 at 96
     assert pixel_share(ramp, 8) == pytest.approx((3 * 1 + 3 * 4 + 2 * 9) / 9 / 8)
-
-
-# ------------------------------------------------------------------ loss
-
-COUNTS = [30, 40, 100, 10, 90, 600, 20]
-
-
-def example() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(12, 7, generator=generator), torch.arange(12) % 7
-
-
-def mean(loss: Loss, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    total, weight = loss(logits, labels)
-    return total / (len(labels) if weight is None else weight)
-
-
-def test_the_three_losses_against_their_definitions() -> None:
-    logits, labels = example()
-    prior = torch.tensor(COUNTS) / sum(COUNTS)
-    cpu = torch.device("cpu")
-    torch.testing.assert_close(mean(Loss("plain", COUNTS, cpu), logits, labels), F.cross_entropy(logits, labels))
-    adjusted = -((logits + prior.log()).softmax(1)[range(12), labels]).log().mean()
-    torch.testing.assert_close(mean(Loss("logit-adjusted", COUNTS, cpu), logits, labels), adjusted)
-    weighted = F.cross_entropy(logits, labels, weight=1 / prior)
-    torch.testing.assert_close(mean(Loss("class-weighted", COUNTS, cpu), logits, labels), weighted)
-
-
-@pytest.mark.parametrize("kind", ["plain", "logit-adjusted", "class-weighted"])
-def test_uneven_parts_add_up_to_the_whole(kind: str) -> None:
-    logits, labels = example()
-    loss = Loss(kind, COUNTS, torch.device("cpu"))
-    parts = [loss(logits[a:b], labels[a:b]) for a, b in ((0, 1), (1, 5), (5, 12))]
-    weights = [weight for _, weight in parts if weight is not None]
-    total = torch.stack([part for part, _ in parts]).sum() / (torch.stack(weights).sum() if weights else len(labels))
-    torch.testing.assert_close(total, mean(loss, logits, labels))
-
-
-@pytest.mark.parametrize("kind", ["plain", "logit-adjusted", "class-weighted"])
-def test_a_class_without_images_does_no_harm(kind: str) -> None:
-    logits, labels = example()
-    logits.requires_grad_()
-    value = mean(Loss(kind, [*COUNTS[:6], 0], torch.device("cpu")), logits[:6], labels[:6])
-    value.backward()
-    assert torch.isfinite(value)
-    assert logits.grad is not None
-    assert torch.isfinite(logits.grad).all()

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
 
+from shards.common.errors import DataError
 from tests.conftest import free_port
 from tests.support.train_runs import WORKER, child_environment, losses, small, start_worker
-from train.distributed import SyncedBatchNorm2d, World, sync_batch_norm
+from train.distributed import World
 from train.loop import train_once
 
 NORM_FREE = {"model": "test_vit", "batch_size": 8, "epochs": 3, "steps": 20}
@@ -103,36 +103,17 @@ def test_a_dead_rank_ends_the_others_with_a_message(tiny_shards: Path, tmp_path:
     assert "Traceback" not in errors
 
 
-# ------------------------------------------------------------------ parts, in processes that do no more
-
-
-def spawn(work: Any, ranks: int, *arguments: Any) -> None:
-    """Run `work(rank, ranks, port, …)` in so many processes; an assertion that fails in one fails here."""
-    mp.spawn(work, (ranks, free_port(), *arguments), nprocs=ranks)
-
-
-def join(rank: int, ranks: int, port: int) -> World:
+def check_parts(rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     group = dist.new_group(backend="gloo")
-    return World(rank, ranks, torch.device("cpu"), flags=group)  # type: ignore[arg-type]
-
-
-def little_net(double: bool = True) -> nn.Module:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
-    return net.double() if double else net
-
-
-def check_parts(rank: int, ranks: int, port: int) -> None:
-    world = join(rank, ranks, port)
-    # flags: everyone learns of one rank's wish at the same call, one later
+    world = World(rank, ranks, torch.device("cpu"), flags=group)  # type: ignore[arg-type]
+    # flags: all ranks learn of one rank's wish at the same call, one later
     seen = [world.agree(rank == 1 and call == 2, rank == 0 and call == 3) for call in range(6)]
     world.settle()
     assert seen == [(call == 3, call == 4) for call in range(6)], seen
-    # known errors of the first rank are raised everywhere
-    from shards.common.errors import DataError
 
+    # known errors of the first rank are raised everywhere
     def fail() -> None:
         raise DataError("of the first rank")
 
@@ -140,27 +121,8 @@ def check_parts(rank: int, ranks: int, port: int) -> None:
         world.from_first(fail)
     assert world.from_first(lambda: rank) == 0
     assert world.gather(rank) == (list(range(ranks)) if rank == 0 else [])
-    # batch norm over unequal slices equals one process's over the whole, forward, backward and running statistics
-    torch.manual_seed(1)
-    images = torch.randn(7, 3, 8, 8, dtype=torch.float64)
-    mine = images[rank * 7 // ranks : (rank + 1) * 7 // ranks]
-    single, synced = little_net(), sync_batch_norm(little_net(), torch.device("cpu"))
-    assert any(isinstance(module, SyncedBatchNorm2d) for module in synced.modules())
-    whole = single(images)
-    whole.square().mean().backward()
-    part = synced(mine)
-    (part.square().sum() / whole.numel()).backward()
-    torch.testing.assert_close(part, whole[rank * 7 // ranks : (rank + 1) * 7 // ranks])
-    for a, b in zip(single.parameters(), synced.parameters(), strict=True):
-        assert a.grad is not None
-        assert b.grad is not None
-        torch.testing.assert_close(world.sum(b.grad), a.grad)
-    for a, b in zip(single.buffers(), synced.buffers(), strict=True):
-        torch.testing.assert_close(b, a)
-    single.eval(), synced.eval()
-    torch.testing.assert_close(synced(mine), single(mine))
     dist.destroy_process_group()
 
 
-def test_flags_errors_gathering_and_batch_norm_across_ranks() -> None:
-    spawn(check_parts, 3)
+def test_flags_errors_and_gathering_across_ranks() -> None:
+    mp.spawn(check_parts, (3, free_port()), nprocs=3)

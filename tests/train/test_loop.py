@@ -18,10 +18,10 @@ from shards.format import CLASSES
 from tests.support.train_runs import assert_same_run, at, losses, small, weights
 from train.console import Silent
 from train.distributed import World
+from train.evaluation import used_temperature
 from train.loop import Stopped, train_once
 from train.metrics.summary import balanced_accuracy
 from train.record import write_predictions
-from train.result import used_temperature
 from train.step import TrainingStep
 from train.study.table import finished
 from train.workspace import Workspace
@@ -64,7 +64,7 @@ def test_a_warning_that_holds_for_every_run_of_a_worker_comes_once(tiny_shards: 
 
     shared = Workspace()
     for name in ("first", "second"):
-        config = small(tiny_shards, steps=1, resolution=31)  # evaluation cuts out 63 px
+        config = small(tiny_shards, steps=1, resolution=31)  # evaluation crops are 63 px
         train_once(config, tmp_path / name, workspace=shared, console=Heard())
     assert len(warnings) == 1
     assert "63 px" in warnings[0]
@@ -171,7 +171,7 @@ def test_saved_weights_give_the_saved_predictions(tiny_shards: Path, whole: Path
 def test_writing_is_counted_and_what_nobody_wants_is_not_written(
     tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, out = "train.result.write_predictions", tmp_path / "run"
+    write, out = "train.evaluation.write_predictions", tmp_path / "run"
     monkeypatch.setattr(write, lambda *arguments: (time.sleep(0.3), write_predictions(*arguments)))
     unwanted = ("checkpoint.pt", "model.safetensors")
     result = train_once(small(tiny_shards, checkpoint_s=1e6), out, unwanted=unwanted)
@@ -260,10 +260,3 @@ def test_a_compiler_that_fails_is_replaced_by_eager(
     result = train_once(small(tiny_shards, compile="on"), tmp_path / "run")
     assert result["decisions"]["compile"] == {"value": "off", "reason": "compiling failed: the compiler broke"}
     assert_same_run(whole, tmp_path / "run")
-
-
-def test_no_compiler_means_eager(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.compiling.compiler", lambda: None)
-    result = train_once(small(tiny_shards, compile="on", epochs=1), tmp_path / "run")
-    assert result["decisions"]["compile"]["value"] == "off"
-    assert "no C++ compiler" in result["decisions"]["compile"]["reason"]

@@ -59,11 +59,11 @@ def test_unknown_model_lists_the_known() -> None:
     [
         ("alexnet", 62, None, "63 px"),
         ("alexnet", 94, 62, "63 px"),
-        ("vit_b16", 100, None, "multiples of 16"),
+        ("vit_b16", 100, None, "multiple of 16"),
         ("mixer_b16", 8, None, "16 px"),
         ("mixer_b16", 96, 64, "mixer_b16"),
         ("resnet18", 16, None, "32 px"),
-        ("swin_tiny_patch4_window7_224", 96, 64, "fixed"),
+        ("swin_tiny_patch4_window7_224", 96, 64, "one size"),
         ("test_vit", 40, None, "cannot"),
         ("vit_small_patch14_dinov2", 448, 224, "256 px"),  # 14 divides both ends of the ramp
     ],

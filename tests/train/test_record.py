@@ -60,11 +60,11 @@ def test_a_disk_that_is_full_for_events_loses_no_metrics_and_closes_every_file(t
     out = tmp_path / "run"
     folder = RunFolder(out, small(tiny_shards), resume=False)
     folder.rewind(0, 0)
-    assert folder._board is not None
+    assert folder._events is not None
     with Path("/dev/full").open("wb") as full:
-        os.dup2(full.fileno(), folder._board._file.fileno())
+        os.dup2(full.fileno(), folder._events._file.fileno())
     with pytest.raises(OSError, match="No space left") as error, folder:
         folder.steps(0, 0, [4.0, 3.5], [0.5, 0.25])
     assert error.value.errno == errno.ENOSPC
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1]
-    assert all(file.closed for file in (folder._metrics, folder._log, folder._lock, folder._board._file))
+    assert all(file.closed for file in (folder._metrics, folder._log, folder._lock, folder._events._file))

@@ -99,7 +99,7 @@ def test_images_that_are_shrunk_too_far_are_one_warning(
         code, _, errors = command(*arguments, "--compile", "off", "--data", data, "--out", tmp_path / f"run-{size[0]}")
         assert code == 0, errors
         assert len(errors.splitlines()) == expected
-    assert errors.startswith("warning: evaluation cuts out 130 px and shrinks them to 64 px, 2.03 times: ")
+    assert errors.startswith("warning: evaluation crops of 130 px shrink to 64 px, 2.03 times: ")
     assert errors.endswith("--max-resolution 194 or less, or train at --resolution 65 or more\n")
 
 
@@ -117,7 +117,8 @@ def test_images_that_are_shrunk_too_far_are_one_warning(
         (["--precision", "fp16"], 2, ["fp16", "GPU"]),
         (["--data", "nowhere"], 1, ["nowhere", "preprocess.shard"]),
         (["--weights", "nowhere.pt"], 1, ["nowhere.pt"]),
-        (["--sync-batch-norm", "--model"], 2, ["--model"]),
+        (["--sync-batch-norm"], 2, ["--sync-batch-norm needs a GPU"]),
+        (["--sync-batch-norm", "--model", "test_vit"], 2, ["test_vit has no batch norm"]),
         (["--lr", "1e30", "--precision", "fp32"], 1, ["loss", "step", "--lr"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The training step against the same arithmetic written out with plain PyTorch, bit for bit on the CPU."""
+"""The training step against the same step written with plain PyTorch, bit for bit on the CPU; and the losses."""
 
 import copy
 
@@ -10,15 +10,20 @@ from tests.support.train_runs import small, step_of
 from train.compiling import example
 from train.config import Config
 from train.distributed import World
+from train.loss import Loss
 from train.step import TrainingStep
 
-COUNTS = torch.tensor([30.0, 40, 100, 10, 90, 600, 20])
+COUNTS = [30, 40, 100, 10, 90, 600, 20]
 CPU = torch.device("cpu")
 SGD, ADAMW = {"model": "test_resnet"}, {"model": "test_vit"}
 
 
 def config(**changes: object) -> Config:
     return small("no data", batch_size=8, **changes)  # type: ignore[arg-type]
+
+
+def prior() -> torch.Tensor:
+    return torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS)
 
 
 def by_hand(step: TrainingStep, lr: float, clip: float | None) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -37,7 +42,7 @@ def by_hand(step: TrainingStep, lr: float, clip: float | None) -> tuple[list[flo
     images, colour, labels = example(8, 32, CPU)
     losses = []
     for _ in range(5):
-        logits = net(images, colour) + (COUNTS.double() / COUNTS.double().sum()).log().float()
+        logits = net(images, colour) + prior().log().float()
         loss = F.cross_entropy(logits, labels, reduction="sum") / 8
         loss.backward()
         if clip is not None:
@@ -133,3 +138,46 @@ def test_a_step_goes_on_from_its_state() -> None:
         second(*batch, lr=0.01)
     for a, b in ((whole.net, second.net), (whole.reported, second.reported)):
         assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ------------------------------------------------------------------ the loss alone
+
+
+def logits_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(12, 7, generator=generator), torch.arange(12) % 7
+
+
+def mean(loss: Loss, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    total, weight = loss(logits, labels)
+    return total / (len(labels) if weight is None else weight)
+
+
+def test_the_three_losses_against_their_definitions() -> None:
+    logits, labels = logits_and_labels()
+    torch.testing.assert_close(mean(Loss("plain", COUNTS, CPU), logits, labels), F.cross_entropy(logits, labels))
+    adjusted = -((logits + prior().float().log()).softmax(1)[range(12), labels]).log().mean()
+    torch.testing.assert_close(mean(Loss("logit-adjusted", COUNTS, CPU), logits, labels), adjusted)
+    weighted = F.cross_entropy(logits, labels, weight=1 / prior().float())
+    torch.testing.assert_close(mean(Loss("class-weighted", COUNTS, CPU), logits, labels), weighted)
+
+
+@pytest.mark.parametrize("kind", ["plain", "logit-adjusted", "class-weighted"])
+def test_uneven_parts_add_up_to_the_whole(kind: str) -> None:
+    logits, labels = logits_and_labels()
+    loss = Loss(kind, COUNTS, CPU)
+    parts = [loss(logits[a:b], labels[a:b]) for a, b in ((0, 1), (1, 5), (5, 12))]
+    weights = [weight for _, weight in parts if weight is not None]
+    total = torch.stack([part for part, _ in parts]).sum() / (torch.stack(weights).sum() if weights else len(labels))
+    torch.testing.assert_close(total, mean(loss, logits, labels))
+
+
+@pytest.mark.parametrize("kind", ["plain", "logit-adjusted", "class-weighted"])
+def test_a_class_without_images_does_no_harm(kind: str) -> None:
+    logits, labels = logits_and_labels()
+    logits.requires_grad_()
+    value = mean(Loss(kind, [*COUNTS[:6], 0], CPU), logits[:6], labels[:6])
+    value.backward()
+    assert torch.isfinite(value)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()

@@ -26,6 +26,7 @@ from shards.format import CLASSES, EncodeSpec
 from tests.support.rawdata import write_raw
 from tests.support.train_runs import child_environment, small
 from tests.train.inference.test_images import png_header
+from train.evaluation import used_temperature
 from train.inference.images import read_image
 from train.inference.output import ISIC_COLUMNS
 from train.inference.predictor import Predictor, load_network, read_about
@@ -34,7 +35,6 @@ from train.loop import train_once
 from train.metrics.calibration import class_prior, softmax
 from train.predict import judge
 from train.predict import main as predict_command
-from train.result import used_temperature
 
 ROOT = Path(__file__).parents[3]
 PROBABILITIES = [f"prob_{dx}" for dx in CLASSES]

@@ -26,7 +26,7 @@ def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "kind", "words"),
     [
         (("resnt18",), UsageError, "resnt18.*did you mean"),
-        (("vit_b16", "--resolution", "100"), UsageError, "multiples of 16"),
+        (("vit_b16", "--resolution", "100"), UsageError, "multiple of 16"),
         (("resnet18", "--device", "cuda:99"), UsageError, "GPU 99"),
         (("resnet18", "--device", "tpu"), UsageError, "'tpu' is unknown"),
         (("resnet18", "--device", "cpu", "--precision", "fp16"), UsageError, "fp16: needs a GPU"),

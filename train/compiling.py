@@ -1,8 +1,8 @@
-"""`--compile`: whether `torch.compile` pays off for a network, the compiled code, and eager training where it fails.
+"""`--compile`: whether `torch.compile` pays off for a network, the compiled code, and eager training if it fails.
 
-Everything about it is here. A process keeps one `Compilation` from run to run (`train/workspace.py`), because later
-runs of the same network keep the decision and reuse the code. Compiling, and the timing that decides about it, comes
-before the first step and leaves no trace in the weights or in the random state.
+All of its state is here. A process keeps one `Compilation` from run to run (`train/workspace.py`), because later runs
+of the same network keep the decision and reuse the code. Compiling, and the timing that decides about it, comes before
+the first step and leaves no trace in the weights or in the random state.
 """
 
 import os
@@ -100,7 +100,7 @@ class Compilation:
             return 0.0
         began = time.perf_counter()
         try:
-            step.model = self._compiled(step, config, sizes, world, console)
+            self._make_code(step, config, sizes, world, console)
             if step.device.type == "cpu" and config.compile == "auto" and not self._recorded and not self._timed:
                 images = _own_images(config, world)
                 self.decision = self._earlier = world.from_first(lambda: faster(step, images, config.resolution))
@@ -114,10 +114,8 @@ class Compilation:
             step.model = step.net
         return time.perf_counter() - began
 
-    def _compiled(
-        self, step: TrainingStep, config: Config, sizes: list[int], world: World, console: Console
-    ) -> Callable[..., Tensor]:
-        """The network as `torch.compile` gives it, compiled for all `sizes`."""
+    def _make_code(self, step: TrainingStep, config: Config, sizes: list[int], world: World, console: Console) -> None:
+        """Compile the network for all `sizes`, unless an earlier run has, and let `step` call the code."""
         limit = 2 * (len(sizes) + len(self._compiled_for))  # beyond it torch.compile would silently run eager code
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         if self._code is None:
@@ -129,7 +127,6 @@ class Compilation:
             if (images, px, step.precision) not in self._compiled_for:
                 warm_up(step, images, px)
                 self._compiled_for.add((images, px, step.precision))
-        return self._code
 
 
 def _own_images(config: Config, world: World) -> int:

@@ -65,12 +65,11 @@ class Config:
     """The settings of one run, and their defaults: `train.run` and the other commands make their options from these.
 
     What is None is filled in by `resolved` from the model's family. Fields without an option: steps: optimizer steps in
-    place of epochs (a grid with equal steps). warmup: share of the steps. clip: largest gradient norm.
+    place of epochs (a grid with equal steps). optimizer: `sgd-nesterov` or `adamw`. warmup: share of the steps. clip:
+    largest gradient norm.
     """
 
-    model: str = _option(
-        ..., "alexnet, resnet18/34/50/101/152, vit_b16, mixer_b16, or any name of timm.", run_only=True
-    )
+    model: str = _option(..., "alexnet, resnet18/34/50/101/152, vit_b16, mixer_b16 or any timm model.", run_only=True)
     data: str = _option("data/shards", "Folder of the shard set.", path=True)
     fraction: float = _option(1.0, "Share of the training lesions, in (0, 1].", run_only=True)
     seed: int = _option(0, "Seed of weights, order and augmentation.", least=0, run_only=True)
@@ -82,7 +81,7 @@ class Config:
     start_resolution: int | None = _option(None, "Start at this side and go up in steps of 32 px.")
     optimizer: str | None = None
     lr: float | None = _option(None, "Peak learning rate, after the warm-up.", shown="by model")
-    weight_decay: float | None = _option(None, "Not applied to biases and normalisation.", shown="by model")
+    weight_decay: float | None = _option(None, "Weight decay. Biases and normalisation have none.", shown="by model")
     warmup: float | None = None
     clip: float | None = None
     loss: str = _option("logit-adjusted", "Cross-entropy", choices=LOSSES)

@@ -29,7 +29,7 @@ class Decision:
 
 
 def choose(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a name: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+    """The device of a name: `auto` (CUDA if there is a GPU), `cpu`, `cuda` or `cuda:N`.
 
     local_rank: number of this process on its machine; it picks the GPU. Raises UsageError for a device that is unknown
     or not there.

@@ -130,7 +130,7 @@ def _train(
     if state:
         run.load(state, progress.step)
         checkpoint.set_random_states(device, state["random"], world.rank, (config.seed, progress.step))
-        say(f"{out}: going on at step {progress.step} of {run.total}")
+        say(f"{out}: continuing at step {progress.step} of {run.total}")
     if folder is not None:
         folder.rewind(state["metrics_bytes"] if state else 0, progress.step)
         folder.write(ENVIRONMENT, environment(run.data, devices.environment(device), run.decisions, world.size))

@@ -171,4 +171,5 @@ def compile_and_distribute(run: Run, progress: Progress, console: Console) -> No
     sizes = sorted(set(run.sizes[progress.epoch :]))
     progress.seconds["compile"] += run.compilation.compile(run.step, run.config, sizes, run.world, console)
     run.step.distribute(run.world)
-    checkpoint.seed_everything(run.config.seed, run.world.rank)  # whatever was drawn for the decisions
+    # again, because deciding and compiling may have drawn random numbers
+    checkpoint.seed_everything(run.config.seed, run.world.rank)

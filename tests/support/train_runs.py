@@ -42,7 +42,7 @@ def step_of(config: Config, precision: str = "fp32") -> TrainingStep:
 
 
 def at(call: int, action: Callable[[], bool]) -> Callable[[], bool]:
-    """A `stop` that does `action` when asked for the `call`-th time."""
+    """A `stop` that returns `action()` at its `call`-th call."""
     asked = 0
 
     def stop() -> bool:
@@ -54,7 +54,7 @@ def at(call: int, action: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of each step, in order; each step must stand there once."""
+    """The loss of each step, in order; each step must be there once."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == list(range(len(steps)))

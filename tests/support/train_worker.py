@@ -1,8 +1,8 @@
-"""Not a test: a process of a training job that can be told to die. Run by test_resume.py and test_distributed.py.
+"""Not a test: a process of a training job that kills itself if asked. Run by test_resume.py and test_distributed.py.
 
     python tests/support/train_worker.py '{"config": {…}, "out": "…", "kill_at": 3, "kill_rank": 1}'
 
-It kills itself with SIGKILL when asked for the `kill_at`-th time whether to stop, in the first life of a job only.
+It sends itself SIGKILL at the `kill_at`-th call of `stop`. A job that torchrun has restarted does not do it again.
 """
 
 import json

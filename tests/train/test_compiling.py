@@ -1,7 +1,7 @@
 """Whether compiling pays off: the rule, the timing that checks it on a CPU, and what a process keeps."""
 
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +10,10 @@ import torch
 from tests.support.train_runs import small, step_of
 from train import compiling, models
 from train import device as devices
-from train.config import resolved
+from train.config import resolution_of
 from train.console import Silent
 from train.device import Decision
 from train.distributed import World
-from train.prepare import choose_data, prepare
-from train.workspace import Workspace
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -35,21 +33,21 @@ def test_a_short_run_does_not_pay_for_compiling_and_a_long_one_does():
         assert compiling.choose("auto", 21, device, lambda s=seconds: 1.1 * s).value == "on"
 
 
-def test_a_ramp_is_charged_for_every_size_that_is_compiled(tiny_shards, monkeypatch):
+def test_a_ramp_is_charged_for_every_size_that_is_compiled(monkeypatch):
     monkeypatch.setattr(compiling, "compiler", lambda: "c++")
     monkeypatch.setattr(compiling, "step_s", lambda *_: 1.0)  # a step of the full size
-    reasons = []
-    for start in (None, 32):
-        config = small(tiny_shards, epochs=8, compile="auto", resolution=96, start_resolution=start)
-        config, world, workspace = resolved(config, "batchnorm"), World(), Workspace()
-        with ExitStack() as stack:
-            selections = choose_data(config, workspace.open(tiny_shards), "batchnorm", world)
-            run = prepare(config, "batchnorm", world, workspace, selections, None, stack)
-            reasons.append(run.decisions["compile"].reason)
-            layers = models.depth(run.step.net)
-    for reason, sizes, steps in zip(reasons, (1, 3), (32, 4 * (3 / 9 + 3 * 4 / 9 + 2)), strict=True):
-        costs = f"compiling takes about {3.5 * layers * sizes:.0f} s and training without it about {steps:.0f} s"
-        assert reason.startswith(costs), reason
+    for start, sizes, steps in ((None, 1, 32), (32, 3, 4 * (3 / 9 + 3 * 4 / 9 + 2))):
+        config = small("no data", epochs=8, compile="auto", resolution=96, start_resolution=start)
+        step, compilation = step_of(config), compiling.Compilation()
+        ramp = [resolution_of(config, epoch, 8) for epoch in range(8)]
+        compilation.decide(step, config, ramp, 32, World(), None)
+        costs = 3.5 * models.depth(step.net) * sizes
+        reason = f"compiling takes about {costs:.0f} s and training without it about {steps:.0f} s"
+        assert compilation.decision.reason.startswith(reason)
+        compilation.forget()
+        compilation.images_ahead = 16 * 100  # later runs of 100 steps
+        compilation.decide(step, config, ramp, 32, World(), None)
+        assert f"without it about {steps + 100:.0f} s" in compilation.decision.reason
 
 
 def test_a_gpu_of_one_process_gets_graphs(monkeypatch):

@@ -1,7 +1,7 @@
 """CUDA code as far as a CPU can check it: fake CUDA tensors for the forward pass, `meta` tensors for the backward pass.
 
 Fake tensors run no kernel, but know devices, types and shapes: tensors of mixed devices raise, and so does fetching a
-value, which is what a hidden host sync does. Autocast and backward cannot be had that way.
+value, which is what a hidden host sync does. Autocast and the backward pass do not work with them.
 """
 
 import pytest
@@ -60,7 +60,7 @@ def test_backward_gives_every_parameter_a_gradient(name: str) -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
 
 
-# ------------------------------------------------------------------ what the checks above would notice
+# ------------------------------------------------------------------ what these checks notice
 
 
 def test_a_host_sync_would_be_noticed() -> None:

@@ -79,7 +79,7 @@ def test_torchrun_restarts_a_job_that_goes_on_by_itself(tiny_shards: Path, tmp_p
     order = {"config": config.to_dict(), "out": str(tmp_path / "run"), "kill_at": 5, "kill_rank": 1}
     done = run_ranks(order, 2, restarts=1)
     assert done.returncode == 0, done.stderr
-    assert "going on at step" in (tmp_path / "run" / "log.txt").read_text()
+    assert "continuing at step" in (tmp_path / "run" / "log.txt").read_text()
     assert_equal_within_float_error(tmp_path / "alone", tmp_path / "run")
 
 

@@ -204,11 +204,6 @@ def test_a_loss_that_is_no_number_names_its_step(
     assert len(calls) == 8  # it was noticed when the losses were fetched, at the end of the epoch
 
 
-def test_a_diverging_run_ends_in_one_line(tiny_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(DermscaleError, match="at step"):
-        train_once(small(tiny_shards, lr=1e30), tmp_path / "run")
-
-
 def test_a_folder_that_holds_a_run_is_not_touched_without_resume(
     tiny_shards: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The run folder's own files: what TensorBoard reads of a run that went on, and what a full disk leaves."""
+"""The run folder's own files: what TensorBoard reads of a resumed run, and what remains after a full disk."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from train.record import RunFolder
 
 
 def full_disk(folder: Path) -> None:
-    """From now on every write to a file of `folder` fails as on a full disk, to open files and to those opened anew."""
+    """From now on every write to a file of `folder` fails as on a full disk, to open files and to those opened later."""
     descriptors = list(Path("/proc/self/fd").iterdir())
     with Path("/dev/full").open("wb") as full:
         for descriptor in descriptors:

@@ -1,4 +1,4 @@
-"""A run that dies or is stopped anywhere goes on to the same bits, with the decisions that it had taken."""
+"""A run that dies or is stopped anywhere is resumed to the same bits, with the decisions of its first start."""
 
 import json
 import signal
@@ -103,19 +103,10 @@ def test_a_checkpoint_that_is_due_at_the_end_of_training_is_written(tiny_shards:
 
 
 def test_sigterm_writes_a_checkpoint_and_exits(tiny_shards: Path, tmp_path: Path) -> None:
-    arguments = [
-        "--model",
-        "test_resnet",
-        "--data",
-        str(tiny_shards),
-        "--out",
-        str(tmp_path / "run"),
-        "--epochs",
-        "500",
-    ]
-    arguments += ["--batch-size", "16", "--resolution", "32", "--device", "cpu", "--precision", "fp32"]
+    options = "--model test_resnet --epochs 500 --batch-size 16 --resolution 32 --device cpu --compile off"
+    folders = ["--data", str(tiny_shards), "--out", str(tmp_path / "run")]
     with subprocess.Popen(
-        [sys.executable, "-m", "train.run", *arguments, "--compile", "off"],
+        [sys.executable, "-m", "train.run", *options.split(), *folders],
         env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -157,7 +148,7 @@ def killed(tiny_shards: Path, tmp_path: Path) -> Iterator[tuple[Config, Path, di
 
 
 def decided_otherwise(environment: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Decisions that no start on this machine would come to."""
+    """Decisions that no start on this machine would make."""
     taken = {name: one["value"] for name, one in environment["decisions"].items()}
     other = {
         "compile": "on",
@@ -176,11 +167,11 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_decisions(
     environment["decisions"] = decided_otherwise(environment)
     (out / "environment.json").write_text(json.dumps(environment))
 
-    def anew(*_: object) -> None:
-        pytest.fail("decided anew")
+    def again(*_: object) -> None:
+        pytest.fail("decided again")
 
-    monkeypatch.setattr("train.compiling.choose", anew)
-    monkeypatch.setattr("train.compiling.faster", anew)
+    monkeypatch.setattr("train.compiling.choose", again)
+    monkeypatch.setattr("train.compiling.faster", again)
     monkeypatch.setattr("train.compiling.warm_up", lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda net, **_: net)
     result = train_once(config, out, resume=True)
@@ -224,7 +215,7 @@ def test_decisions_that_are_damaged_or_of_another_machine_are_not_kept(
 
 
 @pytest.mark.parametrize("content", [None, b"[]", b"\xff"], ids=str)
-def test_a_damaged_record_of_decisions_has_them_taken_anew(
+def test_a_damaged_record_of_decisions_makes_them_again(
     killed: tuple[Config, Path, dict[str, Any]], content: bytes | None
 ) -> None:
     config, out, environment = killed
@@ -249,12 +240,12 @@ def test_with_a_checkpoint_too_decisions_are_kept_only_where_they_were_taken(
         torch.set_num_threads(threads)
         environment = json.loads((out / "environment.json").read_text())
         (out / "environment.json").write_text(json.dumps(environment | {"world_size": world_size}))
-        if world_size == 2:  # decided anew it may be fp16, of whose scaler the checkpoint holds nothing
+        if world_size == 2:  # the new decision may be fp16, and the checkpoint has no state of its scaler
             monkeypatch.setattr(devices, "scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=2.0))
         taken = train_once(config, out, resume=True)["decisions"]
         assert taken["threads"]["value"] == str(threads + (world_size == 1))
         assert (taken == environment["decisions"]) == (world_size == 1)
-        log = (out / "log.txt").read_text().split("going on at step")[1]
+        log = (out / "log.txt").read_text().split("continuing at step")[1]
         assert f"threads: {taken['threads']['value']} ({taken['threads']['reason']})" in log
     finally:
         torch.set_num_threads(threads)

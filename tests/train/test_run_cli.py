@@ -1,10 +1,9 @@
-"""`python -m train.run` as users meet it: fast help, and one line for each mistake."""
+"""`python -m train.run` as users see it: what it prints, and one line for each mistake."""
 
 import gc
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,11 +13,11 @@ import pytest
 
 from shards.common import cli
 from tests.conftest import write_set
-from tests.support.train_runs import child_environment
 from tests.train.test_record import full_disk
 from train.record import RunFolder
 from train.run import main
 
+Command = Callable[..., tuple[int, str, str]]
 SMALL = ["--model", "test_resnet", "--epochs", "1", "--batch-size", "16", "--resolution", "32", "--compile", "off"]
 
 
@@ -31,9 +30,7 @@ def own_signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str, str]]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Runs the command as `__main__` does; the exit code, standard output and standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -45,18 +42,6 @@ def command(
         return int(stop.value.code or 0), out, errors
 
     return run
-
-
-def test_help_lists_the_options() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "train.run", "--help"],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for option in ("--model", "--start-resolution", "--weight-decay", "--subset-seed", "--resume", "--sync-batch-norm"):
-        assert option in done.stdout
 
 
 def test_imports_leave_the_collector_as_it_was() -> None:
@@ -77,9 +62,7 @@ def test_imports_leave_the_collector_as_it_was() -> None:
         gc.unfreeze()
 
 
-def test_one_line_an_epoch_and_a_default_folder(
-    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_one_line_an_epoch_and_a_default_folder(command: Command, tiny_shards: Path, tmp_path: Path) -> None:
     code, out, errors = command(*SMALL, "--data", tiny_shards, "--fraction", "0.5", "--seed", "3")
     assert (code, errors) == (0, "")
     lines = [line for line in out.splitlines() if line.startswith("epoch")]
@@ -89,9 +72,7 @@ def test_one_line_an_epoch_and_a_default_folder(
     assert (tmp_path / "runs" / "test_resnet_f0.5_s3_u0" / "result.json").exists()
 
 
-def test_images_that_are_shrunk_too_far_are_one_warning(
-    command: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_images_that_are_shrunk_too_far_are_one_warning(command: Command, tmp_path: Path) -> None:
     """Evaluation cuts 128 px out of 194×146, and 130 px out of 198×148: 2 times and a little more than 64 px."""
     for size, expected in ((146, 194), False), ((148, 198), True):
         data = write_set(tmp_path / f"set-{size[0]}", images=70, size=size)
@@ -123,7 +104,7 @@ def test_images_that_are_shrunk_too_far_are_one_warning(
     ],
 )
 def test_each_mistake_is_one_line(
-    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, arguments: list[str], code: int, words: list[str]
+    command: Command, tiny_shards: Path, arguments: list[str], code: int, words: list[str]
 ) -> None:
     got, _, errors = command(*SMALL, "--data", tiny_shards, *arguments)
     assert got == code, errors
@@ -133,7 +114,7 @@ def test_each_mistake_is_one_line(
     assert all(word in lines[0] for word in words), lines[0]
 
 
-def test_a_missing_gpu_is_one_line(command: Callable[..., tuple[int, str, str]], tiny_shards: Path) -> None:
+def test_a_missing_gpu_is_one_line(command: Command, tiny_shards: Path) -> None:
     code, _, errors = command(*SMALL, "--data", tiny_shards, "--device", "cuda:99")
     assert code == 2
     assert "GPU 99" in errors
@@ -141,9 +122,7 @@ def test_a_missing_gpu_is_one_line(command: Callable[..., tuple[int, str, str]],
 
 
 @pytest.mark.parametrize("damage", ["manifest", "index", "shard", "payload"])
-def test_a_damaged_shard_set_is_one_line(
-    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_shard_set_is_one_line(command: Command, tiny_shards: Path, tmp_path: Path, damage: str) -> None:
     data = tmp_path / "damaged"
     shutil.copytree(tiny_shards, data)
     file = {"manifest": "manifest.json", "index": "index.parquet"}.get(damage, "shard-00000.tar")
@@ -159,17 +138,13 @@ def test_a_damaged_shard_set_is_one_line(
     assert file in errors
 
 
-def test_a_folder_below_a_file_is_one_line(
-    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_a_folder_below_a_file_is_one_line(command: Command, tiny_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, _, errors = command(*SMALL, "--data", tiny_shards, "--out", "file/run")
     assert (code, errors) == (1, "error: file/run: Not a directory; check the path\n")
 
 
-def test_a_full_disk_is_one_line(
-    command: Callable[..., tuple[int, str, str]], tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_one_line(command: Command, tiny_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / ".checkpoint.pt.partial").symlink_to("/dev/full")  # every write to it fails as on a full disk
@@ -182,11 +157,7 @@ def test_a_full_disk_is_one_line(
 
 @pytest.mark.parametrize("moment", ["log", "steps", "epoch"])
 def test_a_disk_that_fills_up_while_recording_is_one_line(
-    command: Callable[..., tuple[int, str, str]],
-    tiny_shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    moment: str,
+    command: Command, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     folders: list[RunFolder] = []
     raised: list[threading.ExceptHookArgs] = []

@@ -14,7 +14,7 @@ from benchmarks.check_training import training_steps, whole_run
 from benchmarks.evidence import Evidence
 from benchmarks.sampling import HZ, MOST_CORE_SHARE, CoreSource, Sampler, Source
 from shards import Loader, Selection, ShardSet
-from shards.engines import selfcheck, verdicts
+from shards.engines import selfcheck
 from train.device import gpu_uuid
 from train.models import MODELS
 
@@ -152,7 +152,7 @@ def _consumers(device: torch.device) -> dict[str, Callable[[], AbstractContextMa
 
 def _self_check(selection: Selection, device: torch.device, variant: str) -> Found:
     """The check that `auto` makes in a process of its own, made afresh."""
-    verdicts.cache_file(verdicts.key_of(selection.data, device, variant, selection.samples)).unlink(missing_ok=True)
+    selfcheck.cache_file(selfcheck.key_of(selection.data, device, variant, selection.samples)).unlink(missing_ok=True)
     passed, reason = selfcheck.check(selection, device, variant)
     return passed, {"reason": reason}
 

@@ -1,7 +1,8 @@
-"""Does the dali engine work on this GPU? Found out in a process of its own: a crash in a decoder cannot be caught.
+"""Does the dali engine work on this GPU? A separate process finds out, because a crash in a decoder cannot be caught.
 
-That process runs `main`: it loads real samples with both engines and prints how far they are apart. `verdicts.py` keeps
-what came out.
+That process runs `main`: it loads real samples with both engines and prints by how much they differ. The verdict is
+kept in a file, one per GPU model, driver, library versions, graph variant, packing and set of encodings. Delete the
+file to check again.
 """
 
 import json
@@ -12,12 +13,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shards.common.errors import last_line
-from shards.engines import verdicts
 
 if TYPE_CHECKING:
     import torch
@@ -27,16 +27,19 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 NAMES = {"whole": "whole-image decode with a slice", "region": "region decode"}
-"""The variants of dali in the order in which they are taken. On an H100 400 px JPEGs came faster whole (23,900 img/s)
-than cut (17,600; one run each), for it decodes in hardware faster than Python cuts. Not measured: much larger images,
-and GPUs without such hardware, which may be faster with regions."""
-TIMEOUT_S = 180.0  # a process that starts CUDA and loads four batches takes seconds; a cold disk a minute
+"""The variants of the dali graph, in the order in which they are tried. On an H100, 400 px JPEGs loaded faster whole
+(23,900 img/s) than cut (17,600; one run each): its hardware decodes faster than Python cuts. Not measured: much larger
+images, and GPUs without such hardware. Regions may be faster there."""
+TIMEOUT_S = 180.0
+"""A process that starts CUDA and loads four batches takes seconds; with a cold disk, a minute."""
 _BATCH, _ROUNDS, _RESOLUTION = 64, 4, 224
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-"""Signals that a process brings on itself. Others come from outside, such as SIGKILL where memory ran out."""
+"""Signals that a process causes itself. Others come from outside, such as SIGKILL when memory ran out."""
+_REVISION = 3
+"""Of what is checked and how. Another revision makes old verdicts void."""
 
-_unsettled: dict[Path, str] = {}
-"""Failures that are no verdict on the decoder, by the file that would keep one: for this process they stand."""
+_inconclusive: dict[Path, str] = {}
+"""Failures that may have another cause than the decoder, by the file of the verdict. They hold for this process."""
 
 
 def best_variant(
@@ -48,7 +51,7 @@ def best_variant(
 ) -> tuple[str | None, str]:
     """The first of NAMES that agrees with the native engine, and the reason.
 
-    None where neither does. child: the command of the checking process, another one in tests.
+    None if neither does. child: the command of the checking process; tests give another one.
     """
     reasons = []
     for variant, name in NAMES.items():
@@ -70,30 +73,31 @@ def check(
 ) -> tuple[bool, str]:
     """Whether the variant agrees with the native engine on this device, and how that was found out.
 
-    A verdict on the decoder is kept; a failure that may have another cause is not: a GPU without free memory, a signal
-    from outside, no answer in time from a slow disk. Only another process checks again after one: it may have taken
-    minutes, and what this process loads, such as the runs of a study, should all come from one engine.
+    A verdict on the decoder is kept on disk. A failure that may have another cause is not: a GPU without free memory,
+    a signal from outside, no answer in time from a slow disk. Such a failure holds for this process, and the next
+    process checks again: all that one process loads, such as the runs of a study, should come from one engine, and a
+    check can take minutes.
     """
-    key = verdicts.key_of(selection.data, device, variant, selection.samples)
-    file = verdicts.cache_file(key)
-    if file in _unsettled:
-        return False, f"{_unsettled[file]} (found before in this process; another one checks again)"
-    kept = verdicts.read(file, key)
+    key = key_of(selection.data, device, variant, selection.samples)
+    file = cache_file(key)
+    if file in _inconclusive:
+        return False, f"{_inconclusive[file]} (found earlier in this process; the next process checks again)"
+    kept = read_verdict(file, key)
     if kept is not None:
         return kept[0], f"{kept[1]} (kept in {file})"
-    passed, reason, final = _ask_child(selection, device, variant, child, timeout_s)
+    passed, reason, conclusive = _ask_child(selection, device, variant, child, timeout_s)
     reason = f"{reason} on {key['gpu']}, driver {key['driver']}, DALI {key['versions']['nvidia-dali']}"
-    if final:
-        verdicts.keep(file, key, passed, reason)
+    if conclusive:
+        keep_verdict(file, key, passed, reason)
     else:
-        _unsettled[file] = reason
+        _inconclusive[file] = reason
     return passed, reason
 
 
 def _ask_child(
     selection: "Selection", device: "torch.device", variant: str, child: Sequence[str] | None, timeout_s: float
 ) -> tuple[bool, str, bool]:
-    """Run the checking process: whether the engines agree, the reason, and whether the answer is worth keeping."""
+    """Run the checking process. Returns whether the engines agree, the reason, and whether to keep the verdict."""
     question = {
         "path": str(selection.data.path.resolve()),
         "samples": _some_of_each(selection).tolist(),
@@ -109,7 +113,7 @@ def _ask_child(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(search)},
-        start_new_session=True,  # so that what it starts can be ended with it
+        start_new_session=True,  # so that its own children can be ended with it
     )
     try:
         output, errors = process.communicate(json.dumps(question), timeout=timeout_s)
@@ -126,13 +130,12 @@ def _ask_child(
         crashed = ended_by in _CRASHES
         return False, f"{'crashed' if crashed else 'ended from outside'}: {ended_by.name}", crashed
     if process.returncode > 0:
-        last = last_line(errors)
-        return False, f"could not be checked: {last}", False
+        return False, f"could not be checked: {last_line(errors)}", False
     return judge(json.loads(output.splitlines()[-1]), str(device))
 
 
 def _some_of_each(selection: "Selection") -> np.ndarray:
-    """About `_BATCH` samples, as many of each encoding, from all over the selection."""
+    """About `_BATCH` samples spread over the selection, equally many of each encoding."""
     encodings = selection.data.column("encoding")[selection.samples].astype(str)
     kinds = np.unique(encodings)
     rows = [selection.samples[encodings == kind] for kind in kinds]
@@ -141,28 +144,29 @@ def _some_of_each(selection: "Selection") -> np.ndarray:
     return np.concatenate([some[place] for some, place in zip(rows, places, strict=True)])
 
 
-def judge(apart: dict[str, dict[str, float]], device: str) -> tuple[bool, str, bool]:
-    """Whether the differences are within what is tolerated, in words, and True: such a verdict is worth keeping.
+def judge(found: dict[str, dict[str, float]], device: str) -> tuple[bool, str, bool]:
+    """Whether the differences are tolerated, the same in words, and True: such a verdict is kept.
 
-    apart: of `differences`. A GPU's JPEG decoder may be a mean below 1 apart and 4 in all but 0.1 % of the values,
-    since it rounds elsewhere; everything else 1.
+    found: the result of `differences`. A GPU's JPEG decoder rounds in other places than libjpeg: a mean difference
+    below 1 is tolerated, and at most 4 in 99.9 % of the values. Everything else may differ by 1.
     """
     passed, words = True, []
-    for encoding, found in sorted(apart.items()):
+    for encoding, numbers in sorted(found.items()):
         if encoding == "jpg" and device != "cpu":
-            passed &= found["mean"] < 1 and found["within_4"] >= 0.999
+            passed &= numbers["mean"] < 1 and numbers["within_4"] >= 0.999
         else:
-            passed &= found["max"] <= 1
+            passed &= numbers["max"] <= 1
         words.append(
-            f"{encoding} mean {found['mean']:.3f}, max {found['max']:.0f}, {100 * found['within_4']:.2f} % within 4"
+            f"{encoding} mean {numbers['mean']:.3f}, max {numbers['max']:.0f}, "
+            f"{100 * numbers['within_4']:.2f} % within 4"
         )
     return passed, f"{'agreed' if passed else 'disagreed'} with native ({'; '.join(words)})", True
 
 
 def differences(data: "ShardSet", samples: np.ndarray, device: str, variant: str) -> dict[str, dict[str, float]]:
-    """How far dali's images are from native's, by encoding: mean and max of 255, and the share within 4.
+    """By how much dali's images differ from native's, per encoding: mean and max of 255, and the share within 4.
 
-    One batch of training crops, loaded several times, so that buffers are used again.
+    One batch of training crops is loaded several times, so that buffers are reused.
     """
     from shards.engines import Request
     from shards.engines.dali import DaliEngine
@@ -176,9 +180,9 @@ def differences(data: "ShardSet", samples: np.ndarray, device: str, variant: str
     raw = data.column("encoding")[samples] == "raw"
     parts: dict[str, list[np.ndarray]] = {"jpg": [], "raw": []}
     for images in dali.run([request] * _ROUNDS, _RESOLUTION):
-        apart = np.abs(images.cpu().numpy().astype(np.int16) - expected.numpy())
-        parts["jpg"].append(apart[~raw])
-        parts["raw"].append(apart[raw])
+        difference = np.abs(images.cpu().numpy().astype(np.int16) - expected.numpy())
+        parts["jpg"].append(difference[~raw])
+        parts["raw"].append(difference[raw])
     native.close()
     dali.close()
     joined = {encoding: np.concatenate(some) for encoding, some in parts.items()}
@@ -196,7 +200,7 @@ def contents(data: "ShardSet", samples: np.ndarray) -> str:
 
 
 def main() -> None:
-    """Answer the question on standard input, as JSON, in the last line of standard output."""
+    """Read the question as JSON from standard input; write the answer as JSON, the last line of standard output."""
     from shards.shardset import ShardSet
 
     question = json.load(sys.stdin)
@@ -204,3 +208,82 @@ def main() -> None:
         samples = np.array(question["samples"], np.int64)
         answer = differences(data, samples, question["device"], question["variant"])
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
+
+
+def key_of(data: "ShardSet", device: "torch.device", variant: str, samples: np.ndarray) -> dict[str, Any]:
+    """Everything that a verdict depends on. samples: (n,), the numbers of those that are checked.
+
+    The encodings of the samples count, not the write mode alone: with `smart` or `proportion` a set can be all raw,
+    and a check of raw samples has decoded no JPEG.
+    """
+    from importlib.metadata import distributions
+
+    names = ("nvidia-dali", "nvidia-nvimgcodec", "nvidia-nvjpeg", "torch", "opencv-python-headless")
+    found = {str(d.metadata["Name"]).lower(): d.version for d in distributions()}
+    versions = {
+        name: next((v for n, v in sorted(found.items()) if f"{n}-".startswith(f"{name}-")), "none") for name in names
+    }
+    encode = data.manifest.encode
+    return {
+        "revision": _REVISION,
+        "variant": variant,
+        "gpu": _gpu_name(device),
+        "driver": _driver_version(device),
+        "versions": versions,
+        "packed": [encode.write_mode, encode.subsampling, encode.restart, encode.max_resolution],
+        "encodings": sorted(set(data.column("encoding")[samples].tolist())),
+    }
+
+
+def _gpu_name(device: "torch.device") -> str:
+    """The model of the GPU, or `cpu`."""
+    if device.type == "cpu":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def _driver_version(device: "torch.device") -> str:
+    """The driver's version, or `unknown` if NVML does not report it."""
+    if device.type == "cpu":
+        return "none"
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return "unknown"
+
+
+def cache_file(key: dict[str, Any]) -> Path:
+    """Where the verdict is kept: in $XDG_CACHE_HOME/dermscale, by default ~/.cache/dermscale."""
+    import xxhash
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "dermscale" / f"dali-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}.json"
+
+
+def read_verdict(file: Path, key: dict[str, Any]) -> tuple[bool, str] | None:
+    """The kept verdict on this key and its reason; None if there is none that can be read."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return (bool(kept["passed"]), str(kept["reason"])) if kept["key"] == key else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s: not readable (%s), checking again", file, error)
+        return None
+
+
+def keep_verdict(file: Path, key: dict[str, Any], passed: bool, reason: str) -> None:
+    """Write a verdict. If that fails, a warning says so and the next process checks again."""
+    from shards.common.files import write_durably
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        verdict = {"key": key, "passed": passed, "reason": reason}
+        write_durably(file, (json.dumps(verdict, indent=2, sort_keys=True) + "\n").encode())
+    except OSError as error:
+        _log.warning("%s: cannot be written (%s), so the next process checks again", file, error)

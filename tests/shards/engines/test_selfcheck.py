@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shards.engines import choose, native, selfcheck, verdicts
+from shards.engines import choose, native, selfcheck
 
 CPU = torch.device("cpu")
 AGREES = {"jpg": {"mean": 0.1, "max": 1.0, "within_4": 1.0}}
@@ -18,7 +18,7 @@ AGREES = {"jpg": {"mean": 0.1, "max": 1.0, "within_4": 1.0}}
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and nothing known from other tests, whose folders may have had the same name."""
-    monkeypatch.setattr(selfcheck, "_unsettled", {})
+    monkeypatch.setattr(selfcheck, "_inconclusive", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "dermscale"
 
@@ -119,17 +119,17 @@ def test_a_failure_that_says_nothing_of_the_decoder_is_kept_for_this_process_alo
     assert not passed and words in reason
     assert not cache.exists()
     passed, again = selfcheck.check(selection, CPU, "region", child=answers(AGREES))  # not run
-    assert not passed and again.startswith(reason) and "another one checks again" in again
+    assert not passed and again.startswith(reason) and "the next process checks again" in again
     assert selfcheck.check(selection, CPU, "whole", child=answers(AGREES))[0]
-    monkeypatch.setattr(selfcheck, "_unsettled", {})  # as in another process
+    monkeypatch.setattr(selfcheck, "_inconclusive", {})  # as in another process
     assert selfcheck.check(selection, CPU, "region", child=answers(AGREES))[0]
 
 
 def test_every_loader_of_a_process_gets_the_engine_of_the_first(shard_sets, monkeypatch):
     monkeypatch.setattr(choose, "_check_device", lambda device: None)
     monkeypatch.setattr(native, "NativeEngine", lambda *_: None)
-    monkeypatch.setattr(verdicts, "_gpu_name", lambda device: "a GPU")
-    monkeypatch.setattr(verdicts, "_driver_version", lambda device: "1")
+    monkeypatch.setattr(selfcheck, "_gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(selfcheck, "_driver_version", lambda device: "1")
     asked = []
 
     def ask(selection, device, variant, *_):
@@ -149,7 +149,7 @@ def test_every_loader_of_a_process_gets_the_engine_of_the_first(shard_sets, monk
 
 
 def key_of(data, variant="region"):
-    return verdicts.key_of(data, CPU, variant, np.arange(len(data)))
+    return selfcheck.key_of(data, CPU, variant, np.arange(len(data)))
 
 
 def test_a_verdict_hangs_on_gpu_driver_versions_variant_and_packing(shard_sets, monkeypatch):
@@ -158,16 +158,16 @@ def test_a_verdict_hangs_on_gpu_driver_versions_variant_and_packing(shard_sets, 
     assert key["versions"]["nvidia-dali"][0].isdigit() and key["versions"]["torch"][0].isdigit()
     others = [key_of(data, "whole"), key_of(shard_sets["raw"])]
     with monkeypatch.context() as patch:
-        patch.setattr(verdicts, "_gpu_name", lambda device: "NVIDIA H100")
+        patch.setattr(selfcheck, "_gpu_name", lambda device: "NVIDIA H100")
         others.append(key_of(data))
-        patch.setattr(verdicts, "_driver_version", lambda device: "580.1")
+        patch.setattr(selfcheck, "_driver_version", lambda device: "580.1")
         others.append(key_of(data))
     others.append(key | {"versions": key["versions"] | {"nvidia-dali": "2.5.0"}})
-    files = {verdicts.cache_file(one) for one in [key, *others]}
+    files = {selfcheck.cache_file(one) for one in [key, *others]}
     assert len(files) == 6
-    verdicts.keep(verdicts.cache_file(key), key, True, "agreed")
-    assert verdicts.read(verdicts.cache_file(key), key) == (True, "agreed")
-    assert verdicts.read(verdicts.cache_file(key), others[0]) is None
+    selfcheck.keep_verdict(selfcheck.cache_file(key), key, True, "agreed")
+    assert selfcheck.read_verdict(selfcheck.cache_file(key), key) == (True, "agreed")
+    assert selfcheck.read_verdict(selfcheck.cache_file(key), others[0]) is None
 
 
 def test_a_verdict_hangs_on_the_encodings_that_were_checked(shard_sets):
@@ -176,20 +176,20 @@ def test_a_verdict_hangs_on_the_encodings_that_were_checked(shard_sets):
     assert raw.manifest.encode == mixed.manifest.encode
     assert key_of(raw) != key_of(mixed)
     only_raw = np.flatnonzero(mixed.column("encoding") == "raw")
-    assert verdicts.key_of(mixed, CPU, "region", only_raw)["encodings"] == ["raw"]
+    assert selfcheck.key_of(mixed, CPU, "region", only_raw)["encodings"] == ["raw"]
     selfcheck.check(raw.select("train"), CPU, "region", child=answers(AGREES))
     assert not selfcheck.check(mixed.select("train"), CPU, "region", child=python("os.abort()"))[0]
 
 
 def test_a_damaged_or_unwritable_cache_means_another_check(shard_sets, cache, caplog):
     selection = shard_sets["jpg"].select("train")
-    key = verdicts.key_of(selection.data, CPU, "region", selection.samples)
+    key = selfcheck.key_of(selection.data, CPU, "region", selection.samples)
     cache.mkdir(parents=True)
-    verdicts.cache_file(key).write_text('{"key":')
+    selfcheck.cache_file(key).write_text('{"key":')
     with caplog.at_level(logging.WARNING, logger="shards"):
         assert selfcheck.check(selection, CPU, "region", child=answers(AGREES))[0]
         assert "checking again" in caplog.text
-        assert json.loads(verdicts.cache_file(key).read_text())["passed"] is True
+        assert json.loads(selfcheck.cache_file(key).read_text())["passed"] is True
         for file in cache.iterdir():
             file.unlink()
         cache.rmdir()

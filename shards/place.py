@@ -1,12 +1,10 @@
-"""The place of a shard set: what may stand there beforehand, and how a whole new set comes to stand there.
+"""The folder that a shard set is written to: what may be there beforehand, and how a new set replaces an old one.
 
-The new set is written beside the place, as `.NAME.partial`, and swapped in. Where the file system has no exchange of
-two names (NFS), the swap is two renames: a crash between them leaves no set at the place and the old one, whole, beside
-it as `.NAME.old`, until the next packing calls `recover`.
+A new set is written next to its final folder, as `.NAME.partial`. Two renames put it into place: the old set becomes
+`.NAME.old`, then the new one takes its name. A crash between the two leaves no set at the place, and the old one in
+`.NAME.old`, whole. The next packing calls `recover`, which puts it back.
 """
 
-import ctypes
-import errno
 import json
 import os
 import re
@@ -20,52 +18,46 @@ from shards.format import INDEX, MANIFEST
 _FILES = re.compile(
     rf"shard-\d{{5,}}\.(tar|idx)|quarantine\.csv|{re.escape(INDEX)}|{re.escape(MANIFEST)}|\.nfs[0-9a-f]+"
 )
-"""The names in a shard set (FORMAT.md), and NFS's for a file that was removed while another process had it open.
+"""The file names of a shard set (FORMAT.md), and NFS's name for a removed file that another process has open.
 
-A folder with any other is never removed."""
-_MOUNTS = Path("/proc/self/mountinfo")
+A folder that holds any other name is never removed."""
 
 
 def real_place(out: Path) -> Path:
-    """`out` without links: a link is left as it is, and the set goes, and is put together, where the link leads."""
+    """`out` with links resolved: a link stays, and the set is written to the folder that it points to."""
     return Path(os.path.realpath(out))
 
 
 def beside(place: Path, what: str) -> Path:
-    """The hidden path `.NAME.what` in the folder that `place` is in."""
+    """The hidden path `.NAME.what`, next to `place`."""
     return place.with_name(f".{place.name}.{what}")
 
 
 def refuse_mount(out: Path) -> None:
-    """Raise DataError where `out` is `/` or another place that a folder is mounted at: it cannot be renamed."""
+    """Raise DataError if something is mounted at `out`, or `out` is `/`: such a folder cannot be renamed."""
+    import psutil
+
     place = real_place(out)
-    if os.path.ismount(place) or os.fsencode(place) in _mounted():
+    # `ismount` cannot see a folder that is mounted from its own file system, as containers do.
+    mounted = {partition.mountpoint for partition in psutil.disk_partitions(all=True)}
+    if os.path.ismount(place) or str(place) in mounted:
         raise DataError(
-            f"{out}: is the top of a file system, which no new folder can take the place of; choose a folder inside it"
+            f"{out}: is the top of a file system, so no new folder can replace it; choose a folder inside it"
         )
 
 
-def _mounted() -> set[bytes]:
-    """The places that the system says something is mounted at; `ismount` cannot see those within one file system."""
-    try:
-        lines = _MOUNTS.read_bytes().splitlines()
-    except OSError:
-        return set()
-    return {re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4]) for line in lines}
-
-
 def refuse_inside_file(out: Path) -> None:
-    """Raise DataError where one of the folders that `out` shall lie in is a file."""
+    """Raise DataError if one of the folders above `out` is a file."""
     above = next((parent for parent in real_place(out).parents if parent.exists()), Path("/"))
     if not above.is_dir():
         raise DataError(f"{out}: cannot be made, because {above} is a file; choose another folder")
 
 
 def refuse_occupied(out: Path, overwrite: bool) -> None:
-    """Raise DataError where `out` cannot become a shard set.
+    """Raise DataError if `out` cannot become a shard set.
 
-    That is a file, a place that cannot be renamed, a folder that holds anything but a shard set, or a set where
-    `overwrite` is False.
+    That is: a file, a folder that cannot be renamed, a folder that holds anything but a shard set, and a shard set
+    unless `overwrite` is True.
     """
     refuse_mount(out)
     refuse_inside_file(out)
@@ -81,9 +73,9 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
             f"{out}: holds other files and no shard set (no {MANIFEST} with a format_version); "
             "choose an empty or a new folder"
         )
-    if strange := _strange(place):
+    if foreign := _foreign(place):
         raise DataError(
-            f"{out}: holds '{strange}', which is no part of a shard set and would be lost with it; "
+            f"{out}: holds '{foreign}', which is not part of a shard set and would be lost; "
             "move it away, or choose another folder"
         )
     if not overwrite:
@@ -91,7 +83,7 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
 
 
 def _has_manifest(folder: Path) -> bool:
-    """Whether `folder` holds a manifest of this format, of whatever version; others use the same file name."""
+    """Whether `folder` holds a manifest of this format, of any version. Other programs use the same file name."""
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, ValueError):
@@ -99,21 +91,21 @@ def _has_manifest(folder: Path) -> bool:
     return isinstance(raw, dict) and isinstance(raw.get("format_version"), int)
 
 
-def _strange(folder: Path) -> str | None:
-    """The first name in `folder` that is none of a shard set."""
+def _foreign(folder: Path) -> str | None:
+    """The first name in `folder` that does not belong to a shard set."""
     return next((name for name in sorted(path.name for path in folder.iterdir()) if not _FILES.fullmatch(name)), None)
 
 
 def recover(place: Path) -> None:
-    """Put right what a swap of two renames left beside `place` when it was killed; call it under the packer's lock.
+    """Repair what a killed `replace` left next to `place`. Call it while holding the packer's lock.
 
-    Raises DataError where what lies there is not of a shard set, or cannot be removed.
+    Raises DataError if `.NAME.old` is not a shard set, or cannot be removed.
     """
     old = beside(place, "old")
     if not os.path.lexists(old):
         return
-    if old.is_symlink() or not old.is_dir() or _strange(old):
-        raise DataError(f"{old}: is in the way of packing to {place.name} and no shard set; move it away")
+    if old.is_symlink() or not old.is_dir() or _foreign(old):
+        raise DataError(f"{old}: is in the way of packing to {place.name} and not a shard set; move it away")
     if (old / MANIFEST).exists() and not (place.exists() and any(place.iterdir())):
         old.rename(place)
         sync_folder(place.parent)
@@ -122,34 +114,22 @@ def recover(place: Path) -> None:
         shutil.rmtree(old)
     except OSError as error:
         raise DataError(
-            f"{old}: is left of an older set and cannot be removed ({error.strerror}); end what still reads it"
+            f"{old}: is the rest of an old set and cannot be removed ({error.strerror}); end the process that reads it"
         ) from None
 
 
-def swap_into_place(new: Path, place: Path) -> None:
-    """Make `new` the folder `place`; an older one goes away only after that. Atomic where renameat2 can exchange."""
-    if not place.exists():
-        new.rename(place)
-        sync_folder(place.parent)
-        return
-    old = new
-    if not _exchange(new, place):
-        old = beside(place, "old")
+def replace(place: Path, new: Path) -> None:
+    """Make `new` the folder `place`, and remove the set that was there. The module says what a crash leaves."""
+    old = beside(place, "old")
+    if place.exists():
         place.rename(old)
+    try:
         new.rename(place)
+    except OSError:
+        if old.exists():
+            old.rename(place)
+        raise
     sync_folder(place.parent)
-    (old / MANIFEST).unlink(missing_ok=True)  # first: what a kill leaves of `old` must not be taken for a whole set
-    shutil.rmtree(old, ignore_errors=True)  # NFS keeps a file that is still read; the next packing clears what is left
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change names at once; False where the system or the file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    at_fdcwd, rename_exchange = -100, 2
-    if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
-        return True
-    if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
-    return False
+    if old.exists():
+        (old / MANIFEST).unlink(missing_ok=True)  # first: the rest must not pass for a whole set after a crash
+        shutil.rmtree(old, ignore_errors=True)  # NFS keeps a file that is being read; the next packing removes it

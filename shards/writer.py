@@ -1,8 +1,8 @@
 """Writes a shard set: deterministic USTAR tars, their DALI index files, index.parquet, and the manifest last.
 
-Everything is written into a folder beside the final one (`.NAME.partial`), flushed to the disk, and swapped into place,
-so a crash at any moment leaves either the old set or the new one, whole. The swap is one step where the file system can
-exchange two names; `place.py` says what a crash leaves where it cannot.
+Everything is written to a folder next to the final one (`.NAME.partial`), flushed to the disk, and renamed into place.
+A crash at any moment leaves the old set or the new one, whole, or an old set that the next packing puts back
+(`place.py`).
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from shards.format import (
     ShardInfo,
     index_schema,
 )
-from shards.place import beside, real_place, recover, refuse_occupied, swap_into_place
+from shards.place import beside, real_place, recover, refuse_occupied, replace
 from shards.tar import BLOCK, Shard
 
 _GROUP_ROWS = 16_384
@@ -267,7 +267,7 @@ class ShardSetWriter:
             self._flush.result()
         write_durably(self._partial / MANIFEST, manifest.to_json().encode())
         refuse_occupied(self._final, self._overwrite)  # the folder may have been filled meanwhile
-        swap_into_place(self._partial, self._final)
+        replace(self._final, self._partial)
         return manifest
 
 

@@ -1,9 +1,14 @@
-"""Where a set is put: links, mounted and current folders, what others keep there, and what a crash leaves."""
+"""Where a set is written: links, mounted and current folders, folders in use, and what a crash leaves."""
 
+import errno
+import itertools
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from preprocess import synthetic
@@ -41,12 +46,6 @@ def names(folder: Path) -> list[str]:
 def painted(monkeypatch):
     """Synthetic folders without their pictures."""
     monkeypatch.setattr(synthetic, "_write_lesion", lambda lesion, *_: len(lesion.rows))
-
-
-@pytest.fixture
-def no_exchange(monkeypatch):
-    """A file system as NFS is."""
-    monkeypatch.setattr(place, "_exchange", lambda one, other: False)
 
 
 # ------------------------------------------------------------------ links, mounted and current folders
@@ -92,12 +91,10 @@ def test_a_mounted_folder_is_refused_by_the_name_of_the_link_to_it(tmp_path):
 
 
 def test_a_folder_mounted_from_the_same_file_system_is_refused(tmp_path, monkeypatch):
-    table = tmp_path / "mountinfo"
+    """As containers mount them. Only the table of mounts shows such a folder."""
     out = tmp_path / "my data"
     out.mkdir()
-    place_there = str(out).replace(" ", r"\040")
-    table.write_text(f"22 1 8:1 / / rw - ext4 /dev/sda rw\n36 22 8:1 /x {place_there} rw,noatime - ext4 /dev/sda rw\n")
-    monkeypatch.setattr(place, "_MOUNTS", table)
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint=str(out))] if all else [])
     with pytest.raises(DataError, match="my data: is the top of a file system"):
         pack(out)
     assert len(ShardSet(pack(out / "set"))) == 1
@@ -135,7 +132,7 @@ def test_a_set_that_somebody_keeps_other_files_in_is_not_replaced(tmp_path):
     (out / "quarantine.csv").write_text("image_id,file,reason\n")
     pack(out, overwrite=True)
     (out / "thesis").mkdir()
-    with pytest.raises(DataError, match="holds 'thesis', which is no part of a shard set and would be lost"):
+    with pytest.raises(DataError, match="holds 'thesis', which is not part of a shard set and would be lost"):
         pack(out, overwrite=True)
     assert (out / "thesis").is_dir()
 
@@ -157,11 +154,56 @@ def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path, overwrite)
 # ------------------------------------------------------------------ what a crash leaves
 
 
-def test_a_set_is_replaced_without_the_exchange_too(tmp_path, no_exchange):
+class Killed(BaseException):
+    """What nothing catches, as SIGKILL."""
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the program at the given call, from 0, of those that change a folder."""
+    calls = itertools.count()
+
+    def watch(function):
+        def call(*args, **options):
+            if next(calls) == step:
+                raise Killed
+            return function(*args, **options)
+
+        return call
+
+    for name in ("rename", "unlink", "rmdir", "fsync"):
+        monkeypatch.setattr(os, name, watch(getattr(os, name)))
+
+
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_set_or_what_the_next_packing_repairs(tmp_path, monkeypatch):
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        out, new = pack(folder / "set"), pack(folder / "new", 2)
+        with monkeypatch.context() as patch, suppress(Killed):
+            kill_at(step, patch)
+            place.replace(out, new)
+            break
+        if step != 1:  # between the two renames
+            assert len(ShardSet(out)) == (2 if step > 1 else 1)
+        place.recover(out)
+        assert len(ShardSet(out)) == (2 if step > 1 else 1)
+        pack(out, 3, overwrite=True)
+        assert len(ShardSet(out)) == 3 and set(names(folder)) <= {"set", "new"}
+    assert step > 6 and names(folder) == ["set"] and len(ShardSet(out)) == 2
+
+
+def test_a_set_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     out = pack(tmp_path / "set")
-    for images in (2, 3):
-        pack(out, images, overwrite=True)
-        assert len(ShardSet(out)) == images and names(tmp_path) == ["set"]
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> None:
+        if path.name == ".set.partial":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        pack(out, 2, overwrite=True)
+    assert len(ShardSet(out)) == 1 and names(tmp_path) == ["set"]
 
 
 @pytest.mark.parametrize("empty_folder", [False, True])
@@ -175,34 +217,11 @@ def test_a_set_that_a_crash_left_aside_is_put_back(tmp_path, empty_folder):
     assert len(ShardSet(out)) == 2 and names(tmp_path) == ["set"]
 
 
-def test_what_a_crash_left_of_an_old_set_is_cleared(tmp_path, no_exchange):
-    out = pack(tmp_path / "set", 2)
-    left = tmp_path / ".set.old"
-    left.mkdir()
-    (left / "shard-00007.tar").touch()
-    pack(out, 3, overwrite=True)
-    assert len(ShardSet(out)) == 3 and names(tmp_path) == ["set"]
-
-
-def test_an_old_set_loses_its_manifest_first(tmp_path, monkeypatch, no_exchange):
-    out = pack(tmp_path / "set")
-
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(place.shutil, "rmtree", killed)
-        pack(out, 2, overwrite=True)
-    assert "manifest.json" not in names(tmp_path / ".set.old")
-    pack(out, 3, overwrite=True)
-    assert len(ShardSet(out)) == 3 and names(tmp_path) == ["set"]
-
-
-def test_what_nfs_keeps_of_an_old_set_is_cleared_by_the_next_packing(tmp_path, monkeypatch, no_exchange):
+def test_what_nfs_keeps_of_an_old_set_is_cleared_by_the_next_packing(tmp_path, monkeypatch):
     out, old = pack(tmp_path / "set"), tmp_path / ".set.old"
     remove = place.shutil.rmtree
 
-    def read_meanwhile(folder: Path, ignore_errors: bool = False) -> None:
+    def still_read(folder: Path, ignore_errors: bool = False) -> None:
         """As rmtree on NFS, where another process has a file of the folder open."""
         remove(folder, ignore_errors=ignore_errors)
         if folder == old:
@@ -212,10 +231,12 @@ def test_what_nfs_keeps_of_an_old_set_is_cleared_by_the_next_packing(tmp_path, m
                 raise OSError(16, "Device or resource busy", str(folder))
 
     with monkeypatch.context() as patch:
-        patch.setattr(place.shutil, "rmtree", read_meanwhile)
+        patch.setattr(place.shutil, "rmtree", still_read)
         pack(out, 2, overwrite=True)
         assert len(ShardSet(out)) == 2 and names(tmp_path) == [".set.old", "set"]
-        with pytest.raises(DataError, match=r"\.set\.old: is left of .*\(Device or resource busy\); end what still"):
+        with pytest.raises(
+            DataError, match=r"\.set\.old: is the rest of .*\(Device or resource busy\); end the process that reads it"
+        ):
             pack(out, 3, overwrite=True)
     pack(out, 3, overwrite=True)
     assert len(ShardSet(out)) == 3 and names(tmp_path) == ["set"]
@@ -225,7 +246,9 @@ def test_what_is_in_the_way_and_no_shard_set_is_left_alone(tmp_path):
     mine = tmp_path / ".set.old"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match=r"\.set\.old: is in the way of packing to set and no shard set; move it away"):
+    with pytest.raises(
+        DataError, match=r"\.set\.old: is in the way of packing to set and not a shard set; move it away"
+    ):
         pack(tmp_path / "set")
     assert names(tmp_path) == [".set.old"] and names(mine) == ["thesis.txt"]
 

@@ -1,19 +1,26 @@
-"""The official HAM10000 files, fetched, checked and unpacked.
+"""The official HAM10000 files: fetched, checked and unpacked.
 
     python -m preprocess.download                  # 10,015 images and their metadata, 2.8 GB
     python -m preprocess.download --test-set       # and the 1,511 images of the ISIC 2018 Task 3 test set, 0.4 GB
 
 Leaves `HAM10000_images_part_1/`, `HAM10000_images_part_2/` and `HAM10000_metadata.csv` in --out, where
-`python -m preprocess.shard` finds them. Start it again after any interruption: what has come is kept, and what is
-finished is not fetched again.
+`python -m preprocess.shard` finds them. Start it again after any interruption: what has arrived is kept, and finished
+files are not fetched again.
+
+The archives of images are known by their MD5, so their contents are trusted. Nobody has published a hash of the test
+labels: of that archive one table is read, and its rows are checked.
 """
 
 import csv
 import io
+import os
 import shutil
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -23,10 +30,10 @@ from preprocess.ham10000 import CITATION, HOME, LICENCE, read_source
 from preprocess.isic2018 import CITATION as TEST_CITATION
 from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT
 from preprocess.records import list_images
-from preprocess.unpack import read_only_member, unpack_images
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
 from shards.common.files import exclusive, write_durably
+from shards.common.progress import Progress
 
 TEST_FOLDER = "ISIC2018_Task3_Test"
 _DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile"
@@ -35,10 +42,10 @@ _ISIC = "https://isic-challenge-data.s3.amazonaws.com/2018"
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One official file and what becomes of it.
+    """One official file and where it goes.
 
-    target: the folder or file, within --out. images: that the archive holds; 0 where the item is a table. rows: images
-    per class in the test labels, by which they are known, as nobody has published their hash.
+    target: the folder or file, within --out. images: number in the archive; 0 for a table. rows: images per class in
+    the test labels, which are checked instead of a hash.
     """
 
     remote: RemoteFile
@@ -99,9 +106,14 @@ OFFICIAL = (
 )
 """Addresses, sizes and MD5 sums: Harvard Dataverse, doi:10.7910/DVN/DBW86T; test labels: the ISIC challenge archive."""
 
+_MOST_LABEL_BYTES = 1 << 24
+"""An unpacked table of test labels may not be larger; the official one has 0.1 MB."""
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError)
+"""What zipfile and zlib raise for damaged archives; UnicodeDecodeError: for a name marked as UTF-8 that is not."""
+
 
 def is_done(item: Item, out: Path) -> bool:
-    """Whether an item is there already. Raises DataError where something else stands in its place."""
+    """Whether an item is complete already. Raises DataError if something else is in its place."""
     target = out / item.target
     if item.images and target.exists():
         images = len(list_images(out, [target], [])) if target.is_dir() else 0
@@ -121,11 +133,11 @@ def is_done(item: Item, out: Path) -> bool:
 
 
 def check_labels(content: bytes, rows: dict[str, int], name: str) -> list[str]:
-    """Check the one-hot table of the test labels; returns its image_ids. Raises DataError for any other table."""
+    """Check the one-hot table of the test labels; returns its image_ids. Raises DataError for another table."""
     try:
         table = list(csv.reader(io.StringIO(content.decode("utf-8-sig")), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{name}: is no CSV ({error})") from None
+        raise DataError(f"{name}: is not a CSV file ({error})") from None
     header = ["image", *ONE_HOT]
     if not table or table[0] != header:
         raise DataError(f"{name}: its first line is not {','.join(header)}")
@@ -148,9 +160,9 @@ def check_labels(content: bytes, rows: dict[str, int], name: str) -> list[str]:
 
 
 def check_space(items: Sequence[Item], out: Path) -> None:
-    """Raise DataError where the disk cannot hold what is still to come: all that is unpacked, and the largest archive.
+    """Raise DataError if the disk is too small for what is missing: all unpacked files and the largest archive.
 
-    JPEGs hardly get smaller in an archive, so unpacked they need what it needs, and up to a block of 4 KiB more each.
+    An archive hardly compresses JPEGs: unpacked they take its size, and up to a disk block of 4 KiB more each.
     """
     unpacked = sum(item.remote.bytes + item.images * 4096 for item in items if not (out / item.target).exists())
     to_fetch = [
@@ -161,8 +173,8 @@ def check_space(items: Sequence[Item], out: Path) -> None:
     needed, free = unpacked + max([0, *to_fetch]), shutil.disk_usage(out).free
     if free < needed:
         raise DataError(
-            f"{out}: {needed / 1e9:.1f} GB are needed there and {free / 1e9:.1f} GB are free; free some space, or "
-            "choose another --out"
+            f"{out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; free some space, or choose "
+            "another --out"
         )
 
 
@@ -171,23 +183,21 @@ def _size(path: Path) -> int:
 
 
 def download(items: Sequence[Item], out: Path, base_url: str | None = None, pause_s: float = 1.0) -> None:
-    """Bring every item to `out`, in order, each whole and checked or not at all.
+    """Fetch every item into `out`, in order, each complete and checked or not at all.
 
-    base_url: a mirror that serves the files under their names. pause_s: of the retries. Raises DataError.
+    base_url: a mirror that serves the files under their names. pause_s: before a retry. Raises DataError.
     """
     with exclusive(out, "downloading to it"):
-        to_come = [item for item in items if not is_done(item, out)]
-        check_space(to_come, out)
+        missing = [item for item in items if not is_done(item, out)]
+        check_space(missing, out)
         with open_session(pause_s) as session:
             for item in items:
-                if item not in to_come:
-                    click.echo(f"{item.target}: there already")
+                if item not in missing:
+                    click.echo(f"{item.target}: already there")
                     continue
                 remote = item.remote
                 if base_url is not None:
-                    remote = RemoteFile(
-                        remote.name, f"{base_url.rstrip('/')}/{remote.name}", remote.bytes, remote.md5, remote.exact
-                    )
+                    remote = replace(remote, url=f"{base_url.rstrip('/')}/{remote.name}")
                 path = fetch(session, remote, out, pause_s)
                 if path != out / item.target:
                     _put_in_place(path, item, out)
@@ -196,27 +206,94 @@ def download(items: Sequence[Item], out: Path, base_url: str | None = None, paus
 
 
 def _put_in_place(archive: Path, item: Item, out: Path) -> None:
-    """Unpack an archive to its target and remove it; a wrong one is removed too."""
+    """Unpack an archive to its target and remove the archive, also if it is wrong."""
     target = out / item.target
     target.parent.mkdir(exist_ok=True)
     try:
         if item.images:
-            unpack_images(archive, target, item.images)
+            _unpack_images(archive, target, item.images)
         else:
-            content = read_only_member(archive, ".csv")
+            content = read_labels(archive)
             if item.rows is not None:
                 check_labels(content, item.rows, archive.name)
             write_durably(target, content)
     except DataError as error:
         archive.unlink()
         raise DataError(
-            f"{error}; nothing was unpacked and the archive was removed: start again to get it anew"
+            f"{error}; nothing was unpacked and the archive was removed: start again to get a new one"
         ) from None
     archive.unlink()
 
 
+@contextmanager
+def _opened(archive_path: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive to read from; what zipfile and zlib raise for a damaged one becomes a DataError."""
+    try:
+        with zipfile.ZipFile(archive_path) as archive:
+            yield archive
+    except _DAMAGED as error:
+        reason = "it ends too early" if isinstance(error, EOFError) else error  # an EOFError has no text
+        raise DataError(f"{archive_path.name}: is damaged or not a zip archive ({reason})") from None
+
+
+def _members(archive: zipfile.ZipFile, suffix: str) -> dict[str, zipfile.ZipInfo]:
+    """File name → member, of those with `suffix` that are not hidden (`._…`, as archives made on a Mac have)."""
+    files = {Path(info.filename).name: info for info in archive.infolist() if not info.is_dir()}
+    return {n: info for n, info in files.items() if n.lower().endswith(suffix) and not n.startswith(".")}
+
+
+def _unpack_images(archive_path: Path, target: Path, images: int) -> None:
+    """Unpack the `.jpg` members of an archive into `.NAME.partial`, renamed to the new folder `target` at the end.
+
+    Raises DataError for a damaged archive, or if it does not hold `images` images.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():  # left by a killed run
+        shutil.rmtree(partial)
+    try:
+        with _opened(archive_path) as archive:
+            found = _members(archive, ".jpg")
+            if len(found) != images:
+                raise DataError(f"{archive_path.name}: holds {len(found):,} images, and the official one {images:,}")
+            partial.mkdir()
+            with Progress(f"unpacking {archive_path.name}", images, "images") as bar:
+                for name, info in found.items():
+                    with archive.open(info) as source, (partial / name).open("wb") as file:
+                        shutil.copyfileobj(source, file, 1 << 20)
+                    bar.advance(1)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    os.sync()  # one flush for thousands of files
+    partial.rename(target)
+
+
+def read_labels(archive_path: Path) -> bytes:
+    """The one `.csv` member of an archive that is not trusted: it is read into memory and unpacked nowhere.
+
+    Raises DataError for a damaged archive and for one that is packed in another way than the official one.
+    """
+    with _opened(archive_path) as archive:
+        found = _members(archive, ".csv")
+        if len(found) != 1:
+            raise DataError(f"{archive_path.name}: holds {len(found)} .csv files, and one is expected")
+        (info,) = found.values()
+        reason = None
+        if info.file_size > _MOST_LABEL_BYTES:
+            reason = f"it would unpack to {info.file_size:,} bytes"
+        elif info.flag_bits & 1:
+            reason = "it is encrypted"
+        elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            reason = "it is neither stored nor deflated"
+        elif not 0 <= info.header_offset < archive.start_dir:  # zipfile would seek there all the same
+            reason = "it begins outside the archive"
+        if reason:
+            raise DataError(f"{archive_path.name}: its .csv file cannot be read, because {reason}")
+        return archive.read(info)
+
+
 def _check_whole(items: Sequence[Item], out: Path) -> None:
-    """Raise DataError unless images and tables name each other: every hash can fit and a file be lost afterwards."""
+    """Raise DataError unless images and tables match: a file can be lost after its hash was checked."""
     source = read_source(out)
     if source.rejected:
         first = source.rejected[0]
@@ -231,8 +308,9 @@ def _check_whole(items: Sequence[Item], out: Path) -> None:
         odd = sorted((listed ^ there) - {NOT_IN_ARCHIVE})
         if odd:
             raise DataError(
-                f"{out / TEST_FOLDER}: {odd[0]} is {'listed' if odd[0] in listed else 'an image'} only, and so are "
-                f"{len(odd) - 1} others: images and labels do not belong together; remove that folder and start again"
+                f"{out / TEST_FOLDER}: {odd[0]} has {'no image' if odd[0] in listed else 'no label'}, and "
+                f"{len(odd)} such names differ: images and labels do not belong together; remove that folder and start "
+                "again"
             )
 
 
@@ -241,13 +319,13 @@ def _check_whole(items: Sequence[Item], out: Path) -> None:
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     default=HOME,
-    help="Where the files go; archives are removed once unpacked.",
+    help="Folder for the files; archives are removed once unpacked.",
 )
-@click.option("--test-set", is_flag=True, help="Also the official test set of ISIC 2018 Task 3.")
+@click.option("--test-set", is_flag=True, help="Fetch the official test set of ISIC 2018 Task 3 too.")
 @click.option(
     "--base-url",
     metavar="URL",
-    help="A mirror that serves the files under their names; sizes and hashes are checked all the same.",
+    help="A mirror that serves the files under their names; sizes and hashes are still checked.",
 )
 def main(out: Path, test_set: bool, base_url: str | None) -> None:
     """Fetch the official HAM10000 files, check and unpack them."""
@@ -258,7 +336,7 @@ def main(out: Path, test_set: bool, base_url: str | None) -> None:
         click.echo(f"  {TEST_CITATION}")
     items = [item for item in OFFICIAL if test_set or not item.test]
     download(items, out, base_url)
-    click.echo(f"{sum(item.images for item in items):,} images in {out}, whole and checked")
+    click.echo(f"{sum(item.images for item in items):,} images in {out}, complete and checked")
     where = "" if out == HOME else f" --source {out}"
     click.echo(
         f"Pack them: python -m preprocess.shard{where}{f' --test-source {out / TEST_FOLDER}' if test_set else ''}"

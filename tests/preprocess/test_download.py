@@ -1,14 +1,17 @@
-"""The downloader as a whole against a local server: every case ends whole, or in one clear line."""
+"""The downloader against a local server: every case ends with complete files, or with one clear line."""
 
 import hashlib
+import io
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
@@ -202,7 +205,7 @@ def test_downloading_and_packing_work_without_any_option(
     fetched = CliRunner().invoke(dl.main, [])
     assert fetched.exit_code == 0, fetched.output
     assert fetched.output.endswith(
-        "60 images in data/ham10000, whole and checked\nPack them: python -m preprocess.shard\n"
+        "60 images in data/ham10000, complete and checked\nPack them: python -m preprocess.shard\n"
     )
     packed = CliRunner().invoke(shard.main, [])
     assert packed.exit_code == 0, packed.output
@@ -223,3 +226,143 @@ def test_the_table_adds_up() -> None:
     assert labels.rows is not None
     assert sum(labels.rows.values()) == images.images + 1 == 1_512
     assert [item.remote.md5 is None for item in dl.OFFICIAL] == [False, False, False, False, True]
+
+
+# ------------------------------------------------------------------ archives and test labels
+
+
+def damaged(content: bytes) -> bytes:
+    changed = bytearray(content)
+    changed[20_000] ^= 255
+    return bytes(changed)
+
+
+PART_1 = FILES["HAM10000_images_part_1.zip"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (damaged(PART_1), "is damaged"),
+        (b"<html>please log in</html>", "not a zip archive"),
+        (PART_1[:50_000], "not a zip archive"),
+        (zip_of({"a/a.jpg": b"x", "b/a.jpg": b"y", "../../c.jpg": b"z"}), "holds 2 images, and the official one 3"),
+        (zip_of({}), "holds 0 images"),
+    ],
+    ids=["damaged", "no zip", "truncated", "too few", "empty"],
+)
+def test_a_wrong_archive_leaves_nothing_and_ends_in_one_line(
+    server: Server, tmp_path: Path, content: bytes, reason: str
+) -> None:
+    """Although its hash is the published one."""
+    files = FILES | {"HAM10000_images_part_1.zip": content}
+    server.files = files
+    with pytest.raises(DataError, match=reason) as caught:
+        run(server, tmp_path / "out", files)
+    assert "\n" not in str(caught.value) and "nothing was unpacked" in str(caught.value)
+    assert tree(tmp_path) == ["out/HAM10000_metadata.csv"]
+
+
+def packed(method: int = zipfile.ZIP_DEFLATED, name: str = "a.csv", content: bytes = b"image,NV\n" * 50) -> bytes:
+    """An archive with one member."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def encrypted() -> bytes:
+    content = bytearray(packed())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(content)
+
+
+NO_UTF8 = packed(zipfile.ZIP_STORED, "\u00e9.csv").replace(b"\xc3\xa9", b"\xff\xfe")
+UNREADABLE = {
+    "a name that is not UTF-8": (NO_UTF8, "is damaged or not a zip archive ('utf-8' codec"),
+    "bzip2": (packed(zipfile.ZIP_BZIP2), "cannot be read, because it is neither stored nor deflated"),
+    "encrypted": (encrypted(), "cannot be read, because it is encrypted"),
+    "a bomb": (packed(content=bytes(20_000_000)), "cannot be read, because it would unpack to 20,000,000 bytes"),
+    "its first bytes are lost": (packed()[20:], "cannot be read, because it begins outside the archive"),
+    "its last bytes are lost": (packed()[:-30], "is damaged or not a zip archive (File is not a zip file)"),
+    "two tables": (zip_of({"a.csv": b"", "b.csv": b""}), "holds 2 .csv files, and one is expected"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_archive_of_labels_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
+    content, reason = UNREADABLE[kind]
+    archive = tmp_path / "labels.zip"
+    archive.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        dl.read_labels(archive)
+    assert str(caught.value).startswith("labels.zip: ") and reason in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.zip"]
+
+
+def test_an_archive_that_ends_within_a_member_says_so(tmp_path: Path) -> None:
+    archive = tmp_path / "labels.zip"
+    archive.write_bytes(packed())
+    with (
+        mock.patch.object(zipfile.ZipFile, "read", side_effect=EOFError),
+        pytest.raises(DataError, match=r"labels\.zip: is damaged or not a zip archive \(it ends too early\)"),
+    ):
+        dl.read_labels(archive)
+
+
+def test_an_error_that_is_not_the_archives_stays(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        dl.read_labels(tmp_path / "absent.zip")
+    archive = tmp_path / "labels.zip"
+    archive.write_bytes(packed())
+    with mock.patch.object(dl, "_members", side_effect=ValueError("ours")), pytest.raises(ValueError, match="ours"):
+        dl.read_labels(archive)
+
+
+LABELS = b"image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n"
+ROW = b"%b,1.0,0.0,0.0,0.0,0.0,0.0,0.0\n"
+WRONG_LABELS = {
+    "no table": (b"\xff\xfe\0", "is not a CSV file"),
+    "empty": (b"", "first line"),
+    "another header": (b"image,NV,MEL\n", "first line"),
+    "not one-hot": (LABELS + b"a,1.0,1.0,0.0,0.0,0.0,0.0,0.0\n", "line 2"),
+    "no number": (LABELS + b"a,1.0,x,0.0,0.0,0.0,0.0,0.0\n", "line 2"),
+    "short row": (LABELS + b"a,1.0\n", "line 2"),
+    "too few rows": (LABELS + ROW % b"a", "images of NV, and the official table has 2"),
+    "another class": (LABELS + ROW % b"a" + ROW % b"b" + ROW % b"c", "3 images of MEL"),
+    "an image twice": (
+        LABELS + ROW % b"a" + b"b,0.0,1.0,0.0,0.0,0.0,0.0,0.0\nb,0.0,1.0,0.0,0.0,0.0,0.0,0.0\n",
+        "lists an image twice",
+    ),
+    "other images": (
+        LABELS + ROW % b"x" + b"y,0.0,1.0,0.0,0.0,0.0,0.0,0.0\nz,0.0,1.0,0.0,0.0,0.0,0.0,0.0\n",
+        "do not belong together",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LABELS)
+def test_test_labels_are_known_by_their_rows(server: Server, tmp_path: Path, kind: str) -> None:
+    content, reason = WRONG_LABELS[kind]
+    server.files["ISIC2018_Task3_Test_GroundTruth.zip"] = zip_of({"labels.csv": content})
+    with pytest.raises(DataError, match=reason):
+        run(server, tmp_path)
+    assert not list(tmp_path.glob("*GroundTruth*"))
+
+
+def test_labels_that_are_no_archive_are_fetched_again_next_time(server: Server, tmp_path: Path) -> None:
+    name = "ISIC2018_Task3_Test_GroundTruth.zip"
+    server.files[name] = b"<html>maintenance</html>"
+    with pytest.raises(DataError, match="not a zip archive"):
+        run(server, tmp_path)
+    server.files[name] = FILES[name]
+    run(server, tmp_path)
+    assert tree(tmp_path) == WHOLE + WHOLE_TEST
+
+
+def test_a_killed_unpacking_is_done_again(server: Server, tmp_path: Path) -> None:
+    left = tmp_path / ".HAM10000_images_part_1.partial"
+    left.mkdir()
+    (left / "ISIC_0.jpg").write_bytes(b"half")
+    run(server, tmp_path)
+    assert tree(tmp_path) == WHOLE + WHOLE_TEST

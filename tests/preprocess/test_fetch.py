@@ -70,7 +70,7 @@ def test_no_server_may_make_anyone_wait_for_hours() -> None:
 
 def test_a_server_that_stays_busy_ends_in_one_line_and_keeps_what_came(server: Server, tmp_path: Path) -> None:
     server.script = ["cut:9000", *["status:503"] * 100]
-    with pytest.raises(DataError, match=r"gave up.*503.*9,000 bytes that came are kept: start again") as caught:
+    with pytest.raises(DataError, match=r"gave up.*503.*9,000 bytes that arrived are kept: start again") as caught:
         bring(server, tmp_path)
     assert "\n" not in str(caught.value)
     server.script, server.seen = [], []
@@ -97,7 +97,7 @@ def test_wrong_bytes_are_never_unpacked(server: Server, tmp_path: Path) -> None:
     assert tree(tmp_path) == WHOLE + WHOLE_TEST
 
 
-def test_pieces_of_two_files_are_noticed_and_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_pieces_of_two_files_are_noticed_and_fetched_again(server: Server, tmp_path: Path) -> None:
     server.script = ["wrong", "cut:40000"]
     (tmp_path / ".HAM10000_images_part_1.zip.part").write_bytes(b"of an older version")
     assert bring(server, tmp_path).read_bytes() == FILES["HAM10000_images_part_1.zip"]

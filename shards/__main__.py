@@ -52,24 +52,21 @@ def info(folder: Path) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
-    """Read every byte of the set in FOLDER and compare all checksums. Exit code 1 where something is damaged."""
-    from rich.console import Console
-    from rich.progress import track
-
+    """Read every byte of the set in FOLDER and compare all checksums. Exit code 1 if anything is damaged."""
+    from shards.common.progress import Progress
     from shards.shardset import ShardSet
 
     with ShardSet(folder) as data:
-        files, screen = len(data.manifest.shards), Console(stderr=True)
-        damage = [
-            f"{name}: {wrong}"
-            for name, problems in track(data.verify(), "verifying", total=files, console=screen, transient=True)
-            for wrong in problems
-        ]
+        shards, damage = data.manifest.shards, []
+        with Progress("verifying", sum(shard.bytes for shard in shards), "bytes") as bar:
+            for shard, (_, problems) in zip(shards, data.verify(), strict=True):
+                bar.advance(shard.bytes)
+                damage += [f"{shard.file}: {problem}" for problem in problems]
         for line in damage:
             click.echo(line, err=True)
         if damage:
             raise DataError(f"{folder}: {len(damage)} of its parts are damaged (above); pack the set again")
-        click.echo(f"{folder}: {files} shards and {len(data):,} samples are whole")
+        click.echo(f"{folder}: {len(shards)} shards and {len(data):,} samples are whole")
 
 
 @main.command()

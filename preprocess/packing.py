@@ -24,7 +24,7 @@ import xxhash
 
 from preprocess.records import Record, Rejected, Source, quarantine_csv
 from shards.common.errors import DataError
-from shards.common.machine import keep_freed_memory
+from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
 from shards.encode import BadImageError, Encoded, encode_image
@@ -125,42 +125,38 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
     jobs = _planned(source, test, settings)
     rejected = [r for each in sources for r in each.rejected]
     tally = _Tally()
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # one image a worker; OpenCV's own threads would only get in their way
-    try:
-        with (
-            ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite) as writer,
-            Progress("packing", len(jobs), "images") as bar,
-            ThreadPoolExecutor(settings.workers, thread_name_prefix="pack") as pool,
-            closing(_encoded(pool, jobs, settings)) as encoded_jobs,
-        ):
-            for job, encoded in encoded_jobs:
-                bar.advance(1)
-                if isinstance(encoded, Rejected):
-                    if not settings.skip_bad:
-                        raise job.source.error(encoded)
-                    rejected.append(encoded)
-                else:
-                    writer.add(_sample(job, encoded))
-                    tally.count(job, encoded)
-            if not tally.pixels:
-                raise DataError(f"{source.folder}: no training image could be packed ({len(rejected)} were left out)")
-            if rejected:
-                writer.attach(QUARANTINE, quarantine_csv(rejected))
-            mean, std = tally.moments()
-            split = {"ratio": list(_ratio(settings, test)), "seed": settings.seed, "unit": settings.unit}
-            about = tally.about(source) | {"quarantined": len(rejected)}
-            manifest = writer.finish(
-                mean=mean,
-                std=std,
-                split=split | {"test_source": test.about["dataset"] if test else None},
-                source=about | {"test": tally.about(test) if test else None},
-                citation="; ".join(dict.fromkeys(each.citation for each in sources)),
-                licence="; ".join(dict.fromkeys(each.licence for each in sources)),
-                versions=library_versions(),
-            )
-    finally:
-        cv2.setNumThreads(threads)
+    with (
+        single_threaded_opencv(),
+        ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite) as writer,
+        Progress("packing", len(jobs), "images") as bar,
+        ThreadPoolExecutor(settings.workers, thread_name_prefix="pack") as pool,
+        closing(_encoded(pool, jobs, settings)) as encoded_jobs,
+    ):
+        for job, encoded in encoded_jobs:
+            bar.advance(1)
+            if isinstance(encoded, Rejected):
+                if not settings.skip_bad:
+                    raise job.source.error(encoded)
+                rejected.append(encoded)
+            else:
+                writer.add(_sample(job, encoded))
+                tally.count(job, encoded)
+        if not tally.pixels:
+            raise DataError(f"{source.folder}: no training image could be packed ({len(rejected)} were left out)")
+        if rejected:
+            writer.attach(QUARANTINE, quarantine_csv(rejected))
+        mean, std = tally.moments()
+        split = {"ratio": list(_ratio(settings, test)), "seed": settings.seed, "unit": settings.unit}
+        about = tally.about(source) | {"quarantined": len(rejected)}
+        manifest = writer.finish(
+            mean=mean,
+            std=std,
+            split=split | {"test_source": test.about["dataset"] if test else None},
+            source=about | {"test": tally.about(test) if test else None},
+            citation="; ".join(dict.fromkeys(each.citation for each in sources)),
+            licence="; ".join(dict.fromkeys(each.licence for each in sources)),
+            versions=library_versions(),
+        )
     return Packed(manifest, rejected, _absent(manifest), time.monotonic() - started)
 
 

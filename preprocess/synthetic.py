@@ -12,7 +12,8 @@ import os
 import shutil
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from preprocess.ham10000 import METADATA
 from preprocess.records import COLUMNS
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
-from shards.common.machine import available_cores
+from shards.common.machine import available_cores, single_threaded_opencv
 from shards.format import CLASSES
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ LEAST_IMAGES = 40
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedLesion:
+class UnpaintedLesion:
     """One lesion before it is painted: its rows of the metadata, one a view, and its number, which seeds its looks."""
 
     number: int
@@ -93,7 +94,7 @@ def class_counts(images: int) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def plan(images: int, seed: int) -> list[PlannedLesion]:
+def unpainted_lesions(images: int, seed: int) -> list[UnpaintedLesion]:
     """Every lesion of the folder with its views and metadata, a pure function of its arguments."""
     import numpy as np
 
@@ -113,7 +114,7 @@ def plan(images: int, seed: int) -> list[PlannedLesion]:
         dx, count = views[place]
         about = _patient(rng, dx) | {"lesion_id": f"SYN_L{number:07d}", "dx": dx, "dataset": "synthetic"}
         rows = tuple(about | {"image_id": f"SYN_{next(names):07d}"} for _ in range(count))
-        lesions.append(PlannedLesion(number, dx, rows))
+        lesions.append(UnpaintedLesion(number, dx, rows))
     return lesions
 
 
@@ -133,7 +134,7 @@ def _patient(rng: "np.random.Generator", dx: str) -> dict[str, str]:
     }
 
 
-def _write_lesion(lesion: PlannedLesion, folders: dict[str, Path], seed: int, difficulty: float) -> int:
+def _write_lesion(lesion: UnpaintedLesion, folders: dict[str, Path], seed: int, difficulty: float) -> int:
     """Paint one lesion and write its views; returns how many. All its chance follows from seed and lesion number."""
     import numpy as np
     import simplejpeg
@@ -150,63 +151,58 @@ def _write_lesion(lesion: PlannedLesion, folders: dict[str, Path], seed: int, di
     for view, row in enumerate(lesion.rows, start=1):
         picture = photograph(drawn, canvas, stream(view))
         content = simplejpeg.encode_jpeg(picture, quality=100, colorsubsampling="444")
-        with (folders[row["image_id"]] / f"{row['image_id']}.jpg").open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        (folders[row["image_id"]] / f"{row['image_id']}.jpg").write_bytes(content)
     return len(lesion.rows)
 
 
-def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: int) -> list[PlannedLesion]:
+def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: int) -> list[UnpaintedLesion]:
     """Write the folder `out`, aside first and renamed when whole; returns what it holds.
 
     Raises DataError when `out` holds something already, lies inside a file, is the top of a file system, or another
     process is writing it; UsageError for too few images.
     """
-    import cv2
-
     from shards.common.files import exclusive, sync_folder, write_durably
     from shards.common.progress import Progress
+    from shards.common.readahead import read_ahead
     from shards.place import beside, real_place, refuse_inside_file, refuse_mount
 
     refuse_mount(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is there already and not empty; choose another --out, or remove it first")
     refuse_inside_file(out)
-    lesions = plan(images, seed)
+    lesions = unpainted_lesions(images, seed)
     rows = sorted((row for lesion in lesions for row in lesion.rows), key=lambda row: row["image_id"])
     place = real_place(out)
-    aside = beside(place, "partial")
-    with exclusive(aside, f"writing {out}"):
-        for left in aside.iterdir():  # by a run that was killed
+    partial = beside(place, "partial")
+    with exclusive(partial, f"writing {out}"):
+        for left in partial.iterdir():  # by a killed run
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         for part in PARTS:
-            (aside / part).mkdir()
+            (partial / part).mkdir()
         half = (len(rows) + 1) // 2
-        folders = {row["image_id"]: aside / PARTS[number >= half] for number, row in enumerate(rows)}
-        threads = cv2.getNumThreads()
-        cv2.setNumThreads(0)  # one lesion a worker; OpenCV's own threads would only get in their way
-        pool = ThreadPoolExecutor(workers)
+        folders = {row["image_id"]: partial / PARTS[number >= half] for number, row in enumerate(rows)}
+
+        def submit(lesion: UnpaintedLesion) -> list[Future[int]]:
+            return [pool.submit(_write_lesion, lesion, folders, seed, difficulty)]
+
         try:
-            jobs = [pool.submit(_write_lesion, lesion, folders, seed, difficulty) for lesion in lesions]
-            with Progress("painting lesions", images, "images") as bar:
-                for job in as_completed(jobs):
-                    bar.advance(job.result())
+            with (
+                single_threaded_opencv(),
+                Progress("painting lesions", images, "images") as bar,
+                ThreadPoolExecutor(workers, thread_name_prefix="paint") as pool,
+                closing(read_ahead(submit, lesions, 4 * workers)) as painted,
+            ):
+                for _, (views,) in painted:
+                    bar.advance(views)
             columns = (*COLUMNS, "dataset")
             lines = [",".join(columns), *(",".join(row[name] for name in columns) for row in rows)]
-            write_durably(aside / METADATA[0], ("\n".join(lines) + "\n").encode())
-            for part in PARTS:
-                sync_folder(aside / part)
-            aside.rename(place)  # replaces it only where that is an empty folder
+            write_durably(partial / METADATA[0], ("\n".join(lines) + "\n").encode())
+            os.sync()  # one flush for thousands of files
+            partial.rename(place)  # replaces only an empty folder
             sync_folder(place.parent)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
-            if aside.exists():
-                shutil.rmtree(aside)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        finally:
-            pool.shutdown()
-            cv2.setNumThreads(threads)
     return lesions
 
 

@@ -1,7 +1,9 @@
-"""This machine: its cores, its free memory, and what the C library does with memory that is freed."""
+"""This machine: its cores, its free memory, and what the C library does with freed memory."""
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -10,7 +12,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _LARGEST_THRESHOLD = 32 << 20
 """Bytes: glibc takes no larger threshold for blocks that are mapped one by one."""
 _KEPT = 512 << 20
-"""Bytes that are kept at most."""
+"""Bytes: the most that is kept."""
 
 
 def available_cores() -> int:
@@ -18,10 +20,23 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def free_bytes(device: str) -> int:
-    """What can be allocated on `device`: `cpu`, `cuda` or `cuda:N`.
+@contextmanager
+def single_threaded_opencv() -> Iterator[None]:
+    """OpenCV without its own threads: they would compete with the caller's, each of which works on one image."""
+    import cv2
 
-    On CUDA, what the driver has free and what PyTorch's allocator holds unused. On the CPU, what Linux calls
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that can be allocated on `device`: `cpu`, `cuda` or `cuda:N`.
+
+    On CUDA: what the driver has free plus what PyTorch's allocator holds unused. On the CPU: what Linux calls
     available, within the limit of the container.
     """
     if device == "cpu":
@@ -48,29 +63,29 @@ def _container_room(cgroup: Path) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep blocks of up to 32 MiB that are freed, 512 MiB in all, in this whole process (glibc's
-    mallopt; nothing happens elsewhere).
+    """Let the C library keep freed blocks of up to 32 MiB, 512 MiB in all, for this whole process (mallopt of glibc;
+    other C libraries are left alone).
 
-    Otherwise each decoded image is given back to the system and asked for again: 450 page faults an image, which took
-    15 % of the processor time where this was measured.
+    Otherwise the memory of each decoded image goes back to the system and is requested again: 450 page faults an
+    image, which took 15 % of the processor time where this was measured.
     """
     _set({_MMAP_THRESHOLD: _LARGEST_THRESHOLD, _TRIM_THRESHOLD: _KEPT})
 
 
 def keep_all_freed_memory() -> None:
-    """Let the C library keep all that is freed, however large, until the process ends (glibc's mallopt; nothing happens
-    elsewhere).
+    """Let the C library keep all freed memory until the process ends (mallopt of glibc; other C libraries are left
+    alone).
 
-    For a process that asks for the same sizes again and again: each training step frees its activations, a
-    gigabyte, and the next one gets them back by hundreds of thousands of page faults. Without those ResNet-18 trained
-    1.08 times as fast on two cores, with 3 % more memory at the peak. Sizes that change leave gaps which nothing fits
-    into: `give_back_freed_memory` from time to time keeps them from adding up.
+    For a process that requests the same sizes again and again. Each training step frees its activations, a gigabyte,
+    and the next step gets the memory back with hundreds of thousands of page faults. Without those ResNet-18 trained
+    1.08 times as fast on two cores, with 3 % more memory at the peak. Changing sizes leave gaps that nothing fits
+    into: call `give_back_freed_memory` from time to time.
     """
     _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1})
 
 
 def give_back_freed_memory() -> None:
-    """Give all pages that are free back to the system (glibc's malloc_trim; nothing happens elsewhere)."""
+    """Give all free pages back to the system (malloc_trim of glibc; other C libraries are left alone)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -63,7 +63,7 @@ def test_large_folders_have_the_imbalance_of_ham10000() -> None:
 @given(images=st.integers(synthetic.LEAST_IMAGES, 3_000), seed=st.integers(0, 2**70))
 @settings(max_examples=25, deadline=None)
 def test_the_plan_names_every_image_once_and_keeps_lesions_of_one_class(images: int, seed: int) -> None:
-    lesions = synthetic.plan(images, seed)
+    lesions = synthetic.unpainted_lesions(images, seed)
     rows = [row for lesion in lesions for row in lesion.rows]
     assert len({row["image_id"] for row in rows}) == len(rows) == images
     assert len({lesion.rows[0]["lesion_id"] for lesion in lesions}) == len(lesions)
@@ -71,11 +71,11 @@ def test_the_plan_names_every_image_once_and_keeps_lesions_of_one_class(images: 
         assert len({(row["lesion_id"], row["dx"], row["age"], row["localization"]) for row in lesion.rows}) == 1
         assert 1 <= len(lesion.rows) <= 6
     assert Counter(row["dx"] for row in rows) == {dx: n for dx, (_, n) in synthetic.class_counts(images).items()}
-    assert lesions == synthetic.plan(images, seed)
+    assert lesions == synthetic.unpainted_lesions(images, seed)
 
 
 def test_several_views_are_as_frequent_as_in_ham10000() -> None:
-    views = Counter(len(lesion.rows) for lesion in synthetic.plan(10_015, 0))
+    views = Counter(len(lesion.rows) for lesion in synthetic.unpainted_lesions(10_015, 0))
     assert sum(n for v, n in views.items() if v > 1) == pytest.approx(1_956, rel=0.12)
 
 

@@ -1,4 +1,4 @@
-"""`python -m shards info|verify|show DIR`: what a shard set holds, whether it is whole, and how a batch looks.
+"""`python -m shards info|verify|show DIR`: what a shard set holds, whether it is complete, and what a batch looks like.
 
 $ python -m shards verify data/shards
 data/shards: 6 shards and 10,015 samples are whole
@@ -78,12 +78,12 @@ def verify(folder: Path) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="PNG to write.",
 )
-@click.option("--images", default=24, show_default=True, help="How many.")
-@click.option("--resolution", default=128, show_default=True, help="Side of each in px.")
-@click.option("--eval", "evaluation", is_flag=True, help="As evaluation sees them, not augmented.")
+@click.option("--images", default=24, show_default=True, help="Number of images.")
+@click.option("--resolution", default=128, show_default=True, help="Side of each image in px.")
+@click.option("--eval", "evaluation", is_flag=True, help="Show images as in evaluation, not augmented.")
 @click.option("--seed", default=0, show_default=True, help="Seed of order and augmentation.")
 def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool, seed: int) -> None:
-    """Write a picture of the first training batch of the set in FOLDER, colour included, each with its diagnosis."""
+    """Draw the first training batch of the set in FOLDER, with colour augmentation and each image's diagnosis."""
     import cv2
     import numpy as np
 

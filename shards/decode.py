@@ -5,12 +5,12 @@ import numpy as np
 
 from shards.common.errors import DataError
 
-NOT_ITS_SIZE = "it does not decode to the size that the index says"
+WRONG_SIZE = "it does not decode to the size that the index says"
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 def decode_whole(payload: memoryview, encoding: str, height: int, width: int) -> np.ndarray:
-    """A payload as (height, width, 3) uint8 RGB; a raw one as a view. Raises DataError where it is neither."""
+    """A payload as (height, width, 3) uint8 RGB; a raw one as a view. Raises DataError if it is neither."""
     if encoding == "raw":
         return raw_pixels(payload, height, width)
     image = cv2.imdecode(np.frombuffer(payload, np.uint8), _FLAGS)
@@ -20,9 +20,9 @@ def decode_whole(payload: memoryview, encoding: str, height: int, width: int) ->
 
 
 def raw_pixels(payload: memoryview, height: int, width: int) -> np.ndarray:
-    """The rows of a `.npy` payload as (height, width, 3) uint8: they end the file, whatever its header's length.
+    """The rows of a `.npy` payload as (height, width, 3) uint8: the end of the file, behind a header of any length.
 
-    Raises DataError where the payload is shorter.
+    Raises DataError if the payload is too short.
     """
     size = height * width * 3
     if size > len(payload):
@@ -31,11 +31,11 @@ def raw_pixels(payload: memoryview, height: int, width: int) -> np.ndarray:
 
 
 def cached_pixels(size: int) -> np.ndarray:
-    """Memory, (size,) uint8, for decoded pixels that are read at once.
+    """Memory, (size,) uint8, for decoded pixels that are read right after.
 
-    libjpeg-turbo (simd/x86_64/jdcolext-avx2.asm) writes a row past the caches where it starts at a multiple of 32
-    bytes: where images came to lie so, resizing waited for memory, and an image took 1.13 times as long (Zen 5, one
-    thread). JPEG's blocks make most rows multiples of 8 bytes long: from 4 bytes off none of them starts there.
+    libjpeg-turbo (simd/x86_64/jdcolext-avx2.asm) bypasses the caches for a row that starts at a multiple of 32 bytes.
+    Resizing then waits for memory, and an image took 1.13 times as long (Zen 5, one thread). JPEG's blocks make most
+    rows a multiple of 8 bytes long, so with an offset of 4 bytes no such row starts at a multiple of 32.
     """
     whole = np.empty(size + 32, np.uint8)
     start = (4 - whole.ctypes.data) % 32

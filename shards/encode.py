@@ -1,7 +1,7 @@
 """The bytes of one raw image → the payload that is packed: decode strictly, turn upright, shrink, encode.
 
-Packing writes these payloads, and prediction sends a foreign image through the same steps, so that a model meets it as
-it met its training images: hence it stands in `shards`, which both may import.
+Packing writes these payloads. Prediction sends other images through the same steps, so that a model sees them as it saw
+its training images. Both may import `shards`, so this is here.
 
 Each step was chosen by measurement on HAM10000's own files (600×450, 4:4:4, quality 100, about 260 KB): the strict
 libjpeg-turbo decode takes about two thirds of the time, the encoder a tenth. See `area_shrink` for the rest.
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import ctypes
 
 MOST_PIXELS = 100_000_000
-"""Refused above this: a damaged header can claim 65,535 × 65,535 px, 12.9 GB once decoded."""
+"""Larger images are refused: a damaged header can claim 65,535 × 65,535 px, 12.9 GB decoded."""
 _FEW_PHASES = 8
 _INTEGERS = {3: "H", 4: "L", 8: "h", 9: "l"}
-"""TIFF's types of whole numbers, as `struct` names them. An orientation ought to be of the first; Pillow takes all."""
+"""TIFF's integer types, as `struct` names them. An orientation should have the first; Pillow accepts all."""
 
 
 class BadImageError(Exception):
@@ -39,8 +39,7 @@ class BadImageError(Exception):
 class Encoded:
     """One payload. encoding: `jpg` or `raw`. height, width: of the packed image, px.
 
-    sums: per channel (RGB) the sum of the packed pixels, then the sum of their squares, exact; of the pixels that went
-    into the encoder.
+    sums: of the pixels that went into the encoder: the sum of each channel (RGB), then the sum of its squares, exact.
     """
 
     payload: bytes
@@ -76,10 +75,10 @@ def decode_upright(data: bytes) -> np.ndarray:
 def decode_strictly(data: bytes) -> np.ndarray:
     """Decode a JPEG file to (H, W, 3) uint8 RGB, without turning it.
 
-    Raises BadImageError for whatever libjpeg-turbo warns about: truncated data, a missing end, codes that do not exist,
-    surplus bytes in the scan. Errors that leave a valid stream cannot be seen by any decoder: of 180 tries each on real
-    files, libjpeg-turbo saw 88 % where 512 bytes in a row were zeroed, 29 % where one byte was changed. Greyscale
-    becomes three equal channels; CMYK is refused; bytes behind the end of the image are ignored.
+    Raises BadImageError for everything that libjpeg-turbo warns about: truncated data, a missing end, codes that do not
+    exist, surplus bytes in the scan. No decoder can see damage that leaves a valid stream: in 180 tries each on real
+    files, libjpeg-turbo saw 88 % of the cases with 512 zeroed bytes, and 29 % of those with one changed byte.
+    Greyscale becomes three equal channels; CMYK is refused; bytes behind the end of the image are ignored.
     """
     if data[:2] != b"\xff\xd8":
         raise BadImageError("is empty" if not data else "is not a JPEG file, whatever its name says")
@@ -114,7 +113,7 @@ def exif_orientation(data: bytes) -> int:
 def _read_exif(segment: bytes) -> int:
     """The orientation in an APP1 segment of EXIF data, from the table of its first directory (TIFF 6.0, section 2).
 
-    Not with Pillow: that passes in silence over an entry beyond the segment, and over all that come after it.
+    Pillow is no help here: it silently skips an entry beyond the segment, and all entries after it.
     """
     while segment.startswith(b"Exif\0\0"):
         segment = segment[6:]
@@ -131,13 +130,13 @@ def _read_exif(segment: bytes) -> int:
             raise ValueError(f"{entries} entries, and room for {len(table) // 12}")
         for tag, kind, count, value in struct.iter_unpack(f"{order}HHL4s", table):
             if tag == 0x0112 and kind in _INTEGERS and count:
-                # Where more is told than fits, `value` is a place and no orientation.
+                # If the values do not fit, `value` is an offset and not an orientation.
                 if count * struct.calcsize(order + _INTEGERS[kind]) > len(value):
                     raise ValueError(f"{count} orientations")
                 (orientation,) = struct.unpack_from(order + _INTEGERS[kind], value)
                 return orientation if 1 <= orientation <= 8 else 1
     except (ValueError, struct.error) as error:
-        raise BadImageError(f"has damaged EXIF data ({error}), so which way is up is not known") from None
+        raise BadImageError(f"has damaged EXIF data ({error}), so its orientation is unknown") from None
     return 1
 
 
@@ -155,7 +154,7 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
 def shrink(image: np.ndarray, max_resolution: int) -> np.ndarray:
     """Reduce (H, W, 3) uint8 so that the longer side is `max_resolution` px; smaller images stay as they are.
 
-    As FFCV does (`fields/rgb_image.py`), but the shorter side is rounded and not cut, and is at least 1 px.
+    As FFCV does (`fields/rgb_image.py`), except that the shorter side is rounded, not truncated, and at least 1 px.
     """
     height, width = image.shape[:2]
     longer = max(height, width)
@@ -168,10 +167,9 @@ def shrink(image: np.ndarray, max_resolution: int) -> np.ndarray:
 def area_shrink(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Area interpolation of (H, W, 3) uint8 to (height, width, 3): each pixel is the mean of the area that it covers.
 
-    HAM10000's 600×450 → 400×300 makes 2 pixels of every 3. For such ratios, n pixels of every n + 1, each result mixes
-    two neighbours with one of n pairs of weights, which is n weighted sums of every (n + 1)th row: 0.33 ms (compiled,
-    for 2 of 3: 0.14) instead of the 1.17 ms of OpenCV's INTER_AREA, from which it differs by at most 1 of 255. Other
-    ratios go to OpenCV.
+    HAM10000's 600×450 → 400×300 makes 2 pixels of every 3. For ratios of n to n + 1, each result mixes two neighbours
+    with one of n pairs of weights: n weighted sums of every (n + 1)th row. That takes 0.33 ms (0.14 in the compiled
+    kernel for 2 of 3), OpenCV's INTER_AREA 1.17 ms; the results differ by at most 1 of 255. OpenCV does other ratios.
     """
     if not (_two_taps(image.shape[0], height) and _two_taps(image.shape[1], width)):
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
@@ -182,13 +180,13 @@ def area_shrink(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _vectorised() -> "ctypes.CDLL | None":
-    """The compiled kernels, where the processor has the AVX2 that those of this module need."""
+    """The compiled kernels, if the processor has AVX2, which this module's kernels need."""
     library = compiled()
     return library if library is not None and library.dermscale_resample_level() else None
 
 
 def _two_thirds(library: "ctypes.CDLL", image: np.ndarray) -> np.ndarray:
-    """Two of every three pixels both ways, by the compiled kernel: the same values."""
+    """Two of every three pixels in both directions, by the compiled kernel: the same values."""
     height, width = image.shape[:2]
     out = np.empty((height // 3 * 2, width // 3 * 2, 3), np.uint8)
     scratch = np.empty(width * 3 + 16, np.uint8)
@@ -197,7 +195,7 @@ def _two_thirds(library: "ctypes.CDLL", image: np.ndarray) -> np.ndarray:
 
 
 def _two_taps(source: int, target: int) -> bool:
-    """Whether `target` of `source` pixels are n of every n + 1, for a small n; or all of them."""
+    """Whether `target` pixels are n of every n + 1 `source` pixels for a small n, or all of them."""
     step = source - target
     return step == 0 or (step > 0 and target % step == 0 and 2 <= target // step <= _FEW_PHASES)
 
@@ -215,7 +213,7 @@ def _shrink_rows(image: np.ndarray, target: int) -> np.ndarray:
 
 
 def choose_encoding(spec: EncodeSpec, image_id: str, raw_bytes: int) -> str:
-    """`jpg` or `raw`, by FFCV's write modes. `proportion` asks a hash of the image_id, and nothing else."""
+    """`jpg` or `raw`, by FFCV's write modes. `proportion` depends on a hash of the image_id alone."""
     if spec.write_mode == "proportion":
         draw = xxhash.xxh3_64_intdigest(f"proportion/{image_id}".encode()) / 2**64
         return "jpg" if draw < spec.compress_probability else "raw"
@@ -227,9 +225,8 @@ def choose_encoding(spec: EncodeSpec, image_id: str, raw_bytes: int) -> str:
 def channel_sums(image: np.ndarray) -> tuple[int, int, int, int, int, int]:
     """Exact sums and sums of squares of the three channels of (H, W, 3) uint8.
 
-    0.03 ms at 400×300 compiled; else 0.07, by the fastest exact way that was found, where histograms take 0.18. OpenCV
-    may square a square root to get its L2SQR, so the result is rounded; below 2⁵¹, a hundred times what the largest
-    image has, that is exact.
+    0.03 ms at 400×300 compiled, else 0.07: the fastest exact way found (histograms take 0.18). OpenCV may square a
+    square root to get L2SQR, so the result is rounded. That is exact below 2⁵¹, a hundred times the largest image's.
     """
     library = _vectorised()
     if library is not None:

@@ -19,7 +19,7 @@ CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 SPLITS = ("train", "val", "test")
 WRITE_MODES = ("jpg", "raw", "proportion", "smart")
 ENCODINGS = ("jpg", "raw")
-"""What one payload can be; the file name ends in `.jpg` or `.npy`."""
+"""The kinds of payload; the file name ends in `.jpg` or `.npy`."""
 
 INDEX_TYPES: dict[str, str] = {
     "image_id": "string",
@@ -61,9 +61,9 @@ class EncodeSpec:
     write_mode: `jpg`, `raw` (uint8 rows), `proportion` (jpg with probability `compress_probability`, else raw) or
         `smart` (jpg where the raw image would be larger than `smart_threshold` bytes).
     max_resolution: a longer side is reduced to this many pixels (area interpolation, aspect ratio kept).
-    jpeg_quality: 1 to 100, libjpeg's scale. subsampling: chroma, `420`, `422` or `444`.
-    restart: True writes a JPEG restart marker every few blocks and their lengths in an APP15 segment, which is what
-        makes decoding of a region possible (FORMAT.md, "Restart table").
+    jpeg_quality: 1 to 100, libjpeg's scale. subsampling: of chroma: `420`, `422` or `444`.
+    restart: True writes a JPEG restart marker every few blocks, and the lengths between them in an APP15 segment. A
+        reader can then decode a region alone (FORMAT.md, "Restart table").
     """
 
     write_mode: str = "jpg"
@@ -75,7 +75,7 @@ class EncodeSpec:
     restart: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse values that no packer can carry out. Raises UsageError."""
+        """Check the values. Raises UsageError."""
         if self.write_mode not in WRITE_MODES:
             raise UsageError(f"write mode '{self.write_mode}' is unknown: use one of {', '.join(WRITE_MODES)}")
         if not 16 <= self.max_resolution <= 65_535:

@@ -1,10 +1,10 @@
 """JPEG with a restart table: encode it, and cut a region out of it without decoding the rest.
 
-A restart marker ends a run of blocks whose bits depend on nothing before it. With one every few blocks, and their
-lengths at hand, the bytes of a rectangle of blocks can be lifted out of the scan and given a header of their own: a
-smaller JPEG that any decoder turns into exactly the pixels that the whole image has there. A random-resized crop then
-decodes only what it shows. The lengths travel in an APP15 segment of the file, which other readers skip (FORMAT.md,
-"Restart table").
+A restart marker ends a run of blocks whose bits depend on nothing before it. With a marker every few blocks and a table
+of the runs' lengths, the bytes of a rectangle of blocks can be copied out of the scan and given their own header. The
+result is a smaller JPEG that any decoder turns into exactly the pixels that the whole image has there. So a
+random-resized crop decodes only what it shows. The table is an APP15 segment of the file, which other readers skip
+(FORMAT.md, "Restart table").
 """
 
 import struct
@@ -19,8 +19,8 @@ TAG = b"DSRST1\0"
 """The first bytes of the APP15 segment that holds a restart table."""
 
 _FIELDS = struct.Struct(">BBHHH")
-"""After the tag: block height and width in pixels; blocks a run; offsets of the frame header (SOF0) and of the scan,
-both counted from the end of this segment. Then the length of each run in bytes, the marker behind it included, as
+"""After the tag: block height and width in pixels; blocks per run; offsets of the frame header (SOF0) and of the scan,
+both counted from the end of this segment. Then the length of each run in bytes, with the marker behind it, as
 little-endian uint16."""
 
 _APP15, _SOF0, _SOS = 0xEF, 0xC0, 0xDA
@@ -32,14 +32,14 @@ _SAMPLING = {  # subsampling → OpenCV's factor, and the block (MCU) in pixels,
     "422": (cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422, 8, 16),
     "420": (cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420, 16, 16),
 }
-_RUN_BLOCKS = 4  # what a run aims at: shorter ones cost bytes, longer ones cut less closely
-_WORTH = 0.99  # the share of the image from which it is decoded whole
+_RUN_BLOCKS = 4  # target length of a run: shorter runs cost bytes, longer runs cut less closely
+_WHOLE_SHARE = 0.99  # a box that needs more of the image is decoded from the whole file
 _MARKERS = (0xD0 + np.arange(1 << 16) % 8).astype(np.uint8)  # RST0 … RST7, over and over
 
 
 @cache
 def restart_interval(width: int, block_width: int) -> int:
-    """Blocks per run for an image `width` px wide: the divisor of the blocks in a row that is nearest to the aim."""
+    """Blocks per run for an image `width` px wide: the divisor of the blocks in a row that is nearest to the target."""
     row = -(-width // block_width)
     divisors = [d for d in range(1, row + 1) if row % d == 0]
     return min(divisors, key=lambda d: (max(d, _RUN_BLOCKS) / min(d, _RUN_BLOCKS), d))
@@ -73,9 +73,9 @@ def _with_table(data: np.ndarray, block_height: int, block_width: int, interval:
 
 
 def _lengths(scan: np.ndarray) -> np.ndarray:
-    """The bytes of each run of a scan, the marker behind it included, as <u2.
+    """The bytes of each run of a scan, with the marker behind it, as <u2.
 
-    Empty where such a table does not fit a segment: the image is then decoded whole.
+    Empty if the table does not fit a segment: the image is then decoded whole.
     """
     library = compiled()
     if library is not None:
@@ -100,12 +100,12 @@ def _segments(raw: bytes) -> dict[int, int]:
 
 
 def has_restart_table(raw: bytes | memoryview) -> bool:
-    """Whether a JPEG file carries a restart table, as those that `encode_jpeg` wrote do."""
+    """Whether a JPEG file has a restart table, as `encode_jpeg` writes it."""
     return raw[_APP0_END + 4 : _TABLE] == TAG
 
 
 class RegionCutter:
-    """Cuts regions out of JPEG files, one at a time: what it returns is overwritten by its next cut."""
+    """Cuts regions out of JPEG files, one at a time. The next cut overwrites the result of the last one."""
 
     def __init__(self) -> None:
         self._library = compiled()
@@ -118,10 +118,9 @@ class RegionCutter:
     ) -> tuple[np.ndarray, int, int] | None:
         """The part of a JPEG that holds the box (y, x, h, w), as a JPEG of its own.
 
-        raw: the whole file, an image of (height, width) px. at: its address, where that is known. Returns (JPEG bytes
-        as (n,) uint8, top, left): decode it, and the box is at [y - top : y - top + h, x - left : x - left + w], equal
-        to the whole image's pixels there. None where the file has no restart table or one that does not fit it, or the
-        box needs all of it.
+        raw: the whole file, an image of (height, width) px. at: its address, if known. Returns (JPEG bytes as (n,)
+        uint8, top, left). In the decoded JPEG, the box is at [y - top : y - top + h, x - left : x - left + w], with
+        the pixels of the whole image. None if the file has no restart table or a wrong one, or the box needs all of it.
         """
         if not has_restart_table(raw):
             return None
@@ -133,22 +132,17 @@ class RegionCutter:
             self._out_at = self._out.ctypes.data
         if at is None:
             at = np.frombuffer(raw, np.uint8).ctypes.data
-        size = self._library.dermscale_cut(at, length, height, width, y, x, h, w, _WORTH, self._out_at, self._corner_at)
+        size = self._library.dermscale_cut(
+            at, length, height, width, y, x, h, w, _WHOLE_SHARE, self._out_at, self._corner_at
+        )
         top, left = self._corner.tolist()
         return (self._out[:size], top, left) if size else None
-
-
-def cut_region(
-    raw: memoryview, height: int, width: int, y: int, x: int, h: int, w: int
-) -> tuple[np.ndarray, int, int] | None:
-    """One cut of a `RegionCutter`, whose bytes stay."""
-    return RegionCutter()(raw, height, width, y, x, h, w)
 
 
 def _cut(
     raw: memoryview, height: int, width: int, y: int, x: int, h: int, w: int
 ) -> tuple[np.ndarray, int, int] | None:
-    """A cut of a file with a restart table, in NumPy."""
+    """Cut a file that has a restart table, in NumPy."""
     if len(raw) < _TABLE + _FIELDS.size:
         return None
     block_height, block_width, interval, sof, scan = _FIELDS.unpack_from(raw, _TABLE)
@@ -161,7 +155,7 @@ def _cut(
     column0, column1 = max(x - 1, 0) // run_width, min(x + w, width - 1) // run_width + 1
     table = _TABLE + _FIELDS.size
     end = table + 2 * rows * columns
-    if (row1 - row0) * (column1 - column0) > _WORTH * rows * columns or end + scan > len(raw):
+    if (row1 - row0) * (column1 - column0) > _WHOLE_SHARE * rows * columns or end + scan > len(raw):
         return None
     lengths = np.frombuffer(raw, "<u2", rows * columns, table)
     starts = np.empty(rows * columns + 1, np.int64)

@@ -1,4 +1,4 @@
-"""Loader: a Selection as batches, the same ones from every engine, in any number of processes, after any restart."""
+"""Loader: a Selection as batches, the same from every engine, in any number of processes, after any restart."""
 
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -26,7 +26,7 @@ class Batch:
 
     images: (n, 3, S, S) uint8, 0 to 255, RGB, channels-last. labels: (n,) int64. samples: (n,) int64, row numbers of
     the index. colour: (n, 3, 4) float32, the colour map that `train/head.py` applies (identity in evaluation). mask:
-    (n,) bool, False where a sample only fills up the last batch of an evaluation. All on the loader's device.
+    (n,) bool, False where a sample only pads the last batch of an evaluation. All on the loader's device.
     """
 
     images: torch.Tensor
@@ -38,7 +38,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Part:
-    """What the engine was asked for: one rank's part of a global batch."""
+    """What the engine has to load: one rank's part of a global batch."""
 
     samples: np.ndarray
     labels: np.ndarray
@@ -48,20 +48,20 @@ class _Part:
 
 @dataclass
 class _Stream:
-    """An engine at work. epoch: of the batch that comes next. asked: the parts whose images have not come yet."""
+    """A running engine. epoch: of the next batch. requested: the parts whose images have not arrived yet."""
 
     epoch: int
     resolution: int
     images: Generator[torch.Tensor, None, None]
-    asked: deque[_Part]
+    requested: deque[_Part]
 
 
 class Loader:
     """Batches of a Selection, epoch by epoch. An iterable with `set_epoch`, `state_dict` and `load_state_dict`.
 
-    Training shuffles, augments and drops the last, incomplete batch; evaluation keeps the selection's order and fills
-    the last batch up. Batches depend on (selection, batch_size, resolution, seed, epoch) alone: not on the engine, the
-    number of processes, threads, or on where a restart was. A state holds a position, so resuming costs nothing.
+    Training shuffles, augments, and drops the last, incomplete batch. Evaluation keeps the selection's order and pads
+    the last batch. Batches depend only on (selection, batch_size, resolution, seed, epoch): not on the engine, on the
+    number of processes or threads, or on restarts. A state holds a position, so resuming costs nothing.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class Loader:
         augment: Augment | None = None,
         pool: "EnginePool | None" = None,
     ) -> None:
-        """Set up; nothing is read before the first batch.
+        """Set up. Nothing is read before the first batch.
 
         batch_size: of the global batch, which `world_size` ranks share. resolution: side of the images in px. engine:
         `auto`, `native`, `dali` or `resident`. threads: default, the cores this process may use. prefetch: batches
-        loaded ahead. pool: keeps engines that are dear to build for the next loader. Raises UsageError for a value
+        loaded ahead. pool: keeps engines that take long to build for later loaders. Raises UsageError for a value
         outside its range, naming the limit.
         """
         if batch_size < 1:
@@ -106,9 +106,9 @@ class Loader:
         self.device = torch.device(device)
         self.epoch = 0
         self._part = rank_slice(batch_size, rank, world_size)
-        self._position = 0  # global batches of this epoch that were handed over
+        self._position = 0  # global batches of this epoch that were yielded
         self._resume = 0  # where the next iteration starts
-        self._stream: _Stream | None = None  # batches of the next epoch that are under way
+        self._stream: _Stream | None = None  # loads the first batches of the next epoch
         self._engine, self.engine_name, self.engine_reason = make_engine(
             engine, selection, device=self.device, threads=threads, prefetch=prefetch, pool=pool
         )
@@ -120,7 +120,7 @@ class Loader:
         return batch_count(len(self.selection), self.batch_size, self.train)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration. Naming the epoch of a loaded state keeps its position."""
+        """Choose the epoch of the next iteration. With the epoch of a loaded state, the loaded position stays."""
         check_seed(self.seed, epoch)
         if epoch != self.epoch:
             self.epoch, self._resume, self._position = epoch, 0, 0
@@ -132,7 +132,7 @@ class Loader:
         self.resolution = resolution
 
     def plan(self, epoch: int | None = None) -> tuple[np.ndarray, Plan]:
-        """The order of an epoch (default: the one in hand), (N,) int64 positions in the selection; each one's plan."""
+        """The order of an epoch (default: the current one) as (N,) int64 positions in the selection, and their plan."""
         if not self.train:
             return np.arange(len(self.selection)), evaluation_plan(self._heights, self._widths, self.augment)
         number = self.epoch if epoch is None else epoch
@@ -141,11 +141,11 @@ class Loader:
         return epoch_order(len(samples), self.seed, number), plan
 
     def __iter__(self) -> Iterator[Batch]:
-        """The epoch's batches from its start, or from where a loaded state stood.
+        """The epoch's batches from its start, or from the position of a loaded state.
 
-        After the last batch the loader stands at the start of the next pass. In training that is the next epoch, whose
-        first batches are already under way: an epoch of a small fraction is short, and waiting for its first batch
-        anew each time would tell.
+        After the last batch the loader is at the start of the next pass. In training that is the next epoch, whose
+        first batches are loading already: small fractions have short epochs, so waiting for the first batch of each
+        would slow training noticeably.
         """
         start, self._resume = self._resume, 0
         self._position = start
@@ -158,7 +158,7 @@ class Loader:
         try:
             while number < count:
                 pixels = next(stream.images)
-                part = stream.asked.popleft()
+                part = stream.requested.popleft()
                 number += 1
                 self._position = number
                 if number == count:
@@ -179,19 +179,19 @@ class Loader:
                 stream.images.close()
 
     def _open(self, start: int) -> "_Stream":
-        """Set the engine to work at batch `start` of the epoch in hand; in training it goes on into the next ones."""
-        asked: deque[_Part] = deque()
+        """Start the engine at batch `start` of the current epoch; in training it continues with the next epochs."""
+        requested: deque[_Part] = deque()
 
         def requests() -> Iterator[Request]:
             for part in self._parts(self.epoch, start):
-                asked.append(part)
+                requested.append(part)
                 yield Request(part.samples, part.plan.boxes, part.plan.symmetry)
 
         images = self._engine.run(requests(), self.resolution)
-        return _Stream(self.epoch, self.resolution, images, asked)  # type: ignore[arg-type]  # engines are generators
+        return _Stream(self.epoch, self.resolution, images, requested)  # type: ignore[arg-type]  # engines are generators
 
     def _parts(self, epoch: int, start: int) -> Iterator["_Part"]:
-        """This rank's parts of the global batches from `start` on; without end in training."""
+        """This rank's parts of the global batches from `start` on; in training they never end."""
         samples, labels = self.selection.samples, self.selection.labels
         while True:
             order, plan = self.plan(epoch)
@@ -214,7 +214,7 @@ class Loader:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _identity(self) -> dict[str, Any]:
-        """What a position means nothing without."""
+        """The settings that a saved position depends on."""
         return {
             "shard_set": self.selection.data.manifest.index_sha256,
             "selection": f"{xxhash.xxh3_64_hexdigest(self.selection.samples.tobytes())}",
@@ -224,16 +224,16 @@ class Loader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, as a small dictionary of plain values (torchdata's Stateful protocol).
+        """The loader's position, as a small dictionary of plain values (torchdata's Stateful protocol).
 
         The number of processes is not in it: a state saved by four ranks can be loaded by one.
         """
         return {"version": 1, "epoch": self.epoch, "batch": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the batch after the last one that was handed over when `state` was taken.
+        """Continue after the last batch that was yielded when `state` was taken.
 
-        Raises UsageError where the state is of another set, selection, seed or batch size, naming the difference.
+        Raises UsageError, naming the difference, if the state is of another set, selection, seed or batch size.
         """
         if state.get("version") != 1:
             raise UsageError(f"loader state version {state.get('version')}, and this release reads version 1")
@@ -244,7 +244,7 @@ class Loader:
         self._position = self._resume = state["batch"]
 
     def close(self) -> None:
-        """Give back the engine's threads and memory, or the engine to its pool. Batches handed over stay valid."""
+        """Release the engine's threads and memory; a pool keeps its own engine. Yielded batches stay valid."""
         if self._stream is not None:
             self._stream.images.close()
             self._stream = None

@@ -1,7 +1,7 @@
-"""Which sample comes when: a pure function of (seed, epoch, rank, world size). No state, so resume is a position.
+"""The order of samples: a pure function of (seed, epoch, rank, world size). It has no state: resuming is a position.
 
 Permutations come from sorted keys of a counter-based generator's raw stream (Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", SC 2011), which numpy promises to keep the same across versions; its shuffles it does not.
+as easy as 1, 2, 3", SC 2011). NumPy promises the same stream in every version; it does not promise that for shuffles.
 """
 
 import numpy as np
@@ -31,9 +31,9 @@ def batch_count(count: int, batch_size: int, train: bool) -> int:
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
-    """The part of every global batch that is this rank's; the parts differ by at most one sample and cover the batch.
+    """This rank's part of every global batch. The parts cover the batch and differ by at most one sample in size.
 
-    Raises UsageError where a rank would get nothing or does not exist.
+    Raises UsageError if a rank would get nothing or does not exist.
     """
     if not 0 <= rank < world_size:
         raise UsageError(f"rank {rank} is outside 0 to {world_size - 1}")
@@ -45,8 +45,8 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
 def evaluation_batch(count: int, batch_size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Global batch `number` of an evaluation: positions (batch_size,) int64 and mask (batch_size,) bool.
 
-    Samples come in their own order. The last batch is filled up with position 0 where the mask is False, so that
-    every batch has one shape and each sample counts once.
+    Samples keep their order. The last batch is padded with position 0 where the mask is False, so that every batch
+    has one shape and each sample counts once.
     """
     positions = np.arange(number * batch_size, (number + 1) * batch_size)
     mask = positions < count

@@ -1,8 +1,8 @@
-"""What is done to each sample of an epoch: crop, symmetry and colour, as a pure function of (seed, epoch, sample).
+"""The augmentation of each sample of an epoch: crop, symmetry and colour, a pure function of (seed, epoch, sample).
 
-The raw stream of Philox is keyed by (seed, epoch) and indexed by sample number: any rank, engine or restart computes
-the same plan, for any sample alone. Only additions, multiplications, divisions and square roots are used, which IEEE
-754 rounds the same on every machine; exponential, sine and cosine are short series of them.
+The raw stream of Philox is keyed by (seed, epoch) and indexed by sample number. So any rank, engine or restart computes
+the same plan, also for one sample alone. Only additions, multiplications, divisions and square roots are used, which
+IEEE 754 rounds the same on every machine; exponential, sine and cosine are short series of them.
 """
 
 import functools
@@ -14,10 +14,9 @@ from shards.common.errors import UsageError
 from shards.order import check_seed
 
 _STREAM = 2  # order.py uses another
-_TRIES = 10  # torchvision's RandomResizedCrop tries as often before it falls back to the centre
-_DRAWS = (
-    28  # raw numbers per sample: 2 a try, 2 for the place, 1 symmetry, 4 colour, and 1 to fill Philox's blocks of 4
-)
+_TRIES = 10  # as many as torchvision's RandomResizedCrop makes before it takes the centre
+_DRAWS = 28
+"""Raw numbers per sample: 2 per try, 2 for the place, 1 for symmetry, 4 for colour, 1 to fill Philox's blocks of 4."""
 _BLOCK = 1 << 16  # samples whose draws are in memory at a time
 
 LUMA = np.array([0.299, 0.587, 0.114])  # Y of NTSC's YIQ
@@ -43,7 +42,7 @@ class Augment:
     eval_crop: float = 0.875
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning. Raises UsageError."""
+        """Check the values. Raises UsageError."""
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UsageError(f"crop scale {self.scale}: two shares of the area, 0 < low <= high <= 1")
         if not (1 <= self.ratio[1] <= 4 and abs(self.ratio[0] * self.ratio[1] - 1) < 1e-9):
@@ -102,7 +101,7 @@ def training_plan(
 
 
 def _uniform(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-    """(N, 28) float64 in [0, 1): row i belongs to sample number samples[i], whichever others are asked for."""
+    """(N, 28) float64 in [0, 1): row i depends on sample number samples[i] alone."""
     check_seed(seed, epoch)
     out = np.empty((len(samples), _DRAWS))
     blocks = samples // _BLOCK
@@ -126,8 +125,8 @@ def _crops(draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: 
     fits = (w >= 1) & (h >= 1) & (w <= widths[:, None]) & (h <= heights[:, None])
     first = np.argmax(fits, axis=1)[:, None]
     found = fits.any(axis=1)
-    # The fallback of torchvision: the largest centred box whose shape is within the ratios.
-    with np.errstate(divide="ignore", invalid="ignore"):  # a damaged index may say 0; whoever reads the image refuses
+    # torchvision's fallback: the largest centred box whose shape is within the ratios.
+    with np.errstate(divide="ignore", invalid="ignore"):  # a damaged index may say 0: reading the image then fails
         whole = widths / heights
     fallback_w = np.where(whole > augment.ratio[1], np.rint(heights * augment.ratio[1]), widths)
     fallback_h = np.where(whole < augment.ratio[0], np.rint(widths / augment.ratio[0]), heights)
@@ -141,8 +140,8 @@ def _crops(draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: 
 def _colours(draws: np.ndarray, augment: Augment) -> np.ndarray:
     """(N, 3, 4) float32: brightness, then contrast about mid-grey, then saturation and hue in YIQ, as one affine map.
 
-    Unlike torchvision's ColorJitter the order is fixed, contrast turns about 0.5 rather than the image's own mean,
-    and nothing is clamped in between: so it stays one matrix.
+    It stays one matrix because, unlike in torchvision's ColorJitter, the order is fixed, contrast is relative to 0.5
+    and not to the image's own mean, and nothing is clamped in between.
     """
     strength = np.array([augment.brightness, augment.contrast, augment.saturation])
     factors = 1 + strength * (2 * draws[:, :3] - 1)
@@ -154,12 +153,12 @@ def _colours(draws: np.ndarray, augment: Augment) -> np.ndarray:
     )
     out = np.empty((len(draws), 3, 4), np.float32)
     out[:, :, :3] = rotation * (brightness * contrast)[:, None, None]
-    out[:, :, 3] = (0.5 * (1 - contrast))[:, None]  # grey has no chroma: saturation and hue leave the pivot alone
+    out[:, :, 3] = (0.5 * (1 - contrast))[:, None]  # grey has no chroma, so saturation and hue do not move the pivot
     return out
 
 
 def _yiq_parts() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(3, 3) each: RGB → grey of its luma; RGB → its chroma; RGB → its chroma turned by a quarter in the I-Q plane."""
+    """(3, 3) each: RGB → grey of its luma; RGB → its chroma; RGB → its chroma rotated by 90° in the I-Q plane."""
     to_yiq = np.array([LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
     luma = np.tile(LUMA, (3, 1))
     from_iq = np.linalg.inv(to_yiq)[:, 1:]
@@ -175,7 +174,7 @@ def _exp(x: np.ndarray) -> np.ndarray:
     return total
 
 
-@functools.cache  # 2 ms, as long as planning a thousand samples takes
+@functools.cache  # it takes 2 ms, as long as the plan of a thousand samples
 def _log(x: float) -> float:
     """Natural logarithm of 1 <= x <= 4, by Newton's method on `_exp`."""
     y = 0.0

@@ -1,4 +1,4 @@
-"""Open a shard set, choose samples from it, and read a sample's bytes by its number."""
+"""Open a shard set, select samples from it, and read a sample's bytes by its number."""
 
 import hashlib
 import mmap
@@ -26,7 +26,7 @@ _NUMERIC = tuple(name for name, kind in INDEX_TYPES.items() if kind != "string")
 class Selection:
     """Some samples of a shard set: `samples` are row numbers of the index, (N,) int64, ascending.
 
-    `split`, `fraction` and `subset_seed` are how they were chosen, kept for run records.
+    `split`, `fraction` and `subset_seed` say how they were selected; run records keep them.
     """
 
     data: "ShardSet"
@@ -51,20 +51,20 @@ class Selection:
 
     @cached_property
     def lesion_ids(self) -> np.ndarray:
-        """(N,) lesion names, as objects; an image without a lesion is one of its own, named after the image."""
+        """(N,) lesion names, as objects; an image without a lesion gets its own, named after the image."""
         return self.data.lesion_names[self.samples]
 
 
 class ShardSet:
     """A packed data set, opened for reading. Safe to share between threads; a context manager.
 
-    The tars are mapped into memory, not read: opening costs the index alone, and a sample is a view of the page cache.
+    The tars are mapped into memory. Opening reads only the index, and a sample is a view of the page cache.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Open the set in folder `path` and check its index against the manifest.
 
-        Raises DataError where there is no set, or where it is damaged, of another version, or has lost a file.
+        Raises DataError if there is no set, or if it is damaged, of another version, or lacks a file.
         """
         import pyarrow.parquet as pq
 
@@ -87,7 +87,7 @@ class ShardSet:
         self._check_files()
 
     def _check_files(self) -> None:
-        """Every shard is there and has its size."""
+        """Check that every shard exists and has its size."""
         for info in self.manifest.shards:
             file = self.path / info.file
             if not file.is_file():
@@ -111,11 +111,11 @@ class ShardSet:
         self.close()
 
     def close(self) -> None:
-        """Give back the mapped files. Views handed out before stay valid."""
+        """Drop the mapped files. Views that were returned before stay valid."""
         self._maps.clear()
 
     def column(self, name: str) -> np.ndarray:
-        """One column of the index, (samples,): its own numeric type, or objects for text. Read only."""
+        """One column of the index, (samples,): its own numeric type, or objects for text. Read-only."""
         if name not in self._columns:
             self._columns[name] = self.table[name].to_numpy() if name in _NUMERIC else _objects(self.table, name)
             self._columns[name].setflags(write=False)
@@ -123,7 +123,7 @@ class ShardSet:
 
     @cached_property
     def lesion_names(self) -> np.ndarray:
-        """(samples,) lesion of each image, as objects; `image:<image_id>` where the source names none."""
+        """(samples,) lesion of each image, as objects; `image:<image_id>` if the source names none."""
         lesions, images = self.column("lesion_id"), self.column("image_id")
         return np.array([f"image:{i}" if le is None else le for le, i in zip(lesions, images, strict=True)], object)
 
@@ -147,7 +147,7 @@ class ShardSet:
         return Selection(self, samples.astype(np.int64), split, fraction, subset_seed)
 
     def shard(self, number: int) -> memoryview:
-        """The bytes of one tar, mapped and not read. Raises DataError where the file cannot be mapped."""
+        """The bytes of one tar, mapped and not read. Raises DataError if the file cannot be mapped."""
         view = self._maps.get(number)
         if view is None:
             file = self.path / self.manifest.shards[number].file
@@ -156,11 +156,11 @@ class ShardSet:
                     view = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
             except (OSError, ValueError) as error:
                 raise DataError(f"{file}: cannot be read ({error}); pack the set again") from None
-            view = self._maps.setdefault(number, view)  # where two threads map it at once, both get the first's
+            view = self._maps.setdefault(number, view)  # if two threads map it at once, both use the first mapping
         return view
 
     def read(self, sample: int) -> memoryview:
-        """The payload of a sample, checked against its XXH3 and not copied. Raises DataError naming a damaged one."""
+        """The payload of a sample, checked against its XXH3 and not copied. Raises DataError naming the sample."""
         offset, length = int(self.column("offset")[sample]), int(self.column("length")[sample])
         payload = self.shard(int(self.column("shard")[sample]))[offset : offset + length]
         if xxhash.xxh3_64_intdigest(payload) != int(self.column("xxh3")[sample]):
@@ -168,7 +168,7 @@ class ShardSet:
         return payload
 
     def damaged(self, sample: int, why: str = "its checksum differs") -> DataError:
-        """The error that names a sample whose bytes are not those that were packed, or not what the index says."""
+        """The error that names a sample whose bytes are not the packed ones, or do not match the index."""
         file = self.path / self.manifest.shards[int(self.column("shard")[sample])].file
         return DataError(
             f"{self.column('image_id')[sample]}: damaged in {file} at byte {self.column('offset')[sample]} "
@@ -183,10 +183,10 @@ class ShardSet:
         return decode_whole(self.read(sample), str(self.column("encoding")[sample]), height, width)
 
     def verify(self) -> Iterator[tuple[str, list[str]]]:
-        """Read every byte, a shard at a time: yields (file name, what is wrong with it or with its samples).
+        """Read every byte, shard by shard: yields (file name, what is wrong with it or with its samples).
 
-        The index was checked against the manifest when the set was opened. The .idx of a tar is compared with what the
-        tar's members make it, where the tar is whole.
+        The index was checked against the manifest when the set was opened. If a tar is whole, its .idx is compared
+        with the index of its members.
         """
         shards = self.column("shard")
         for number, info in enumerate(self.manifest.shards):

@@ -1,7 +1,7 @@
 """Which lesions go to which split, and in which order fractions take them: pure functions of names and a seed.
 
-A lesion is never divided. Every choice hangs on a keyed hash of the lesion's name, not on the order of the rows, so
-the same lesions come out whichever way the metadata is sorted.
+A lesion is never divided. Every choice depends on a keyed hash of the lesion's name and not on the order of the rows:
+any order of the metadata gives the same lesions.
 """
 
 from collections.abc import Sequence
@@ -37,9 +37,9 @@ def split_lesions(
     """Assign each image to a split, by lesion and stratified by class.
 
     labels: (N,) class of each image. lesions: (N,) lesion name of each image; an image without one has a name of its
-    own. ratio: images to train, val and test, in any unit. Returns (N,) split names. In every class the lesions are
-    dealt, in hashed order, to the split that is furthest below its share; a class with at least as many lesions as
-    splits has one in each. Raises UsageError for a ratio without training images or with a negative part.
+    own. ratio: of images in train, val and test, in any unit. Returns (N,) split names. In every class the lesions go,
+    in hashed order, to the split that is furthest below its share; a class with at least as many lesions as splits has
+    one in each. Raises UsageError for a ratio without training images or with a negative part.
     """
     if len(ratio) != 3 or ratio[0] <= 0 or min(ratio) < 0:
         raise UsageError(f"split {'/'.join(map(str, ratio))}: give train/val/test as three numbers, train above 0")
@@ -66,10 +66,10 @@ def split_lesions(
 def nested_subset(labels: np.ndarray, lesions: Sequence[str], fraction: float, seed: int = 0) -> np.ndarray:
     """The images of the first `fraction` of an order of the lesions; a larger fraction contains every smaller one.
 
-    labels, lesions: (N,) of the training images. Returns sorted positions, int64. The order puts one lesion of each
-    class first, then every lesion where its middle stands in its class (0 to 1), so that each prefix is close to
-    class-proportional; the prefix ends with the lesion that brings it to `fraction` of the images. Another seed
-    orders the lesions of each class otherwise. Raises UsageError for a fraction outside (0, 1].
+    labels, lesions: (N,) of the training images. Returns sorted positions, int64. The order begins with one lesion of
+    each class. Every other lesion follows at the position of its middle within its class (0 to 1), so that each prefix
+    is close to class-proportional. The prefix ends with the lesion that brings it to `fraction` of the images. Another
+    seed gives each class another order. Raises UsageError for a fraction outside (0, 1].
     """
     if not 0.0 < fraction <= 1.0:
         raise UsageError(f"fraction {fraction} is outside (0, 1]")

@@ -1,4 +1,4 @@
-"""One tar of a shard set, the same bytes each time, with DALI's index of it."""
+"""One tar of a shard set, always the same bytes, with DALI's index of it."""
 
 import hashlib
 import os
@@ -13,12 +13,12 @@ from shards.format import ShardInfo
 BLOCK = 512
 """Tar's unit: headers have this size, contents are padded to it."""
 _BUFFER = 1 << 20
-"""Bytes that go to the system at once; a call for every sample would take as long as hashing it, twice over."""
+"""Bytes that go to the system at once: one call per sample would take twice as long as hashing the sample."""
 
 
 @cache
-def _header_of_nothing() -> tuple[bytes, int]:
-    """The USTAR header of an empty, nameless member, without time, user or machine; and its sum of bytes."""
+def _empty_header() -> tuple[bytes, int]:
+    """The USTAR header of an empty member without name, time, user or machine, and the sum of its bytes."""
     info = tarfile.TarInfo("")
     info.mtime, info.mode = 0, 0o644
     header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
@@ -26,15 +26,15 @@ def _header_of_nothing() -> tuple[bytes, int]:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The USTAR header of a member, byte for byte as `tarfile` makes it, in a tenth of the time (three a sample)."""
-    template, total = _header_of_nothing()
+    """The USTAR header of a member: the bytes that `tarfile` makes, in a tenth of the time (each sample has three)."""
+    template, total = _empty_header()
     name_field, size_field = name.encode("ascii"), b"%011o" % size
     checksum = b"%06o\0 " % (total + sum(name_field) + sum(size_field))
     return name_field.ljust(100, b"\0") + template[100:124] + size_field + template[135:148] + checksum + template[156:]
 
 
 def index_of(tar: Path) -> bytes:
-    """The .idx of a whole tar, from its members alone. Raises tarfile.TarError where `tar` is none."""
+    """The .idx of a complete tar, from its members. Raises tarfile.TarError if `tar` is not one."""
     samples: dict[str, list[str]] = {}
     with tarfile.open(tar, "r:") as archive:
         for member in archive:
@@ -79,7 +79,7 @@ class Shard:
         return first
 
     def end(self) -> ShardInfo:
-        """End the archive with two zero blocks; `flush` comes next."""
+        """End the archive with two zero blocks; call `flush` next."""
         self._write(b"\0" * (2 * BLOCK))
         return ShardInfo(self.path.name, self.split, self.samples, self.position, self._sha.hexdigest())
 
@@ -91,5 +91,5 @@ class Shard:
         write_durably(self.path.with_suffix(".idx"), _index(self._lines))
 
     def close(self) -> None:
-        """Close the file of an archive that is given up."""
+        """Close the file of an archive that stays incomplete."""
         self._file.close()

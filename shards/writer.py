@@ -61,7 +61,7 @@ class IndexFile:
         import pyarrow.parquet as pq
 
         self.path = path
-        self._file = path.open("wb")  # Python's own file, so that a full disk is the OSError that users are told of
+        self._file = path.open("wb")  # Python's own file: a full disk is then an OSError that commands explain
         self._writer: Any = pq.ParquetWriter(self._file, index_schema(), compression="zstd", write_statistics=False)
         self._columns: dict[str, list[Any]] = {name: [] for name in INDEX_TYPES}
         self._waiting = 0
@@ -82,7 +82,7 @@ class IndexFile:
         self._waiting = 0
 
     def finish(self) -> str:
-        """Write what is waiting and the footer, flush to the disk; returns the file's SHA-256."""
+        """Write the remaining rows and the footer, flush to the disk; returns the file's SHA-256."""
         if self._waiting:
             self._write_group()
         self._writer.close()
@@ -93,7 +93,7 @@ class IndexFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def close(self) -> None:
-        """Close the file; without `finish` it is no whole index."""
+        """Close the file; without `finish` the index is incomplete."""
         try:
             self._writer.close()
         finally:
@@ -101,18 +101,17 @@ class IndexFile:
 
 
 class ShardSetWriter:
-    """Writes samples, in the order they come, to a new shard set. A context manager; without `finish` nothing stays.
+    """Writes samples, in the given order, to a new shard set. A context manager; without `finish` nothing is left.
 
-    Samples of one split must come together: every shard holds one split only, so that a plain tar reader can train on
-    the training shards alone.
+    Samples of one split must come together: every shard holds only one split, so that any tar reader can train on the
+    training shards alone.
     """
 
     def __init__(self, out: Path, encode: EncodeSpec, shard_bytes: int, overwrite: bool = False) -> None:
         """Open `out` for writing.
 
-        Raises UsageError when `shard_bytes` is under 1 MiB, DataError when `out` already holds something and
-        `overwrite` is False, or when `out` is a folder that is no shard set or cannot be renamed, or when another
-        packing to it is running.
+        Raises UsageError if `shard_bytes` is under 1 MiB. Raises DataError if `out` holds a shard set and `overwrite`
+        is False, if it holds anything else or cannot be renamed, and if another process is packing to it.
         """
         if shard_bytes < 1 << 20:
             raise UsageError(f"shard size {shard_bytes} bytes is under 1 MiB")
@@ -130,17 +129,17 @@ class ShardSetWriter:
         self._lock = self._take_lock()
         try:
             recover(self._final)
-            refuse_occupied(out, overwrite)  # what was recovered is a set too
-            if self._partial.exists():  # left by a packing that was killed
+            refuse_occupied(out, overwrite)  # a recovered set counts too
+            if self._partial.exists():  # left by a killed packing
                 shutil.rmtree(self._partial)
             self._partial.mkdir()
             self._index = IndexFile(self._partial / INDEX)
         except BaseException:
-            self._give_lock_back()
+            self._release_lock()
             raise
 
     def _take_lock(self) -> IO[bytes]:
-        """Be the only one that packs to this place, while the file is open. Raises DataError as `lock` does."""
+        """Lock this place for one packer for as long as the file is open. Raises DataError as `lock` does."""
         self._final.parent.mkdir(parents=True, exist_ok=True)
         path = beside(self._final, "lock")
         busy = "another process is packing to this folder; wait for it or choose another"
@@ -150,12 +149,12 @@ class ShardSetWriter:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
-            raise DataError(f"{self.out}: {busy}")  # it removed this file after that was opened here
+            raise DataError(f"{self.out}: {busy}")  # the other process has removed this file since
         except BaseException:
             file.close()
             raise
 
-    def _give_lock_back(self) -> None:
+    def _release_lock(self) -> None:
         Path(self._lock.name).unlink(missing_ok=True)
         self._lock.close()
 
@@ -164,27 +163,24 @@ class ShardSetWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Remove whatever was not finished."""
+        """Remove everything unfinished."""
         for close in (self._index.close, *([self._shard.close] if self._shard else [])):
             with suppress(OSError):  # unfinished files are unwanted, and on a full disk closing one fails again
                 close()
         self._flusher.shutdown()
         shutil.rmtree(self._partial, ignore_errors=True)  # the next packing clears what cannot be removed now
-        self._give_lock_back()
+        self._release_lock()
 
     def attach(self, name: str, content: bytes) -> None:
-        """Put one more file into the folder.
-
-        Its name must be one of FORMAT.md's: `--overwrite` refuses a set that holds any other.
-        """
+        """Add a file to the folder. Its name must be in FORMAT.md: `--overwrite` refuses a set with another file."""
         write_durably(self._partial / name, content)
 
     def add(self, sample: PackedSample) -> None:
-        """Append one sample. Raises DataError for an image_id that is unusable or already there."""
+        """Append one sample. Raises DataError for an image_id that is invalid or already in the set."""
         image_id = sample.metadata["image_id"]
         check_image_id(image_id)
         if image_id in self._seen:
-            raise DataError(f"{image_id}: stands twice in the source; every image_id must be unique")
+            raise DataError(f"{image_id}: is twice in the source; every image_id must be unique")
         self._seen.add(image_id)
         label = CLASSES.index(sample.metadata["dx"])
         record = {**sample.metadata, "label": label, "split": sample.split}
@@ -208,7 +204,7 @@ class ShardSetWriter:
         self._counts[sample.split][sample.metadata["dx"]] += 1
 
     def _shard_for(self, split: str, size: int) -> Shard:
-        """The shard that the next sample of `split` goes to: the open one, unless it is full or of another split."""
+        """The shard for the next sample of `split`: the open one, unless it is full or of another split."""
         shard = self._shard
         if shard is not None and shard.split == split and shard.position + size + 2 * BLOCK <= self.shard_bytes:
             return shard
@@ -222,7 +218,7 @@ class ShardSetWriter:
         return self._shard
 
     def _end(self, shard: Shard) -> None:
-        """End a shard and let a thread flush it, so that packing goes on meanwhile; one at a time."""
+        """End a shard and flush it in a thread, so that packing continues meanwhile. One shard at a time."""
         if self._flush is not None:
             self._flush.result()
         self._infos.append(shard.end())
@@ -240,9 +236,9 @@ class ShardSetWriter:
         licence: str,
         versions: dict[str, str],
     ) -> Manifest:
-        """Close the last shard, write the index and the manifest, and swap the folder into place.
+        """Close the last shard, write the index and the manifest, and move the folder into place.
 
-        Raises DataError where nothing was packed, and where others filled the folder meanwhile.
+        Raises DataError if nothing was packed, and if something else was put into the final folder meanwhile.
         """
         if self._shard is None:
             raise DataError("no image was packed: the source is empty, or every image was left out")
@@ -272,7 +268,7 @@ class ShardSetWriter:
 
 
 def check_image_id(image_id: str) -> None:
-    """Raise DataError for an image_id that a tar member or a webdataset key cannot be."""
+    """Raise DataError for an image_id that is not a valid name of a tar member or webdataset key."""
     if not image_id or not image_id.isascii() or not image_id.isprintable() or set(image_id) & set("./\\ "):
         raise DataError(
             f"image_id '{image_id}': must be printable ASCII without '.', '/', '\\' or spaces "

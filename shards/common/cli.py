@@ -1,4 +1,4 @@
-"""How every command line of this project starts and ends: no traceback for what the user can mend.
+"""How every command of this project starts and ends: no traceback for an error that the user can fix.
 
 Kept free of heavy imports, so that `--help` of any entry answers at once.
 """
@@ -20,15 +20,15 @@ _HINTS = {
         (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), "; check the path"
     ),
 }
-"""What to do about an error of the system with a file, by its number."""
+"""What the user can do about a file error of the system, by its number."""
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Imports without Python's garbage collector.
+    """Switch Python's garbage collector off during imports.
 
-    What they make stays, and going through it again and again took a fifth of the time that torch and Gradio need to
-    be imported. Afterwards all of it is left out of later collections.
+    Imported objects stay, and looking at them again and again took a fifth of the import time of torch and Gradio.
+    Afterwards later collections leave them out too.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -41,20 +41,20 @@ def importing() -> Iterator[None]:
 
 
 def _file_of(error: OSError) -> str:
-    """The file that an error names; libraries give it as text, as bytes, or as the number of an open file."""
+    """The file that an error names: libraries give text, bytes, or the number of an open file."""
     name = error.filename
     return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
 def fail(message: str, code: int) -> None:
-    """Print `error: message` on standard error and leave with `code`."""
+    """Print `error: message` on standard error and exit with `code`."""
     sys.stdout.flush()
     click.echo(f"error: {message}", err=True)
     sys.exit(code)
 
 
 def run(command: click.Command) -> None:
-    """Run a click command; end known failures in one line.
+    """Run a click command; a known error ends in one line.
 
     Exit codes: 2 wrong usage, 1 wrong data, a full disk or a file that cannot be used, 130 Ctrl-C, 143 SIGTERM (set by
     the command itself).

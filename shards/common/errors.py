@@ -1,8 +1,8 @@
-"""What a user can have got wrong, as exceptions whose text is the one line that the user sees; and errors as text."""
+"""Errors that the user can fix: exceptions whose text is the one line that the user sees. And errors as text."""
 
 
 class DermscaleError(Exception):
-    """Base of every error that is the user's to mend. Its text says what, where, the limit and what to do."""
+    """Base of every error that the user can fix. Its text says what, where, the limit and what to do."""
 
     exit_code = 1
 
@@ -18,11 +18,11 @@ class UsageError(DermscaleError):
 
 
 def one_line(error: BaseException | str, most: int | None = None) -> str:
-    """The text of an error on one line, of at most `most` characters; its type where it has no text."""
+    """The text of an error on one line, at most `most` characters; its type if it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 
 def last_line(output: str) -> str:
-    """The last line that a child process wrote to standard error, which says what ended it."""
+    """The last line that a child process wrote to standard error: it says why the process ended."""
     return (output.strip().splitlines() or ["no message"])[-1]

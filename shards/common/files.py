@@ -1,4 +1,4 @@
-"""Files that are either whole on the disk or not there, and locks by which one process alone writes to a place."""
+"""Files that are either complete on the disk or absent, and locks that let only one process write to a place."""
 
 import fcntl
 import os
@@ -12,28 +12,28 @@ from shards.common.errors import DataError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write `path` with: it lies aside, and is flushed to the disk and renamed into place at the end.
+    """Open a temporary file next to `path`; at the end it is flushed to the disk and renamed to `path`.
 
-    Where writing fails, `path` stays as it was, nothing is left aside, and an OSError names `path`.
+    If writing fails, `path` stays as it was, the temporary file is removed, and an OSError names `path`.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with aside.open("wb") as file:
+        with partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        partial.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError):  # of a full disk it names no file, otherwise the one aside
+        if isinstance(error, OSError):  # it names no file on a full disk, otherwise the temporary one
             error.filename = str(path)
         with suppress(OSError):
-            aside.unlink()
+            partial.unlink()
         raise
     sync_folder(path.parent)
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a whole file at once, as `whole_file` does."""
+    """Write a file through `whole_file`."""
     with whole_file(path) as file:
         file.write(content)
 
@@ -48,10 +48,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(file: IO[bytes] | int, place: Path, busy: str) -> None:
-    """Lock an open file, or a folder's descriptor, until it is closed; the caller closes it where this raises.
+    """Lock an open file, or a folder's descriptor, until it is closed. If this raises, the caller closes it.
 
-    place: that the errors name. busy: what they say of it where another process holds the lock. Raises DataError for
-    that, and where the file system has no locks.
+    place: named in the errors. busy: the message if another process holds the lock. Raises DataError then, and if the
+    file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,17 +59,17 @@ def lock(file: IO[bytes] | int, place: Path, busy: str) -> None:
         raise DataError(f"{place}: {busy}") from None
     except OSError as error:
         raise DataError(
-            f"{place}: its file system has no locks ({error.strerror}), which keep two processes from writing there "
-            "at once; choose a folder on another file system"
+            f"{place}: its file system has no locks ({error.strerror}), so two processes could write there at once; "
+            "choose a folder on another file system"
         ) from None
 
 
 @contextmanager
 def exclusive(folder: Path, job: str) -> Iterator[None]:
-    """Hold the only lock on `folder`, made where it is missing; the lock goes with the process, however it ends.
+    """Hold the only lock on `folder`, which is created if missing. The lock ends with the process, however that ends.
 
-    `job` says in the error what another process is doing there. Raises DataError when another one holds it, and where
-    the file system has no locks.
+    job: what the error says that another process is doing there. Raises DataError if another process holds the lock,
+    and if the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Work on threads, in order and a bounded number of items ahead of whoever takes the results."""
+"""Work on threads, with results in order and a limited number of items ahead of the consumer."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -14,9 +14,9 @@ def read_ahead(
 ) -> Generator[tuple[T, list[R]], None, None]:
     """Each item with the results of its futures, in order.
 
-    submit: hands an item to a pool of threads. window: items that are under way at once, at most. An item is taken
-    from `items` when there is room for it. Raises what a future raises. Closing the generator (`contextlib.closing`)
-    cancels what has not begun and waits for the rest, so that nothing is written to any more.
+    submit: hands an item to a pool of threads. window: the most items in progress at once. An item is taken from
+    `items` when there is room for it. Raises what a future raises. Closing the generator (`contextlib.closing`)
+    cancels what has not started and waits for the rest, so that nothing writes any more.
     """
     pending: deque[tuple[T, Sequence[Future[R]]]] = deque()
     source = iter(items)
@@ -28,7 +28,7 @@ def read_ahead(
                 except StopIteration:
                     break
                 pending.append((item, submit(item)))
-                del item  # the caller may watch who refers to it
+                del item  # the caller may count its references
             if not pending:
                 return
             item, futures = pending.popleft()

@@ -1,7 +1,7 @@
 """Engines carry out a plan: decode the box, resize it, flip or transpose it, and return uint8.
 
-`native` runs on threads with OpenCV, `dali` on NVIDIA DALI, `resident` gathers from device memory. All take the same
-`Request` and give the same images; `shards/loader.py` chooses one.
+`native` decodes on CPU threads, `dali` uses NVIDIA DALI, `resident` gathers from device memory. All take the same
+`Request` and return the same images; `choose.py` selects one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,11 +32,11 @@ class Engine(Protocol):
         """The images of each request, in order.
 
         (n, 3, resolution, resolution) uint8, 0 to 255, RGB, channels-last, on the loader's device. A tensor stays
-        valid for as long as the caller keeps it. Closing the iterator stops what is under way. Raises DataError naming
-        a damaged sample.
+        valid for as long as the caller keeps it. Closing the iterator stops all work in progress. Raises DataError
+        naming a damaged sample.
         """
         ...
 
     def close(self) -> None:
-        """Give back threads, buffers and device memory."""
+        """Release threads, buffers and device memory."""
         ...

@@ -1,4 +1,4 @@
-"""Which engine carries out the plan, and why; and engines that outlive their loaders."""
+"""Selects the engine and gives the reason; keeps engines that outlive their loaders."""
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -24,11 +24,11 @@ def make_engine(
     prefetch: int,
     pool: "EnginePool | None" = None,
 ) -> tuple[Engine, str, str]:
-    """Returns the engine, its name and the reason for the choice. pool: lends dali's.
+    """Returns the engine, its name and the reason for the choice. pool: keeps dali engines.
 
-    `auto` is native on a CPU; on CUDA it is dali where a check in another process shows that it works
-    (`selfcheck.py`), else native. Raises UsageError for an unknown name, a device that is not there, an engine that
-    is not installed or does not work here, and a selection that does not fit the device's memory.
+    `auto` is native on a CPU. On CUDA it is dali if a check in another process shows that it works (`selfcheck.py`),
+    else native. Raises UsageError for an unknown name, a missing device, an engine that is not installed or does not
+    work here, and a selection that does not fit the device's memory.
     """
     if name not in ("auto", *ENGINES):
         raise UsageError(f"engine '{name}' is unknown: use auto, {', '.join(ENGINES)}")
@@ -58,7 +58,7 @@ def make_engine(
 
     if pool is None:
         return make(), choice, reason
-    return pool.lend(selection.data, (str(device), threads, prefetch, kinds, variant), make), choice, reason
+    return pool.get(selection.data, (str(device), threads, prefetch, kinds, variant), make), choice, reason
 
 
 def _choose(name: str, selection: "Selection", device: "torch.device") -> tuple[str, str, str]:
@@ -96,7 +96,7 @@ def _dali_installed() -> bool:
 
 
 def _check_device(device: "torch.device") -> None:
-    """Raises UsageError where the device is not a CPU or a GPU that PyTorch sees."""
+    """Raises UsageError if the device is not a CPU or a GPU that PyTorch sees."""
     import torch
 
     if device.type not in ("cpu", "cuda"):
@@ -108,21 +108,21 @@ def _check_device(device: "torch.device") -> None:
 
 
 class EnginePool:
-    """For a process that makes many loaders of one set, such as those of a run's splits, or of a study's runs.
+    """Keeps engines in a process that makes many loaders of one set: for the splits of a run, or the runs of a study.
 
-    It keeps the engines that are for a set as a whole and dear to build: dali's. On an H100 the first batch of a new
-    one came after 1.9 s.
+    That is for dali, whose engines serve a whole set and take long to build: on an H100 the first batch of a new
+    engine came after 1.9 s.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, Hashable], tuple[ShardSet, Engine]] = {}
 
-    def lend(self, data: "ShardSet", options: Hashable, make: Callable[[], Engine]) -> Engine:
-        """The engine of this set and these options, made when first asked for. Its `close` leaves it as it is."""
+    def get(self, data: "ShardSet", options: Hashable, make: Callable[[], Engine]) -> Engine:
+        """The engine of this set and these options, built on first use. Its `close` does nothing."""
         key = (id(data), options)
         if key not in self._kept:
             self._kept[key] = data, make()  # the set too, so that no other one gets its id
-        return _Lent(self._kept[key][1])
+        return _PooledEngine(self._kept[key][1])
 
     def close(self, data: "ShardSet | None" = None) -> None:
         """Close the engines of a set, or all of them."""
@@ -132,8 +132,8 @@ class EnginePool:
                 del self._kept[key]
 
 
-class _Lent:
-    """An engine as its borrowers see it."""
+class _PooledEngine:
+    """An engine as a loader sees it: only the pool closes it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -143,4 +143,4 @@ class _Lent:
         return self._engine.run(requests, resolution)
 
     def close(self) -> None:
-        """Nothing: the pool closes it."""
+        """Do nothing: the pool closes it."""

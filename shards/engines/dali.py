@@ -1,8 +1,8 @@
 """The DALI engine: NVIDIA's decoders carry out the plan, on a GPU or on the CPU. The only file that imports DALI.
 
-Python reads a sample's bytes, checks them and hands them over, whole or cut, with the plan's numbers; DALI decodes
-them, slices the box, resizes it, flips it and transposes it. The graph is the same function on both devices, so that
-the CPU's tests cover it.
+Python reads and checks a sample's bytes and passes them on, whole or cut, with the plan's numbers (`dali_feed.py`).
+DALI decodes them, slices the box, resizes, flips and transposes it. One function builds the graph for both devices, so
+tests on a CPU cover it.
 """
 
 from collections import deque
@@ -18,9 +18,9 @@ import numpy as np
 
 from shards.common.errors import DataError
 from shards.common.machine import available_cores
-from shards.decode import NOT_ITS_SIZE
+from shards.decode import WRONG_SIZE
 from shards.engines import Request
-from shards.engines.dali_feed import INPUTS, Fed, Reader, Source
+from shards.engines.dali_feed import INPUTS, InputBatch, Reader, Source
 from shards.shardset import ShardSet
 
 if TYPE_CHECKING:
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 VARIANTS = ("region", "whole")
 """What DALI decodes of a JPEG: `region`, the part with the box, cut out of the file by `shards.jpeg.RegionCutter`;
-`whole`, all of it. Either is sliced after decoding.
+`whole`, all of it. Both are sliced after decoding.
 
-DALI's own decoding of regions (`decoders.image_slice`) is of no use on a GPU: with `jpeg_fancy_upsampling`, without
-which the pixels are not libjpeg's, nvJPEG before 13.2 refuses it for subsampled chroma, and DALI 2.4 then decodes on
-the CPU. Seen on an H100 with nvJPEG 12.4: right pixels, idle hardware decoders, a warning for every image.
+DALI's own region decoding (`decoders.image_slice`) does not help on a GPU. `jpeg_fancy_upsampling` is needed for
+libjpeg's pixels. With it, nvJPEG before 13.2 refuses regions of subsampled chroma, and DALI 2.4 decodes on the CPU.
+Seen on an H100 with nvJPEG 12.4: right pixels, idle hardware decoders, a warning for every image.
 """
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What decides the graph.
+    """The settings of a graph.
 
-    contents: `jpg`, `raw` or `mixed`. device_id: the GPU, None for the CPU. threads: of DALI's. prefetch: batches that
-    DALI works on ahead. hw_decoder_load: share of the JPEGs that go to the GPU's hardware decoder where it has one, the
-    rest to its general cores (0.65 is DALI's own default; not measured here).
+    contents: `jpg`, `raw` or `mixed`. device_id: the GPU, None for the CPU. threads: DALI's own. prefetch: batches that
+    DALI works on ahead. hw_decoder_load: share of the JPEGs for the GPU's hardware decoder, if it has one; the rest is
+    decoded on its general cores (0.65 is DALI's default; not measured here).
     """
 
     contents: str
@@ -54,9 +54,9 @@ class Graph:
 
 
 def build_graph(source: Callable[[], list], graph: Graph, max_batch: int) -> "Pipeline":
-    """The pipeline, defined and not yet built: definition needs no GPU, and refuses unknown arguments.
+    """The pipeline, defined and not yet built. The definition needs no GPU and refuses unknown arguments.
 
-    source: gives a batch as `INPUTS` says, or raises StopIteration. One output: (n, S, S, 3) uint8 RGB.
+    source: returns a batch as `INPUTS` says, or raises StopIteration. One output: (n, S, S, 3) uint8 RGB.
     """
     from nvidia import dali as module
 
@@ -71,7 +71,7 @@ def build_graph(source: Callable[[], list], graph: Graph, max_batch: int) -> "Pi
         return fn.slice(fn.decoders.image(payload, **options), start=start, shape=shape, axes=[0, 1])
 
     def rows(payload: Any, shape: Any) -> Any:
-        """The pixels of a raw sample's box, which was cut on the CPU, so that only it travels."""
+        """The pixels of a raw sample's box. The box was cut on the CPU, so only the box is transferred."""
         image = fn.reshape(payload, shape=fn.cat(shape, np.array([3], np.int32)), layout="HWC")
         return image if graph.device_id is None else image.gpu()
 
@@ -115,7 +115,7 @@ def build_graph(source: Callable[[], list], graph: Graph, max_batch: int) -> "Pi
 
 
 class _Pipeline:
-    """A built pipeline, used again from run to run, since building one takes longer than a batch."""
+    """A built pipeline, reused by later runs, because building one takes longer than a batch."""
 
     def __init__(self, graph: Graph, max_batch: int) -> None:
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -126,7 +126,7 @@ class _Pipeline:
         self._outputs = DALIGenericIterator(pipeline, ["images"], prepare_first_batch=False)
         self._used = False
 
-    def run(self, batches: Iterator[Fed]) -> "Iterator[torch.Tensor]":
+    def run(self, batches: Iterator[InputBatch]) -> "Iterator[torch.Tensor]":
         """(n, S, S, 3) uint8 of each batch, up to the end, a damaged sample, or a batch that is too large."""
         self.source.open(batches)
         if self._used:
@@ -137,22 +137,22 @@ class _Pipeline:
                 images = next(self._outputs)[0]["images"]
             except StopIteration:
                 return
-            self.source.under_way.popleft()
+            self.source.in_progress.popleft()
             yield images
 
-    def drained(self) -> bool:
-        """Give up what is under way, so that the next run starts afresh. False where that failed."""
+    def drain(self) -> bool:
+        """Discard the batches in progress, so that the next run starts clean. False if that failed."""
         self.source.open(iter(()))
         try:
             for _ in self._outputs:
                 pass
-        except (RuntimeError, AttributeError):  # of a batch that nobody waits for; DALI's pipeline may be gone before
-            return False  # us where a Loader that was not closed is collected as garbage
+        except (RuntimeError, AttributeError):  # in a discarded batch; or Python collects a Loader that was not closed,
+            return False  # and DALI's part of it is gone already
         return True
 
 
 class DaliEngine:
-    """Loads batches through DALI, `prefetch` batches ahead, and reads the bytes of as many more."""
+    """Loads batches through DALI, `prefetch` batches ahead, and reads the bytes of as many more ahead of those."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class DaliEngine:
         contents: str = "mixed",
         variant: str = "region",
     ) -> None:
-        """device: `cpu`, `cuda` or `cuda:N`. contents: `jpg` or `raw` where the samples are all of one kind.
+        """device: `cpu`, `cuda` or `cuda:N`. contents: `jpg` or `raw` if the samples are all of one kind.
 
         threads: default, the cores this process may use. Raises ValueError for an unknown variant or contents.
         """
@@ -174,10 +174,10 @@ class DaliEngine:
         self.graph = Graph(contents, _device_id(device), threads or available_cores(), prefetch)
         self._reader = Reader(data, contents, prefetch, cutting=variant == "region")
         self._idle: list[_Pipeline] = []
-        self._taking, self._closed = Lock(), False  # runs may be on different threads
+        self._taking, self._closed = Lock(), False  # runs may use different threads
 
     def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
-        """See `Engine.run`. DALI is fed and asked on a thread, so that this takes no time of the training loop's."""
+        """See `Engine.run`. A separate thread talks to DALI, so that this takes no time from the training loop."""
         if self.graph.device_id is None:
             with closing(_one_ahead(self._images(requests, resolution))) as batches:
                 for batch in batches:
@@ -186,13 +186,13 @@ class DaliEngine:
             return
         from shards.engines.transfer import hand_over
 
-        with closing(_one_ahead(_owned(self._images(requests, resolution), self.graph.device_id))) as copies:
+        with closing(_one_ahead(_copies(self._images(requests, resolution), self.graph.device_id))) as copies:
             for batch, copied in copies:
                 yield hand_over(batch, copied, f"cuda:{self.graph.device_id}")
                 del batch, copied
 
     def _images(self, requests: Iterable[Request], resolution: int) -> "Generator[torch.Tensor, None, None]":
-        """(n, S, S, 3) uint8 in memory of DALI's."""
+        """(n, S, S, 3) uint8 in DALI's memory."""
         batches = self._reader.batches(requests, resolution)
         try:
             first = next(batches, None)
@@ -202,11 +202,11 @@ class DaliEngine:
                 try:
                     yield from pipeline.run(source)
                 except GeneratorExit:
-                    if pipeline.drained():
+                    if pipeline.drain():
                         self._put_back(pipeline)
                     raise
-                except RuntimeError as error:  # DALI's; the pipeline is of no more use
-                    self._name_undecodable(pipeline.source.under_way, error)
+                except RuntimeError as error:  # DALI's; this pipeline cannot be used again
+                    self._name_undecodable(pipeline.source.in_progress, error)
                     raise
                 error, first = pipeline.source.error, pipeline.source.too_large
                 self._put_back(pipeline)  # from here on another run may have it
@@ -216,7 +216,7 @@ class DaliEngine:
             batches.close()
 
     def _take_pipeline(self, batch: int) -> _Pipeline:
-        """An idle pipeline that holds a batch of this size, or a new one in the place of those that do not."""
+        """An idle pipeline for a batch of this size, or a new one. Smaller idle pipelines are dropped."""
         with self._taking:
             self._idle[:] = [pipeline for pipeline in self._idle if pipeline.max_batch >= batch]
             if self._idle:
@@ -224,22 +224,22 @@ class DaliEngine:
         return _Pipeline(self.graph, batch)
 
     def _put_back(self, pipeline: _Pipeline) -> None:
-        """Keep a pipeline for the next run, unless there will be none."""
+        """Keep a pipeline for the next run, unless the engine is closed."""
         with self._taking:
             if not self._closed:
                 self._idle.append(pipeline)
 
-    def _name_undecodable(self, under_way: Iterable[np.ndarray], error: RuntimeError) -> None:
-        """Raise DataError naming the sample that made DALI stop, if one of those under way cannot be decoded."""
-        for sample in np.concatenate([np.empty(0, np.int64), *under_way]).tolist():
+    def _name_undecodable(self, in_progress: Iterable[np.ndarray], error: RuntimeError) -> None:
+        """Raise DataError naming the sample that stopped DALI, if one of those in progress cannot be decoded."""
+        for sample in np.concatenate([np.empty(0, np.int64), *in_progress]).tolist():
             self.data.read(sample)  # names one whose checksum differs
             try:
                 self.data.pixels(sample)
             except DataError:
-                raise self.data.damaged(sample, NOT_ITS_SIZE) from error
+                raise self.data.damaged(sample, WRONG_SIZE) from error
 
     def close(self) -> None:
-        """Give back threads, pipelines and their memory. Batches that were handed over stay valid."""
+        """Release threads, pipelines and their memory. Yielded batches stay valid."""
         self._reader.close()
         with self._taking:
             self._closed = True
@@ -257,26 +257,26 @@ def _device_id(device: str) -> int | None:
 
 
 def _one_ahead(items: Generator[Any, None, None]) -> Generator[Any, None, None]:
-    """The items of a generator that runs on a thread of its own, the next one while the last one is used."""
+    """Run a generator on its own thread: it makes the next item while the caller uses the last one."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="shards-dali-run")
     coming = thread.submit(next, items, None)
     try:
-        while (request := coming.result()) is not None:
+        while (item := coming.result()) is not None:
             coming = thread.submit(next, items, None)
-            yield request
-            del request
+            yield item
+            del item
     finally:
         thread.shutdown(wait=True, cancel_futures=True)
         items.close()
 
 
-def _owned(
+def _copies(
     batches: "Generator[torch.Tensor, None, None]", device: int
 ) -> "Generator[tuple[torch.Tensor, torch.cuda.Event], None, None]":
-    """Copies in PyTorch's memory of batches on a GPU, (n, S, S, 3) uint8, each with the event of its copy's end.
+    """Copies of DALI's batches, (n, S, S, 3) uint8, in PyTorch's GPU memory, each with the event that ends its copy.
 
-    DLPack tells DALI when a tensor was dropped, not when the kernels that read it are done. So the consumer gets a
-    copy, made on a stream of its own, and DALI gets its memory back when that copy is done.
+    DLPack tells DALI when a tensor is dropped, but not when the kernels that read it are done. So the consumer gets a
+    copy, made on a separate stream, and DALI gets its memory back once that copy is done.
     """
     import torch
 

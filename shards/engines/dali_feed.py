@@ -1,4 +1,4 @@
-"""What the DALI engine is fed: the bytes of a batch, read and checked on threads, and the plan's numbers as arrays."""
+"""The inputs of the DALI graph: the bytes of a batch, read and checked on threads, and the plan's numbers as arrays."""
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -20,15 +20,15 @@ INPUTS = {
     "raw": ("payload", "shape", "size", "transposed"),
     "mixed": ("payload", "start", "shape", "size", "transposed", "raw"),
 }
-"""What a graph is fed, by what the samples are. For a batch of n: payload, n arrays (bytes,) uint8; start and shape,
-(n, 2) int32 y, x of the box in the JPEG that is fed, and its h, w; size, (n, 2) float32 height and width of the output,
-negative where it is mirrored; transposed and raw, (n,) bool."""
+"""The inputs of a graph, by the kind of samples. For a batch of n: payload, n arrays (bytes,) uint8; start and shape,
+(n, 2) int32 y, x of the box in the given JPEG, and its h, w; size, (n, 2) float32 height and width of the output,
+negative to mirror; transposed and raw, (n,) bool."""
 
-READERS = 2  # threads that read, check and cut: a batch each, and the rest of the work is DALI's own
+READERS = 2  # threads that read, check and cut, one batch each; DALI does the rest
 
 
 @dataclass(frozen=True)
-class Fed:
+class InputBatch:
     """A batch as the graph's INPUTS, in order; and its samples, (n,) int64, to name one that DALI cannot decode."""
 
     samples: np.ndarray
@@ -36,24 +36,24 @@ class Fed:
 
 
 class Reader:
-    """Reads batches on `READERS` threads, `ahead` of them before they are asked for."""
+    """Reads batches on `READERS` threads, `ahead` batches in advance."""
 
     def __init__(self, data: ShardSet, contents: str, ahead: int, *, cutting: bool) -> None:
-        """contents: a key of INPUTS. cutting: feed the part of a JPEG that holds the box, where it can be cut out."""
+        """contents: a key of INPUTS. cutting: pass on only the part of a JPEG with the box, if it can be cut out."""
         self.data, self.contents, self.ahead, self.cutting = data, contents, ahead, cutting
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="shards-dali")
 
-    def batches(self, requests: Iterable[Request], resolution: int) -> "Generator[Fed, None, None]":
+    def batches(self, requests: Iterable[Request], resolution: int) -> "Generator[InputBatch, None, None]":
         """The bytes of the requests, read and checked on other threads, a few batches ahead."""
 
-        def submit(request: Request) -> list[Future[Fed]]:
+        def submit(request: Request) -> list[Future[InputBatch]]:
             return [self._threads.submit(self._read, request, resolution)]
 
         with closing(read_ahead(submit, requests, self.ahead + 1)) as read:
             for _, (batch,) in read:
                 yield batch
 
-    def _read(self, request: Request, resolution: int) -> Fed:
+    def _read(self, request: Request, resolution: int) -> InputBatch:
         """Read and check a batch's bytes. Raises DataError naming a damaged sample."""
         data, boxes, symmetry = self.data, request.boxes, request.symmetry
         raw = (data.column("encoding")[request.samples] == "raw").astype(bool)
@@ -84,7 +84,7 @@ class Reader:
             "transposed": transposed,
             "raw": raw,
         }
-        return Fed(request.samples, [given[name] for name in INPUTS[self.contents]])
+        return InputBatch(request.samples, [given[name] for name in INPUTS[self.contents]])
 
     def close(self) -> None:
         """Stop the threads."""
@@ -92,21 +92,21 @@ class Reader:
 
 
 class Source:
-    """What a pipeline reads from: another iterator in each run."""
+    """The input of a pipeline: a new iterator in each run."""
 
     def __init__(self, max_batch: int) -> None:
         self.max_batch = max_batch
         self.open(iter(()))
 
-    def open(self, batches: Iterator[Fed]) -> None:
-        """Read from `batches` next."""
+    def open(self, batches: Iterator[InputBatch]) -> None:
+        """Read from `batches` from now on."""
         self._batches = batches
         self.error: DataError | None = None
-        self.too_large: Fed | None = None
-        self.under_way: deque[np.ndarray] = deque()
+        self.too_large: InputBatch | None = None
+        self.in_progress: deque[np.ndarray] = deque()
 
     def take(self) -> list:
-        """The next batch. Ends, rather than fails, at a damaged sample: the batches before it are still good."""
+        """The next batch. A damaged sample ends the input instead of failing: the batches before it are still good."""
         try:
             batch = next(self._batches)
         except DataError as error:
@@ -115,5 +115,5 @@ class Source:
         if len(batch.samples) > self.max_batch:
             self.too_large = batch
             raise StopIteration
-        self.under_way.append(batch.samples)
+        self.in_progress.append(batch.samples)
         return batch.arrays

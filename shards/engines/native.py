@@ -1,7 +1,7 @@
-"""The CPU engine: threads that cut, decode, resize and flip straight into a batch's buffer, with OpenCV.
+"""The CPU engine: threads that cut, decode, resize and flip images directly into a batch's buffer.
 
-The decoder, the kernels and xxHash let go of Python's lock while they work, so threads scale until the Python between
-them fills a core. Before that they wait for the lock. A buffer is reused when no batch refers to it any more.
+The decoder, the kernels and xxHash release the GIL. Threads scale until their Python code fills one core. They wait for
+the GIL before that. A buffer is reused when no batch refers to it any more.
 """
 
 import sys
@@ -20,7 +20,7 @@ import xxhash
 from shards.common.errors import DataError
 from shards.common.machine import available_cores
 from shards.common.readahead import read_ahead
-from shards.decode import NOT_ITS_SIZE, cached_pixels, raw_pixels
+from shards.decode import WRONG_SIZE, cached_pixels, raw_pixels
 from shards.engines import Request
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter
@@ -29,21 +29,23 @@ from shards.shardset import ShardSet
 if TYPE_CHECKING:
     import torch
 
-_CHUNK = 8  # least images a task, for hand-overs cost; more where each thread gets two tasks all the same
-_RAW = 8  # where a sample's tuple says whether it is raw
+_CHUNK = 8
+"""Minimum images per task: handing over a task costs time. Larger batches get larger tasks, two per thread."""
+_RAW = 8
+"""Position in a sample's tuple that says whether it is raw."""
 
 
 class BufferPool:
-    """Batch buffers (n, S, S, 3) uint8, used again when only this pool still refers to them."""
+    """Batch buffers (n, S, S, 3) uint8, reused when only this pool refers to them."""
 
     def __init__(self, allocate: Callable[[tuple[int, ...]], np.ndarray]) -> None:
-        """allocate: makes a buffer of a shape, in ordinary or in page-locked memory."""
+        """allocate: makes a buffer of a given shape, in normal or in page-locked memory."""
         self._allocate = allocate
         self._held = [allocate((0,))]
-        self._unused = sys.getrefcount(self._held[0])  # the count where nobody else holds it
+        self._unused = sys.getrefcount(self._held[0])  # the count if nothing else refers to it
 
     def take(self, shape: tuple[int, int, int, int]) -> np.ndarray:
-        """A buffer of this shape that nobody uses; buffers of other shapes are let go."""
+        """A free buffer of this shape. Buffers of other shapes are dropped."""
         self._held = [buffer for buffer in self._held if buffer.shape == shape]
         for i in range(len(self._held)):
             if sys.getrefcount(self._held[i]) == self._unused:
@@ -52,12 +54,12 @@ class BufferPool:
         return self._held[-1]
 
     def clear(self) -> None:
-        """Let all buffers go; those that somebody uses live on until he lets go of them too."""
+        """Drop all buffers. Those in use live until their last reference ends."""
         self._held.clear()
 
 
 class _Scratch:
-    """One thread's memory between decoding and the batch, small enough to stay in its core's cache."""
+    """One thread's memory between decoding and the batch, small enough for its core's cache."""
 
     def __init__(self, side: int) -> None:
         self.resample = Resampler(side)
@@ -66,14 +68,14 @@ class _Scratch:
         self.pixels_at = 0
 
     def reserve(self, size: int) -> None:
-        """Have at least `size` bytes of pixels."""
+        """Make room for at least `size` bytes of pixels."""
         if len(self.pixels) < size:
             self.pixels = cached_pixels(size)
             self.pixels_at = self.pixels.ctypes.data
 
 
-class _Mapped(dict[int, tuple[memoryview, int]]):
-    """Shard → its bytes and their address; held, so that the address stays good when the set is closed."""
+class _MappedShards(dict[int, tuple[memoryview, int]]):
+    """Shard → its bytes and their address. The reference keeps the address valid after the set is closed."""
 
     def __init__(self, data: ShardSet) -> None:
         self._data = data
@@ -88,7 +90,7 @@ class NativeEngine:
     """Loads batches on `threads` threads, `prefetch` batches ahead."""
 
     def __init__(self, data: ShardSet, device: str = "cpu", threads: int | None = None, prefetch: int = 2) -> None:
-        """Threads default to the cores that this process may use. Sets OpenCV's own threads to none, process-wide."""
+        """threads: default, the cores this process may use. Turns OpenCV's own threads off in the whole process."""
         cv2.setNumThreads(0)
         self.data, self.device, self.prefetch = data, device, prefetch
         self.threads = threads or available_cores()
@@ -101,10 +103,10 @@ class NativeEngine:
             self._buffers = BufferPool(pinned_buffer)
         self._local = local()
         self._fused = Resampler(1).fused
-        self._mapped = _Mapped(data)
+        self._mapped = _MappedShards(data)
 
     def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
-        """See `Engine.run`. On a CUDA device a batch travels as one asynchronous copy out of pinned memory."""
+        """See `Engine.run`. On a CUDA device a batch is transferred as one asynchronous copy from pinned memory."""
         import torch
 
         if self.device == "cpu":
@@ -123,7 +125,7 @@ class NativeEngine:
         with closing(read_ahead(self._submit, places, self.prefetch + 1)) as filled:
             for (_, buffer), _ in filled:
                 yield buffer
-                del buffer  # so that the pool can tell when the caller has let go of it
+                del buffer  # so that the pool sees when the caller drops it
 
     def _submit(self, place: tuple[Request, np.ndarray]) -> list["Future[None]"]:
         (request, buffer), data = place, self.data
@@ -144,7 +146,7 @@ class NativeEngine:
         ]
 
     def _fill_raw(self, samples: list[tuple], out: np.ndarray) -> None:
-        """Load some raw samples into their places of `out` (n, S, S, 3), all in one call of the kernel."""
+        """Load some raw samples into their places in `out` (n, S, S, 3), all in one call of the kernel."""
         crops = array("q")
         for place, sample, shard, offset, length, height, width, xxh3, _, (y, x, h, w), symmetry in samples:
             view, start = self._mapped[shard]
@@ -152,13 +154,13 @@ class NativeEngine:
             if xxhash.xxh3_64_intdigest(view[offset:end]) != xxh3:
                 raise self.data.damaged(sample)
             within = y >= 0 and x >= 0 and h > 0 and w > 0 and y + h <= height and x + w <= width
-            if not within or height * stride > length:  # addresses beyond the image would be read
-                raise self.data.damaged(sample, NOT_ITS_SIZE)
+            if not within or height * stride > length:  # the kernel would read beyond the image
+                raise self.data.damaged(sample, WRONG_SIZE)
             crops.extend((start + end - (height - y) * stride + x * 3, stride, h, w, symmetry, place))
         self._scratch_of(out.shape[1]).resample.many(crops, out.ctypes.data)
 
     def _fill(self, samples: list[tuple], out: np.ndarray) -> None:
-        """Load some samples into their places of `out` (n, S, S, 3)."""
+        """Load some samples into their places in `out` (n, S, S, 3)."""
         data, side = self.data, out.shape[1]
         scratch = self._scratch_of(side)
         out_at, out_bytes = out.ctypes.data, out.strides[0]
@@ -176,11 +178,11 @@ class NativeEngine:
                     scratch.reserve(height * width * 3)
                     image, at = simplejpeg.decode_jpeg(encoded, buffer=scratch.pixels), scratch.pixels_at
             except (DataError, ValueError):
-                raise data.damaged(sample, NOT_ITS_SIZE) from None
+                raise data.damaged(sample, WRONG_SIZE) from None
             top, left = y - top, x - left
             crop = image[top : top + h, left : left + w]
-            if crop.shape[:2] != (h, w) or not crop.size:  # addresses beyond the image would be read
-                raise data.damaged(sample, NOT_ITS_SIZE)
+            if crop.shape[:2] != (h, w) or not crop.size:  # the kernel would read beyond the image
+                raise data.damaged(sample, WRONG_SIZE)
             at += top * image.strides[0] + left * 3
             scratch.resample(crop, symmetry, out[place], at, out_at + place * out_bytes)
 
@@ -192,7 +194,7 @@ class NativeEngine:
         return scratch
 
     def close(self) -> None:
-        """Stop the threads and give the buffers' memory back. Batches that were handed over stay valid."""
+        """Stop the threads and release the buffers. Yielded batches stay valid."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._buffers.clear()
         self._mapped.clear()

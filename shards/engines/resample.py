@@ -1,7 +1,7 @@
-"""Bilinear resize to a square with one of its eight symmetries: a compiled kernel, or OpenCV where there is none.
+"""Bilinear resize to a square with one of its eight symmetries: by a compiled kernel, or by OpenCV without one.
 
-The kernel (`resample.c`, AVX2 or AVX-512, built when the package is installed where a C compiler is) does in one pass
-what OpenCV does in three, within 1 of its values. Both place pixel centres alike and use no antialias.
+The kernel (`resample.c`, AVX2 or AVX-512, built at installation if there is a C compiler) does in one pass what OpenCV
+does in three, and differs from it by at most 1. Both use the same pixel centres and no antialias.
 """
 
 from array import array
@@ -30,16 +30,18 @@ def apply_symmetry(image: np.ndarray, symmetry: int, out: np.ndarray) -> None:
 
 
 def _check(array: np.ndarray, fits: bool) -> None:
-    """Refuse an array whose memory is not what the kernel takes it for."""
+    """Refuse an array whose memory layout is not the one that the kernel expects."""
     if not fits or array.dtype != np.uint8:
-        raise ValueError(f"{array.dtype} {array.shape} with strides {array.strides} is no image that can be resized")
+        raise ValueError(
+            f"{array.dtype} {array.shape} with strides {array.strides} is not an image that can be resized"
+        )
 
 
 class Resampler:
-    """One thread's resize to (side, side, 3), with the scratch memory that it needs."""
+    """Resizes to (side, side, 3) in one thread, with its own scratch memory."""
 
     def __init__(self, side: int, level: int | None = None) -> None:
-        """side: px of the result. level: which of LEVELS to take at most; None is the best that there is."""
+        """side: px of the result. level: the highest of LEVELS to use; None is the best available."""
         self.side = side
         library = compiled()
         self.level = min(library.dermscale_resample_level(), 2 if level is None else level) if library else 0
@@ -50,11 +52,11 @@ class Resampler:
     def __call__(
         self, crop: np.ndarray, symmetry: int, out: np.ndarray, crop_at: int | None = None, out_at: int | None = None
     ) -> None:
-        """Resize `crop`, (h, w, 3) uint8 RGB or (h, w, 4) of which the last is dropped, and write a symmetry of it.
+        """Resize `crop`, (h, w, 3) uint8 RGB or (h, w, 4) whose last channel is dropped, and write a symmetry of it.
 
-        A crop's rows may lie apart, its pixels not. out: (side, side, 3) uint8, contiguous. crop_at, out_at: their
-        addresses, where these are known: asking NumPy takes 2 microseconds each, and nothing else is checked then.
-        Raises ValueError for an empty crop, and for arrays of other types or layouts.
+        A crop's rows may be apart, its pixels may not. out: (side, side, 3) uint8, contiguous. crop_at, out_at: their
+        addresses, if known: asking NumPy takes 2 microseconds each. With an address the array is not checked. Raises
+        ValueError for an empty crop, and for arrays of other types or layouts.
         """
         height, width, channels = crop.shape
         if not height or not width:
@@ -86,14 +88,14 @@ class Resampler:
 
     @property
     def fused(self) -> bool:
-        """Whether `many` can be called: it is the kernel's."""
+        """Whether `many` can be called: it needs the kernel."""
         return self._kernel is not None
 
     def many(self, crops: array, out_at: int) -> None:
-        """Resize crops in one call, for what Python does between two small ones would take as long.
+        """Resize many crops in one call: with one call each, Python would take as long as the kernel on small crops.
 
-        crops: of type `q`, of each crop six numbers, which are not checked: the address of its first pixel, bytes
-        between its rows, h, w, symmetry, and its place in the batch at address out_at, (n, side, side, 3) uint8.
+        crops: of type `q`, six numbers per crop, which are not checked: the address of its first pixel, bytes between
+        its rows, h, w, symmetry, and its place in the batch at address out_at, (n, side, side, 3) uint8.
         """
         if self._kernel is None:
             raise ValueError("there is no kernel here")
@@ -102,7 +104,7 @@ class Resampler:
         self._kernel.dermscale_resample_many(at, count // 6, self.side, out_at, self._scratch_at, self.level)
 
     def _reserve(self, width: int) -> None:
-        """Have scratch memory for crops of `width` px."""
+        """Make room in the scratch memory for crops of `width` px."""
         if self._kernel is not None and width > self._width:
             self._width = width
             self._scratch = np.empty(self._kernel.dermscale_scratch_bytes(width, self.side), np.uint8)

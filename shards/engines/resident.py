@@ -1,10 +1,9 @@
-"""The resident engine: the selection stays decoded in the device's memory, and a batch is one gather out of it.
+"""The resident engine: the selection stays decoded in the device's memory, and a batch is one gather from it.
 
-Everything is integers, so every device computes the same bits: where a pixel of the output falls in the box is a
-fraction with a known denominator, its weights have 14 or 15 bits, and products fit 32. Weights and roundings are those
-of the native engine's kernel (`resample.c`), so the same pixels come out; OpenCV's, which that engine takes where the
-kernel is not built, differ from them by 1 in about one value of eight. On a CPU the native engine is faster;
-`resident` is for a GPU.
+Everything is integers, so every device computes the same bits. The position of an output pixel in the box is a fraction
+with a known denominator, its weights have 14 or 15 bits, and products fit 32 bits. Weights and rounding are as in the
+native engine's kernel (`resample.c`), so the pixels are the same. Without the kernel, the native engine uses OpenCV,
+which differs by 1 in about one value of eight. `resident` is for a GPU: on a CPU the native engine is faster.
 """
 
 import logging
@@ -17,7 +16,7 @@ import numpy as np
 
 from shards.common.errors import DataError, UsageError, one_line
 from shards.common.machine import available_cores, free_bytes
-from shards.decode import NOT_ITS_SIZE, decode_whole
+from shards.decode import WRONG_SIZE, decode_whole
 from shards.engines import Request
 
 if TYPE_CHECKING:
@@ -27,14 +26,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_ROW_BITS, _COLUMN_BITS, _FRACTION = 15, 14, 6  # of weights, and below 1 in a mixed row, as in resample.c
-_SPARE = 0.1  # the share of the free memory that is left to the model and its activations
+_ROW_BITS, _COLUMN_BITS, _FRACTION = (
+    15,
+    14,
+    6,
+)  # bits of the weights, and of the fraction in a mixed row, as in resample.c
+_SPARE = 0.1  # share of the free memory that is left for the model and its activations
 _CHUNK_BYTES = 64 << 20  # decoded before each copy to a GPU
-_EAGER_PIXELS = 1 << 20  # output pixels at a time where nothing fuses the steps, to stay near the caches
+_EAGER_PIXELS = 1 << 20  # output pixels at a time without fusion, to stay near the caches
 
 
 def needed_bytes(selection: "Selection") -> int:
-    """What the pixels of a selection take, decoded."""
+    """Bytes of the decoded pixels of a selection."""
     heights, widths = _sides(selection)
     return int((heights * widths).sum()) * 3
 
@@ -46,27 +49,27 @@ def _sides(selection: "Selection") -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_memory(selections: "Sequence[Selection]", device: str) -> None:
-    """Raise UsageError where `device` has no memory for all these selections at once, saying how much is needed."""
+    """Raise UsageError, with the bytes needed, if `device` has no memory for all these selections at once."""
     needed, free = sum(needed_bytes(selection) for selection in selections), free_bytes(device)
     if needed > free * (1 - _SPARE):
         count = sum(len(selection) for selection in selections)
         raise UsageError(
             f"engine 'resident' needs {needed / 1e9:.3g} GB on {device} for {count:,} images of "
-            f"{needed / 3 / count:,.0f} px on average, and of the {free / 1e9:.3g} GB free it leaves a tenth to the "
-            "model: use another engine, a smaller fraction, or pack with a smaller --max-resolution"
+            f"{needed / 3 / count:,.0f} px on average; {free / 1e9:.3g} GB are free, and a tenth of that is left for "
+            "the model: use another engine or a smaller fraction, or pack with a smaller --max-resolution"
         )
 
 
 class ResidentEngine:
-    """Holds a selection's pixels on the device: (pixels, 3) uint8, image after image, of whatever sizes."""
+    """Holds a selection's pixels on the device: (pixels, 3) uint8, image after image, of any sizes."""
 
     def __init__(
         self, selection: "Selection", device: str = "cpu", threads: int | None = None, *, compiled: bool | None = None
     ) -> None:
-        """compiled: fuse the gather with `torch.compile`; default, on CUDA only. threads decode, once.
+        """compiled: fuse the gather with `torch.compile`; default, on CUDA only. threads: for decoding, once.
 
-        Nothing is decoded before the first batch. Raises UsageError where the memory does not suffice, saying how
-        much is needed and free.
+        Nothing is decoded before the first batch. Raises UsageError, with the bytes needed and free, if the memory
+        does not suffice.
         """
         self.selection, self.device = selection, device
         self.threads = threads or available_cores()
@@ -82,7 +85,7 @@ class ResidentEngine:
         import torch
 
         if self._pixels is None:
-            check_memory([self.selection], self.device)  # again: another engine may have filled it since
+            check_memory([self.selection], self.device)  # again: something may have filled it since
             self._pixels = self._load()
             if self.compiled:
                 self._gather = _compiled(self._pixels)
@@ -122,7 +125,7 @@ class ResidentEngine:
         return pixels
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        """Runs of positions in the selection, of about `_CHUNK_BYTES` decoded."""
+        """Ranges of positions in the selection, each about `_CHUNK_BYTES` decoded."""
         first = 0
         while first < len(self.selection):
             limit = self._starts[first] + _CHUNK_BYTES // 3
@@ -131,24 +134,24 @@ class ResidentEngine:
             first = last
 
     def _decode(self, position: int, out: np.ndarray, origin: int) -> None:
-        """Decode one image into `out` (pixels, 3), which begins with pixel `origin` of all."""
+        """Decode one image into `out` (pixels, 3). `out` begins at pixel `origin` of all pixels."""
         data, sample = self.selection.data, int(self.selection.samples[position])
         height, width = int(data.column("height")[sample]), int(data.column("width")[sample])
         payload = data.read(sample)
         try:
             image = decode_whole(payload, str(data.column("encoding")[sample]), height, width)
         except DataError:
-            raise data.damaged(sample, NOT_ITS_SIZE) from None
+            raise data.damaged(sample, WRONG_SIZE) from None
         start = int(self._starts[position]) - origin
         out[start : start + height * width] = image.reshape(-1, 3)
 
     def close(self) -> None:
-        """Give back the device's memory. Batches that were handed over stay valid."""
+        """Release the device's memory. Yielded batches stay valid."""
         self._pixels = None
 
 
 def _pinned(pixels: int) -> "torch.Tensor":
-    """Page-locked host memory for that many pixels."""
+    """Page-locked host memory for this many pixels."""
     import torch
 
     return torch.empty((pixels, 3), dtype=torch.uint8, pin_memory=True)
@@ -157,22 +160,22 @@ def _pinned(pixels: int) -> "torch.Tensor":
 def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "torch.Tensor":
     """Crop, resize and turn a batch: (n, S, S, 3) uint8. Bilinear, half-pixel centres, edges clamped to the box.
 
-    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine._table`. Pointwise but for the reads, so that
-    `torch.compile` makes one kernel of it.
+    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine._table`. Everything but the reads is pointwise,
+    so `torch.compile` makes one kernel of it.
     """
     import torch
 
     start, (width, y, x, h, w, symmetry) = table[:, :1, None], table[:, 1:].int()[..., None].unbind(1)
     transposed = (symmetry & 4) != 0
     line = torch.arange(resolution, dtype=torch.int32, device=pixels.device)
-    down = torch.where(symmetry & 2 != 0, resolution - 1 - line, line)  # (n, S): places in the resized crop
+    down = torch.where(symmetry & 2 != 0, resolution - 1 - line, line)  # (n, S): positions in the resized crop
     along = torch.where(symmetry & 1 != 0, resolution - 1 - line, line)
     top, bottom, share_y = _neighbours(torch.where(transposed, along, down), y, h, resolution, _ROW_BITS)
     left, right, share_x = _neighbours(torch.where(transposed, down, along), x, w, resolution, _COLUMN_BITS)
     turned = transposed[..., None]
 
     def of_rows(values: torch.Tensor) -> torch.Tensor:
-        """(n, S) of the image's y as (n, S, S): the same along the output, or down it where it is transposed."""
+        """(n, S) of the image's y as (n, S, S): constant along the output's rows, or its columns if transposed."""
         return torch.where(turned, values[:, None, :], values[:, :, None])
 
     def of_columns(values: torch.Tensor) -> torch.Tensor:
@@ -196,7 +199,7 @@ def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "t
 def _neighbours(
     place: "torch.Tensor", start: "torch.Tensor", extent: "torch.Tensor", resolution: int, bits: int
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-    """(n, S) int32 each: the image's lines below and above a place of the resized crop, and the latter's weight.
+    """(n, S) int32 each: the image's lines before and after a position in the resized crop, and the second's weight.
 
     The weight is in 1 / 2 ** bits. place: (n, S). start, extent: (n, 1), where the box begins and how long it is.
     """
@@ -211,7 +214,7 @@ def _neighbours(
 
 
 def _gather_in_parts(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "torch.Tensor":
-    """`gather` a few images at a time: unfused, each step would write and read the whole batch."""
+    """`gather` a few images at a time: without fusion, each step would write and read the whole batch."""
     import torch
 
     part = max(1, _EAGER_PIXELS // resolution**2)
@@ -219,12 +222,12 @@ def _gather_in_parts(pixels: "torch.Tensor", table: "torch.Tensor", resolution: 
 
 
 def _compiled(held: "torch.Tensor") -> "Callable[..., torch.Tensor]":
-    """`gather` fused by `torch.compile`; where the compiler fails, the unfused one, with a warning."""
+    """`gather` fused by `torch.compile`. If the compiler fails: not fused, with a warning."""
     import torch
     from torch._dynamo import mark_dynamic
     from torch._dynamo.exc import TorchDynamoException
 
-    mark_dynamic(held, 0)  # or every selection would be compiled for
+    mark_dynamic(held, 0)  # otherwise it would be compiled again for every selection
     fused = torch.compile(gather)
     failed = False
 
@@ -236,7 +239,7 @@ def _compiled(held: "torch.Tensor") -> "Callable[..., torch.Tensor]":
             except TorchDynamoException as error:  # no compiler, or one that fails
                 failed = True
                 reason = one_line(error)
-                _log.warning("resident: torch.compile failed on %s, going on without it: %s", pixels.device, reason)
+                _log.warning("resident: torch.compile failed on %s, continuing without it: %s", pixels.device, reason)
         return _gather_in_parts(pixels, table, resolution)
 
     return run

@@ -1,4 +1,4 @@
-"""Host to device: one asynchronous copy of uint8 a batch, out of the pinned memory that threads decode into."""
+"""Host to device: one asynchronous uint8 copy per batch, from the pinned memory that threads decode into."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,11 +13,11 @@ def pinned_buffer(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def to_device(buffers: Iterable[np.ndarray], device: str) -> Iterator[torch.Tensor]:
-    """Copy pinned (n, S, S, 3) uint8 buffers to `device` on a stream of their own; yields (n, 3, S, S) channels-last.
+    """Copy pinned (n, S, S, 3) uint8 buffers to `device` on a separate stream; yields (n, 3, S, S) channels-last.
 
-    The copy of a batch is started one batch before it is handed over, so that it runs beside the step before. The
-    consumer's stream waits for it on the device; the host does only when this ends. A buffer is held until its copy is
-    done.
+    The copy of a batch starts one batch before it is yielded, so that it overlaps the step before. The consumer's
+    stream waits for it on the device; the host waits only when this generator ends. A buffer is kept until its copy
+    is done.
     """
     copies = torch.cuda.Stream(device)
     busy: deque[tuple[np.ndarray, torch.cuda.Event]] = deque()
@@ -36,7 +36,7 @@ def to_device(buffers: Iterable[np.ndarray], device: str) -> Iterator[torch.Tens
                 yield hand_over(*waiting.popleft(), device)
         while waiting:
             yield hand_over(*waiting.popleft(), device)
-    finally:  # at the end, or where the consumer stops early: the pool may fill these buffers again right after
+    finally:  # at the end, or if the consumer stops early: the pool may refill these buffers right after
         for _, done in busy:
             done.synchronize()
 

@@ -1,6 +1,6 @@
 """The compiled kernels (`jpeg_cut.c`, `shrink.c`, `resample.c`), built at installation if there is a compiler.
 
-They are an option: everything that they do is done without them, more slowly.
+They are optional: without them everything works, more slowly.
 """
 
 import ctypes
@@ -11,16 +11,16 @@ from importlib.util import find_spec
 _log = logging.getLogger(__name__)
 
 LEVELS = ("opencv", "avx2", "avx512")
-"""What resizes, by the level that the library says the processor has."""
+"""What resizes images, by the level that the library reports for this processor."""
 _FUNCTIONS = ("dermscale_cut", "dermscale_run_lengths", "dermscale_resample_level")
 """What a library of these sources has on every processor."""
 _NEWEST = "dermscale_resample_many"
-"""The last of those that it has for x86 processors alone."""
+"""The newest of its functions for x86 processors only."""
 
 
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
-    """The library of kernels; None where it was not built, or (which is warned of) from older sources."""
+    """The library of kernels; None if it was not built or, with a warning, if it was built from older sources."""
     found = find_spec("shards.kernels._kernels")
     if found is None or found.origin is None:
         return None
@@ -53,7 +53,7 @@ def compiled() -> ctypes.CDLL | None:
 
 
 def outdated() -> bool:
-    """Whether there is a library that `compiled` leaves alone, as it has said."""
+    """Whether there is a library that `compiled` does not use, because its sources are older."""
     return compiled() is None and find_spec("shards.kernels._kernels") is not None
 
 

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards import jpeg
-from shards.jpeg import TAG, _cut, cut_region, encode_jpeg, restart_interval
+from shards.jpeg import TAG, RegionCutter, _cut, encode_jpeg, restart_interval
 from shards.kernels.load import compiled
 from tests.conftest import picture
+
+
+def cut_region(raw: memoryview, *place: int) -> tuple[np.ndarray, int, int] | None:
+    return RegionCutter()(raw, *place)
 
 
 def decode(data) -> np.ndarray:

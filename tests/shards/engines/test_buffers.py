@@ -120,7 +120,7 @@ def test_dali_gets_a_batch_back_when_its_copy_is_done(copies, monkeypatch):
     held, clone = [], torch.Tensor.clone
     monkeypatch.setattr(torch.Tensor, "clone", lambda batch: held.append(weakref.ref(batch)) or clone(batch))
     closed: list[bool] = []
-    owned = dali._owned(dalis_batches(closed), 0)  # pyright: ignore[reportArgumentType]  # a generator
+    owned = dali._copies(dalis_batches(closed), 0)  # pyright: ignore[reportArgumentType]  # a generator
     own, done = next(owned)
     assert done is copies[0]
     next(owned)

@@ -144,7 +144,7 @@ def test_a_pipeline_that_dali_has_taken_apart_is_given_up_quietly(shard_sets, mo
     next(iter(loader))
     (pipeline,) = made
     pipeline._outputs._pipes[0]._pipe = None
-    assert not pipeline.drained()
+    assert not pipeline.drain()
 
 
 def leave_early(folder: Path) -> None:

@@ -27,11 +27,11 @@ def test_the_same_set_and_options_get_the_same_engine(shard_sets):
 
     jpg, raw = shard_sets["jpg"], shard_sets["raw"]
     for data, options in ((jpg, "a"), (jpg, "a"), (jpg, "b"), (raw, "a"), (jpg, "a")):
-        pool.lend(data, options, make).close()
+        pool.get(data, options, make).close()
     assert [engine.closed for engine in made] == [0, 0, 0]
     pool.close(jpg)
     assert [engine.closed for engine in made] == [1, 1, 0]
-    pool.lend(jpg, "a", make)
+    pool.get(jpg, "a", make)
     assert len(made) == 4
     pool.close()
     assert [engine.closed for engine in made] == [1, 1, 1, 1]

@@ -126,7 +126,7 @@ def test_too_little_memory_is_refused_in_numbers(shard_sets, monkeypatch):
     monkeypatch.setattr(resident, "free_bytes", lambda device: needed)  # it fits, and leaves nothing to a model
     with pytest.raises(UsageError) as error:
         Loader(selection, batch_size=4, engine="resident")
-    assert "needs 0.00149 GB on cpu for 72 images" in str(error.value) and "0.00149 GB free" in str(error.value)
+    assert "needs 0.00149 GB on cpu for 72 images" in str(error.value) and "0.00149 GB are free" in str(error.value)
     monkeypatch.setattr(resident, "free_bytes", lambda device: 2 * needed)
     loader = Loader(selection, batch_size=4, resolution=32, engine="resident")
     monkeypatch.setattr(resident, "free_bytes", lambda device: needed // 2)  # taken by another in the meantime

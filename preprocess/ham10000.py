@@ -1,7 +1,7 @@
-"""HAM10000's official folder → records, with every check of the raw data that needs no decoding.
+"""HAM10000's official folder → records, with all checks of the raw data that need no decoding.
 
-The layout: `HAM10000_metadata.csv` and the images as `<image_id>.jpg`, in one or more `HAM10000_images*` folders or
-beside the metadata (Tschandl, Rosendahl & Kittler, Sci. Data 5:180161, 2018; data set doi:10.7910/DVN/DBW86T).
+Layout: `HAM10000_metadata.csv`, and the images as `<image_id>.jpg` in one or more `HAM10000_images*` folders or next to
+the metadata (Tschandl, Rosendahl & Kittler, Sci. Data 5:180161, 2018; data set doi:10.7910/DVN/DBW86T).
 """
 
 from collections import Counter
@@ -20,16 +20,16 @@ CITATION = (
 )
 LICENCE = "CC BY-NC 4.0"
 HOME = Path("data/ham10000")
-"""Where the raw folder is unless a command is told otherwise."""
+"""Default raw folder of the commands."""
 _MANY_VIEWS = 50
-"""Images of one lesion above which a CSV looks augmented: in HAM10000 no lesion has more than 6."""
+"""A CSV with more images than this of one lesion looks augmented: in HAM10000 no lesion has more than 6."""
 
 
 def read_source(folder: Path) -> Source:
     """Read a raw folder.
 
-    What is wrong with single images or rows is in `rejected` of the result. Raises DataError when there is no folder,
-    no metadata, a needed column is missing, or nothing is left.
+    Problems of single images or rows are in `rejected` of the result. Raises DataError if there is no folder, no
+    metadata or no image that can be packed, or if a needed column is missing.
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; name the folder that holds {METADATA[0]}")
@@ -57,7 +57,7 @@ def read_source(folder: Path) -> Source:
 
 
 def _how_to_get(folder: Path) -> str:
-    """What to do about a folder that lacks the data. A synthetic set is only written to a new or an empty one."""
+    """How to get the data that a folder lacks. A synthetic set is only written to a new or an empty folder."""
     where = "" if folder == HOME else f" --out {folder}"
     filled = folder.exists() and any(folder.iterdir())
     place, name = ("a new folder", "NEW") if filled else ("it", folder)
@@ -70,10 +70,10 @@ def _how_to_get(folder: Path) -> str:
 def read_metadata(
     table: Path, images: dict[str, str], rejected: list[Rejected], known: Collection[str], dataset: str | None = None
 ) -> list[Record]:
-    """Match the rows of a table in HAM10000's format with the image files; what does not fit goes to `rejected`.
+    """Match the rows of a table in HAM10000's format with the image files; mismatches go to `rejected`.
 
-    images: image_id → file. known: image_ids that are passed over in silence. dataset: the default of that column.
-    Returns the records in the order of the table.
+    images: image_id → file. known: image_ids that are skipped silently. dataset: the default of that column. Returns
+    the records in the order of the table.
     """
     records: dict[str, Record] = {}
     lines: dict[str, int] = {}
@@ -90,7 +90,7 @@ def read_metadata(
             continue
         if image_id in lines:
             rejected.append(
-                Rejected(image_id, table.name, f"line {line}: image_id {image_id} stands on line {lines[image_id]} too")
+                Rejected(image_id, table.name, f"line {line}: image_id {image_id} is on line {lines[image_id]} too")
             )
             if records.get(image_id) != record:
                 contradicted.add(image_id)
@@ -98,9 +98,9 @@ def read_metadata(
         records[image_id], lines[image_id] = record, line
     for image_id in sorted(contradicted & records.keys()):
         del records[image_id]
-        reason = f"line {lines[image_id]}: another line says otherwise of image_id {image_id}"
+        reason = f"line {lines[image_id]}: another line has other values for image_id {image_id}"
         rejected.append(Rejected(image_id, table.name, reason))
-    _drop_torn_lesions(records, lines, table, rejected)
+    _drop_contradicted_lesions(records, lines, table, rejected)
     elsewhere = {r.image_id for r in rejected}
     for image_id in [i for i, record in records.items() if not record.file]:
         del records[image_id]
@@ -112,7 +112,7 @@ def read_metadata(
     return list(records.values())
 
 
-def _drop_torn_lesions(
+def _drop_contradicted_lesions(
     records: dict[str, Record], lines: dict[str, int], table: Path, rejected: list[Rejected]
 ) -> None:
     """Remove every image of a lesion that has two diagnoses."""
@@ -120,21 +120,21 @@ def _drop_torn_lesions(
     for record in records.values():
         diagnoses.setdefault(record.lesion_id, set()).add(record.dx)
     for image_id, record in list(records.items()):
-        torn = diagnoses[record.lesion_id]
-        if len(torn) > 1:
+        found = diagnoses[record.lesion_id]
+        if len(found) > 1:
             del records[image_id]
-            reason = f"line {lines[image_id]}: lesion {record.lesion_id} has the dx {' and '.join(sorted(torn))}"
+            reason = f"line {lines[image_id]}: lesion {record.lesion_id} has the dx {' and '.join(sorted(found))}"
             rejected.append(Rejected(image_id, table.name, reason))
 
 
 def _warnings(records: list[Record]) -> list[str]:
-    """What is allowed but unlikely to be meant."""
+    """Warnings about what is allowed but probably a mistake."""
     lesion, views = Counter(record.lesion_id for record in records).most_common(1)[0]
     warnings = []
     if views > _MANY_VIEWS:
         warnings.append(
             f"lesion {lesion} owns {views:,} images, and in HAM10000 none has more than 6: this looks like an "
-            "augmented CSV, whose copies make every result look better than it is; use the official metadata"
+            "augmented CSV, whose copies make all results look too good; use the official metadata"
         )
     absent = sorted(set(CLASSES) - {record.dx for record in records})
     if absent:

@@ -1,8 +1,8 @@
 """The official ISIC 2018 Task 3 test set → records, to be the test split of a HAM10000 shard set.
 
-Labels come in two official forms, and either will do: the challenge's one-hot CSV
-(`image,MEL,NV,BCC,AKIEC,BKL,DF,VASC`), which says nothing of lesions, and the table beside HAM10000 on Dataverse,
-which has HAM10000's columns and so the lesions too.
+Labels come in two official forms, and both can be read: the challenge's one-hot CSV
+(`image,MEL,NV,BCC,AKIEC,BKL,DF,VASC`), which has no lesions, and the table next to HAM10000 on Dataverse, which has
+HAM10000's columns, lesions included.
 """
 
 from pathlib import Path
@@ -21,12 +21,12 @@ NAME = "ISIC 2018 Task 3 test"
 ONE_HOT = {"MEL": "mel", "NV": "nv", "BCC": "bcc", "AKIEC": "akiec", "BKL": "bkl", "DF": "df", "VASC": "vasc"}
 NOT_IN_ARCHIVE = "ISIC_0035068"
 """Listed in the labels, absent from the image archive, and left out by the challenge's own scoring (its code names it,
-github.com/ImageMarkup/isic-challenge-scoring). Left out here even where somebody has the file."""
+github.com/ImageMarkup/isic-challenge-scoring). It is left out here too, even if the file is there."""
 _DATASET = "isic2018_task3_test"
 
 
 def read_test_source(folder: Path) -> Source:
-    """Read the test images and labels; single faults are in `rejected`. Raises DataError when either is not there."""
+    """Read the test images and labels; single problems are in `rejected`. Raises DataError if either is missing."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; get it with `python -m preprocess.download --test-set`")
     inside = [folder, *sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith("ISIC2018_Task3_Test"))]
@@ -51,7 +51,7 @@ def read_test_source(folder: Path) -> Source:
 
 
 def _labels(folder: Path, inside: list[Path]) -> Path:
-    """The label table: the one with lesions where both forms are there."""
+    """The label table: the one with lesions if both forms are there."""
     names = ("*Test_GroundTruth*.tab", "*Test_GroundTruth*.csv")
     tables = sorted(path for place in inside for name in names for path in place.glob(name) if path.name[0] != ".")
     if not tables:

@@ -1,8 +1,8 @@
-"""Records → a shard set: who goes to which split, in which order, encoded on every core, written in order.
+"""Records → a shard set: images are split, ordered, encoded on every core, and written in order.
 
-The order of the samples, and so every byte of the set, follows from the records and the settings alone. Workers are
-threads (decoder, encoder and resize release Python's lock); the samples being worked on are bounded, so memory holds
-the records and the index, and no more images the more there are.
+The order of the samples, and so every byte of the set, depends only on records and settings. Workers are threads:
+decoder, encoder and resize release the GIL. The number of images in progress is limited, so memory grows with the
+records and the index, and not with the images.
 """
 
 import io
@@ -34,16 +34,17 @@ from shards.writer import PackedSample, ShardSetWriter
 
 QUARANTINE = "quarantine.csv"
 _WINDOW = 16
-"""Images under way per worker: enough to keep every worker busy while a finished shard is flushed to the disk."""
+"""Images in progress per worker: enough to keep every worker busy while a full shard is flushed to the disk."""
 _TOGETHER = 4
-"""Images that a worker takes at once, because handing over a task costs time."""
+"""Images per task, because handing over a task costs time."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a shard set beside the source; `workers`, `overwrite` and `skip_bad` change no byte of a good one.
+    """The settings of a shard set; `workers`, `overwrite` and `skip_bad` change no byte of a set without bad images.
 
-    ratio: images to train, val and test. unit: `lesion`, or `image` (which puts views of one lesion on both sides).
+    ratio: of images in train, val and test. unit: `lesion`, or `image`, which puts views of one lesion into several
+    splits.
     """
 
     encode: EncodeSpec = field(default_factory=EncodeSpec)
@@ -58,7 +59,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Packed:
-    """What came of it: the manifest, everything that was left out, and the seconds that packing took."""
+    """The result: the manifest, everything that was left out, warnings, and the seconds that packing took."""
 
     manifest: Manifest
     rejected: list[Rejected]
@@ -79,7 +80,7 @@ class _Job:
 
 @dataclass(slots=True)
 class _Tally:
-    """What is counted while packing: per source, and over the pixels of the training split."""
+    """Counts made while packing: per source, and over the pixels of the training split."""
 
     images: dict[str, int] = field(default_factory=dict)
     lesions: dict[str, set[str]] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class _Tally:
             self.pixels += encoded.height * encoded.width
 
     def moments(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation per channel, 0 to 1, from integers: no order of summing can change them."""
+        """Mean and standard deviation per channel, 0 to 1, from integers: the order of summing cannot change them."""
         n = self.pixels
         mean = [s / n / 255 for s in self.sums[:3]]
         std = [(n * squares - s * s) ** 0.5 / n / 255 for s, squares in zip(self.sums[:3], self.sums[3:], strict=True)]
@@ -111,7 +112,7 @@ class _Tally:
 def pack(source: Source, out: Path, settings: Settings, test: Source | None = None) -> Packed:
     """Write the shard set `out` from `source`; with `test`, that source is the test split and `source` the other two.
 
-    Raises DataError for the first image that cannot be packed, unless `settings.skip_bad`; nothing is left then.
+    Raises DataError for the first image that cannot be packed, unless `settings.skip_bad`, and leaves nothing behind.
     """
     started = time.monotonic()
     sources = [source] if test is None else [source, test]
@@ -122,7 +123,7 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             if each.rejected:
                 raise each.error(each.rejected[0])
     keep_freed_memory()
-    jobs = _planned(source, test, settings)
+    jobs = _jobs(source, test, settings)
     rejected = [r for each in sources for r in each.rejected]
     tally = _Tally()
     with (
@@ -157,7 +158,7 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             licence="; ".join(dict.fromkeys(each.licence for each in sources)),
             versions=library_versions(),
         )
-    return Packed(manifest, rejected, _absent(manifest), time.monotonic() - started)
+    return Packed(manifest, rejected, _missing_classes(manifest), time.monotonic() - started)
 
 
 def _encoded(
@@ -168,7 +169,7 @@ def _encoded(
 
     def submit(group: list[_Job]) -> list[Future[list[Encoded | Rejected]]]:
         for job in group:
-            _announce(job.path)
+            _read_ahead_of_use(job.path)
         return [pool.submit(lambda: [encode(job) for job in group])]
 
     groups = (jobs[start : start + _TOGETHER] for start in range(0, len(jobs), _TOGETHER))
@@ -176,11 +177,11 @@ def _encoded(
         yield from zip(group, encoded, strict=True)
 
 
-def _announce(file: str) -> None:
-    """Tell the system that a file is needed soon: it reads the file in while others are worked on."""
+def _read_ahead_of_use(file: str) -> None:
+    """Tell the system that a file is needed soon: it reads the file while others are in progress."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
-    except OSError:  # whatever is wrong with the file, the worker that opens it says so
+    except OSError:  # the worker that opens the file reports the error
         return
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -189,7 +190,7 @@ def _announce(file: str) -> None:
 
 
 def _drop_seen(source: Source, test: Source) -> None:
-    """Reject test images that the training source knows, or whose lesion it knows: they would not be unseen."""
+    """Reject test images that are in the training source, or whose lesion is: a test image must be unseen."""
     images = {record.image_id for record in source.records}
     lesions = {record.lesion_id for record in source.records}
     kept = []
@@ -205,14 +206,14 @@ def _drop_seen(source: Source, test: Source) -> None:
 
 
 def _ratio(settings: Settings, test: Source | None) -> tuple[int, int, int]:
-    """The ratio that `source` is split by: nothing of it goes to the test split where `test` is that split."""
+    """The ratio that `source` is split by. If `test` is the test split, no image of `source` goes there."""
     return settings.ratio if test is None else (*settings.ratio[:2], 0)
 
 
-def _planned(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
-    """Every image with its split, in packed order: train, val, test, each in the order of a keyed hash of the image_id.
+def _jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
+    """Every image with its split, in packed order: train, val, test, each ordered by a keyed hash of the image_id.
 
-    The hash mixes the classes, so that a reader that only goes through the tars in order sees all of them early.
+    The hash mixes the classes, so that a reader that goes through the tars in order sees all classes early.
     """
     labels = [CLASSES.index(record.dx) for record in source.records]
     by_image = settings.unit == "image"
@@ -250,19 +251,19 @@ def _sample(job: _Job, encoded: Encoded) -> PackedSample:
     )
 
 
-def _absent(manifest: Manifest) -> list[str]:
-    """A warning for each split without images of a class that the set has."""
+def _missing_classes(manifest: Manifest) -> list[str]:
+    """A warning for each split that lacks a class of the set."""
     present = {dx for counts in manifest.counts.values() for dx, count in counts.items() if count}
     warnings = []
     for split, counts in manifest.counts.items():
         missing = sorted(dx for dx in present if not counts[dx])
         if missing:
-            warnings.append(f"the {split} split has no image of {', '.join(missing)}: too few lesions to share out")
+            warnings.append(f"the {split} split has no image of {', '.join(missing)}: too few lesions for all splits")
     return warnings
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide the bytes, and of this project."""
+    """Versions of the libraries that the bytes depend on, and of this project."""
     versions = {}
     names = {"opencv": "opencv-python-headless"} | {n: n for n in ("simplejpeg", "numpy", "pyarrow", "dermscale")}
     for name, package in names.items():

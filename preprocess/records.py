@@ -1,4 +1,4 @@
-"""What raw data comes to: records of usable images, and a line with the reason for each one that is not."""
+"""Raw data as records: one for each usable image, and the reason for each image that is not usable."""
 
 import csv
 import filecmp
@@ -24,7 +24,7 @@ _PICTURES = {"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp"}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One usable image. file: relative to the source folder. None where the source says nothing."""
+    """One usable image. file: relative to the source folder. None: the source says nothing."""
 
     image_id: str
     file: str
@@ -43,7 +43,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """One line of quarantine.csv: an image (or a row) that cannot be packed, the file that is at fault, and why."""
+    """One line of quarantine.csv: an image or row that cannot be packed, the file with the problem, and the reason."""
 
     image_id: str
     file: str
@@ -52,7 +52,7 @@ class Rejected:
 
 @dataclass(slots=True)
 class Source:
-    """A raw folder that was read: what can be packed, what cannot, and what the user should know.
+    """The contents of a raw folder: what can be packed, what cannot, and what the user should know.
 
     citation, licence, about (names and hashes; no path of the machine): for the manifest.
     """
@@ -66,11 +66,11 @@ class Source:
     about: dict[str, Any] = field(default_factory=dict)
 
     def error(self, rejected: Rejected) -> DataError:
-        """The error that ends a packing which leaves nothing out."""
+        """The error that stops packing at an image that cannot be packed."""
         found = len(self.rejected)
         more = f" (the first of {found} problems)" if found > 1 else ""
         return DataError(
-            f"{self.folder / rejected.file}: {rejected.reason}{more}; mend the source, "
+            f"{self.folder / rejected.file}: {rejected.reason}{more}; fix the source, "
             "or add --on-bad skip to pack the rest and list what was left out in quarantine.csv"
         )
 
@@ -78,7 +78,7 @@ class Source:
 def quarantine_csv(rejected: Iterable[Rejected]) -> bytes:
     """quarantine.csv: `image_id,file,reason`, one line for everything that was left out.
 
-    UTF-8. A byte of a file name that is not UTF-8 is written as `\\udcXX`: such a name must not stop a packing.
+    UTF-8. A byte of a file name that is not UTF-8 is written as `\\udcXX`, so that such a name does not stop packing.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -94,7 +94,7 @@ def sha256_of(path: Path) -> str:
 
 
 def table_columns(path: Path) -> tuple[list[str], str]:
-    """Names of the columns of a CSV or tab-separated file, and its delimiter. Raises DataError for one without."""
+    """Column names of a CSV or tab-separated file, and its delimiter. Raises DataError if it has none."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             head = file.readline()
@@ -112,8 +112,8 @@ def table_columns(path: Path) -> tuple[list[str], str]:
 def read_table(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a CSV or tab-separated file, with their line numbers; values are stripped of spaces.
 
-    A row with too many or too few fields comes without the ones that are missing. Raises DataError for a needed column
-    that is not there, and for a file that is no table.
+    A short row lacks the missing fields; surplus fields are dropped. Raises DataError if a needed column is missing, or
+    if the file is not a table.
     """
     columns, delimiter = table_columns(path)
     missing = [name for name in needed if name not in columns]
@@ -137,8 +137,8 @@ def read_table(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[st
 def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -> dict[str, str]:
     """Picture files in `folders` (not below them): name without suffix → path relative to `root`.
 
-    Hidden files are ignored (archives made on a Mac carry `._ISIC_….jpg`). One image in two places is added to
-    `rejected`; where the two files differ, neither is returned.
+    Hidden files are ignored (archives made on a Mac have `._ISIC_….jpg`). An image in two places is added to
+    `rejected`; if the two files differ, neither is returned.
     """
     found: dict[str, str] = {}
     differing = set()
@@ -157,9 +157,7 @@ def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -
             same = _same_content(root / first, root / name)
             if not same:
                 differing.add(stem)
-            rejected.append(
-                Rejected(stem, name, f"stands a second time; {first} {'is the same' if same else 'differs'}")
-            )
+            rejected.append(Rejected(stem, name, f"is a second copy; {first} {'is the same' if same else 'differs'}"))
     rejected += [Rejected(i, found.pop(i), "another file of this name differs") for i in sorted(differing)]
     return found
 

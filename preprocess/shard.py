@@ -3,8 +3,8 @@
     python -m preprocess.shard --source data/ham10000 --out data/shards
 
 Reads the official layout, splits by lesion, decodes every image strictly, reduces it to 400 px and writes tar shards of
-64 MiB with an index and a manifest. The same source and settings give the same set byte for byte, whatever the number
-of workers.
+64 MiB with an index and a manifest. The same source and settings give the same set byte for byte, with any number of
+workers.
 """
 
 import signal
@@ -30,7 +30,7 @@ class _TerminatedError(DermscaleError):
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM clean up and end in one line, as Ctrl-C does."""
+    """Let SIGTERM clean up and end with one line, as Ctrl-C does."""
 
     def terminate(number: int, frame: object) -> None:
         raise _TerminatedError("terminated")
@@ -43,7 +43,7 @@ def _terminable() -> Iterator[None]:
 
 
 class Ratio(click.ParamType):
-    """`70/10/20`: images to train, val and test."""
+    """`70/10/20`: ratio of images in train, val and test."""
 
     name = "train/val/test"
 
@@ -65,28 +65,38 @@ class Ratio(click.ParamType):
 @click.option(
     "--test-source",
     type=click.Path(path_type=Path),
-    help="Official ISIC 2018 Task 3 test images and labels; they become the test split.",
+    help="Official ISIC 2018 Task 3 test images and labels, used as the test split.",
 )
-@click.option("--write-mode", type=click.Choice(WRITE_MODES), default="jpg", help="As FFCV means them.")
-@click.option("--max-resolution", type=int, default=400, help="Longer side in px; larger images are reduced to it.")
+@click.option(
+    "--write-mode", type=click.Choice(WRITE_MODES), default="jpg", help="How images are stored, in FFCV's terms."
+)
+@click.option("--max-resolution", type=int, default=400, help="Longer side in px; larger images are reduced to this.")
 @click.option("--jpeg-quality", type=int, default=90, help="1 to 100.")
 @click.option("--subsampling", type=click.Choice(("420", "422", "444")), default="420", help="Chroma of the JPEGs.")
 @click.option(
-    "--restart/--no-restart", default=True, help="Restart table, for decoding of regions (about 2 % more bytes)."
+    "--restart/--no-restart", default=True, help="Add a restart table, for decoding regions (about 2 % more bytes)."
 )
-@click.option("--compress-probability", type=float, default=0.5, help="proportion: share of JPEGs; the rest is raw.")
-@click.option("--smart-threshold", type=int, default=500_000, help="smart: JPEG above this many raw bytes.")
+@click.option(
+    "--compress-probability", type=float, default=0.5, help="With proportion: share of JPEGs; the rest is raw."
+)
+@click.option("--smart-threshold", type=int, default=500_000, help="With smart: JPEG above this many raw bytes.")
 @click.option("--shard-mb", type=int, default=64, help="Largest size of a tar, MiB.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: the cores]")
-@click.option("--split", type=Ratio(), default="70/10/20", help="Images to each split, in any unit.")
+@click.option("--split", type=Ratio(), default="70/10/20", help="Ratio of images in each split, in any unit.")
 @click.option(
-    "--split-unit", type=click.Choice(("lesion", "image")), default="lesion", help="image leaks: for comparison only."
+    "--split-unit",
+    type=click.Choice(("lesion", "image")),
+    default="lesion",
+    help="image lets lesions leak into the test split: for comparison only.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed makes another split.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed gives another split.")
 @click.option(
-    "--on-bad", type=click.Choice(("stop", "skip")), default="stop", help="What an image that cannot be packed does."
+    "--on-bad",
+    type=click.Choice(("stop", "skip")),
+    default="stop",
+    help="What to do at an image that cannot be packed.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the set in --out, once the new one is whole.")
+@click.option("--overwrite", is_flag=True, help="Replace the set in --out when the new one is complete.")
 def main(
     source: Path,
     out: Path,
@@ -117,8 +127,8 @@ def main(
         _warn(warning)
     if split_unit == "image":
         _warn(
-            "SPLITTING BY IMAGE: views of one lesion land in training and test, and results look better than they are; "
-            "only for measuring that effect"
+            "SPLITTING BY IMAGE: views of one lesion are in training and test, so results look better than they are; "
+            "use it only to measure that effect"
         )
     settings = Settings(
         encode=spec,

@@ -1,10 +1,10 @@
-"""A HAM10000-shaped folder of procedural lesions, for the demo, the tests and studies whose truth is known.
+"""A folder of procedural lesions in HAM10000's layout, for the demo, tests, and studies with a known truth.
 
     python -m preprocess.synthetic --out data/synthetic --images 700 --seed 0 --difficulty 0.5
 
-Writes 600×450 JPEGs (quality 100, 4:4:4 and about 260 KB each, as the official files are) in the official layout, with
-HAM10000's class imbalance and several views of about a quarter of the lesions. Nobody's skin: every pixel is computed.
-The same settings and library versions give the same files byte for byte, whatever the number of workers.
+Writes 600×450 JPEGs (quality 100, 4:4:4 and about 260 KB each, like the official files) in the official layout, with
+HAM10000's class imbalance and several views of about a quarter of the lesions. Every pixel is computed; no patient is
+shown. The same settings and library versions give the same files byte for byte, with any number of workers.
 """
 
 import math
@@ -63,7 +63,7 @@ LEAST_IMAGES = 40
 
 @dataclass(frozen=True, slots=True)
 class UnpaintedLesion:
-    """One lesion before it is painted: its rows of the metadata, one a view, and its number, which seeds its looks."""
+    """One lesion before it is painted: its metadata rows, one per view, and its number, which seeds its appearance."""
 
     number: int
     dx: str
@@ -71,15 +71,14 @@ class UnpaintedLesion:
 
 
 def class_counts(images: int) -> dict[str, tuple[int, int]]:
-    """Lesions and images per class, summing to `images`: HAM10000's shares, but no class too small to be split.
+    """Lesions and images per class, `images` in total: HAM10000's shares, but no class too small to be split.
 
     Every class has at least 10 lesions (fewer below 140 images, never under 3), so that a 70/10/20 split by lesion has
-    every class in every part; nv gives the images for it. Raises UsageError below 40 images.
+    every class in every split; nv has fewer images instead. Raises UsageError below 40 images.
     """
     if images < LEAST_IMAGES:
         raise UsageError(
-            f"--images {images}: at least {LEAST_IMAGES} are needed for every split to hold every one of the "
-            f"{len(CLASSES)} classes"
+            f"--images {images}: at least {LEAST_IMAGES} are needed, so that every split has all {len(CLASSES)} classes"
         )
     least = max(_LEAST_LESIONS, min(10, images // 14))
     total = sum(_IMAGES.values())
@@ -119,7 +118,7 @@ def unpainted_lesions(images: int, seed: int) -> list[UnpaintedLesion]:
 
 
 def _patient(rng: "np.random.Generator", dx: str) -> dict[str, str]:
-    """What the metadata says of a lesion's owner: age in steps of 5, empty or unknown at times, as in HAM10000."""
+    """The metadata of a lesion's patient: age in steps of 5, sometimes empty or unknown, as in HAM10000."""
     mean, deviation, men = _PATIENTS[dx]
     age = min(85.0, max(0.0, round(rng.normal(mean, deviation) / 5) * 5.0))
     sex = "male" if rng.random() < men else "female"
@@ -135,7 +134,7 @@ def _patient(rng: "np.random.Generator", dx: str) -> dict[str, str]:
 
 
 def _write_lesion(lesion: UnpaintedLesion, folders: dict[str, Path], seed: int, difficulty: float) -> int:
-    """Paint one lesion and write its views; returns how many. All its chance follows from seed and lesion number."""
+    """Paint one lesion and write its views; returns their number. Randomness depends on seed and lesion number."""
     import numpy as np
     import simplejpeg
 
@@ -156,9 +155,9 @@ def _write_lesion(lesion: UnpaintedLesion, folders: dict[str, Path], seed: int, 
 
 
 def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: int) -> list[UnpaintedLesion]:
-    """Write the folder `out`, aside first and renamed when whole; returns what it holds.
+    """Write `.NAME.partial`, renamed to `out` when complete; returns the lesions.
 
-    Raises DataError when `out` holds something already, lies inside a file, is the top of a file system, or another
+    Raises DataError if `out` already holds something, is inside a file or the top of a file system, or if another
     process is writing it; UsageError for too few images.
     """
     from shards.common.files import exclusive, sync_folder, write_durably
@@ -168,7 +167,7 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
 
     refuse_mount(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: is there already and not empty; choose another --out, or remove it first")
+        raise DataError(f"{out}: exists and is not empty; choose another --out, or remove it first")
     refuse_inside_file(out)
     lesions = unpainted_lesions(images, seed)
     rows = sorted((row for lesion in lesions for row in lesion.rows), key=lambda row: row["image_id"])
@@ -208,17 +207,17 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New or empty folder to write.")
-@click.option("--images", type=int, default=700, help=f"How many, at least {LEAST_IMAGES}.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed makes other lesions.")
+@click.option("--images", type=int, default=700, help=f"Number of images, at least {LEAST_IMAGES}.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed gives other lesions.")
 @click.option(
     "--difficulty",
     type=click.FloatRange(0, 1),
     default=0.5,
-    help="0: classes look clearly different; 1: most lesions lean towards another class, and light varies most.",
+    help="0: classes look clearly different; 1: most lesions resemble another class, and light varies most.",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: the cores]")
 def main(out: Path, images: int, seed: int, difficulty: float, workers: int | None) -> None:
-    """Write a HAM10000-shaped folder of computed skin lesions, for trying things out without the real data."""
+    """Write a folder of computed skin lesions in HAM10000's layout, to try things out without the real data."""
     started = time.monotonic()
     lesions = write_folder(out, images, seed, difficulty, workers or available_cores())
     seconds = time.monotonic() - started

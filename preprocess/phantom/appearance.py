@@ -108,7 +108,7 @@ def draw_lesion(rng: np.random.Generator, dx: str, difficulty: float) -> Lesion:
             amounts["radius"] = float(np.clip(value * np.exp(look.spread * noise), 0.07, 0.42))
         elif field.name != "spread":
             amounts[field.name] = value * float(np.exp(np.clip(scatter * noise, -1.5, 1.0)))
-    # A sign that the class is known by may be missing altogether: textbooks call these the exceptions.
+    # A typical sign of the class may be missing: textbooks call these the exceptions.
     for name in (
         "brown_network",
         "brown_globules",

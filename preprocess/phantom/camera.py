@@ -42,7 +42,7 @@ def _light(rng: np.random.Generator) -> np.ndarray:
 
 
 def _marks(rng: np.random.Generator, light: np.ndarray) -> None:
-    """What lies on the glass, in place on the light: a millimetre scale, gel bubbles; each on some pictures only."""
+    """Draw marks on the glass into the light, in place: a millimetre scale, gel bubbles; each in some pictures only."""
     if rng.random() < 0.12:
         spacing, start, foot = rng.uniform(16, 26), rng.uniform(0, 200), HEIGHT_PX - rng.uniform(20, 50)
         for tick in range(int(rng.integers(8, 16))):
@@ -56,7 +56,7 @@ def _marks(rng: np.random.Generator, light: np.ndarray) -> None:
 
 
 def photograph(lesion: Lesion, canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One view of a lesion: its canvas shifted, turned, flipped, zoomed and lit anew; (450, 600, 3) uint8 RGB."""
+    """One view of a lesion: its canvas shifted, turned, flipped, zoomed, in new light; (450, 600, 3) uint8 RGB."""
     angle, zoom = rng.uniform(0, 2 * np.pi), float(np.exp(rng.normal(0, 0.12))) / SCALE
     flip = 1 if rng.random() < 0.5 else -1
     shift = np.clip(rng.normal(0, 1, 2), -2, 2) * (34, 24)

@@ -1,7 +1,7 @@
 """Paints the canvas of a procedural lesion (`appearance.py`); `camera.py` takes pictures of it.
 
-A function of its arguments alone. RGB throughout. What is broad is painted at half the canvas's resolution, what is
-fine only where the lesion is, and the absorbers meet in one matrix (`cv2.transform`): about 20 ms a lesion on one core.
+Pure functions. RGB throughout. Broad structures are painted at half the canvas's resolution, fine ones only where the
+lesion is, and one matrix combines the absorbers (`cv2.transform`): about 20 ms per lesion on one core.
 """
 
 import cv2
@@ -231,7 +231,7 @@ def paint_lesion(lesion: Lesion) -> np.ndarray:
 
 
 def _cover(region: np.ndarray, covers: list[Cover]) -> None:
-    """Lay each colour over a region of the canvas, in place; what covers is as light as what it covers allows."""
+    """Lay each colour over a region of the canvas, in place. A cover is darker where the skin below is darker."""
     height, width = region.shape[:2]
     for opacity, colour in covers:
         opacity = cv2.resize(opacity, (width, height))

@@ -162,7 +162,7 @@ def test_not_listed(raw, name):
 
 def test_a_row_that_stands_twice_is_packed_once_and_contradictions_not_at_all(raw):
     source = rewrite(raw, lambda table: table.append(dict(table[8])))
-    assert reasons(source) == {"ISIC_0000008": "line 62: image_id ISIC_0000008 stands on line 10 too"}
+    assert reasons(source) == {"ISIC_0000008": "line 62: image_id ISIC_0000008 is on line 10 too"}
     assert Counter(r.image_id for r in source.records)["ISIC_0000008"] == 1
     source = rewrite(raw, lambda table: table.append(table[8] | {"sex": "male"}))
     assert len(source.rejected) == 2 and len(source.records) == 59
@@ -180,7 +180,7 @@ def test_an_image_in_both_folders(raw):
     other.write_bytes((raw / PART / "ISIC_0000003.jpg").read_bytes())
     source = read_source(raw)
     assert len(source.records) == 60
-    assert [r.reason for r in source.rejected] == [f"stands a second time; {PART}/ISIC_0000003.jpg is the same"]
+    assert [r.reason for r in source.rejected] == [f"is a second copy; {PART}/ISIC_0000003.jpg is the same"]
     other.write_bytes(jpeg(99))
     source = read_source(raw)
     assert len(source.records) == 59 and {r.image_id for r in source.rejected} == {"ISIC_0000003"}

@@ -31,7 +31,7 @@ def spoil_table(folder: Path, how: str) -> None:
         ("no column", "has no column dx", None),
         ("a long field in the first line", "line 1 cannot be read (field larger than field limit", None),
         ("unknown dx", "line 7: dx 'wart' is unknown", 59),
-        ("an image twice", "line 62: image_id ISIC_0000005 stands on line 7 too", 59),
+        ("an image twice", "line 62: image_id ISIC_0000005 is on line 7 too", 59),
         ("a lesion with two dx", "line 2: lesion HAM_0000000 has the dx akiec and mel", 58),
     ],
 )

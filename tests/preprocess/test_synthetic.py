@@ -197,12 +197,6 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_folder_inside_a_file_is_refused_in_the_words_of_the_user(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"out: cannot be made, because .*file is a file"):
-        synthetic.write_folder(tmp_path / "file" / "deep" / "out", images=40, seed=0, difficulty=0.5, workers=1)
-
-
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

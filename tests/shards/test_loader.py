@@ -180,12 +180,6 @@ def test_a_state_of_another_loader_is_refused_by_name(tiny_shards):
         Loader(data.select("train"), batch_size=8).load_state_dict({"version": 9})
 
 
-def test_threads_and_prefetch_change_nothing(tiny_shards):
-    selection = ShardSet(tiny_shards).select("train")
-    options = [{"threads": 1, "prefetch": 1}, {"threads": 3, "prefetch": 5}]
-    assert equal(*[batches(Loader(selection, batch_size=9, resolution=40, **o)) for o in options])
-
-
 def test_batches_stay_valid_when_kept_and_buffers_are_used_again(tiny_shards):
     selection = ShardSet(tiny_shards).select("train")
     loader = Loader(selection, batch_size=8, resolution=32, prefetch=2)

@@ -14,7 +14,6 @@ import pytest
 from preprocess import synthetic
 from shards import place
 from shards.common.errors import DataError
-from shards.common.files import whole_file, write_durably
 from shards.format import EncodeSpec
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter
@@ -251,22 +250,3 @@ def test_what_is_in_the_way_and_no_shard_set_is_left_alone(tmp_path):
     ):
         pack(tmp_path / "set")
     assert names(tmp_path) == [".set.old"] and names(mine) == ["thesis.txt"]
-
-
-def test_a_full_disk_leaves_nothing_aside(tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*report\.md'"):
-        write_durably(tmp_path / "report.md", b"x")
-    assert names(tmp_path) == []
-
-
-def test_what_stops_in_the_middle_leaves_the_old_file_and_nothing_aside(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    write_durably(path, b"old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert names(tmp_path) == ["checkpoint.pt"] and path.read_bytes() == b"old"

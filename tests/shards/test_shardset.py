@@ -139,22 +139,7 @@ def test_a_killed_packing_leaves_no_set_and_the_next_one_works(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["set"]
 
 
-def test_overwriting_swaps_in_the_new_set(tmp_path):
-    out = write_set(tmp_path / "set", images=30)
-    with pytest.raises(DataError, match="--overwrite"):
-        write_set(out)
-    with ShardSetWriter(out, EncodeSpec(), 1 << 20, overwrite=True) as writer:
-        metadata = dict.fromkeys(["lesion_id", "dx_type", "age", "sex", "localization", "dataset"])
-        writer.add(PackedSample(b"x", "jpg", 1, 1, "train", {"image_id": "A", "dx": "nv"} | metadata))
-        writer.finish(mean=(0, 0, 0), std=(1, 1, 1), split={}, source={}, citation="", licence="", versions={})
-    assert len(ShardSet(out)) == 1 and [f.name for f in tmp_path.iterdir()] == ["set"]
-
-
-def test_foreign_folders_and_a_second_packer_are_refused(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(DataError, match="holds other files"):
-        ShardSetWriter(tmp_path / "mine", EncodeSpec(), 1 << 20, overwrite=True)
+def test_a_second_packer_is_refused(tmp_path):
     with (
         ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20),
         pytest.raises(DataError, match="another process"),

@@ -1,10 +1,14 @@
-"""How far two loaders' batches are apart."""
+"""Comparing engines: requests for them, damaged sets, and the differences between the batches of two loaders."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from shards import Loader
+from shards import Augment, Loader, ShardSet
+from shards.engines import Request
 from shards.loader import Batch
+from shards.plan import training_plan
 
 
 def batches(loader: Loader) -> list[Batch]:
@@ -30,3 +34,25 @@ def assert_parity(expected: list[Batch], found: list[Batch], mean: float = 0.25)
     apart = distances(expected, found)
     assert apart.max() <= 1
     assert apart.mean() < mean
+
+
+def requests_of(data: ShardSet, sizes: list[int]) -> list[Request]:
+    """Consecutive training crops in batches of these sizes."""
+    samples = data.select("train").samples
+    plan = training_plan(5, 1, samples, data.column("height")[samples], data.column("width")[samples], Augment())
+    ends = np.cumsum(sizes)
+    assert ends[-1] <= len(samples)
+    return [
+        Request(samples[a:b], plan.boxes[a:b], plan.symmetry[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+
+
+def flip_a_bit(folder: Path, position: int) -> str:
+    """Damage the training sample at this position; returns its name."""
+    data = ShardSet(folder)
+    victim = int(data.select("train").samples[position])
+    file = folder / data.manifest.shards[int(data.column("shard")[victim])].file
+    content = bytearray(file.read_bytes())
+    content[int(data.column("offset")[victim]) + int(data.column("length")[victim]) - 9] ^= 0x10
+    file.write_bytes(content)
+    return str(data.column("image_id")[victim])

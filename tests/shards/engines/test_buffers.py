@@ -41,12 +41,12 @@ def test_memory_for_pixels_holds_what_is_asked_for(size):
 
 
 @pytest.mark.parametrize("kind", ["jpg", "mixed"])
-def test_batches_are_the_same_for_any_number_of_threads(shard_sets, kind):
-    """Tasks hold more images the fewer threads there are."""
-    found = []
-    for threads in (1, 2, 5, 16):
-        selection = shard_sets[kind].select("train")
-        with closing(Loader(selection, batch_size=50, resolution=40, engine="native", threads=threads)) as loader:
+def test_batches_are_the_same_for_any_number_of_threads_and_batches_ahead(shard_sets, kind):
+    """Fewer threads get larger tasks."""
+    selection, found = shard_sets[kind].select("train"), []
+    for threads, prefetch in ((1, 1), (2, 5), (5, 2), (16, 2)):
+        options = {"batch_size": 20, "resolution": 40, "threads": threads, "prefetch": prefetch}
+        with closing(Loader(selection, engine="native", **options)) as loader:
             found.append(torch.cat([batch.images.clone() for batch in loader]))
     assert all(torch.equal(found[0], other) for other in found[1:])
 

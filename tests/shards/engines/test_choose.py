@@ -1,4 +1,4 @@
-"""Which engine is chosen, why, and what is said about it."""
+"""Which engine is chosen, why, and what is logged; engines that a pool keeps, which only the pool or its set closes."""
 
 import logging
 
@@ -8,6 +8,8 @@ import torch
 from shards import Loader
 from shards.common.errors import UsageError
 from shards.engines import choose, dali, native, selfcheck
+from shards.engines.choose import EnginePool
+from tests.support.parity import assert_parity, batches
 
 
 class Recorder:
@@ -112,3 +114,56 @@ def test_devices_that_are_not_there_are_refused(shard_sets, monkeypatch):
 def test_an_unknown_engine_is_refused_with_the_known_ones(shard_sets):
     with pytest.raises(UsageError, match="'fast' is unknown: use auto, native, dali, resident"):
         make(shard_sets["jpg"].select("train"), "fast", "cpu")
+
+
+# ------------------------------------------------------------------ engines of a pool
+
+
+class Counted:
+    """An engine that counts how often it was closed."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def run(self, requests, resolution):
+        yield from ()
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_the_same_set_and_options_get_the_same_engine(shard_sets):
+    pool, made = EnginePool(), []
+
+    def make() -> Counted:
+        made.append(Counted())
+        return made[-1]
+
+    jpg, raw = shard_sets["jpg"], shard_sets["raw"]
+    for data, options in ((jpg, "a"), (jpg, "a"), (jpg, "b"), (raw, "a"), (jpg, "a")):
+        pool.get(data, options, make).close()
+    assert [engine.closed for engine in made] == [0, 0, 0]
+    pool.close(jpg)
+    assert [engine.closed for engine in made] == [1, 1, 0]
+    pool.get(jpg, "a", make)
+    assert len(made) == 4
+    pool.close()
+    assert [engine.closed for engine in made] == [1, 1, 1, 1]
+
+
+def test_loaders_of_a_pool_give_the_batches_of_their_own(shard_sets):
+    """Also where one has stopped in mid-epoch, and where another one runs at the same time."""
+    pool, selection = EnginePool(), shard_sets["mixed"].select("train")
+    expected = batches(Loader(selection, batch_size=8, resolution=32, engine="native"))
+    first = Loader(selection, batch_size=8, resolution=32, engine="dali", pool=pool)
+    running = iter(first)
+    next(running)
+    second = Loader(selection, batch_size=8, resolution=32, engine="dali", pool=pool)
+    assert_parity(expected, batches(second))
+    second.close()
+    assert_parity(expected[1:], list(running))
+    first.close()
+    third = Loader(selection, batch_size=8, resolution=32, engine="dali", pool=pool)
+    assert_parity(expected, batches(third))
+    third.close()
+    pool.close()

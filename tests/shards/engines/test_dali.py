@@ -1,4 +1,4 @@
-"""The dali engine against the native one: pixels, order, resume, ranks, damage, and what is kept and given back."""
+"""The dali engine: its graph and inputs, batches of any size, damage, runs left early, and memory."""
 
 import gc
 import os
@@ -11,84 +11,17 @@ import pytest
 import torch
 from simplejpeg import decode_jpeg
 
-from shards import Augment, Loader, ShardSet
+from shards import Loader, ShardSet
 from shards.common.errors import DataError
-from shards.engines import Request, dali
+from shards.engines import dali
 from shards.engines.dali import DaliEngine, Graph, build_graph
 from shards.engines.dali_feed import INPUTS, Reader
 from shards.engines.native import NativeEngine
 from shards.format import CLASSES, EncodeSpec
-from shards.plan import training_plan
 from shards.writer import PackedSample, ShardSetWriter
 from tests.conftest import growth_bytes, write_set
 from tests.support.benchdata import in_a_process_of_its_own
-from tests.support.parity import assert_parity, batches, distances
-
-KINDS = ("jpg", "raw", "mixed", "sizes")
-
-
-def with_variant(loader: Loader, variant: str) -> Loader:
-    """The same loader on another graph."""
-    engine = loader._engine
-    assert isinstance(engine, DaliEngine)
-    loader._engine = DaliEngine(engine.data, engine.device, contents=engine.graph.contents, variant=variant)
-    engine.close()
-    return loader
-
-
-def requests_of(data: ShardSet, sizes: list[int]) -> list[Request]:
-    """Consecutive training crops in batches of these sizes."""
-    samples = data.select("train").samples
-    plan = training_plan(5, 1, samples, data.column("height")[samples], data.column("width")[samples], Augment())
-    ends = np.cumsum(sizes)
-    assert ends[-1] <= len(samples)
-    return [
-        Request(samples[a:b], plan.boxes[a:b], plan.symmetry[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("variant", dali.VARIANTS)
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_whole_epochs_equal_native(shard_sets, kind, train, variant):
-    options = {"batch_size": 10, "resolution": 48, "train": train, "seed": 4}
-    selection = shard_sets[kind].select("train")
-    native = Loader(selection, engine="native", **options)
-    loader = with_variant(Loader(selection, engine="dali", **options), variant)
-    assert loader._engine.graph.contents == {"jpg": "jpg", "raw": "raw"}.get(kind, "mixed")  # type: ignore[attr-defined]
-    for epoch in range(2):
-        native.set_epoch(epoch)
-        loader.set_epoch(epoch)
-        assert_parity(batches(native), batches(loader))
-    loader.close()
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_rank_equals_native(shard_sets, world_size):
-    selection = shard_sets["sizes"].select("train")
-    for rank in range(world_size):
-        for train in (True, False):
-            options = {"batch_size": 10, "resolution": 40, "seed": 2, "rank": rank, "world_size": world_size}
-            native = Loader(selection, engine="native", train=train, **options)
-            assert_parity(batches(native), batches(Loader(selection, engine="dali", train=train, **options)))
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_a_restart_in_mid_epoch_goes_on_as_native_does(shard_sets, train):
-    selection = shard_sets["mixed"].select("train")
-    options = {"batch_size": 8, "resolution": 32, "train": train, "seed": 7}
-    stopped = Loader(selection, engine="dali", **options)
-    running = iter(stopped)
-    for _ in range(3):
-        next(running)
-    state = stopped.state_dict()
-    running.close()
-    resumed, native = (Loader(selection, engine=engine, **options) for engine in ("dali", "native"))
-    whole = batches(native)
-    resumed.load_state_dict(state)
-    assert_parity(whole[3:], batches(resumed))
-    stopped.load_state_dict(state)  # and by the loader that was stopped
-    assert_parity(whole[3:], batches(stopped))
+from tests.support.parity import assert_parity, batches, distances, flip_a_bit, requests_of
 
 
 def test_threads_and_prefetch_change_nothing(shard_sets):
@@ -107,19 +40,6 @@ def test_batches_of_uneven_and_growing_sizes(shard_sets):
     found = list(DaliEngine(data).run(iter(requests), 40))
     assert [len(a) for a in found] == [len(request.samples) for request in requests]
     assert max(int((a.int() - b.int()).abs().max()) for a, b in zip(expected, found, strict=True)) <= 1
-
-
-def test_batches_stay_valid_when_kept(shard_sets):
-    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=64, engine="dali")
-    kept = [batch.images for batch in loader]
-    copies = [images.clone() for images in kept]
-    for epoch in (1, 2):  # overwrite whatever is used again
-        loader.set_epoch(epoch)
-        batches(loader)
-    loader.close()
-    del loader
-    gc.collect()
-    assert all(map(torch.equal, kept, copies))
 
 
 def test_one_pipeline_serves_all_epochs_and_resolutions(shard_sets, monkeypatch):
@@ -194,17 +114,6 @@ def test_two_epochs_may_run_at_once(shard_sets):
     expected = list(engine.run(requests, 32))
     pairs = list(zip(engine.run(requests, 32), engine.run(requests, 32), strict=True))
     assert all(torch.equal(a, e) and torch.equal(b, e) for (a, b), e in zip(pairs, expected, strict=True))
-
-
-def flip_a_bit(folder: Path, position: int) -> str:
-    """Damage the training sample at this position; returns its name."""
-    data = ShardSet(folder)
-    victim = int(data.select("train").samples[position])
-    file = folder / data.manifest.shards[int(data.column("shard")[victim])].file
-    content = bytearray(file.read_bytes())
-    content[int(data.column("offset")[victim]) + int(data.column("length")[victim]) - 9] ^= 0x10
-    file.write_bytes(content)
-    return str(data.column("image_id")[victim])
 
 
 @pytest.mark.parametrize("kind", ["jpg", "raw"])

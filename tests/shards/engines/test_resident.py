@@ -1,4 +1,4 @@
-"""The resident engine against the native one, its memory check, and its compiled gather."""
+"""The resident engine: every box, its check of the memory, and its compiled gather."""
 
 import logging
 import shutil
@@ -14,25 +14,7 @@ from shards.engines import Request, resident
 from shards.engines.native import NativeEngine
 from shards.engines.resident import ResidentEngine
 from tests.conftest import write_set
-from tests.shards.engines.test_dali import flip_a_bit, requests_of
-from tests.support.parity import assert_parity, batches, distances
-
-KINDS = ("jpg", "raw", "mixed", "sizes")
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_whole_epochs_equal_native_at_every_resolution(shard_sets, kind, train):
-    selection = shard_sets[kind].select("train")
-    native, loader = (
-        Loader(selection, batch_size=12, train=train, seed=3, engine=engine) for engine in ("native", "resident")
-    )
-    for epoch, resolution in enumerate((48, 32, 37, 150)):  # 150 px enlarges every crop
-        for one in (native, loader):
-            one.set_epoch(epoch)
-            one.set_resolution(resolution)
-        expected, found = batches(native), batches(loader)
-        assert_parity(expected, found, mean=0.001)  # the same roundings as OpenCV's, but for a few ties
+from tests.support.parity import assert_parity, batches, distances, flip_a_bit, requests_of
 
 
 def test_every_box_and_symmetry_equals_native(shard_sets):
@@ -51,31 +33,6 @@ def test_every_box_and_symmetry_equals_native(shard_sets):
         assert len(torch.unique(b, dim=0)) > 1 or int(b.float().var(dim=(2, 3)).max()) == 0
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_rank_equals_native(shard_sets, world_size):
-    selection = shard_sets["sizes"].select("train")
-    for rank in range(world_size):
-        options = {"batch_size": 10, "resolution": 40, "seed": 2, "rank": rank, "world_size": world_size}
-        native, loader = (Loader(selection, engine=engine, **options) for engine in ("native", "resident"))
-        assert_parity(batches(native), batches(loader))
-
-
-def test_a_restart_in_mid_epoch_goes_on_as_native_does(shard_sets):
-    selection = shard_sets["mixed"].select("train")
-    options = {"batch_size": 8, "resolution": 32, "seed": 7}
-    native, loader = (Loader(selection, engine=engine, **options) for engine in ("native", "resident"))
-    whole = batches(native)
-    running = iter(loader)
-    for _ in range(3):
-        next(running)
-    state = loader.state_dict()
-    running.close()
-    resumed = Loader(selection, engine="resident", **options)
-    for one in (resumed, loader):
-        one.load_state_dict(state)
-        assert_parity(whole[3:], batches(one))
-
-
 def test_train_and_validation_may_both_be_resident(shard_sets):
     data = shard_sets["sizes"]
     splits = [(data.select("train", fraction=0.5), True), (data.select("val"), False)]
@@ -92,15 +49,6 @@ def test_small_chunks_and_parts_change_nothing(shard_sets, monkeypatch):
     monkeypatch.setattr(resident, "_CHUNK_BYTES", 20_000)  # less than the largest image
     monkeypatch.setattr(resident, "_EAGER_PIXELS", 1)
     assert distances(expected, batches(loaders[1])).max() == 0
-
-
-def test_batches_stay_valid_when_kept(shard_sets):
-    loader = Loader(shard_sets["jpg"].select("train"), batch_size=8, resolution=32, engine="resident")
-    kept = [batch.images for batch in loader]
-    copies = [images.clone() for images in kept]
-    batches(loader)
-    loader.close()
-    assert all(map(torch.equal, kept, copies))
 
 
 @pytest.mark.parametrize("kind", ["jpg", "raw"])
@@ -176,19 +124,6 @@ def test_the_compiled_gather_equals_the_unfused_one(shard_sets, caplog):
             pairs = zip(compiled.run(requests, resolution), plain.run(requests, resolution), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
     assert not [r for r in caplog.records if "torch.compile failed" in r.message]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_computes_the_bits_of_the_cpu(shard_sets, kind, compiled):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    selection = shard_sets[kind].select("train")
-    requests = requests_of(shard_sets[kind], [16, 16, 16])
-    expected = ResidentEngine(selection).run(requests, 48)
-    found = ResidentEngine(selection, "cuda", compiled=compiled).run(requests, 48)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
 
 
 def test_evaluation_crops_are_exact_at_their_own_size(shard_sets):

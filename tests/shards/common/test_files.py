@@ -1,12 +1,13 @@
-"""One process alone writes to a place, and where a file system cannot see to that, it is said."""
+"""Files are complete or absent; only one process writes to a place, or an error says why that cannot be ensured."""
 
 import errno
 import fcntl
+import os
 
 import pytest
 
 from shards.common.errors import DataError
-from shards.common.files import exclusive
+from shards.common.files import exclusive, whole_file, write_durably
 from shards.format import EncodeSpec
 from shards.writer import ShardSetWriter
 from tests.support.train_runs import small
@@ -37,3 +38,22 @@ def test_a_lock_file_that_the_last_packer_removed_meanwhile_locks_nothing(tmp_pa
     monkeypatch.setattr(fcntl, "flock", removed)
     with pytest.raises(DataError, match="set: another process is packing"):
         ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20)
+
+
+def test_a_full_disk_leaves_nothing_aside(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*report\.md'"):
+        write_durably(tmp_path / "report.md", b"x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_stops_in_the_middle_leaves_the_old_file_and_nothing_aside(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    write_durably(path, b"old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"

@@ -19,7 +19,8 @@ from train.checkpoint import Progress
 from train.distributed import World
 from train.loss import LOGITS_PRIOR
 from train.metrics.calibration import at_prior, softmax
-from train.metrics.summary import balanced_accuracy, evaluate
+from train.metrics.run_metrics import evaluate
+from train.metrics.scores import balanced_accuracy
 from train.models import Classifier
 from train.prepare import Run
 from train.record import RESULT, WEIGHTS, RunFolder, write_predictions
@@ -159,7 +160,7 @@ def _lesions(selection: Selection) -> int | None:
 def used_temperature(metrics: dict[str, Any]) -> float:
     """What the logits are divided by before they become probabilities: the temperature that fits val best.
 
-    It is 1 if the fit ends at its limit. metrics: of `metrics.summary.evaluate` with val logits.
+    It is 1 if the fit ends at its limit. metrics: of `run_metrics.evaluate` with val logits.
     """
     fitted = metrics["temperature_scaling"]
     return 1.0 if fitted["at_limit"] else float(fitted["temperature"])

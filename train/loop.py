@@ -20,7 +20,7 @@ from train.config import Config, learning_rate, resolved
 from train.console import Console, Silent
 from train.distributed import World
 from train.evaluation import Answers, answers, finish
-from train.metrics.summary import balanced_accuracy
+from train.metrics.scores import balanced_accuracy
 from train.prepare import Run, choose_data, compile_and_distribute, prepare, reduction_warning
 from train.record import ENVIRONMENT, RunFolder, environment, read_decisions, read_result
 from train.workspace import Workspace

@@ -12,7 +12,7 @@ from shards.format import CLASSES
 from train.config import Config
 from train.metrics.calibration import softmax
 from train.metrics.differences import COMPARED
-from train.metrics.summary import evaluate
+from train.metrics.run_metrics import evaluate
 from train.study.cells import cell_name, seed_pairs
 from train.study.folder import LEAKAGE
 from train.study.leakage import RESULT

@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of the study hold the truth, on results made up with a known one.
+"""How often the 95 % intervals of the study hold the truth, on simulated results whose truth is known.
 
     python -m tests.support.simulate_coverage --repeats 2000
 
@@ -9,15 +9,15 @@ import click
 import numpy as np
 from scipy.stats import t
 
-from train.metrics.bootstrap import Groups, LesionBootstrap, interval, two_sided_p
-from train.metrics.differences import Tested, between_pairs, model_difference
-from train.metrics.estimates import estimate, mean_freedom
-from train.metrics.summary import SCALARS, evaluate, prepare
+from train.metrics.bootstrap import Groups, LesionBootstrap, estimate, interval, mean_freedom
+from train.metrics.differences import Tested, between_pairs, model_difference, student
+from train.metrics.run_metrics import SCALARS, evaluate
+from train.metrics.scores import Scores
 from train.study.curves import fit_curve, hold_out_largest
 from train.study.variance import SOURCES, variance_shares
 
 LESIONS = np.array([46, 65, 145, 15, 123, 300, 20])
-"""Lesions a class of the 20 % test split of HAM10000, but for nv (1,081), which hardly adds to the variance."""
+"""Lesions per class of the 20 % test split of HAM10000, except nv (1,081), which adds little to the variance."""
 
 RECALLS = {
     "poor": np.array([0.2, 0.3, 0.3, 0.1, 0.4, 0.7, 0.3]),
@@ -42,8 +42,10 @@ CURVES = {
 
 
 def lesions_and_answers(rng, recalls, lesions, models=1, gain=1.0):
-    """Labels and lesion ids of images, and whether each of the models gets each right, (N, models): equally good ones,
-    who find the same lesions hard. A gain below 1 makes the first one better."""
+    """Labels and lesion ids of images, and whether each model gets each image right, (N, models).
+
+    The models are equally good and find the same lesions hard. A gain below 1 makes the first one better.
+    """
     label = np.repeat(np.arange(7), lesions)
     views = rng.choice([1, 2, 3], label.size, p=[0.74, 0.2, 0.06])
     spread = (1 - WITHIN_LESION) / WITHIN_LESION
@@ -73,7 +75,7 @@ def balanced_accuracy(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS)
         bootstrap = LesionBootstrap(labels, ids, resamples=resamples, seed=i)
         found = recalls_of(labels, right[:, 0], bootstrap)
         mean = found.mean(axis=1)
-        low, high = interval(mean[1:], mean[0], freedom=mean_freedom(found, bootstrap))
+        low, high = interval(mean[1:], float(mean[0]), freedom=mean_freedom(found, bootstrap))
         held += bool(low <= recalls.mean() <= high)
     return held / repeats
 
@@ -119,10 +121,10 @@ def two_models(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS, gain=1
         labels, ids, right = lesions_and_answers(rng, recalls, lesions, models=2, gain=gain)
         bootstrap = LesionBootstrap(labels, ids, resamples=resamples, seed=i)
         gaps = recalls_of(labels, right[:, 0], bootstrap) - recalls_of(labels, right[:, 1], bootstrap)
-        gap, freed = gaps.mean(axis=1), mean_freedom(gaps, bootstrap)
-        low, high = interval(gap[1:], gap[0], kind="t", freedom=freed)
+        gap = gaps.mean(axis=1)
+        low, high, p = student(float(gap[0]), float(gap[1:].var(ddof=1)), mean_freedom(gaps, bootstrap))
         held += bool(low <= truth <= high)
-        small += two_sided_p(gap[1:], float(gap[0]), freedom=freed) < 0.05
+        small += p is not None and p < 0.05
     return held / repeats, small / repeats
 
 
@@ -145,19 +147,19 @@ def every_metric(repeats, prior="training", sharpness=1.0, resamples=1000, seed=
 
     options = {"prior": prior, "logits_prior": "balanced", "training_prior": LESIONS}
     logits, labels, _ = draw(400 * LESIONS)
-    whole = prepare(logits, labels, **options).measure(np.ones((labels.size, 1)))
+    whole = Scores(logits, labels, **options).measure(np.ones((labels.size, 1)))
     truth = {name: float(whole[name][0]) for name in SCALARS}
     held = dict.fromkeys(SCALARS, 0.0)
     for i in range(repeats):
         logits, labels, ids = draw(LESIONS)
-        told = evaluate(logits, labels, ids, split=["test"] * labels.size, resamples=resamples, seed=i, **options)
+        found = evaluate(logits, labels, ids, split=["test"] * labels.size, resamples=resamples, seed=i, **options)
         for name in SCALARS:
-            held[name] += holds(told[name], truth[name]) / repeats
+            held[name] += holds(found[name], truth[name]) / repeats
     return held
 
 
 class Answers:
-    """Stands for `Scores` in `model_difference`: balanced accuracy alone, from which images are right."""
+    """Takes the place of `Scores` in `model_difference`: balanced accuracy alone, from which images are right."""
 
     def __init__(self, labels, right):
         self.labels, self.groups = labels, Groups(2 * labels + right, 14)
@@ -167,6 +169,9 @@ class Answers:
         recall = (counts[:, 1] / counts.sum(axis=1)).T
         return {"balanced_accuracy": recall.mean(axis=1), "recall": recall}
 
+    def values(self):
+        return {}
+
 
 def models_with_seeds(repeats, runs=3, seed_sd=0.03, resamples=300, seed=0):
     """Two models of runs that differ by seed: share of intervals of the mean difference that hold the true one, 0."""
@@ -174,14 +179,14 @@ def models_with_seeds(repeats, runs=3, seed_sd=0.03, resamples=300, seed=0):
     held = 0
     for i in range(repeats):
         labels, ids, _ = lesions_and_answers(rng, RECALLS["middle"], LESIONS)
-        hard = rng.normal(size=ids[-1] + 1)[ids]  # what a lesion is to every model
+        hard = rng.normal(size=ids[-1] + 1)[ids]  # how hard a lesion is for every model
         ability = rng.normal(size=2 * runs) * seed_sd * 3
         right = hard[:, None] + 0.7 * rng.normal(size=(labels.size, 2 * runs)) < ability + 0.2
         tested = [Tested(np.arange(labels.size), ids, Answers(labels, right[:, r])) for r in range(2 * runs)]
-        told = model_difference(
+        cells = model_difference(
             tested[:runs], tested[runs:], metrics=["balanced_accuracy"], resamples=resamples, seed=i
-        )["balanced_accuracy"]["difference"]
-        held += told["low"] <= 0 <= told["high"]
+        )
+        held += holds(cells["balanced_accuracy"]["difference"], 0)
     return held / repeats
 
 
@@ -231,9 +236,9 @@ def variance(repeats, shares=(0.3, 0.5, 0.1, 0.1), resamples=1000, seed=0):
     held, mean = np.zeros(4), np.zeros(4)
     for i in range(repeats):
         table["score"] = 0.5 + cells[index[:, 0], index[:, 1]] + sd[3] * rng.normal(size=len(index))
-        told = variance_shares(table, "score", resamples=resamples, seed=i)["shares"]
-        held += [holds(told[name], share) for name, share in zip(SOURCES, shares, strict=True)]
-        mean += [told[name]["value"] for name in SOURCES]
+        found = variance_shares(table, "score", resamples=resamples, seed=i)["shares"]
+        held += [holds(found[name], share) for name, share in zip(SOURCES, shares, strict=True)]
+        mean += [found[name]["value"] for name in SOURCES]
     return dict(zip(SOURCES, mean / repeats, strict=True)), dict(zip(SOURCES, held / repeats, strict=True))
 
 

@@ -20,7 +20,7 @@ from train.console import Silent
 from train.distributed import World
 from train.evaluation import used_temperature
 from train.loop import Stopped, train_once
-from train.metrics.summary import balanced_accuracy
+from train.metrics.scores import balanced_accuracy
 from train.record import write_predictions
 from train.step import TrainingStep
 from train.study.table import finished

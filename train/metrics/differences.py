@@ -1,8 +1,6 @@
-"""Runs compared: paired differences on the same test lesions.
+"""Paired differences between runs that were tested on the same lesions, from their predictions.parquet."""
 
-Predictions are what a run saves of each image: predictions.parquet.
-"""
-
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,10 +11,8 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DataError
 from shards.format import CLASSES
-from train.metrics.bootstrap import CONFIDENCE, LesionBootstrap, pooled_freedom, refuse_unfit, two_sided_p
-from train.metrics.estimates import estimate, mean_freedom, number
-from train.metrics.scores import Scores
-from train.metrics.summary import prepare, replicate
+from train.metrics.bootstrap import CONFIDENCE, LesionBootstrap, mean_freedom, number, pooled_freedom
+from train.metrics.scores import Scores, check_test, replicate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,37 +31,28 @@ class Tested:
     scores: Scores
 
 
-def tested(
-    table: "pd.DataFrame",
-    *,
-    prior: str,
-    logits_prior: str,
-    training_prior: Any,
-    split: str = "test",
-    classes: Sequence[str] = CLASSES,
-) -> Tested:
-    """A run's predictions made ready: columns image_id, lesion_id, split, label and logit_<class>.
+def tested(table: "pd.DataFrame", *, prior: str, logits_prior: str, training_prior: Any) -> Tested:
+    """A run's answers from its predictions: columns image_id, lesion_id, split, label and logit_<class>.
 
-    Rows of other splits are left out. Priors as in `metrics.evaluate`.
-    Raises DataError for a missing column, no row of the split, an image that comes twice (padding), or split `train`.
+    Rows of other splits are left out. Priors as in `run_metrics.evaluate`.
+    Raises DataError for a missing column, no row of the test split, or an image that comes twice (padding).
     """
-    columns = [f"logit_{name}" for name in classes]
+    columns = [f"logit_{name}" for name in CLASSES]
     missing = [name for name in ("image_id", "lesion_id", "split", "label", *columns) if name not in table]
     if missing:
         raise DataError(f"predictions have no column {', '.join(missing)}")
-    rows = table.loc[table["split"] == split].sort_values(by="image_id")
-    refuse_unfit(rows["split"].to_numpy(dtype=object), image_id=rows["image_id"].to_numpy(dtype=object), wanted=split)
+    rows = table.loc[table["split"] == "test"].sort_values(by="image_id")
+    check_test(rows["split"].to_numpy(dtype=object), rows["image_id"].to_numpy(dtype=object))
     lesions = rows["lesion_id"].to_numpy(dtype=object)
     return Tested(
         image_id=rows["image_id"].to_numpy(dtype=object).astype(str),
         lesion_id=None if bool(np.all(rows["lesion_id"].isna())) else lesions,
-        scores=prepare(
+        scores=Scores(
             rows[columns].to_numpy(dtype=np.float64),
             rows["label"].to_numpy(dtype=np.int64),
             prior=prior,
             logits_prior=logits_prior,
             training_prior=training_prior,
-            classes=classes,
         ),
     )
 
@@ -103,9 +90,9 @@ def model_difference(
     resampled lesions plus that between the pairs over their number; the interval and p are Student's t with Welch and
     Satterthwaite's degrees of freedom. p is two-sided, and below 0.05 where the 95 % interval leaves out 0.
 
-    Two single runs are `model_difference([one], [other])`: includes_seeds is then False, for interval and p speak of
-    these two trained networks, and other seeds would give other ones. Raises DataError unless the runs come in pairs
-    and were tested on the same images.
+    Two single runs are `model_difference([one], [other])`. includes_seeds is then False: interval and p are valid for
+    these two trained networks, and other seeds would give other networks. Raises DataError unless the runs come in
+    pairs and were tested on the same images.
     """
     if len(first) != len(second) or not first:
         raise DataError(f"{len(first)} and {len(second)} runs: a difference between models needs pairs of equal seeds")
@@ -122,9 +109,9 @@ def model_differences(
 ) -> list[dict[str, Any]]:
     """`model_difference` for every two models that share a seed. Each run is measured once.
 
-    runs: by model, then by (seed, subset seed), of which pairs may share one, or by anything else that pairs runs and
-    is independent. Returns {"first", "second", "metrics"} for each two, in the order of `runs`. Raises DataError unless
-    all were tested on the same images.
+    runs: by model, then by (seed, subset seed), where pairs may share one of the two, or by any other key that pairs
+    runs and is independent. Returns {"first", "second", "metrics"} for each two, in the order of `runs`. Raises
+    DataError unless all were tested on the same images.
     """
     every = [run for by_seed in runs.values() for run in by_seed.values()]
     if not every:
@@ -133,14 +120,14 @@ def model_differences(
     bootstrap = LesionBootstrap(every[0].scores.labels, every[0].lesion_id, resamples=resamples, seed=seed)
     measured = iter(replicate([run.scores for run in every], bootstrap))
     found = {model: {key: next(measured) for key in by_seed} for model, by_seed in runs.items()}
-    told = []
+    differences = []
     for first, second in combinations(runs, 2):
         shared = [key for key in found[first] if key in found[second]]
         if shared:
             halves = [[found[model][key] for key in shared] for model in (first, second)]
             cells = _of_pairs(halves[0], halves[1], bootstrap, metrics, shared)
-            told.append({"first": first, "second": second, "metrics": cells})
-    return told
+            differences.append({"first": first, "second": second, "metrics": cells})
+    return differences
 
 
 def _of_pairs(
@@ -151,51 +138,60 @@ def _of_pairs(
     keys: Sequence[Any],
 ) -> dict[str, dict[str, Any]]:
     """`model_difference` from the replicates of the runs."""
-    from scipy.stats import t
-
     pairs = len(first)
-    if pairs == 1:
-        alone = _of_one_pair(first[0], second[0], bootstrap, metrics)
-        return {name: cell | {"runs": 1, "includes_seeds": False, "note": ""} for name, cell in alone.items()}
-    told: dict[str, dict[str, Any]] = {}
+    cells: dict[str, dict[str, Any]] = {}
     for name in metrics:
         ones, twos = (np.stack([run[name] for run in half]) for half in (first, second))
         gaps = ones - twos  # (pairs, R + 1)
-        mean = float(gaps[:, 0].mean())
-        by_lesion = float(np.nanvar(gaps[:, 1:].mean(axis=0), ddof=1))
-        by_seed, seed_freedom, note = between_pairs(gaps[:, 0], keys)
-        whole = by_lesion + by_seed
-        cell = {"value": number(mean), "low": None, "high": None}
-        p = None
-        if np.isfinite(whole) and np.isfinite(mean):
-            freed = max(bootstrap.lesions - 1, 1)
+        mean, low, high, p, note = float(gaps[:, 0].mean()), np.nan, np.nan, None, ""
+        if np.isfinite(mean):
+            by_lesion = float(np.nanvar(gaps[:, 1:].mean(axis=0), ddof=1))
+            by_seed, seed_freedom, note = between_pairs(gaps[:, 0], keys)
+            freedom = float(max(bootstrap.lesions - 1, 1)) if pairs > 1 else np.inf
             if name == "balanced_accuracy":
                 recalls = [np.stack([run["recall"] for run in half]).mean(axis=0) for half in (first, second)]
-                freed = mean_freedom(recalls[0] - recalls[1], bootstrap)
-            freedom = pooled_freedom(np.array([by_lesion, by_seed]), np.array([freed, seed_freedom]))
-            reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * np.sqrt(whole)
-            cell |= {"low": number(max(mean - reach, -1.0)), "high": number(min(mean + reach, 1.0))}
-            p = number(float(2 * t.sf(abs(mean) / np.sqrt(whole), freedom))) if whole > 0 else float(mean == 0)
-        told[name] = {
+                freedom = mean_freedom(recalls[0] - recalls[1], bootstrap)
+            freedom = pooled_freedom(np.array([by_lesion, by_seed]), np.array([freedom, seed_freedom]))
+            low, high, p = student(mean, by_lesion + by_seed, freedom)
+        cells[name] = {
             "first": number(float(ones[:, 0].mean())),
             "second": number(float(twos[:, 0].mean())),
-            "difference": cell,
+            "difference": {"value": number(mean), "low": number(max(low, -1.0)), "high": number(min(high, 1.0))},
             "p": p,
             "runs": pairs,
-            "includes_seeds": True,
+            "includes_seeds": pairs > 1,
             "note": note,
         }
-    return told
+    return cells
+
+
+def student(value: float, variance: float, freedom: float) -> tuple[float, float, float | None]:
+    """Low and high end of the 95 % interval of a difference by Student's t, and the two-sided p that it is 0.
+
+    variance: of the difference; freedom: its degrees of freedom. p is below 0.05 exactly where the interval leaves out
+    0. It is None for a difference that is not 0 and has no variance. Differences are close to symmetric, and in rare
+    classes they depend on so few images that quantiles of replicates would be less certain than their variance.
+    """
+    from scipy.stats import t
+
+    error = math.sqrt(variance)
+    if error < 1e-12:
+        return value, value, 1.0 if abs(value) < 1e-12 else None
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return value - reach, value + reach, 2 * float(t.sf(abs(value) / error, freedom))
 
 
 def between_pairs(gaps: Floats, keys: Sequence[Any]) -> tuple[float, float, str]:
     """The variance of the mean of (pairs,) differences from their spread, its degrees of freedom, and a note.
 
-    keys: of each pair. Where (seed, subset seed) are crossed, nine pairs may share three subsets and three seeds: their
-    variance over nine would take what all runs of a subset share for chance that averages out. The means by subset seed
-    are independent in what subsets do, those by seed in what seeds do, so the variances of both means add up. The sum
-    holds what is left to each single pair twice, and errs on the wide side by that.
+    keys: of each pair. One pair has no spread: 0. Where (seed, subset seed) are crossed, nine pairs may share three
+    subsets and three seeds. Their variance over nine would count what all runs of a subset share as chance that
+    averages out. The means by subset seed are independent in what subsets do, those by seed in what seeds do, so the
+    variances of both means add up. The sum counts what is left to each single pair twice, which makes the interval
+    somewhat too wide.
     """
+    if gaps.size == 1:
+        return 0.0, np.inf, ""
     crossed: list[tuple[float, int, str]] = []
     if all(isinstance(key, tuple) and len(key) == 2 for key in keys):
         for place, what in ((1, "subset seeds"), (0, "seeds")):
@@ -211,20 +207,3 @@ def between_pairs(gaps: Floats, keys: Sequence[Any]) -> tuple[float, float, str]
         pooled_freedom(np.array(parts), np.array(freedom)),
         f"{gaps.size} pairs of runs share {' and '.join(shared_by)}, and the interval counts these, not the pairs",
     )
-
-
-def _of_one_pair(
-    one: dict[str, Floats], two: dict[str, Floats], bootstrap: LesionBootstrap, metrics: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """The difference of two runs, from their replicates."""
-    told = {}
-    for name in metrics:
-        gap = one[name] - two[name]
-        freed = mean_freedom(one["recall"] - two["recall"], bootstrap) if name == "balanced_accuracy" else np.inf
-        told[name] = {
-            "first": number(float(one[name][0])),
-            "second": number(float(two[name][0])),
-            "difference": estimate(gap, kind="t", freedom=freed, limits=(-1.0, 1.0)),
-            "p": number(two_sided_p(gap[1:], float(gap[0]), freedom=freed)) if np.isfinite(gap[0]) else None,
-        }
-    return told

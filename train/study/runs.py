@@ -58,7 +58,6 @@ class Run:
             prior=test["prior"],
             logits_prior=test["logits_prior"],
             training_prior=list(counts.values()),
-            classes=list(counts),
         )
 
 

@@ -26,7 +26,7 @@ def finished(result: dict[str, Any], config: dict[str, Any], name: str) -> dict[
     `accuracy_training_prior` …: of the calls and probabilities at the training set's class frequencies, where those of
     the run are for another prior.
     """
-    from train.metrics.summary import flatten
+    from train.metrics.run_metrics import flatten
 
     decisions = {key: taken["value"] for key, taken in result["decisions"].items()}
     scaling = result["test"]["temperature_scaling"]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.common.errors import DataError
-from train.metrics.estimates import estimate
+from train.metrics.bootstrap import estimate
 from train.study.profile import size_groups
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
-"""Intervals against scipy's bootstrap, and p values against the intervals they belong to."""
+"""Lesions drawn within their class; intervals and degrees of freedom against scipy's."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from shards.common.errors import DataError
-from train.metrics.bootstrap import Groups, interval, pooled_freedom, refuse_unfit, two_sided_p
+from train.metrics.bootstrap import Groups, LesionBootstrap, interval, lesion_codes
 
 
 def means_of(sample, resamples=20_000, seed=0):
@@ -28,72 +28,33 @@ def test_intervals_equal_scipys(kind):
     )
 
 
-def test_columns_are_computed_one_by_one_and_nan_replicates_are_left_out():
-    rng = np.random.default_rng(0)
-    replicates = rng.normal(size=(501, 2, 3))
-    replicates[rng.random(replicates.shape) < 0.2] = np.nan
-    replicates[:, 1, 2] = np.nan
-    value = np.zeros((2, 3))
-    low, high = interval(replicates, value)
-    for i in range(2):
-        for j in range(3):
-            column = replicates[:, i, j]
-            alone = interval(column[~np.isnan(column)], 0.0)
-            np.testing.assert_allclose([low[i, j], high[i, j]], alone)
-    assert np.isnan(low[1, 2]) and np.isfinite(low[0]).all()
-    percentiles = np.nanquantile(replicates[:, 0, 0], [0.025, 0.975])
-    np.testing.assert_allclose([e[0, 0] for e in interval(replicates, value, kind="percentile")], percentiles)
-
-
-def test_replicates_without_spread_give_the_value():
+def test_nan_replicates_are_left_out_and_replicates_without_spread_give_the_value():
+    replicates = np.random.default_rng(0).normal(size=501)
+    known = replicates[::2].copy()
+    replicates[1::2] = np.nan
+    assert interval(replicates, 0.0) == interval(known, 0.0)
+    assert interval(replicates, 0.0, kind="percentile") == pytest.approx(np.nanquantile(replicates, [0.025, 0.975]))
     assert interval(np.ones(100), 1.0) == (1.0, 1.0)
-    assert all(np.isnan(interval(np.zeros(0), 1.0)))
+    assert all(np.isnan(interval(np.zeros(0), 1.0))) and all(np.isnan(interval(known, np.nan)))
 
 
-@pytest.mark.parametrize("value", [-0.5, 0.3, 1.2, 1.9, 2.1, 2.6])
-@pytest.mark.parametrize("freedom", [6.0, np.inf])
-def test_p_is_small_exactly_where_the_interval_leaves_out_zero(value, freedom):
-    replicates = value + np.random.default_rng(3).gamma(40, size=2001) / 6 - 40 / 6
-    low, high = interval(replicates, value, kind="t", freedom=freedom)
-    p = two_sided_p(replicates, value, freedom=freedom)
-    assert (p < 0.05) == bool(low > 0 or high < 0)
-    for end in (low, high):  # p is 5 % exactly where an end of the interval is
-        assert two_sided_p(replicates, value - end, freedom=freedom) == pytest.approx(0.05)
-
-
-def test_few_degrees_of_freedom_widen_the_interval_and_raise_p_as_students_t_does():
+@pytest.mark.parametrize("freedom", [4.0, 20.0, np.inf])
+def test_few_degrees_of_freedom_widen_the_interval_as_students_t_does(freedom):
     replicates = np.random.default_rng(5).normal(size=200_001)
     replicates = 2 + np.concatenate([replicates, -replicates])  # symmetric: no bias and no skewness to correct
-    for freedom in (4.0, 20.0, np.inf):
-        for kind in ("bca", "t"):
-            low, high = interval(replicates, 2.0, kind=kind, freedom=freedom)
-            assert [low, high] == pytest.approx(stats.t(freedom, 2).interval(0.95), abs=0.03)
-        assert two_sided_p(replicates, 2.0, freedom=freedom) == pytest.approx(2 * stats.t.sf(2, freedom), abs=0.001)
+    assert interval(replicates, 2.0, freedom=freedom) == pytest.approx(stats.t(freedom, 2).interval(0.95), abs=0.03)
 
 
 @pytest.mark.parametrize("tail", [1.0, -1.0], ids=["right", "left"])
 @pytest.mark.parametrize("freedom", [1.0, 2.0])
-def test_an_interval_holds_its_value_however_few_the_degrees_of_freedom(tail, freedom):
+@pytest.mark.parametrize("level", [0.1, 0.5, 0.9])
+def test_an_interval_holds_its_value_however_few_the_degrees_of_freedom(tail, freedom, level):
     """Student's t is ±12.7 at 1: beyond the pole of BCa's correction for skewness, which must not turn its sign."""
-    replicates = tail * np.random.default_rng(7).exponential(size=(2000, 3))
-    value = np.quantile(replicates, [0.1, 0.5, 0.9], axis=0).diagonal()
+    replicates = tail * np.random.default_rng(7).exponential(size=2000)
+    value = float(np.quantile(replicates, level))
     low, high = interval(replicates, value, freedom=freedom)
-    assert (low <= value).all() and (value <= high).all() and (low < high).all()
     narrower = interval(replicates, value)
-    assert (low <= narrower[0]).all() and (high >= narrower[1]).all()
-
-
-def test_pooled_degrees_of_freedom_are_welchs():
-    one, two = np.random.default_rng(0).normal(size=9), 3 * np.random.default_rng(1).normal(size=14)
-    welch = stats.ttest_ind(one, two, equal_var=False).df
-    variances = np.array([one.var(ddof=1) / 9, two.var(ddof=1) / 14])
-    assert pooled_freedom(variances, np.array([8.0, 13.0])) == pytest.approx(welch)
-    assert pooled_freedom(np.zeros(2), np.array([3.0, 4.0])) == np.inf
-
-
-def test_p_without_spread_is_one_or_unknown():
-    assert two_sided_p(np.zeros(999), 0.0) == 1.0
-    assert np.isnan(two_sided_p(np.full(999, 0.1), 0.1))
+    assert low <= narrower[0] <= value <= narrower[1] <= high and low < high
 
 
 def test_group_sums_are_numpys():
@@ -105,6 +66,33 @@ def test_group_sums_are_numpys():
     assert (Groups(group[:0], 3).sums(weights[:0]) == 0).all()
 
 
-def test_no_statistic_of_the_training_split():
-    with pytest.raises(DataError, match="the model has seen them"):
-        refuse_unfit(["train"] * 3, wanted="train")
+def test_resamples_draw_one_lesion_less_than_there_are_of_each_class_and_keep_views_together():
+    rng = np.random.default_rng(29)
+    label = np.concatenate([np.repeat(np.arange(7), 4), rng.choice(7, 300)])
+    views = rng.choice([1, 2, 3], label.size)
+    labels, lesions = np.repeat(label, views), np.repeat([f"HAM_{i}" for i in range(label.size)], views)
+    codes = lesion_codes(lesions, labels)
+    weights = np.concatenate(list(LesionBootstrap(labels, lesions, resamples=300, seed=0).weights()), axis=1)
+    assert weights.shape[1] == 301 and (weights[:, 0] == 1).all()
+    weights, first = weights[:, 1:], np.unique(codes, return_index=True)[1]
+    np.testing.assert_array_equal(weights, weights[first][codes])
+    for c in range(7):
+        rows = first[labels[first] == c]
+        n = rows.size
+        draws = weights[rows] * (n - 1) / n
+        np.testing.assert_allclose(draws, draws.round(), atol=1e-9)
+        np.testing.assert_allclose(draws.sum(axis=0), n - 1)
+
+
+def test_a_class_of_one_lesion_is_named_and_not_resampled():
+    labels = np.array([0, 0, 0, 1, 1])
+    bootstrap = LesionBootstrap(labels, ["a", "b", "c", "d", "d"], resamples=20, seed=0)
+    weights = np.concatenate(list(bootstrap.weights()), axis=1)
+    assert bootstrap.single == [1] and (weights[3:] == 1).all() and not (weights[:3] == 1).all()
+
+
+def test_null_lesion_ids_are_lesions_of_their_own():
+    labels = np.array([0, 0, 0, 0, 1])
+    assert len(set(lesion_codes([None, float("nan"), "x", "x", ""], labels).tolist())) == 4
+    with pytest.raises(DataError, match="lesion x has images of two classes"):
+        lesion_codes(["a", "b", "c", "x", "x"], labels)

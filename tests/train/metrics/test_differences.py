@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from shards.common.errors import DataError
 from shards.format import CLASSES
 from tests.support import simulate_coverage as simulate
-from train.metrics.differences import between_pairs, model_difference, model_differences
+from train.metrics.bootstrap import pooled_freedom
+from train.metrics.differences import between_pairs, model_difference, model_differences, student
 from train.metrics.differences import tested as make_ready
-from train.metrics.summary import evaluate
+from train.metrics.run_metrics import evaluate
 
 COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])
 PRIORS = {"prior": "balanced", "logits_prior": "balanced", "training_prior": COUNTS}
@@ -38,7 +40,7 @@ def predictions(skill, seed=0, *, lesions=200, data_seed=0):
 
 
 def evaluated(table: pd.DataFrame, resamples: int) -> dict:
-    """What `evaluate` says of one run's test images."""
+    """What `evaluate` returns for one run's test images."""
     rows = table[table["split"] == "test"]
     return evaluate(
         rows[[f"logit_{name}" for name in CLASSES]].to_numpy(),
@@ -50,14 +52,14 @@ def evaluated(table: pd.DataFrame, resamples: int) -> dict:
     )
 
 
-def test_both_sides_are_what_evaluate_says():
+def test_both_sides_are_what_evaluate_returns():
     table = predictions(2.0)
-    told = model_difference([make_ready(table, **PRIORS)], [make_ready(predictions(1.0, 1), **PRIORS)], resamples=50)
+    found = model_difference([make_ready(table, **PRIORS)], [make_ready(predictions(1.0, 1), **PRIORS)], resamples=50)
     alone = evaluated(table, 50)
-    for name, cell in told.items():
+    for name, cell in found.items():
         assert cell["first"] == pytest.approx(alone[name]["value"]), name
         assert cell["difference"]["value"] == pytest.approx(cell["first"] - cell["second"])
-    json.dumps(told, allow_nan=False)
+    json.dumps(found, allow_nan=False)
 
 
 def test_a_clear_difference_is_found_whatever_the_order_of_rows_and_turns_sign_with_the_runs():
@@ -121,7 +123,7 @@ def test_all_models_against_each_other_are_the_single_differences_over_shared_se
 
 
 @pytest.mark.parametrize("shared", [0, 1], ids=["seeds", "subset seeds"])
-def test_crossed_runs_are_no_surer_than_the_subsets_or_seeds_that_they_share(shared):
+def test_crossed_runs_have_intervals_as_wide_as_the_subsets_or_seeds_that_they_share(shared):
     """Nine runs that are three, each three times, say exactly what the three say."""
     three = {
         model: [make_ready(predictions(skill, 10 * j + i, lesions=80), **PRIORS) for i, skill in enumerate(skills)]
@@ -137,6 +139,21 @@ def test_crossed_runs_are_no_surer_than_the_subsets_or_seeds_that_they_share(sha
         assert cell["difference"] == pytest.approx(expected["difference"])
         assert "9 pairs of runs share 3 subset seeds and 3 seeds" in cell["note"]
         assert expected["note"] == ""
+
+
+def test_interval_and_p_of_a_difference_are_scipys_t_tests():
+    gaps = np.random.default_rng(0).normal(0.5, size=9)
+    expected = stats.ttest_1samp(gaps, 0)
+    low, high, p = student(gaps.mean(), *between_pairs(gaps, range(9))[:2])
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval())) and p == pytest.approx(expected.pvalue)
+    at_the_end = student(gaps.mean() - low, gaps.var(ddof=1) / 9, 8)
+    assert at_the_end[0] == pytest.approx(0) and at_the_end[2] == pytest.approx(0.05)
+    assert student(0.0, 0.0, 8) == (0.0, 0.0, 1.0) and student(0.1, 0.0, 8) == (0.1, 0.1, None)
+    other = 3 * np.random.default_rng(1).normal(size=14)
+    variances = np.array([gaps.var(ddof=1) / 9, other.var(ddof=1) / 14])
+    welch = stats.ttest_ind(gaps, other, equal_var=False).df
+    assert pooled_freedom(variances, np.array([8.0, 13.0])) == pytest.approx(welch)
+    assert pooled_freedom(np.zeros(2), np.array([3.0, 4.0])) == np.inf
 
 
 def test_crossed_pairs_add_what_seeds_and_what_subsets_do():
@@ -192,8 +209,6 @@ def test_padded_train_and_missing_rows_are_refused():
     table = predictions(1.0)
     with pytest.raises(DataError, match="counted only once"):
         make_ready(pd.concat([table, table.iloc[-1:].assign(split="test")] * 2), **PRIORS)
-    with pytest.raises(DataError, match="the model has seen them"):
-        make_ready(table.assign(split="train"), split="train", **PRIORS)
     with pytest.raises(DataError, match="empty"):
         make_ready(table.assign(split="train"), **PRIORS)
     with pytest.raises(DataError, match="no column logit_mel"):

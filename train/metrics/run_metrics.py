@@ -1,0 +1,196 @@
+"""The metrics in a run's result.json, each with a 95 % interval from a bootstrap over lesions.
+
+Where a share is the same in every resample (none of 12 lesions found), its interval is the exact one for that number.
+
+    result = evaluate(logits, labels, lesions, split=split, prior="balanced", logits_prior="balanced", training_prior=n)
+    result["balanced_accuracy"]   # {"value": 0.61, "low": 0.57, "high": 0.65}
+
+All of it on 1,000 resamples of 2,000 images took 0.7 s on a two-core machine. Nothing here needs torch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.common.errors import DataError
+from shards.format import CLASSES
+from train.metrics.bootstrap import CONFIDENCE, LesionBootstrap, estimate, exact_interval, mean_freedom, number, unmoved
+from train.metrics.calibration import (
+    ConfidenceBins,
+    calibration_error,
+    class_prior,
+    fit_temperature,
+    prior_weights,
+    reliability,
+    softmax,
+)
+from train.metrics.scores import MALIGNANT, MELANOMA, Scores, check_test, replicate
+
+SCALARS = (
+    "balanced_accuracy",
+    "accuracy",
+    "macro_auc",
+    "macro_f1",
+    "expected_calibration_error",
+    "melanoma_sensitivity_at_90_specificity",
+    "malignant_auc",
+    "malignant_sensitivity",
+    "malignant_specificity",
+    "malignant_sensitivity_at_90_specificity",
+)
+"""Keys of a result that hold one {"value", "low", "high"}; `per_class` holds those of CLASS_SCALARS."""
+
+CLASS_SCALARS = ("precision", "recall", "f1", "auc")
+
+Floats = NDArray[np.float64]
+
+
+def evaluate(
+    logits: Any,
+    labels: Any,
+    lesions: Sequence[Any] | NDArray[Any] | None,
+    *,
+    split: Sequence[str] | NDArray[Any],
+    prior: str,
+    logits_prior: str,
+    training_prior: Any,
+    image_id: Sequence[str] | NDArray[Any] | None = None,
+    val_logits: Any = None,
+    val_labels: Any = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every metric of the study with its interval, as a dict for JSON (no NaN: None where a metric is undefined).
+
+    logits (N, C), labels (N,) 0 to C − 1, lesions (N,) ids (None: images are resampled, and the result says so), split
+    (N,) names, image_id (N,): DataError where a row is not of the test split or an image comes twice.
+    prior: the one (`balanced` or `training`) of the reported probabilities, calls and calibration.
+    logits_prior: the one of the raw logits (`calibration.at_prior`). training_prior: (C,) counts of the
+    training images. val_logits, val_labels: a temperature is fitted on them and the calibration after it reported.
+
+    Classes without a test image are listed in `absent_classes`, and means are over the others. Calibration is measured
+    on the test images weighted to the named prior; every other metric on the images as they are.
+    """
+    check_test(split, image_id)
+    priors = {"prior": prior, "logits_prior": logits_prior, "training_prior": training_prior}
+    scores = Scores(logits, labels, **priors)
+    if len(np.asarray(split)) != scores.labels.size:
+        raise DataError(f"{len(np.asarray(split))} split names for {scores.labels.size} samples")
+    bootstrap = LesionBootstrap(scores.labels, lesions, resamples=resamples, seed=seed)
+    found = replicate([scores], bootstrap)[0]
+    images = np.bincount(scores.labels, minlength=len(CLASSES))
+    groups = np.bincount(bootstrap.lesion_label, minlength=len(CLASSES))
+    malignant = int(groups[list(MALIGNANT)].sum())
+    lesions_of = {
+        "melanoma_sensitivity_at_90_specificity": int(groups[MELANOMA]),
+        "malignant_sensitivity": malignant,
+        "malignant_sensitivity_at_90_specificity": malignant,
+        "malignant_specificity": bootstrap.lesions - malignant,
+    }
+    scalars = {key: estimate(found[key], lesions=lesions_of.get(key)) for key in SCALARS}
+    freedom = mean_freedom(found["recall"], bootstrap)
+    scalars["balanced_accuracy"] = estimate(found["balanced_accuracy"], freedom=freedom)
+    scalars["expected_calibration_error"], chance = calibration_error(
+        found["expected_calibration_error"], scores.bins, scores.labels, scores.prior, bootstrap
+    )
+    return {
+        "split": "test",
+        "prior": prior,
+        "logits_prior": logits_prior,
+        "training_prior": dict(zip(CLASSES, class_prior("training", training_prior).tolist(), strict=True)),
+        "images": int(scores.labels.size),
+        "lesions": bootstrap.lesions if lesions is not None else None,
+        "confidence": CONFIDENCE,
+        "resamples": resamples,
+        "resampled": bootstrap.unit,
+        "bootstrap_seed": seed,
+        "absent_classes": [name for name, n in zip(CLASSES, images, strict=True) if n == 0],
+        "classes_of_one_lesion": [CLASSES[c] for c in bootstrap.single],
+        **scalars,
+        "calibration_error_of_chance": chance,
+        "per_class": {
+            name: {"images": int(images[c]), "lesions": int(groups[c]) if lesions is not None else None}
+            | _of_class(found, c, int(groups[c]), np.unique(bootstrap.codes[scores.called == c]).size)
+            for c, name in enumerate(CLASSES)
+        },
+        "confusion_matrix": _confusion(found["confusion"], groups),
+        "reliability": reliability(found, scores.bins.images),
+        "temperature_scaling": None
+        if val_logits is None
+        else _scaled(scores, bootstrap, Scores(val_logits, val_labels, **priors)),
+    }
+
+
+def _of_class(found: dict[str, Floats], c: int, lesions: int, called: int) -> dict[str, Any]:
+    """CLASS_SCALARS of class c. lesions, called: how many lesions are of the class, and have an image called so.
+
+    Where no resample moves F1, its interval runs from F1 of the low to F1 of the high ends of precision and recall. An
+    undefined precision, of a class never called, counts as 1 at the high end. Both ends at once are rarer than either,
+    so the interval is wide rather than narrow.
+    """
+    freedom = max(lesions - 1, 1)
+    cells = {
+        "precision": estimate(found["precision"][:, c], freedom=freedom, lesions=called),
+        "recall": estimate(found["recall"][:, c], freedom=freedom, lesions=lesions),
+        "f1": estimate(found["f1"][:, c], freedom=freedom),
+        "auc": estimate(found["auc"][:, c], freedom=freedom),
+    }
+    if cells["f1"]["value"] is not None and unmoved(found["f1"][:, c]):
+        recall = exact_interval(found["recall"][0, c], lesions)
+        precision = exact_interval(found["precision"][0, c], called) if called else (0.0, 1.0)
+        ends = (2 * p * r / (p + r) if r > 0 and p > 0 else 0.0 for p, r in zip(precision, recall, strict=True))
+        cells["f1"] |= dict(zip(("low", "high"), ends, strict=True))
+    return cells
+
+
+def _confusion(counts: Floats, lesions: NDArray[np.int64]) -> dict[str, Any]:
+    """The confusion matrix from (R + 1, C, C) replicates: counts, and each row as rates with their intervals.
+
+    lesions: (C,) by class. The rates of a class without images are None.
+    """
+    wholes = counts.sum(axis=2, keepdims=True)
+    rates = np.divide(counts, wholes, out=np.zeros_like(counts), where=wholes > 0)
+    cells = [
+        [estimate(rates[:, true, called], lesions=int(lesions[true])) for called in range(len(lesions))]
+        if lesions[true]
+        else None
+        for true in range(len(lesions))
+    ]
+    return {"classes": list(CLASSES), "counts": np.rint(counts[0]).astype(int).tolist()} | {
+        name: [row and [cell[end] for cell in row] for row in cells]
+        for name, end in (("rates", "value"), ("low", "low"), ("high", "high"))
+    }
+
+
+def _scaled(scores: Scores, bootstrap: LesionBootstrap, val: Scores) -> dict[str, Any]:
+    """Calibration on the test set after the temperature that fits val best; the calls stay as they are."""
+    fitted = fit_temperature(val.logits, val.labels, scores.prior)
+    bins = ConfidenceBins(softmax(scores.logits / fitted.temperature), scores.labels)
+    parts = [bins.measure(prior_weights(scores.labels, weights, scores.prior)) for weights in bootstrap.weights()]
+    found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    error, chance = calibration_error(found["expected_calibration_error"], bins, scores.labels, scores.prior, bootstrap)
+    return {
+        "temperature": fitted.temperature,
+        "at_limit": fitted.at_limit,
+        "val_images": int(val.labels.size),
+        "val_loss_before": number(fitted.loss_before),
+        "val_loss_after": number(fitted.loss_after),
+        "expected_calibration_error": error,
+        "calibration_error_of_chance": chance,
+        "reliability": reliability(found, bins.images),
+    }
+
+
+def flatten(result: dict[str, Any]) -> dict[str, float | None]:
+    """One row of a table: `name`, `name_low`, `name_high` for each scalar, `recall_mel` … for each of each class."""
+    cells = {key: result[key] for key in SCALARS}
+    for name, scores in result["per_class"].items():
+        cells |= {f"{key}_{name}": scores[key] for key in CLASS_SCALARS}
+    if result["temperature_scaling"] is not None:
+        cells["expected_calibration_error_scaled"] = result["temperature_scaling"]["expected_calibration_error"]
+    row: dict[str, float | None] = {}
+    for key, cell in cells.items():
+        row |= {key: cell["value"], f"{key}_low": cell["low"], f"{key}_high": cell["high"]}
+    return row

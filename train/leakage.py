@@ -34,7 +34,7 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
     from train.record import to_json
     from train.study.cells import Cell, fitting_batch, parse_seeds
     from train.study.folder import StudyFolder
-    from train.study.leakage import ARMS, RESULT, arms, measure, told, write_arm
+    from train.study.leakage import ARMS, RESULT, arms, measure, sentences, write_arm
 
     base = Config(model=model, **options)
     numbers = parse_seeds(seeds, "--seeds")
@@ -69,7 +69,7 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
             if code == 0:
                 result = measure(data, rows, cells, folder)
                 write_durably(out / RESULT, to_json(result))
-                for line in told(result):
+                for line in sentences(result):
                     click.echo(line)
             return code
 

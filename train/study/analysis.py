@@ -1,4 +1,4 @@
-"""Everything that a report says of a study, computed once: curves, differences, shares, pooled tables, mistakes."""
+"""The numbers of a study's report: learning curves, differences, variance shares, pooled tables, mistakes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ METRICS = ("balanced_accuracy", "macro_auc")
 
 @dataclass(frozen=True)
 class Size:
-    """One model's runs of one fraction, summed up: their number, means, and the lowest and highest of them."""
+    """One model's runs of one fraction: their number, and the mean, lowest and highest of their scores."""
 
     model: str
     fraction: float
@@ -36,7 +36,7 @@ class Size:
 class Analysis:
     """The numbers of a report. By metric, by model, or both; what could not be computed is missing and has a reason.
 
-    curves[metric][model]: `study.learning_curve`. differences: `differences.model_differences` at `compared_at`, with
+    curves[metric][model]: `curves.learning_curve`. differences: `differences.model_differences` at `compared_at`, with
     `p_holm` beside each p. variance[metric]: `variance.variance_shares`, or the reason for none as text. sizes: by
     model and rising fraction. leakage: what `train.leakage` measured in the study's folder `leakage`.
     """
@@ -52,8 +52,8 @@ class Analysis:
 
 
 def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int], None] = lambda *_: None) -> Analysis:
-    """Compute it. at: told what is being done, and how far it has come."""
-    from train.study.learning import learning_curves
+    """Compute all of it. at: called with what is being computed, the steps done and the number of steps."""
+    from train.study.curves import learning_curves
     from train.study.variance import variance_shares
 
     found = Analysis(study)
@@ -76,7 +76,7 @@ def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int]
 
 
 def _compare(found: Analysis, resamples: int) -> None:
-    """Fill in the differences between models at the largest fraction that the most models share."""
+    """Add the differences between models at the largest of the fractions that most models have."""
     from statsmodels.stats.multitest import multipletests
 
     from train.metrics.differences import model_differences
@@ -126,9 +126,9 @@ def _sizes(study: Study, model: str) -> list[Size]:
 
 
 def training_flops(run: Run) -> float:
-    """Floating point operations of a run's training: three forward passes for each image, at the size it was seen at.
+    """Floating point operations of a run's training: three forward passes per image, at the resolution of its epoch.
 
-    A pass costs about as its pixels: with a ramp of resolutions, the epochs' mean share of the full size's.
+    The cost of a pass is proportional to its pixels: with a ramp of resolutions, the epochs' mean share of them counts.
     """
     row, full = run.row, run.config["resolution"]
     ramp = Config(row["model"], resolution=full, start_resolution=run.config.get("start_resolution"))
@@ -148,8 +148,8 @@ def confusion(runs: list[Run]) -> tuple[list[str], np.ndarray]:
 def reliability(runs: list[Run], *, scaled: bool) -> list[dict[str, float]]:
     """Bins of confidence averaged over runs by their share: {"confidence", "accuracy", "low", "high", "share"}.
 
-    scaled: after temperature scaling. low, high: the 95 % ends of the bin's accuracy, averaged likewise. Empty bins are
-    left out; no bins where no run has them.
+    scaled: after temperature scaling. low, high: the 95 % ends of the bin's accuracy, averaged in the same way. Empty
+    bins are left out; the list is empty where no run has bins.
     """
     tables = [(run.result["test"]["temperature_scaling"] if scaled else run.result["test"]) for run in runs]
     bins = [table["reliability"] for table in tables if table is not None]
@@ -188,18 +188,23 @@ def best_model(found: Analysis, metric: str = METRICS[0]) -> str:
 
 
 def mistakes(run: Run, count: int) -> list[dict[str, Any]]:
-    """The test images that a run was most sure of and wrong about: {"image_id", "true", "called", "probability"}."""
+    """The wrong answers of a run on test images, most certain first: {"image_id", "true", "called", "probability"}."""
     table = run.predictions()
     test = table.loc[table["split"] == "test"]
     classes = list(run.result["training_images_per_class"])
     shares = test[[f"prob_{name}" for name in classes]].to_numpy(dtype=np.float64)
     labels = test["label"].to_numpy(dtype=np.int64)
     called = shares.argmax(axis=1)
-    sure = np.where(called == labels, -1.0, shares.max(axis=1))
-    order = np.argsort(-sure, kind="stable")[:count]
+    certainty = np.where(called == labels, -1.0, shares.max(axis=1))
+    order = np.argsort(-certainty, kind="stable")[:count]
     ids = test["image_id"].tolist()
     return [
-        {"image_id": ids[i], "true": classes[labels[i]], "called": classes[called[i]], "probability": float(sure[i])}
+        {
+            "image_id": ids[i],
+            "true": classes[labels[i]],
+            "called": classes[called[i]],
+            "probability": float(certainty[i]),
+        }
         for i in order
-        if sure[i] >= 0
+        if certainty[i] >= 0
     ]

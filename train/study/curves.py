@@ -1,25 +1,33 @@
-"""Learning curves `y = a − b·n^−c`: fitted, with intervals, and with a plain word where the data cannot tell.
+"""Learning curves `y = a − b·n^−c`: fitted, with intervals, and with reasons where the data cannot show them.
 
     curve = fit_curve(n_train, balanced_accuracy)
     curve.c                    # {"value": 0.42, "low": 0.31, "high": 0.55}
     curve.at(4000)             # {"n": 4000, "value": 0.61, "low": 0.60, "high": 0.62}
     hold_out_largest(n_train, balanced_accuracy)["inside"]
 
+    learning_curves(table, "balanced_accuracy")   # of every model of a table of runs, as a dict for JSON
+
 The intervals say how much seeds and training subsets move the result on the test set as it is. They take the runs as
-independent; runs of one subset seed share training images, so a spread shared by all sizes is not in them.
+independent. Runs of one subset seed share training images, so a spread shared by all sizes is not in the intervals.
+
+A table of runs has one row a run: `model`, `fraction`, `n_train`, `seed`, `subset_seed`, and each metric with its
+interval as `<metric>`, `<metric>_low`, `<metric>_high` (`run_metrics.flatten`).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.common.errors import DataError, UsageError
-from train.study.powerlaw import PowerLawFit
-from train.study.profile import C_MAX, C_MIN, size_groups
+from train.study.numbers import p_value
+from train.study.powerlaw import C_MAX, C_MIN, PowerLawFit, size_groups
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EXTRAPOLATION = 2.0
 ROUNDING = 1.05
@@ -35,11 +43,11 @@ Estimate = dict[str, float | None]
 class LearningCurve:
     """A fitted curve. Estimates are {"value", "low", "high"}, 95 %; an open end is None.
 
-    a: the score with endless data, b and c: how far below it and how fast it rises. identifiable: False where the
-    data do not bound them, and `reasons` says why; values between the measured sizes are good all the same where the
-    form fits (`lack_of_fit_p`).
+    a: the score with endless data, b and c: how far below it the curve starts and how fast it rises. identifiable:
+    False where the data do not bound them; `reasons` says why. Values between the measured sizes are valid even then
+    if the form fits (`lack_of_fit_p`).
     noise_sd: standard deviation of a run at the largest size; noise_power: its variance falls as n^−noise_power.
-    lack_of_fit_p: small where the means of the sizes lie farther from the curve than their runs from each other.
+    lack_of_fit_p: small where the means of the sizes are farther from the curve than their runs are from each other.
     """
 
     a: Estimate
@@ -86,7 +94,7 @@ def check_reach(n: float, n_min: float, n_max: float) -> None:
     if not (math.isfinite(n) and n_min / reach <= n <= n_max * reach):
         raise UsageError(
             f"{n:.0f} training images lie more than {EXTRAPOLATION:.0f}× outside the measured {n_min:.0f} to "
-            f"{n_max:.0f}: a fitted curve says nothing there; train at more sizes"
+            f"{n_max:.0f}: a fitted curve is not valid there; train at more sizes"
         )
 
 
@@ -111,13 +119,13 @@ def fit_curve(
     """Fit `score = a − b·n^−c`, a ≤ ceiling, b ≥ 0, C_MIN ≤ c ≤ C_MAX, to one score a run.
 
     n_train: (m,) training images; scores: (m,). Runs weigh by the inverse of a noise variance that falls as a power of
-    n, estimated from the runs of each size. The point is scipy's `curve_fit`; intervals are profiles (`profile.py`)
-    whose limit is calibrated on `resamples` sets of runs drawn from the fitted curve.
+    n, estimated from the runs of each size. The point is the one of scipy's `curve_fit`. Intervals are profiles
+    (`powerlaw.py`) whose limit is calibrated on `resamples` sets of runs drawn from the fitted curve.
 
-    Coverage on results made up from known curves, seven sizes of three runs, 2,000 repeats of each of three curves: the
+    Coverage on simulated results of known curves, seven sizes of three runs, 2,000 repeats of each of three curves: the
     95 % intervals of a, b, c, of the curve from the smallest to twice the largest size, and of the held-out mean hold
-    the truth in 93.9 to 95.4 %; with four sizes in 93.2 to 96.0 %, but then such a curve is identifiable in one case of
-    eight (`python -m tests.support.simulate_coverage --only curves`).
+    the truth in 93.9 to 95.4 %. With four sizes they do in 93.2 to 96.0 %, but such a curve is identifiable in only one
+    case of eight (`python -m tests.support.simulate_coverage --only curves`).
 
     Not identifiable (a, b, c then have open ends, None): fewer than MIN_SIZES sizes, no spare runs, an interval of c
     that reaches the end of its range, or one of a that reaches the ceiling. Raises DataError for unusable numbers.
@@ -152,10 +160,10 @@ def fit_curve(
     b_low, b_high = fit.interval(0.0, -(n.max() ** fit.grid), fit.b * scale)
     if c_low <= C_MIN:
         reasons.append(
-            f"c may be {C_MIN} or less: within these sizes the rise is as good as logarithmic, without an end"
+            f"c may be {C_MIN} or less: within these sizes the rise looks logarithmic, without an upper limit"
         )
     if c_high >= C_MAX:
-        reasons.append(f"c may be {C_MAX} or more: only the smallest size tells of a rise")
+        reasons.append(f"c may be {C_MAX} or more: only the smallest size shows a rise")
     if a_high >= ceiling:
         reasons.append(f"a may be the highest possible score, {ceiling:g}")
     if b_low <= 0:
@@ -186,30 +194,148 @@ def hold_out_largest(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Fit without the largest size, predict the mean of its runs, and say whether it came true.
+    """Fit without the largest size, predict the mean of its runs, and compare it with the observed mean.
 
     Returns {"n", "runs", "observed", "predicted", "low", "high", "inside", "reason"}; low to high holds the mean of so
-    many runs in 95 % of cases if the curve is right. Where no prediction is made, the last five are None and a reason.
+    many runs in 95 % of cases if the curve is right. Without a prediction the four before `reason` are None.
     """
     n, y = _checked(n_train, scores)
     groups = size_groups(n)
     last = groups == groups.max()
-    told = {"n": float(n[last].mean()), "runs": int(last.sum()), "observed": float(y[last].mean())}
+    measured = {"n": float(n[last].mean()), "runs": int(last.sum()), "observed": float(y[last].mean())}
     refused = {"predicted": None, "low": None, "high": None, "inside": None}
     if not (~last).any():
-        return told | refused | {"reason": "one size only"}
+        return measured | refused | {"reason": "one size only"}
     curve = fit_curve(n[~last], y[~last], ceiling=ceiling, resamples=resamples, seed=seed)
     if curve.fit is None:
-        return told | refused | {"reason": "without the largest size: " + "; ".join(curve.reasons)}
+        return measured | refused | {"reason": "without the largest size: " + "; ".join(curve.reasons)}
     try:
-        check_reach(told["n"], curve.n_min, curve.n_max)
+        check_reach(measured["n"], curve.n_min, curve.n_max)
     except UsageError as error:
-        return told | refused | {"reason": str(error)}
-    value, low, high = curve.fit.new_mean_at(told["n"], told["runs"])
-    return told | {
+        return measured | refused | {"reason": str(error)}
+    value, low, high = curve.fit.new_mean_at(measured["n"], measured["runs"])
+    return measured | {
         "predicted": value,
         "low": low,
         "high": high,
-        "inside": bool(low <= told["observed"] <= high),
+        "inside": bool(low <= measured["observed"] <= high),
         "reason": None,
+    }
+
+
+def learning_curve(runs: "pd.DataFrame", metric: str, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """The learning curve of one model's runs as a dict for JSON. Raises DataError where no run has the metric.
+
+    Keys: `curve` (LearningCurve.to_dict), `hold_out` (hold_out_largest), `doubts` (reasons not to read the curve beyond
+    the data; empty where there is none), `band` ([{"n", "value", "low", "high", "low_patients", "high_patients"}], to
+    twice the largest size, or to the largest where there are doubts; empty where no curve is fitted), `points`
+    ([{"n", "value", "seed"}], every run), `notes`.
+
+    Where sizes have several runs of one subset seed, which share their training images, the curve is fitted to the
+    means of those. low to high is for the test lesions as they are. The `_patients` ends add the sampling of the
+    lesions, from the runs' own intervals, because all runs share one test set and err together. They are None where the
+    table has no intervals.
+    """
+    rows = runs.dropna(subset=[metric, "n_train"])
+    if not len(rows):
+        raise DataError(f"no run has a {metric}: a learning curve needs finished runs")
+    means, averaged = _of_subsets(rows, metric)
+    n, y = means["n_train"].to_numpy(dtype=np.float64), means[metric].to_numpy(dtype=np.float64)
+    curve = fit_curve(n, y, resamples=resamples, seed=seed)
+    check = hold_out_largest(n, y, resamples=resamples, seed=seed)
+    doubts = _doubts(curve, check)
+    band: list[dict[str, Any]] = [dict(point) for point in curve.band(beyond=not doubts)]
+    error = _test_error(rows, metric)
+    for point in band:
+        ends: tuple[float | None, float | None] = (None, None)
+        if error is not None:
+            shared = 1.96 * float(np.interp(np.log(point["n"]), *error))
+            ends = (
+                max(point["value"] - float(np.hypot(point["value"] - point["low"], shared)), 0.0),
+                min(point["value"] + float(np.hypot(point["high"] - point["value"], shared)), 1.0),
+            )
+        point["low_patients"], point["high_patients"] = ends
+    seeds = rows["seed"].tolist() if "seed" in rows else [None] * len(rows)
+    points = zip(rows["n_train"].tolist(), rows[metric].tolist(), seeds, strict=True)
+    return {
+        "curve": curve.to_dict(),
+        "hold_out": check,
+        "doubts": doubts,
+        "band": band,
+        "points": [{"n": float(size), "value": float(value), "seed": number} for size, value, number in points],
+        "notes": [*curve.reasons, *averaged, *_shared_subsets(means, curve, n, y)],
+    }
+
+
+def _of_subsets(rows: "pd.DataFrame", metric: str) -> tuple["pd.DataFrame", list[str]]:
+    """The runs, or their means by size and subset seed where a size has several runs of one, and a note on that.
+
+    With crossed seeds nine runs of a size share three subsets. Counted as nine independent runs they would make the
+    intervals narrower than three subsets allow.
+    """
+    if "subset_seed" not in rows:
+        return rows, []
+    sized = rows.assign(size=size_groups(rows["n_train"].to_numpy(dtype=np.float64)))
+    means = sized.groupby(["size", "subset_seed"], sort=False).agg({"n_train": "mean", metric: "mean"}).reset_index()
+    if len(means) == len(rows):
+        return rows, []
+    return means, [
+        f"runs of one size that share a subset seed are averaged before the fit ({len(rows)} runs, {len(means)} means)"
+    ]
+
+
+def _doubts(curve: LearningCurve, check: dict[str, Any]) -> list[str]:
+    """Reasons not to trust a curve beyond the largest measured size; none where no curve is fitted."""
+    if curve.fit is None:
+        return []
+    doubts = []
+    if check["inside"] is False:
+        doubts.append("fitted without the largest size, the curve does not predict that size")
+    p = curve.lack_of_fit_p
+    if p is not None and p < 0.05:
+        doubts.append(f"the means of the sizes are farther from the curve than chance explains (p {p_value(p)})")
+    _, low, high = curve.fit.value_at(curve.n_max)
+    if not low <= check["observed"] <= high:
+        doubts.append("the measured mean of the largest size is outside its 95 % interval there")
+    return doubts
+
+
+def _test_error(rows: "pd.DataFrame", metric: str) -> tuple[Floats, Floats] | None:
+    """Rising log sizes and the standard errors of the test set there, from the widths of the runs' intervals."""
+    if f"{metric}_low" not in rows or f"{metric}_high" not in rows:
+        return None
+    known = rows.dropna(subset=[f"{metric}_low", f"{metric}_high"])
+    if not len(known):
+        return None
+    width = (known[f"{metric}_high"] - known[f"{metric}_low"]).to_numpy(dtype=np.float64) / (2 * 1.96)
+    logs = np.log(known["n_train"].to_numpy(dtype=np.float64))
+    places = np.unique(logs)
+    return places, np.array([width[logs == place].mean() for place in places])
+
+
+def _shared_subsets(rows: "pd.DataFrame", curve: LearningCurve, n: Floats, y: Floats) -> list[str]:
+    """A note where runs of one subset seed deviate from the curve together, which the intervals do not include."""
+    from scipy.stats import f_oneway
+
+    if curve.fit is None or "subset_seed" not in rows:
+        return []
+    subset = rows["subset_seed"].to_numpy()
+    away = y - np.array([curve.fit.value_at(float(size))[0] for size in n])
+    groups = [away[subset == s] for s in np.unique(subset)]
+    groups = [group for group in groups if group.size >= 2]
+    if len(groups) < 2 or np.ptp(away) < 1e-12:
+        return []
+    p = float(f_oneway(*groups).pvalue)
+    return (
+        []
+        if p >= 0.05
+        else [f"runs of one subset seed deviate from the curve together (p {p_value(p)}): the intervals are too narrow"]
+    )
+
+
+def learning_curves(table: "pd.DataFrame", metric: str, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """`learning_curve` of every model of a table of runs, by the model's name."""
+    return {
+        str(name): learning_curve(rows, metric, resamples=resamples, seed=seed)
+        for name, rows in table.groupby("model", sort=True)
     }

@@ -1,4 +1,4 @@
-"""What a split by image gains falsely: two training sets of one size, and the difference that they make."""
+"""How much a split by image inflates the scores: two training sets of one size, and the difference between them."""
 
 import math
 from pathlib import Path
@@ -19,11 +19,11 @@ RESULT = "leakage.json"
 def arms(
     split: "np.ndarray", labels: "np.ndarray", lesions: "np.ndarray", images: "np.ndarray", classes: tuple[str, ...]
 ) -> "dict[str, np.ndarray]":
-    """Training rows of both arms, each ascending int64, with equally many images of every class.
+    """Training rows of both arms, each ascending int64, with the same number of images of every class.
 
     split, labels, lesions, images: (N,) of every image of a set that was split by image. `apart`: all training images
-    whose lesion has no test image. `leaky`: as many of each class, first those whose lesion has one, then others, each
-    in the order of a hash of its name. Raises DataError where a class has no training image but of test lesions.
+    whose lesion has no test image. `leaky`: as many of each class, first those whose lesion has a test image, then
+    others, ordered by a hash of their name. Raises DataError for a class whose training lesions all have test images.
     """
     import numpy as np
     import xxhash
@@ -44,9 +44,9 @@ def arms(
 
 
 def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> None:
-    """Write the shard set of an arm: the training rows named, and the validation and test images as they are.
+    """Write the shard set of an arm: the given training rows, and the validation and test images as they are.
 
-    A set that is there already and comes from the same source is kept.
+    A set that exists already and comes from the same source is kept.
     """
     import numpy as np
 
@@ -133,11 +133,11 @@ def measure(data: "ShardSet", rows: "dict[str, np.ndarray]", cells: list[Any], f
     return found
 
 
-def told(result: dict[str, Any]) -> list[str]:
+def sentences(result: dict[str, Any]) -> list[str]:
     """The result in sentences: the difference on all test images, what it shows, and the control. Empty if undefined.
 
-    The control are test images whose lesion has no view in training: nothing can leak there, so what the networks
-    differ by on those is not of the leak. The difference on the others is the leak's at its largest.
+    The control is the test images whose lesion has no view in training. Nothing can leak there, so a difference on
+    them comes from the networks. The difference on the other test images is the upper limit of the leak.
     """
     metric = "balanced_accuracy"
     cell, unseen = result["all"][metric], _cell(result, "unseen", metric)
@@ -151,21 +151,25 @@ def told(result: dict[str, Any]) -> list[str]:
     ]
     biased = unseen is not None and _side_of_0(unseen) != 0
     if _side_of_0(cell) == 0:
-        lines.append("The interval holds 0, so this experiment cannot show a gain.")
+        lines.append("The interval contains 0, so this experiment cannot show a gain.")
     elif _side_of_0(cell) < 0:
         lines.append("It scores lower, so this experiment shows no gain.")
     elif not biased:
-        lines.append("So much does a split by image gain falsely.")
+        lines.append("This is how much a split by image inflates the score.")
     if not cell["includes_seeds"]:
-        lines.append("That is of these two trained networks; other seeds may give another figure.")
+        lines.append("This compares two trained networks; other seeds may give another difference.")
     seen = _cell(result, "seen", metric)
     if seen is not None:
-        lines.append(f"On the {images['seen']:,} test images with views in training it is {_gap(seen, metric)}.")
+        lines.append(
+            f"On the {images['seen']:,} test images with views in training the difference is {_gap(seen, metric)}."
+        )
     if unseen is None:
-        lines.append("No test image is without views in training, so there is no control.")
+        lines.append("Every test image has views in training, so there is no control.")
     else:
         line = f"On the {images['unseen']:,} without any, where nothing can leak, it is {_gap(unseen, metric)}"
-        lines.append(line + (": part of the difference is of the networks and not of the leak." if biased else "."))
+        lines.append(
+            line + (": part of the difference comes from the networks and not from the leak." if biased else ".")
+        )
     return lines
 
 

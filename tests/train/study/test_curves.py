@@ -1,15 +1,16 @@
-"""Learning curves: the fit against scipy's, the profile against refits, refusals, and what is not identifiable."""
+"""Learning curves: the fit against scipy's, the profile against refits, refusals, doubts, and tables of runs."""
 
 import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
-from scipy.optimize import curve_fit, least_squares
+from scipy.optimize import curve_fit, least_squares, lsq_linear
 
 from shards.common.errors import DataError, UsageError
-from train.study.curves import fit_curve, hold_out_largest
-from train.study.profile import C_MAX, C_MIN, Lines, Quantity, power_weights, size_groups, variance_power
+from train.study.curves import fit_curve, hold_out_largest, learning_curve, learning_curves
+from train.study.powerlaw import C_MAX, C_MIN, Lines, Quantity, power_weights, size_groups, variance_power
 
 SIZES = np.round(5600 / 2.0 ** np.arange(6, -1, -1))
 
@@ -22,6 +23,7 @@ def runs(a=0.75, b=1.6, c=0.3, sizes=SIZES, seeds=3, sd=0.01, seed=0):
 def test_exact_points_give_back_the_curve():
     n, y = runs(sd=0)
     curve = fit_curve(n, y, resamples=50)
+    assert curve.to_dict() == fit_curve(n, y, resamples=50).to_dict()
     for estimate, truth in ((curve.a, 0.75), (curve.b, 1.6), (curve.c, 0.3)):
         assert estimate["value"] == pytest.approx(truth, rel=1e-4)
     assert curve.at(8000)["value"] == pytest.approx(0.75 - 1.6 * 8000**-0.3, abs=1e-6)
@@ -73,7 +75,7 @@ def test_a_profile_is_what_constrained_refits_leave(what):
         assert min(abs(end - fixed) for end in lines.limits(quantity, expected)) < 1e-3 * abs(fixed)
 
 
-def test_lines_equal_numpys_least_squares_at_each_exponent_and_keep_under_the_ceiling():
+def test_lines_equal_scipys_least_squares_at_each_exponent_and_keep_under_the_ceiling():
     rng = np.random.default_rng(3)
     n, grid = np.repeat(SIZES, 2), np.array([0.1, 0.5, 1.5])
     y, weights = rng.uniform(0.4, 1.2, size=(n.size, 40)), rng.uniform(0.5, 2, size=(n.size, 40))
@@ -83,15 +85,10 @@ def test_lines_equal_numpys_least_squares_at_each_exponent_and_keep_under_the_ce
         x = (n / n.max()) ** -c
         for s in range(40):
             root = np.sqrt(weights[:, s])
-            found = least_squares(
-                lambda p, x=x, s=s, root=root: root * (p[0] + p[1] * x - y[:, s]),
-                (0.5, -0.1),
-                bounds=([-np.inf, -np.inf], [1.0, 0.0]),
-                xtol=1e-12,
-                ftol=1e-12,
-            )
+            design = root[:, None] * np.stack([np.ones_like(x), x], axis=1)
+            found = lsq_linear(design, root * y[:, s], bounds=([-np.inf, -np.inf], [1.0, 0.0]), tol=1e-14)
             bound += lines.pinned[g, s]
-            assert lines.rss[g, s] == pytest.approx(2 * found.cost, rel=2e-3)
+            assert lines.rss[g, s] == pytest.approx(2 * found.cost)
     assert 0 < bound < 120  # both kinds were met
 
 
@@ -131,10 +128,10 @@ def test_more_than_twice_the_sizes_is_refused():
             "logarithmic",
         ),
         (runs(a=0.99, b=0.5, c=0.12, sd=0.01), "a may be the highest possible score"),
-        (runs(a=0.6, b=1e6, c=3.0, sd=0.01, sizes=SIZES[-5:]), "only the smallest size tells"),
+        (runs(a=0.6, b=1e6, c=3.0, sd=0.01, sizes=SIZES[-5:]), "only the smallest size shows"),
     ],
 )
-def test_a_curve_that_cannot_be_told_says_why(data, reason):
+def test_a_curve_that_is_not_identifiable_says_why(data, reason):
     curve = fit_curve(*data, resamples=100)
     assert not curve.identifiable
     assert any(reason in line for line in curve.reasons), curve.reasons
@@ -158,22 +155,15 @@ def test_a_clear_curve_is_identifiable_and_json():
     assert curve.lack_of_fit_p is not None and curve.lack_of_fit_p > 0.001
 
 
-def test_a_curve_of_another_shape_is_noticed():
-    n = np.repeat(SIZES, 3)
-    steps = np.where(n < 500, 0.3, 0.7) + np.random.default_rng(0).normal(size=n.size) * 0.005
-    curve = fit_curve(n, steps, resamples=50)
-    assert curve.lack_of_fit_p is not None and curve.lack_of_fit_p < 1e-3
-
-
 def test_the_largest_size_is_predicted_without_being_seen():
     n, y = runs(b=2.5, c=0.5, a=0.7, seed=1)
-    told = hold_out_largest(n, y, resamples=200)
-    assert told["inside"] and told["low"] < told["predicted"] < told["high"] and told["runs"] == 3
+    found = hold_out_largest(n, y, resamples=200)
+    assert found["inside"] and found["low"] < found["predicted"] < found["high"] and found["runs"] == 3
     moved = np.where(n == n.max(), y - 0.1, y)
     surprised = hold_out_largest(n, moved, resamples=200)
     assert not surprised["inside"]
     for key in ("predicted", "low", "high"):
-        assert surprised[key] == told[key], "the held-out runs moved their own prediction"
+        assert surprised[key] == found[key], "the held-out runs moved their own prediction"
 
 
 @pytest.mark.parametrize(
@@ -185,8 +175,8 @@ def test_the_largest_size_is_predicted_without_being_seen():
     ],
 )
 def test_no_prediction_is_made_where_none_can_be(sizes, reason):
-    told = hold_out_largest(*runs(sizes=sizes), resamples=50)
-    assert told["predicted"] is None and told["inside"] is None and reason in told["reason"]
+    found = hold_out_largest(*runs(sizes=sizes), resamples=50)
+    assert found["predicted"] is None and found["inside"] is None and reason in found["reason"]
 
 
 def test_unusable_numbers_are_refused():
@@ -196,6 +186,96 @@ def test_unusable_numbers_are_refused():
             fit_curve(*bad)
 
 
-def test_equal_seeds_give_equal_intervals():
-    n, y = runs()
-    assert fit_curve(n, y, resamples=80, seed=5).to_dict() == fit_curve(n, y, resamples=80, seed=5).to_dict()
+def study_table(seeds=3, seed=0, *, shared=0.0):
+    rng = np.random.default_rng(seed)
+    sizes = np.round(5600 / 2.0 ** np.arange(6, -1, -1)).astype(int)
+    rows = []
+    for model, a in (("resnet18", 0.7), ("alexnet", 0.62)):
+        for s in range(seeds):
+            for n in sizes:
+                y = a - 2.5 * n**-0.5 + 0.008 * rng.normal() + shared * (s - 1)
+                row = {"model": model, "fraction": n / 5600, "n_train": n + 3 * s, "seed": s, "subset_seed": s}
+                rows.append(
+                    row
+                    | {"balanced_accuracy": y, "balanced_accuracy_low": y - 0.04, "balanced_accuracy_high": y + 0.04}
+                )
+    return pd.DataFrame(rows)
+
+
+def test_each_model_gets_its_curve_points_and_held_out_check():
+    found = learning_curves(study_table(), "balanced_accuracy", resamples=200)
+    assert list(found) == ["alexnet", "resnet18"]
+    one = found["resnet18"]
+    assert one["curve"]["identifiable"] and one["hold_out"]["predicted"] is not None and len(one["points"]) == 21
+    assert one["curve"]["a"]["low"] < 0.7 < one["curve"]["a"]["high"]
+    for point in one["band"]:
+        assert point["low_patients"] < point["low"] < point["value"] < point["high"] < point["high_patients"]
+        # Test-set error of ±0.04 and the fit's own, as independent errors.
+        up = np.hypot(point["high"] - point["value"], 0.04)
+        assert point["high_patients"] - point["value"] == pytest.approx(up, rel=0.01)
+    assert one["notes"] == one["doubts"] == []
+    assert one["band"][-1]["n"] == pytest.approx(2 * one["curve"]["n_max"])
+    json.dumps(found, allow_nan=False)
+
+
+def test_without_intervals_in_the_table_the_band_does_not_include_other_patients():
+    table = study_table()[["model", "n_train", "balanced_accuracy"]]
+    found = learning_curve(table[table["model"] == "alexnet"], "balanced_accuracy", resamples=50)
+    assert all(point["low_patients"] is None and point["high_patients"] is None for point in found["band"])
+    assert all(point["seed"] is None for point in found["points"])
+
+
+def test_subsets_that_move_all_sizes_together_are_noticed():
+    table = study_table(shared=0.02)
+    found = learning_curve(table[table["model"] == "alexnet"], "balanced_accuracy", resamples=50)
+    assert any("the intervals are too narrow" in note for note in found["notes"])
+
+
+def largest_at(table, shift):
+    """The table with the scores of the largest size moved."""
+    moved = table["balanced_accuracy"] + np.where(table["fraction"] == 1.0, shift, 0.0)
+    return table.assign(balanced_accuracy=moved)
+
+
+def test_a_curve_whose_form_does_not_fit_ends_with_the_data():
+    table = study_table()
+    jump = np.where(table["n_train"] < 500, 0.3, 0.7) + 0.005 * np.random.default_rng(0).normal(size=len(table))
+    jumping = table.assign(balanced_accuracy=jump)
+    found = learning_curve(jumping[table["model"] == "alexnet"], "balanced_accuracy", resamples=50)
+    assert any("than chance explains (p < 0.001)" in doubt for doubt in found["doubts"])
+    assert found["band"][-1]["n"] == pytest.approx(found["curve"]["n_max"])
+
+
+def test_a_largest_size_that_falls_off_puts_the_curve_in_doubt():
+    table = largest_at(study_table(), -0.06)
+    found = learning_curve(table[table["model"] == "resnet18"], "balanced_accuracy", resamples=100)
+    assert found["hold_out"]["inside"] is False
+    assert any("does not predict" in doubt for doubt in found["doubts"])
+    assert any("is outside its 95 % interval there" in doubt for doubt in found["doubts"])
+    assert found["band"][-1]["n"] == pytest.approx(found["curve"]["n_max"])
+
+
+def test_runs_that_share_a_subset_are_averaged_before_the_fit_and_shown_as_they_are():
+    """Three seeds on each of three subsets, whose runs differ by their subset alone: intervals as wide as for three."""
+    three = study_table(shared=0.01)
+    nine = pd.concat([three.assign(seed=seed) for seed in range(3)])
+    one, many = (
+        learning_curve(table[table["model"] == "resnet18"], "balanced_accuracy", resamples=100)
+        for table in (three, nine)
+    )
+    assert len(many["points"]) == 63 and many["curve"]["runs"] == 21
+    for mine, other in zip(many["band"], one["band"], strict=True):
+        assert mine == pytest.approx(other)
+    assert [note for note in many["notes"] if note not in one["notes"]] == [
+        "runs of one size that share a subset seed are averaged before the fit (63 runs, 21 means)"
+    ]
+
+
+def test_few_sizes_give_points_and_a_reason_but_no_curve():
+    table = study_table()
+    few = table[(table["model"] == "resnet18") & (table["fraction"] > 0.2)]
+    found = learning_curve(few, "balanced_accuracy", resamples=50)
+    assert found["band"] == [] and len(found["points"]) == 9 and not found["curve"]["identifiable"]
+    assert any("at least 4" in note for note in found["notes"])
+    with pytest.raises(DataError, match="no run has a balanced_accuracy"):
+        learning_curve(few.iloc[:0], "balanced_accuracy")

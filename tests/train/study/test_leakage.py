@@ -22,7 +22,7 @@ from train.report import compose, draw
 from train.study import analysis
 from train.study import runs as study_data
 from train.study.cells import Cell
-from train.study.leakage import ARMS, arms, measure, told, write_arm
+from train.study.leakage import ARMS, arms, measure, sentences, write_arm
 
 ROOT = Path(__file__).parents[3]
 
@@ -89,7 +89,7 @@ def test_the_arms_have_one_size_in_every_class_and_differ_in_views_of_test_lesio
             assert taken == min(views, counts[0][label])
 
 
-def test_the_arms_do_not_hang_on_the_order_of_rows(by_image):
+def test_the_arms_do_not_depend_on_the_order_of_rows(by_image):
     with ShardSet(by_image) as data:
         columns = [data.column("split"), data.column("label"), data.lesion_names, data.column("image_id")]
         there = arms(*columns, data.manifest.classes)
@@ -150,7 +150,7 @@ def test_the_gain_is_measured_in_pairs_and_shown_in_the_report(by_image, tmp_pat
     found = analysis.analyse(study_data.read(study), resamples=200)
     page = compose(found, draw(found))
     assert "What a split by image gains falsely" in page and 'id="leakage-balanced_accuracy"' in page
-    for sentence in told(result):
+    for sentence in sentences(result):
         assert escape(sentence) in page
 
 
@@ -158,48 +158,52 @@ FIRST = (
     "Trained on as many images, but with views of the test lesions among them, resnet18 scores {} points ({} points to "
     "{} points, p = 0.010) in balanced accuracy on the same 2,000 test images ({} seed{})."
 )
-SEEN = "On the 800 test images with views in training it is +12.0 points (+9.0 points to +16.0 points, p = 0.010)."
+SEEN = (
+    "On the 800 test images with views in training the difference is +12.0 points (+9.0 points to +16.0 points, "
+    "p = 0.010)."
+)
 UNSEEN = (
     "On the 1,200 without any, where nothing can leak, it is {} points ({} points to {} points, p = 0.010)"
 ).format
 
 
 def test_a_clear_gain_with_a_control_of_none_is_what_the_split_gains():
-    assert told(made_leakage()) == [
+    assert sentences(made_leakage()) == [
         FIRST.format("+5.0", "+2.0", "+9.0", 2, "s"),
-        "So much does a split by image gain falsely.",
+        "This is how much a split by image inflates the score.",
         SEEN,
         UNSEEN("-1.0", "-4.0", "+3.0") + ".",
     ]
 
 
-def test_a_gain_whose_interval_holds_0_is_not_told_as_one():
-    assert told(made_leakage(every=0.015, seeds=1)) == [
+def test_a_gain_whose_interval_contains_0_is_not_called_one():
+    assert sentences(made_leakage(every=0.015, seeds=1)) == [
         FIRST.format("+1.5", "-1.5", "+5.5", 1, ""),
-        "The interval holds 0, so this experiment cannot show a gain.",
-        "That is of these two trained networks; other seeds may give another figure.",
+        "The interval contains 0, so this experiment cannot show a gain.",
+        "This compares two trained networks; other seeds may give another difference.",
         SEEN,
         UNSEEN("-1.0", "-4.0", "+3.0") + ".",
     ]
 
 
 def test_networks_that_differ_where_nothing_leaks_are_not_the_leak():
-    lines = told(made_leakage(unseen=0.04))
+    lines = sentences(made_leakage(unseen=0.04))
     assert (
-        lines[-1] == UNSEEN("+4.0", "+1.0", "+8.0") + ": part of the difference is of the networks and not of the leak."
+        lines[-1]
+        == UNSEEN("+4.0", "+1.0", "+8.0") + ": part of the difference comes from the networks and not from the leak."
     )
-    assert not any("gain falsely" in line for line in lines)
+    assert not any("inflates" in line for line in lines)
 
 
 def test_a_loss_is_no_gain_and_groups_without_images_are_named_or_left_out():
-    lines = told(made_leakage(every=-0.06) | {"seen": None, "unseen": None})
+    lines = sentences(made_leakage(every=-0.06) | {"seen": None, "unseen": None})
     assert lines[1:] == [
         "It scores lower, so this experiment shows no gain.",
-        "No test image is without views in training, so there is no control.",
+        "Every test image has views in training, so there is no control.",
     ]
     nothing = made_leakage()
     nothing["all"]["balanced_accuracy"]["difference"] = {"value": None, "low": None, "high": None}
-    assert told(nothing) == []
+    assert sentences(nothing) == []
 
 
 def test_a_set_that_was_split_by_lesion_is_refused(tiny_shards, tmp_path):

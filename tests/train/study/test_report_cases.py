@@ -103,7 +103,7 @@ def test_equal_steps_are_told_and_few_runs_too(tmp_path):
     assert "same number of optimizer steps" in text
     assert "Some cells have 1 run" in text and "trained networks" in text
     assert "No curve was fitted" in text
-    assert "interaction cannot be told from the seed" in words(page)
+    assert "interaction cannot be separated from the seed" in words(page)
 
 
 def test_seeds_that_meet_several_subsets_are_counted_as_such(tmp_path):

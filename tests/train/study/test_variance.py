@@ -7,7 +7,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
 from shards.common.errors import DataError
-from train.study.variance import SOURCES, _Design, variance_shares
+from train.study.variance import SOURCES, Design, variance_shares
 
 
 def grid(models=3, sizes=4, runs=3, *, noise=0.01, interaction=0.0, seed=0):
@@ -32,20 +32,20 @@ def test_the_vectorised_sums_of_squares_are_statsmodels(dropped):
     table = grid(interaction=0.02, noise=0.05).drop(index=dropped)
     table["size"] = table["fraction"]
     found = anova_lm(ols("score ~ C(model) * C(size)", table).fit(), typ=2)["sum_sq"].to_numpy()
-    design = _Design(pd.factorize(table["model"])[0], pd.factorize(table["size"])[0], repeated=True)
+    design = Design(pd.factorize(table["model"])[0], pd.factorize(table["size"])[0], repeated=True)
     np.testing.assert_allclose(design.sums(table["score"].to_numpy()[:, None])[:, 0], found, rtol=1e-9)
     noise = found[3] / design.freedom[3]
     parts = np.append(np.maximum(found[:3] - design.freedom[:3] * noise, 0) / len(table), noise)
-    told = variance_shares(table, "score", resamples=10)["shares"]
-    np.testing.assert_allclose([told[name]["value"] for name in SOURCES], parts / parts.sum())
+    found = variance_shares(table, "score", resamples=10)["shares"]
+    np.testing.assert_allclose([found[name]["value"] for name in SOURCES], parts / parts.sum())
 
 
 def test_shares_sum_to_one_and_name_the_cause():
-    told = variance_shares(grid(noise=0.001), "score", resamples=100)["shares"]
-    assert sum(told[name]["value"] for name in SOURCES) == pytest.approx(1)
+    found = variance_shares(grid(noise=0.001), "score", resamples=100)["shares"]
+    assert sum(found[name]["value"] for name in SOURCES) == pytest.approx(1)
     # Size steps of 0.1 over four, model steps of 0.05 over three: variances 0.0125 and 0.00167.
-    assert told["size"]["value"] == pytest.approx(0.0125 / (0.0125 + 0.0025 * 2 / 3), abs=0.003)
-    assert told["interaction"]["value"] < 0.001 and told["seed"]["value"] < 0.001
+    assert found["size"]["value"] == pytest.approx(0.0125 / (0.0125 + 0.0025 * 2 / 3), abs=0.003)
+    assert found["interaction"]["value"] < 0.001 and found["seed"]["value"] < 0.001
     alone = grid(noise=0.001)
     alone["score"] = np.random.default_rng(1).normal(size=len(alone))
     assert variance_shares(alone, "score", resamples=100)["shares"]["seed"]["value"] > 0.7
@@ -61,23 +61,23 @@ def test_sizes_are_grouped_without_a_fraction_column():
 
 
 def test_without_repeats_the_interaction_is_not_made_up():
-    told = variance_shares(grid(runs=1), "score", resamples=50)
-    assert told["shares"]["interaction"] == {"value": None, "low": None, "high": None}
-    assert any("cannot be told from the seed" in note for note in told["notes"])
-    assert sum(told["shares"][name]["value"] for name in ("model", "size", "seed")) == pytest.approx(1)
+    found = variance_shares(grid(runs=1), "score", resamples=50)
+    assert found["shares"]["interaction"] == {"value": None, "low": None, "high": None}
+    assert any("cannot be separated from the seed" in note for note in found["notes"])
+    assert sum(found["shares"][name]["value"] for name in ("model", "size", "seed")) == pytest.approx(1)
 
 
-def test_gaps_in_the_grid_are_told():
+def test_gaps_in_the_grid_are_noted():
     table = grid(noise=1e-5)
     table = table[~((table["model"] == "m1") & (table["fraction"] == 0.25))]
-    told = variance_shares(table.iloc[:-1], "score", resamples=20)
-    notes = told["notes"]
-    assert told["shares"]["interaction"]["value"] < 1e-4  # there is none, and the gap does not make one up
+    found = variance_shares(table.iloc[:-1], "score", resamples=20)
+    notes = found["notes"]
+    assert found["shares"]["interaction"]["value"] < 1e-4  # there is none, and the gap does not make one up
     assert any("1 cells of the grid have no run" in note for note in notes)
     assert any("different numbers of runs" in note for note in notes)
 
 
-def test_runs_that_share_subsets_are_told_to_count_as_independent():
+def test_runs_that_share_subsets_are_noted_as_counted_independent():
     table = grid(runs=4)
     alone, crossed = (
         variance_shares(table.assign(subset_seed=subset), "score", resamples=50)["notes"]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from train.study.analysis import Analysis, best_model
-from train.study.leakage import told
+from train.study.leakage import sentences
 from train.study.numbers import between, percent
 
 FEW_LESIONS = 20
@@ -89,7 +89,7 @@ def speed(found: Analysis) -> Iterator[str]:
 def leakage(found: Analysis) -> Iterator[str]:
     """What an image-level split would have gained falsely."""
     if found.leakage is not None:
-        yield from told(found.leakage)
+        yield from sentences(found.leakage)
 
 
 def caveats(found: Analysis) -> Iterator[str]:

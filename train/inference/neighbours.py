@@ -1,16 +1,18 @@
-"""The training lesions that look most alike to a model: nearest by the features that its classifier is given.
+"""The training lesions that are most similar to an image, by the features on which the model's classifier works.
 
-Alike is what the model itself takes for alike, measured by the cosine of the angle between two images' features. A
-lesion counts once, by the image of it that is nearest.
+Similarity is the cosine of the angle between two images' features. A lesion counts once, by its nearest image.
 """
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from shards import Loader, Selection, ShardSet
 from shards.common.errors import DataError
@@ -23,7 +25,7 @@ FILE = "features.safetensors"
 """In the run folder: the features of its training images, so that they are computed once."""
 
 _BATCH = 16
-"""Images at a time: as long as a prediction that comes in between has to wait."""
+"""Images at a time. A prediction that arrives in between waits for one batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,9 @@ class Neighbour:
 
 
 def training_selection(run: Path, data: Path | None = None) -> Selection:
-    """The images that a run was trained on. data: the shard set's folder, where it is not where the run found it.
+    """The images that a run was trained on. data: the shard set's folder, if it is not where the run found it.
 
-    Raises DataError where the run's record or its shard set is missing, or the set is another one.
+    Raises DataError where the run's record or its shard set is missing, or the set is a different one.
     """
     config = read_config(run / CONFIG)
     folder = data or Path(config.data)
@@ -54,10 +56,10 @@ def training_selection(run: Path, data: Path | None = None) -> Selection:
 
 
 class Neighbours:
-    """The features of a run's training images: loaded, or computed by `compute`, after which `nearest` answers."""
+    """The features of a run's training images, loaded or computed by `compute`, and the nearest of them."""
 
     def __init__(self, predictor: Predictor, run: Path, selection: Selection) -> None:
-        """Take the features from the run folder if it has them. Nothing is computed yet."""
+        """Load the features from the run folder if it has them. Nothing is computed yet."""
         self.selection = selection
         self._predictor, self._path = predictor, run / FILE
         self._identity = {
@@ -73,11 +75,11 @@ class Neighbours:
         return self._features is not None
 
     def compute(self, lock: threading.Lock, at: Callable[[int], None], stop: Callable[[], bool]) -> None:
-        """Compute and keep the features, exactly as evaluation would see the images.
+        """Compute the features of the images as evaluation sees them, and save them in the run folder.
 
-        lock: held while the network works, batch by batch, so that others can use it in between. at: told the number of
-        images done. stop: asked after every batch; when true, nothing is kept. A run folder that cannot be written to
-        is left as it is.
+        lock: held while the network works, batch by batch, so that others can use it in between. at: called with the
+        number of images done. stop: called after every batch; if true, nothing is kept. A run folder that cannot be
+        written to is left as it is.
         """
         predictor, rows = self._predictor, []
         loader = Loader(
@@ -101,44 +103,32 @@ class Neighbours:
             loader.close()
         features = np.concatenate(rows)
         self._features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-        self._save()
+        with suppress(OSError):  # the folder of another user, or a full disk: they are computed again next time
+            write_durably(self._path, save({"features": self._features}, metadata=self._identity))
 
     def nearest(self, features: np.ndarray, count: int) -> list[Neighbour]:
-        """The `count` nearest lesions to (F,) features, nearest first. Raises ValueError where nothing is ready yet."""
+        """The `count` nearest lesions to (F,) features, nearest first. Raises ValueError before `ready`."""
         if self._features is None:
             raise ValueError("the features of the training images are not computed yet")
         cosines = self._features @ (features / max(float(np.linalg.norm(features)), 1e-12))
-        found: dict[str, Neighbour] = {}
-        data, samples, lesions = self.selection.data, self.selection.samples, self.selection.lesion_ids
-        for row in np.argsort(-cosines, kind="stable"):
-            lesion = str(lesions[row])
-            if lesion not in found:
-                sample = int(samples[row])
-                image_id, dx = str(data.column("image_id")[sample]), str(data.column("dx")[sample])
-                found[lesion] = Neighbour(sample, image_id, lesion, dx, float(cosines[row]))
-                if len(found) == count:
-                    break
-        return list(found.values())
+        order = np.argsort(-cosines, kind="stable")
+        data, samples, lesions = self.selection.data, self.selection.samples, self.selection.lesion_ids.astype(str)
+        first = np.sort(np.unique(lesions[order], return_index=True)[1])  # the nearest image of each lesion
+        return [
+            Neighbour(
+                sample=int(samples[row]),
+                image_id=str(data.column("image_id")[samples[row]]),
+                lesion_id=str(lesions[row]),
+                dx=str(data.column("dx")[samples[row]]),
+                cosine=float(cosines[row]),
+            )
+            for row in order[first[:count]].tolist()
+        ]
 
     def _load(self) -> np.ndarray | None:
-        """The features of the run folder, None where there are none or they are of other weights or images."""
-        from safetensors import SafetensorError, safe_open
-
-        if not self._path.is_file():
-            return None
+        """The features of the run folder; None where there are none, or they are of other weights or images."""
         try:
             with safe_open(self._path, framework="numpy") as file:
-                if (file.metadata() or {}) != self._identity:
-                    return None
-                return file.get_tensor("features")
+                return file.get_tensor("features") if file.metadata() == self._identity else None
         except (SafetensorError, OSError):
-            return None  # computed anew, and written over
-
-    def _save(self) -> None:
-        from safetensors.numpy import save
-
-        assert self._features is not None
-        try:
-            write_durably(self._path, save({"features": self._features}, metadata=self._identity))
-        except OSError:
-            return  # a run folder of someone else's, or a full disk: they are computed again next time
+            return None

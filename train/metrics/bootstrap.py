@@ -62,6 +62,12 @@ class Groups:
         return found
 
 
+def ratio(above: Floats, below: Floats) -> Floats:
+    """above / below, NaN where below is 0. below ≥ 0 has the shape of above, or one that broadcasts to it."""
+    below = np.broadcast_to(below, above.shape)
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+
+
 class LesionBootstrap:
     """Resamples of the lesions of a test set, class by class, as weights of its images.
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.common.errors import DataError, UsageError
-from train.metrics.bootstrap import CONFIDENCE, Groups, LesionBootstrap, estimate, number
+from train.metrics.bootstrap import CONFIDENCE, Groups, LesionBootstrap, estimate, number, ratio
 
 PRIORS = ("balanced", "training")
 """`balanced`: every class equally likely. `training`: as likely as among the training images of the run."""
@@ -80,10 +80,8 @@ def prior_weights(labels: Ints, weights: Floats, prior: Floats) -> Floats:
     """
     totals = Groups(labels, prior.size).sums(weights)
     share = np.where(totals > 0, prior[:, None], 0.0)
-    whole = share.sum(axis=0)
-    share = np.divide(share, whole, out=np.zeros_like(share), where=whole > 0)
-    factor = np.divide(share, totals, out=np.zeros_like(totals), where=totals > 0)
-    return weights * factor[labels]
+    share = np.nan_to_num(ratio(share, share.sum(axis=0)))
+    return weights * np.nan_to_num(ratio(share, totals))[labels]
 
 
 class ConfidenceBins:
@@ -106,18 +104,15 @@ class ConfidenceBins:
         weighted by mass; NaN without mass.
         """
         mass = self._bins.sums(weights)
-        nothing = np.full(mass.shape, np.nan)
         confidence, accuracy = (
-            np.divide(self._bins.sums(weights * values), mass, out=nothing.copy(), where=mass > 0)
-            for values in (self.confidence, self.correct)
+            ratio(self._bins.sums(weights * values), mass) for values in (self.confidence, self.correct)
         )
-        gaps, whole = np.where(mass > 0, np.abs(accuracy - confidence), 0.0), mass.sum(axis=0)
-        error = np.divide((gaps * mass).sum(axis=0), whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+        gaps = np.where(mass > 0, np.abs(accuracy - confidence), 0.0)
         return {
             "reliability_mass": mass.T,
             "reliability_confidence": confidence.T,
             "reliability_accuracy": accuracy.T,
-            "expected_calibration_error": error,
+            "expected_calibration_error": ratio((gaps * mass).sum(axis=0), mass.sum(axis=0)),
         }
 
     def of_chance(self, weights: Floats, lesions: Ints, *, draws: int, seed: int) -> Floats:

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DataError
 from shards.format import CLASSES
-from train.metrics.bootstrap import CONFIDENCE, LesionBootstrap, estimate, exact_interval, mean_freedom, number, unmoved
+from train.metrics.bootstrap import (
+    CONFIDENCE,
+    LesionBootstrap,
+    estimate,
+    exact_interval,
+    mean_freedom,
+    number,
+    ratio,
+    unmoved,
+)
 from train.metrics.calibration import (
     ConfidenceBins,
     calibration_error,
@@ -150,8 +159,7 @@ def _confusion(counts: Floats, lesions: NDArray[np.int64]) -> dict[str, Any]:
 
     lesions: (C,) by class. The rates of a class without images are None.
     """
-    wholes = counts.sum(axis=2, keepdims=True)
-    rates = np.divide(counts, wholes, out=np.zeros_like(counts), where=wholes > 0)
+    rates = ratio(counts, counts.sum(axis=2, keepdims=True))
     cells = [
         [estimate(rates[:, true, called], lesions=int(lesions[true])) for called in range(len(lesions))]
         if lesions[true]

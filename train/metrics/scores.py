@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DataError
 from shards.format import CLASSES
-from train.metrics.bootstrap import Groups, LesionBootstrap
+from train.metrics.bootstrap import Groups, LesionBootstrap, ratio
 from train.metrics.calibration import ConfidenceBins, at_prior, class_prior, prior_weights, softmax
 
 MALIGNANT = tuple(sorted(CLASSES.index(name) for name in ("mel", "bcc", "akiec")))
@@ -81,12 +81,6 @@ def balanced_accuracy(logits: Any, labels: Any) -> float:
     return float(recall_score(truth, called, labels=np.unique(truth), average="macro"))
 
 
-def _ratio(above: Floats, below: Floats) -> Floats:
-    """above / below, NaN where below is 0."""
-    below = np.broadcast_to(below, above.shape)
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
-
-
 def _cumulated(weights: Floats) -> Floats:
     """(K + 1, R): the sums of the first 0 to K rows."""
     sums = np.zeros((len(weights) + 1, weights.shape[1]))
@@ -133,7 +127,7 @@ class Ranking:
         lost = others[self.over]
         if not np.array_equal(self.over, self.not_under):
             lost = (lost + others[self.not_under]) / 2
-        return 1 - _ratio(np.einsum("ij,ij->j", mine, lost), mine.sum(axis=0) * others[-1])
+        return 1 - ratio(np.einsum("ij,ij->j", mine, lost), mine.sum(axis=0) * others[-1])
 
     def sensitivity(self, weights: Floats) -> Floats:
         """(R,) highest sensitivities of any threshold whose specificity is at least SPECIFICITY; NaN as for `area`."""
@@ -141,7 +135,7 @@ class Ranking:
         # others[k] is the weight of the k highest negatives: as many as the specificity allows may be called positive.
         allowed = (others <= others[-1] * (1 - SPECIFICITY + 1e-9)).sum(axis=0) - 1
         caught = found[self.beaten[allowed], np.arange(weights.shape[1])]
-        return np.where(others[-1] > 0, _ratio(caught, found[-1]), np.nan)
+        return np.where(others[-1] > 0, ratio(caught, found[-1]), np.nan)
 
 
 class Scores:
@@ -237,8 +231,8 @@ class Scores:
         size = weights.shape[1]
         confusion = self._cells.sums(weights).T.reshape(size, self.classes, self.classes)
         right, true, called = np.einsum("rcc->rc", confusion), confusion.sum(axis=2), confusion.sum(axis=1)
-        recall, precision = _ratio(right, true), _ratio(right, called)
-        f1 = np.where(true > 0, _ratio(2 * right, true + called), np.nan)
+        recall, precision = ratio(right, true), ratio(right, called)
+        f1 = np.where(true > 0, ratio(2 * right, true + called), np.nan)
         auc = np.full((size, self.classes), np.nan)
         for c, ranking in self._rankings.items():
             auc[:, c] = ranking.area(weights)
@@ -253,14 +247,14 @@ class Scores:
             "precision": precision,
             "f1": f1,
             "auc": auc,
-            "accuracy": _ratio(right.sum(axis=1), true.sum(axis=1)),
+            "accuracy": ratio(right.sum(axis=1), true.sum(axis=1)),
             "balanced_accuracy": recall[:, self.present].mean(axis=1),
             "macro_f1": f1[:, self.present].mean(axis=1),
             "macro_auc": auc[:, rankable].mean(axis=1) if rankable else undefined,
             "melanoma_sensitivity_at_90_specificity": melanoma.sensitivity(weights) if melanoma else undefined,
             "malignant_auc": self._danger_ranking.area(weights),
-            "malignant_sensitivity": _ratio(caught, missed + caught),
-            "malignant_specificity": _ratio(cleared, cleared + alarmed),
+            "malignant_sensitivity": ratio(caught, missed + caught),
+            "malignant_specificity": ratio(cleared, cleared + alarmed),
             "malignant_sensitivity_at_90_specificity": self._danger_ranking.sensitivity(weights),
             **self.bins.measure(prior_weights(self.labels, weights, self.prior)),
         }

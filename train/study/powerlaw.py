@@ -157,12 +157,8 @@ class Lines:
         inside = np.flatnonzero(over <= 0)
         first, last = int(inside[0]), int(inside[-1])
 
-        def crossing(i: int, j: int) -> float:
-            return float(grid[i] + (grid[j] - grid[i]) * over[i] / (over[i] - over[j]))
-
-        low = float(grid[0]) if first == 0 else crossing(first, first - 1)
-        high = float(grid[-1]) if last == grid.size - 1 else crossing(last, last + 1)
-        return low, high
+        low, high = [first, max(first - 1, 0)], [last, min(last + 1, grid.size - 1)]
+        return float(np.interp(0, over[low], grid[low])), float(np.interp(0, over[high], grid[high]))
 
 
 class PowerLawFit:
@@ -265,12 +261,9 @@ class PowerLawFit:
         """p of the F test of the size means against the curve; None without repeated sizes or spare sizes."""
         from scipy.stats import f
 
-        sizes = np.unique(self.groups)
-        spare, repeats = sizes.size - 3, y.size - sizes.size
-        pure = 0.0
-        for g in sizes:
-            rows = self.groups == g
-            pure += float((self.weights[rows] * (y[rows] - np.average(y[rows], weights=self.weights[rows])) ** 2).sum())
+        means = np.bincount(self.groups, self.weights * y) / np.bincount(self.groups, self.weights)
+        spare, repeats = means.size - 3, y.size - means.size
+        pure = float((self.weights * (y - means[self.groups]) ** 2).sum())
         if spare < 1 or repeats < 1 or pure <= 0:
             return None
         return float(f.sf(max(float(self.lines.least[0]) - pure, 0.0) / spare / (pure / repeats), spare, repeats))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.common.errors import DataError
-from train.metrics.bootstrap import estimate
+from train.metrics.bootstrap import estimate, ratio
 from train.study.powerlaw import size_groups
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Design:
         noise = sums[3] / freedom[3]
         parts = np.maximum(sums - freedom * noise, 0.0) / len(self.full)
         parts[3] = noise
-        whole = parts.sum(axis=0)
-        return np.divide(parts, whole, out=np.full(parts.shape, np.nan), where=whole > 0)
+        return ratio(parts, parts.sum(axis=0))
 
     def shrunk(self, y: Floats, sums: Floats) -> Floats:
         """(N,) expected results whose effects are as large as estimated: fitted effects hold some of the noise too."""

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from train.report import compose, draw
 from train.study import analysis
 from train.study import runs as study_data
+from train.study.report.charts import charts
 from train.study.report.findings import findings
+from train.study.report.page import compose
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def compose_folder(path: Path) -> tuple[analysis.Analysis, str]:
     one = analysis.analyse(study_data.read(path), resamples=200)
-    return one, compose(one, draw(one))
+    return one, compose(one, charts(one))
 
 
 def words(page: str) -> str:

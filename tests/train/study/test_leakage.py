@@ -18,11 +18,12 @@ from shards.writer import PackedSample, ShardSetWriter
 from tests.conftest import picture
 from tests.support.made_study import made_leakage, write_leakage, write_run, write_study
 from train.config import Config
-from train.report import compose, draw
 from train.study import analysis
 from train.study import runs as study_data
 from train.study.cells import Cell
 from train.study.leakage import ARMS, arms, measure, sentences, write_arm
+from train.study.report.charts import charts
+from train.study.report.page import compose
 
 ROOT = Path(__file__).parents[3]
 
@@ -148,7 +149,7 @@ def test_the_gain_is_measured_in_pairs_and_shown_in_the_report(by_image, tmp_pat
     assert set(made) == set(result) and set(made["all"]["accuracy"]) == set(result["all"]["accuracy"])
     (study / "leakage" / "leakage.json").write_text(json.dumps(result))
     found = analysis.analyse(study_data.read(study), resamples=200)
-    page = compose(found, draw(found))
+    page = compose(found, charts(found))
     assert "What a split by image gains falsely" in page and 'id="leakage-balanced_accuracy"' in page
     for sentence in sentences(result):
         assert escape(sentence) in page

@@ -3,6 +3,7 @@
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from shards.format import CLASSES
 from tests.support.made_study import write_leakage, write_study
 from tests.support.report_pages import assert_drawn, browse, told, words
 from train.metrics.differences import model_difference
-from train.report import compose, draw, settings
 from train.study import analysis
 from train.study import runs as study_data
-from train.study.report import svg
-from train.study.report.page import standalone, style
+from train.study.report.charts import Chart, charts
+from train.study.report.page import compose, settings
+from train.study.report.picture import DARK, LIGHT, Picture, look, short
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,13 @@ def found(folder) -> analysis.Analysis:
 
 
 @pytest.fixture(scope="module")
-def page(found) -> str:
-    return compose(found, draw(found))
+def drawn(found) -> list[Chart]:
+    return charts(found)
+
+
+@pytest.fixture(scope="module")
+def page(found, drawn) -> str:
+    return compose(found, drawn)
 
 
 # ------------------------------------------------------------------ complete and self-contained
@@ -44,8 +50,6 @@ def page(found) -> str:
 
 class Elements(HTMLParser):
     """Every element of a page with its attributes, and whether all that were opened are closed."""
-
-    VOID = ("meta", "link", "img", "path", "rect", "polyline", "polygon")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -74,12 +78,12 @@ def test_every_part_that_a_study_needs_is_there(page):
         "Recall of each class by fraction",
         "How far probabilities can be trusted",
         "Differences in balanced accuracy",
-        "What moves the results",
+        "What the results depend on",
         "What a split by image gains falsely",
         "Speed and waiting for data",
         "Settings and versions",
         "What was done",
-        "How sure is all this",
+        "How certain are these results",
     ):
         assert f"<h2>{heading}</h2>" in page or f"<dt>{heading}</dt>" in page, heading
 
@@ -100,21 +104,26 @@ def test_the_page_is_well_formed_and_loads_nothing(page):
     assert len(ids) == len(set(ids))
 
 
-def test_every_picture_says_in_words_what_it_shows(page):
-    charts = re.findall(r'<svg class="chart".*?</svg>', page, flags=re.S)
-    assert len(charts) > 15
-    for chart in charts:
-        name = re.search(r'id="([^"]+)"', chart).group(1)
-        assert f'aria-labelledby="{name}-t {name}-d"' in chart and 'role="img"' in chart
-        title = re.search(rf'<title id="{name}-t">(.*?)</title>', chart).group(1)
-        told = re.search(rf'<desc id="{name}-d">(.*?)</desc>', chart).group(1)
-        assert len(title) > 10 and len(told) > 10, name
+def test_every_chart_says_in_words_what_it_shows_and_has_its_numbers_in_a_table(drawn, page):
+    for chart in drawn:
+        (part,) = re.findall(rf'<section id="section-{chart.name}">.*?</section>', page, flags=re.S)
+        assert part.count('<svg class="chart"') == len(chart.pictures) and len(chart.caption) > 50
+        assert part.count("<tr>") - 1 >= len(chart.table.rows) > 0
+        for picture in chart.pictures:
+            name = picture.name
+            assert f' id="{name}" ' in part and f'role="img" aria-labelledby="{name}-t {name}-d"' in part
+            for kind, text in (("title", picture.title), ("desc", picture.alt)):
+                assert len(text) > 10 and f'<{kind} id="{name}-{kind[0]}">{text}</{kind}>' in unescape(part), name
 
 
-def test_every_run_is_a_point_of_the_learning_curve(found, page):
-    chart = re.search(r'<svg class="chart" id="curve-balanced_accuracy.*?</svg>', page, flags=re.S).group(0)
-    assert chart.count('class="point') == len(found.study.runs) == 23
-    assert chart.count('class="band') == 2
+def test_every_run_is_a_point_of_the_learning_curve_with_its_score_in_words(found, page):
+    (chart,) = re.findall(r'<svg class="chart" id="curve-balanced_accuracy.*?</svg>', page, flags=re.S)
+    assert chart.count('class="point"') == len(found.study.runs) == 23
+    assert chart.count('class="band"') == 2
+    for run in found.study.runs:
+        row = run.row
+        score = f"{100 * row['balanced_accuracy']:.1f} %"
+        assert f"<title>{row['model']}, {row['n_train']:,} images, seed {row['seed']}: {score}</title>" in chart
 
 
 # ------------------------------------------------------------------ true to the numbers, and in words
@@ -188,7 +197,7 @@ def test_findings_name_the_best_model_and_what_is_not_known(found):
 
 def test_settings_that_differ_are_shown_as_differing(found):
     shared, differing = settings(found.study)
-    assert shared["budget"] == "epochs" and shared["resolution"] == 64 and shared["version of torch"] == "2.14.1"
+    assert [shared[name] for name in ("budget", "resolution", "version of torch")] == [["epochs"], [64], ["2.14.1"]]
     assert differing["model"] == ["alexnet", "resnet18"] and "resolution" not in differing
 
 
@@ -196,9 +205,10 @@ def test_settings_that_differ_are_shown_as_differing(found):
 
 
 def test_series_differ_in_shape_and_dashes_and_not_in_colour_alone():
-    seen = {(svg.marker(i, 0, 0, 4), svg.DASHES[i % len(svg.DASHES)]) for i in range(8)}
-    assert len(seen) == 8
-    assert len({shape for shape, _ in seen}) == 8 and len({dash for _, dash in seen}) == 8
+    looks = [look(series) for series in range(9)]
+    for key in ("marker", "linestyle", "color"):
+        assert len({str(one[key]) for one in looks[:8]}) == 8
+    assert looks[8]["linestyle"] != looks[0]["linestyle"]
 
 
 def contrast(one: str, other: str) -> float:
@@ -215,28 +225,41 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_colours_stand_out_from_the_page(theme):
-    blocks = re.findall(r":root \{(.*?)\}", style(), flags=re.S)
-    assert len(blocks) == 2
-    colours = dict(re.findall(r"--([\w]+): (#[0-9a-f]{3,6})", blocks[theme]))
-    for name in ("ink", "muted", "link"):
-        assert contrast(colours[name], colours["page"]) >= 4.5
-        assert contrast(colours[name], colours["soft"]) >= 4.5
-    for i in range(8):
-        assert contrast(colours[f"c{i}"], colours["page"]) >= 4.5
-    assert contrast(colours["heat"], colours["onheat"]) >= 4.5
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_colours_stand_out_from_the_page(theme, page):
+    assert "".join(f"--{name}:{value};" for name, value in theme.items()) in page
+    for name in ("ink", "muted", *(f"c{i}" for i in range(8))):
+        assert contrast(theme[name], theme["page"]) >= 4.5
+    for name in ("ink", "muted", "c0"):
+        assert contrast(theme[name], theme["soft"]) >= 4.5
 
 
-def test_scales_hold_their_values_and_stay_within_limits():
-    scale = svg.linear(0.12, 0.97, svg.Label("percent"), limits=(0.0, 1.0))
-    assert scale.low <= 0.12 and 0.97 <= scale.high <= 1.0
-    assert all(0.0 <= value <= 1.0 for value, _ in scale.ticks)
-    assert svg.linear(1.0, 1.0, svg.Label("percent"), limits=(0.0, 1.0)).high <= 1.0
-    sizes = svg.logarithmic(88, 5608, svg.Label("counts"))
-    places = [sizes.share(n) for n in (88, 175, 351)]
-    assert np.diff(places) == pytest.approx([np.diff(places)[0]] * 2, rel=0.02)
-    assert [svg.short(v) for v in (7, 5608, 25_600, 11_180_103, 3.1e12)] == ["7", "5,608", "25.6k", "11.2M", "3.1T"]
+def test_the_style_sheet_chooses_every_colour_of_a_chart(page):
+    used = set()
+    for chart in re.findall(r"<svg.*?</svg>", page, flags=re.S):
+        used |= set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart))
+    assert {"var(--c0)", "var(--c1)", "var(--ink)", "var(--line)"} < used
+    assert used <= {"none", *(f"var(--{name})" for name in LIGHT)}
+
+
+def test_axes_hold_their_values_and_stay_within_limits():
+    one = Picture("name", "title")
+    one.linear("y", 0.12, 0.97, str, limits=(0.0, 1.0))
+    assert 0 <= one.axes.get_ylim()[0] < 0.12 and 0.97 < one.axes.get_ylim()[1] <= 1
+    one.linear("y", 1.0, 1.0, str, limits=(0.0, 1.0))
+    assert one.axes.get_ylim()[1] == 1.0
+    one.logarithmic(88, 5608, str)
+    ticks = [tick for tick in one.axes.get_xticks() if 88 <= tick <= 5608]
+    assert one.axes.get_xlim()[0] < 88 and one.axes.get_xlim()[1] > 5608 and 3 <= len(ticks) <= 7
+    assert [short(v) for v in (7, 5608, 25_600, 11_180_103, 3.1e12)] == ["7", "5,608", "25.6k", "11.2M", "3.1T"]
+
+
+def test_names_beside_lines_stay_apart_and_beside_the_axes():
+    one = Picture("name", "title")
+    one.linear("y", 0.0, 1.0, str)
+    one.at_end([(f"model {i}", 0.9 + 0.001 * i, i) for i in range(8)])
+    places = sorted(text.get_position()[1] * one.size[1] for text in one.axes.texts)
+    assert min(np.diff(places)) > 8 and places[0] > one.margins[3] and places[-1] < one.size[1]
 
 
 # ------------------------------------------------------------------ in a real browser, and each picture alone
@@ -247,9 +270,9 @@ def test_scales_hold_their_values_and_stay_within_limits():
     [(1100, False), (1100, True), (500, False), (375, False)],
     ids=["light", "dark", "narrow", "phone"],
 )
-def test_a_browser_draws_every_picture_without_a_complaint(found, page, tmp_path, width, dark):
+def test_a_browser_draws_every_picture_without_a_complaint(drawn, page, tmp_path, width, dark):
     seen, console = browse(page.replace("<details>", "<details open>"), tmp_path, width=width, dark=dark)
-    assert_drawn(seen, console, sum(len(figure.charts) for figure in draw(found)))
+    assert_drawn(seen, console, sum(len(chart.pictures) for chart in drawn))
     assert {"leakage-balanced_accuracy", "leakage-accuracy"} < {chart["id"] for chart in seen["told"]}
     assert seen["inner"] == width
     assert seen["scroll"] <= width  # no sideways scrolling of the page itself
@@ -258,7 +281,7 @@ def test_a_browser_draws_every_picture_without_a_complaint(found, page, tmp_path
 
 
 def test_the_probe_finds_a_page_that_is_broken(page, tmp_path):
-    broken = page.replace('class="point', 'style="display:none" class="point').replace(
+    broken = page.replace('class="point"', 'class="point" style="display:none"').replace(
         "<main>", "<main><img src='data:,'>"
     )
     seen, _ = browse(broken, tmp_path)
@@ -268,15 +291,18 @@ def test_the_probe_finds_a_page_that_is_broken(page, tmp_path):
     assert browse(wide, tmp_path, width=375)[0]["scroll"] > 375
 
 
-def test_pictures_can_stand_alone(found):
-    for figure in draw(found):
-        for chart in figure.charts:
-            text = standalone(chart, figure.legend)
-            root = ElementTree.fromstring(text)
-            assert root.tag == "{http://www.w3.org/2000/svg}svg" and float(root.get("width")) > 100
-            assert "prefers-color-scheme" in text
-            shown = {part.text: part for part in root.iter("{http://www.w3.org/2000/svg}text")}
-            alone = ElementTree.fromstring(standalone(chart))
-            for _, name in figure.legend:  # below what is drawn without it, and inside the picture
-                assert float(alone.get("height")) < float(shown[name].get("y")) < float(root.get("height"))
-                assert float(shown[name].get("x")) + 7 * len(name) < float(root.get("width"))
+def test_pictures_stand_alone_as_svg_pdf_and_png_with_their_legend(found, tmp_path):
+    """And the same study gives the same bytes."""
+    drawn = {chart.name: (chart, chart.pictures[0].files(chart.legend)) for chart in charts(found)}
+    for name, (chart, files) in drawn.items():
+        root = ElementTree.fromstring(files["svg"])
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        shown = {part.text for part in root.iter("{http://www.w3.org/2000/svg}text")}
+        assert {series for _, series in chart.legend} <= shown, name
+        assert b"prefers-color-scheme" in files["svg"] and b"var(" not in files["svg"]
+        assert files["pdf"].startswith(b"%PDF") and files["png"].startswith(b"\x89PNG")
+    again = {chart.name: chart for chart in charts(found)}["cost"]
+    assert again.pictures[0].files(again.legend) == drawn["cost"][1]
+    frames = "".join(files["svg"].decode() for _, files in drawn.values())
+    seen, console = browse(f"<html><body>{frames}</body></html>", tmp_path)
+    assert_drawn(seen, console, len(drawn))

@@ -15,12 +15,11 @@ from tests.support.made_study import test_set as made_test_set
 from tests.support.made_study import write_run, write_study
 from tests.support.report_pages import assert_drawn, browse, compose_folder, told, words
 from train.config import Config
-from train.report import draw
 from train.study import analysis
 from train.study import runs as study_data
 from train.study.cells import EIGHT, cell_name
-from train.study.report.charts_detail import results_table
-from train.study.report.findings import curve as told_of_curve
+from train.study.report.charts import charts, results_table
+from train.study.report.findings import curve as predicted
 
 ROOT = Path(__file__).parents[3]
 
@@ -48,22 +47,23 @@ CURVE = {
 }
 
 
-def test_a_curve_that_held_is_told_beyond_the_data_without_a_gain_over_its_own_present():
-    text = " ".join(told_of_curve(CURVE, "balanced_accuracy"))
+def test_a_curve_that_held_predicts_beyond_the_data_but_no_gain_over_its_own_present():
+    text = " ".join(predicted(CURVE, "balanced_accuracy"))
     assert (
-        "Twice as many as now would give 51.5 % (50.0 % to 53.0 %) on these test lesions by the fitted curve." in text
+        "With twice as many images the fitted curve predicts 51.5 % (50.0 % to 53.0 %) on these test lesions." in text
     )
-    assert "came, as predicted." in text and "the curve ends at 62.0 % (60.0 % to 65.0 %)" in text
+    assert "The measured mean is 51.3 %, inside the interval." in text
+    assert "the curve ends at 62.0 % (60.0 % to 65.0 %)" in text
     assert "points" not in text and text.endswith("Note: a note.")
 
 
-def test_of_a_curve_in_doubt_nothing_beyond_the_data_is_told_but_why():
-    doubts = ["fitted without the largest size, it does not foretell that", "and another"]
+def test_a_curve_in_doubt_predicts_nothing_and_says_why():
+    doubts = ["fitted without the largest size, it misses that", "and another"]
     failed = CURVE | {"hold_out": CURVE["hold_out"] | {"inside": False}, "doubts": doubts}
-    text = " ".join(told_of_curve(failed, "balanced_accuracy"))
-    assert "51.3 % came, NOT as predicted." in text
-    assert f"No figure beyond the data is told, for the fitted curve is in doubt: {'; '.join(doubts)}." in text
-    assert "51.5 %" not in text and "62.0 %" not in text and "Twice" not in text
+    text = " ".join(predicted(failed, "balanced_accuracy"))
+    assert "The measured mean is 51.3 %, OUTSIDE the interval." in text
+    assert f"The fitted curve is in doubt, so nothing is predicted beyond the data: {'; '.join(doubts)}." in text
+    assert "51.5 %" not in text and "62.0 %" not in text and "twice" not in text
 
 
 def test_a_curve_in_doubt_is_drawn_and_tabled_to_the_largest_size_only(tmp_path):
@@ -75,13 +75,14 @@ def test_a_curve_in_doubt_is_drawn_and_tabled_to_the_largest_size_only(tmp_path)
         result["test"]["balanced_accuracy"]["value"] = 0.2
         path.write_text(json.dumps(result))
     one, page = compose_folder(out)
-    told_curve = one.curves["balanced_accuracy"]["resnet18"]
-    assert told_curve["doubts"] and told_curve["band"][-1]["n"] == pytest.approx(told_curve["curve"]["n_max"])
-    figure = next(f for f in draw(one) if f.name == "curves-balanced_accuracy")
-    assert "foretold" not in figure.charts[0] and "A curve in doubt ends where the data do." in figure.caption
-    (row,) = figure.more.rows
+    fitted = one.curves["balanced_accuracy"]["resnet18"]
+    assert fitted["doubts"] and fitted["band"][-1]["n"] == pytest.approx(fitted["curve"]["n_max"])
+    chart = next(c for c in charts(one) if c.name == "curves-balanced_accuracy")
+    assert 'class="beyond"' not in chart.pictures[0].svg()
+    assert "A curve in doubt ends at the largest measured size." in chart.caption and chart.more is not None
+    (row,) = chart.more.rows
     assert (row[1], row[3]) == ("–", "–") and "in doubt: " in row[-1]
-    assert "No figure beyond the data is told" in words(page)
+    assert "nothing is predicted beyond the data" in words(page)
 
 
 def test_a_model_is_not_better_than_its_twin(tmp_path):
@@ -93,10 +94,10 @@ def test_a_model_is_not_better_than_its_twin(tmp_path):
             content = json.loads((twin / f"{name}.json").read_text())
             (twin / f"{name}.json").write_text(json.dumps(content | {"model": "alexnet"}))
     text = told(compose_folder(out)[0])
-    assert "cannot be told apart" in text and "is better than" not in text
+    assert "There is no clear difference from" in text and "is better than" not in text
 
 
-def test_equal_steps_are_told_and_few_runs_too(tmp_path):
+def test_equal_steps_and_few_runs_are_named(tmp_path):
     out = write_study(tmp_path / "s", fractions=(0.25, 1.0), seeds=(0,), lesions=80, budget="steps")
     one, page = compose_folder(out)
     text = told(one)
@@ -123,14 +124,14 @@ def test_a_study_without_spread_says_that_there_is_nothing_to_share_out(tmp_path
         path.write_text(json.dumps(result))
     one, page = compose_folder(out)
     assert "all 8 runs have the same balanced_accuracy (0.143), so there is nothing to share out" in words(page)
-    assert "this grid, the" not in told(one) and "What moves macro AUC" in words(page)
+    assert "in this grid" not in told(one) and "What macro AUC depends on" in words(page)
 
 
 def test_a_split_by_image_is_announced_before_anything_else(tmp_path):
     out = write_study(tmp_path / "s", models=("resnet18",), fractions=(1.0,), seeds=(0,), lesions=80, unit="image")
     _, page = compose_folder(out)
     header = page[page.index("<header>") : page.index("</header>")]
-    assert "Split by image" in header and "too good" in header
+    assert "Split by image" in header and "too high" in header
 
 
 def test_images_without_lesions_are_named_as_a_doubt(tmp_path):
@@ -152,7 +153,7 @@ def test_one_run_folder_is_a_report_too(single):
 def test_a_browser_draws_the_report_of_a_single_run(single, tmp_path):
     one, page = compose_folder(single)
     seen, console = browse(page, tmp_path, width=500)
-    assert_drawn(seen, console, sum(len(figure.charts) for figure in draw(one)))
+    assert_drawn(seen, console, sum(len(chart.pictures) for chart in charts(one)))
 
 
 @pytest.mark.slow
@@ -164,11 +165,11 @@ def test_a_study_of_hundreds_of_cells_is_a_page(tmp_path):
     assert page.count('<svg class="chart" id="curve-balanced_accuracy-') == 8
     assert all(len(by_fraction) == 7 for by_fraction in one.sizes.values())
     assert {size.runs for by_fraction in one.sizes.values() for size in by_fraction} == {3}
-    assert "speed" in page and len(page) < 5_000_000
+    assert "speed" in page and len(page) < 1_500_000
 
 
 def test_the_table_of_results_names_the_prior_of_its_calls(single):
-    assert "calls and probabilities for the balanced prior" in results_table(compose_folder(single)[0]).head[0]
+    assert "predictions for the balanced prior" in results_table(compose_folder(single)[0]).head[0]
 
 
 def test_many_models_get_a_learning_curve_each(tmp_path):
@@ -285,7 +286,7 @@ def test_tiles_are_images_of_the_mistakes_and_only_there_when_asked_for(tiny_sha
     wrong = analysis.mistakes(study_data.read(out).runs[0], 3)
     assert wrong and page.count("<img ") == len(wrong)
     for one in wrong:
-        assert f"{one['image_id']}: {one['true']} called {one['called']}" in page
+        assert f"{one['image_id']}: {one['true']} classified as {one['called']}" in page
     assert "CC BY-NC" in page
     seen, console = browse(page, tmp_path)
     assert not console and len(seen["images"]) == len(wrong) and min(seen["images"]) > 50

@@ -1,17 +1,22 @@
-"""What was found and how sure it is, in plain words generated from the numbers. No number here is not computed."""
+"""What was found and how certain it is, in plain words generated from the numbers. No number here is not computed."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from train.study import leakage
 from train.study.analysis import METRICS, Analysis, best_model
 from train.study.numbers import between, p_value, percent, points, score
-from train.study.report import findings_trust
-from train.study.report.charts_compare import clear, share
-from train.study.report.findings_trust import count, listed
-from train.study.runs import Run
+from train.study.report.charts import significant
+from train.study.runs import Run, Study
 
 FEW = 3
 """Up to so many models are each described in words; of more, the best is, and the others in a table."""
+
+FEW_LESIONS = 20
+"""A class with fewer test lesions than this is named as one whose numbers are rough."""
+
+STALL = 0.10
+"""A cell that waits for data for more than this share of its training time is named."""
 
 
 def findings(found: Analysis) -> list[tuple[str, list[str]]]:
@@ -21,14 +26,65 @@ def findings(found: Analysis) -> list[tuple[str, list[str]]]:
         ("Which model is best", _best(found)),
         ("Does more data help", _data(found)),
         ("What matters more, model or data", _shares(found)),
-        ("What is it worth", _cost(found)),
-        ("Where it fails", findings_trust.classes(found)),
-        ("Can the probabilities be trusted", findings_trust.calibration(found)),
-        ("Was the machine kept busy", findings_trust.speed(found)),
-        ("Does splitting by image flatter", findings_trust.leakage(found)),
-        ("How sure is all this", findings_trust.caveats(found)),
+        ("What does accuracy cost", _cost(found)),
+        ("Which classes are found and missed", _classes(found)),
+        ("Can the probabilities be trusted", _calibration(found)),
+        ("Did training wait for data", _waits(found)),
+        ("Does a split by image raise the scores", leakage.sentences(found.leakage) if found.leakage is not None else []),
+        ("How certain are these results", _caveats(found)),
     ]
     return [(question, sentences) for question, lines in parts if (sentences := list(lines))]
+
+
+def warnings(study: Study) -> list[str]:
+    """What a reader must know before anything else."""
+    lines = []
+    shard_set = study.runs[0].environment["shard_set"]
+    if shard_set["split"].get("unit") == "image":
+        lines.append("Split by image: training holds views of the test lesions, so every score here is too high.")
+    if shard_set["source"].get("dataset") == "synthetic":
+        lines.append("Synthetic images: these numbers test the software and say nothing about skin.")
+    if study.failed:
+        lines.append(
+            f"{count(len(study.failed), 'cell')} failed: {', '.join(row['cell'] for row in study.failed[:5])}."
+        )
+    return lines
+
+
+def missing(found: Analysis) -> list[str]:
+    """What the report does not show, and why."""
+    lines = [f"{row['cell']} failed: {row['error']}." for row in found.study.failed]
+    if found.no_differences:
+        lines.append(f"Differences between models: {found.no_differences}.")
+    reasons = {reason for reason in found.variance.values() if isinstance(reason, str)}
+    lines += [f"Variance shares: {reason}." for reason in sorted(reasons)]
+    if found.leakage is None:
+        lines.append("What a split by image gains falsely: not measured here; see python -m train.leakage --help.")
+    return lines
+
+
+def count(number: int, what: str) -> str:
+    """`1 cell`, `3 cells`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _listed(names: list[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _best_runs(found: Analysis) -> tuple[str, list[Run]]:
+    """The best model and its runs of the largest fraction."""
+    best = best_model(found)
+    return best, found.study.of(best, found.study.largest(best))
+
+
+# ------------------------------------------------------------------ what was done, and what came out
 
 
 def _done(found: Analysis) -> Iterator[str]:
@@ -38,66 +94,61 @@ def _done(found: Analysis) -> Iterator[str]:
     span = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
     lesions = f" of {test['lesions']:,} lesions" if test["lesions"] is not None else ""
     yield (
-        f"{count(len(study.runs), 'run')} of {count(len(study.models), 'model')} ({listed(study.models)}) on {span} "
+        f"{count(len(study.runs), 'run')} of {count(len(study.models), 'model')} ({_listed(study.models)}) on {span} "
         f"training images, with {_seeds(study.runs)}, tested on {test['images']:,} images{lesions}."
     )
     budget = (study.settings or {}).get("budget")
     if budget == "epochs" and len(sizes) > 1:
         yield (
             "Every fraction was trained for the same number of epochs, so a larger one also took more optimizer steps: "
-            "the gain of more data includes that of longer training."
+            "the gain from more data includes the gain from longer training."
         )
     if budget == "steps" and len(sizes) > 1:
         yield (
-            "Every fraction was trained for the same number of optimizer steps, so a smaller one saw each image "
-            "more often: what differs is the data, not the length of training."
+            "Every fraction was trained for the same number of optimizer steps, so a smaller one saw each image more "
+            "often: the difference between fractions comes from the data, not from the length of training."
         )
     if study.failed:
-        yield f"{count(len(study.failed), 'cell')} failed and missing below, listed at the end."
+        yield f"{count(len(study.failed), 'cell')} failed; the end of the page gives the reasons."
 
 
 def _seeds(runs: list[Run]) -> str:
     """`3 seeds`, or `3 seeds and 3 subset seeds` where one seed met several subsets."""
     keys = {run.key for run in runs}
     seeds, subsets = ({key[place] for key in keys} for place in (0, 1))
-    told = count(len(seeds), "seed")
-    return told if len(keys) == len(seeds) else f"{told} and {count(len(subsets), 'subset seed')}"
+    text = count(len(seeds), "seed")
+    return text if len(keys) == len(seeds) else f"{text} and {count(len(subsets), 'subset seed')}"
 
 
 def _best(found: Analysis) -> Iterator[str]:
-    metric, study = METRICS[0], found.study
-    best = best_model(found)
+    metric = METRICS[0]
+    best, runs = _best_runs(found)
     size = found.sizes[best][-1]
     if size.mean[metric] is None:
         return
-    runs = study.of(best, size.fraction)
     cells = [run.result["test"][metric] for run in runs]
+    low, high = (_mean([cell[end] for cell in cells]) for end in ("low", "high"))
     if len(runs) == 1:
-        told = between(metric, cells[0])
-        yield f"{best} reaches a balanced accuracy of {told} with {size.n:,.0f} images."
-        yield "The interval says where it would lie with other test lesions (95 %)."
+        yield f"{best} reaches a balanced accuracy of {between(metric, cells[0])} with {size.n:,.0f} images."
+        yield "The 95 % interval shows how much other test lesions could change this score."
     else:
-        lows = [cell["low"] for cell in cells if cell["low"] is not None]
-        highs = [cell["high"] for cell in cells if cell["high"] is not None]
         yield (
             f"{best} reaches a mean balanced accuracy of {score(metric, size.mean[metric])} with {size.n:,.0f} images "
             f"({_seeds(runs)}: {score(metric, size.low[metric])} to {score(metric, size.high[metric])})."
         )
-        if lows:
+        if low is not None:
             yield (
-                f"With other test lesions a run would lie about between {score(metric, sum(lows) / len(lows))} and "
-                f"{score(metric, sum(highs) / len(highs))} (95 %)."
+                f"With other test lesions a run would reach about {score(metric, low)} to {score(metric, high)} (95 %)."
             )
-    classes = len(runs[0].result["training_images_per_class"])
-    low = min((cell["low"] for cell in cells if cell["low"] is not None), default=None)
-    if low is not None and low <= 1 / classes:
-        yield f"That cannot be told from guessing, which has {percent(1 / classes)}: train longer or on more images."
+    guessing = 1 / len(runs[0].result["training_images_per_class"])
+    if any(cell["low"] is not None and cell["low"] <= guessing for cell in cells):
+        yield f"This is not clearly better than guessing ({percent(guessing)}): train longer or on more images."
     yield from _against_the_others(found, best)
 
 
 def _against_the_others(found: Analysis, best: str) -> Iterator[str]:
     metric = METRICS[0]
-    told: dict[str, list[tuple[float, str]]] = {"better": [], "same": [], "worse": []}
+    others: dict[str, list[tuple[float, str]]] = {"better": [], "same": [], "worse": []}
     seeds = True
     for pair in found.differences:
         cell = pair["metrics"][metric]
@@ -110,31 +161,29 @@ def _against_the_others(found: Analysis, best: str) -> Iterator[str]:
         words = f"{other} ({points(metric, gap)}"
         words += f", {points(metric, ends[0])} to {points(metric, ends[1])}" if len(ends) == 2 else ""
         words += f", p {p_value(cell.get('p_holm'))})"
-        told["same" if not clear(cell) else "better" if gap > 0 else "worse"].append((abs(gap), words))
-    lists = {key: [words for _, words in sorted(value)] for key, value in told.items()}
+        others["same" if not significant(cell) else "better" if gap > 0 else "worse"].append((abs(gap), words))
+    lists = {key: [words for _, words in sorted(value)] for key, value in others.items()}
     if lists["better"]:
         yield f"On the same test lesions, corrected for all pairs, it is better than {_some(lists['better'])}."
     if lists["same"]:
-        yield f"It cannot be told apart from {listed(lists['same'])}: more seeds or more test lesions would be needed."
+        yield f"There is no clear difference from {_listed(lists['same'])}: this needs more seeds or more test lesions."
     if lists["worse"]:
-        yield f"On the fraction that all share, it is worse than {listed(lists['worse'])}."
+        yield f"On the fraction that all models share, it is worse than {_listed(lists['worse'])}."
     if any(lists.values()) and not seeds:
-        yield "With one seed these differences are of these trained networks; other seeds may order them otherwise."
+        yield "With one seed these are differences between these trained networks; other seeds may change the order."
 
 
 def _some(others: list[str]) -> str:
     """All of them where they are few, else the closest and how many more."""
-    return listed(others) if len(others) <= FEW else f"{others[0]} and {len(others) - 1} others by more"
+    return _listed(others) if len(others) <= FEW else f"{others[0]} and, by more, than {len(others) - 1} others"
 
 
 def _data(found: Analysis) -> Iterator[str]:
     metric = METRICS[0]
     curves = found.curves.get(metric, {})
-    gains: dict[str, float] = {}
-    for model in curves:
-        sizes = [size.mean[metric] or 0.0 for size in found.sizes[model] if size.mean[metric] is not None]
-        if len(sizes) >= 2:
-            gains[model] = sizes[-1] - sizes[0]
+    sizes = {model: [size for size in found.sizes[model] if size.mean[metric] is not None] for model in curves}
+    sizes = {model: known for model, known in sizes.items() if len(known) >= 2}
+    gains = {model: (known[-1].mean[metric] or 0.0) - (known[0].mean[metric] or 0.0) for model, known in sizes.items()}
     if not gains:
         return
     best = best_model(found)
@@ -142,67 +191,69 @@ def _data(found: Analysis) -> Iterator[str]:
         low, high = min(gains, key=lambda m: gains[m]), max(gains, key=lambda m: gains[m])
         yield (
             f"From the smallest to the largest fraction, {low} gains least ({points(metric, gains[low])}) and {high} "
-            f"most ({points(metric, gains[high])})."
+            f"gains most ({points(metric, gains[high])})."
         )
     for model in [best] if len(gains) > FEW and best in gains else list(gains):
-        sizes = [size for size in found.sizes[model] if size.mean[metric] is not None]
-        first, last = sizes[0], sizes[-1]
-        gained = f"{last.n / first.n:.0f} times the images ({first.n:,.0f} to {last.n:,.0f}) brought"
-        sentences = [f"{model}: {gained} {points(metric, gains[model])}.", *curve(curves[model], metric)]
-        yield " ".join(sentences)
-    checks = [told["hold_out"]["inside"] for told in curves.values() if told["hold_out"]["inside"] is not None]
+        first, last = sizes[model][0], sizes[model][-1]
+        gained = (
+            f"{model}: {last.n / first.n:.0f} times the images ({first.n:,.0f} to {last.n:,.0f}) changed balanced "
+            f"accuracy by {points(metric, gains[model])}."
+        )
+        yield " ".join([gained, *curve(curves[model], metric)])
+    checks = [fitted["hold_out"]["inside"] for fitted in curves.values() if fitted["hold_out"]["inside"] is not None]
     if len(gains) > FEW and checks:
         yield (
-            f"Fitted without the largest size, the curves foretell it for {sum(checks)} of {len(checks)} models within "
-            "their 95 % intervals; the numbers are below the learning curves."
+            f"A check: the curves were also fitted without the largest size. For {sum(checks)} of {len(checks)} models "
+            "the 95 % interval of the prediction holds its measured mean; see the table of the fitted curves."
         )
 
 
-def curve(told: dict[str, Any], metric: str) -> Iterator[str]:
-    """What a learning curve (`study.learning_curve`) foretells, or why it does not."""
-    fitted, band, check = told["curve"], told["band"], told["hold_out"]
+def curve(fitted: dict[str, Any], metric: str) -> Iterator[str]:
+    """What a learning curve (`learning.learning_curve`) predicts, or why it predicts nothing."""
+    parameters, band, check = fitted["curve"], fitted["band"], fitted["hold_out"]
     if not band:
-        yield f"No curve was fitted: {'; '.join(fitted['reasons'])}."
+        yield f"No curve was fitted: {'; '.join(parameters['reasons'])}."
         return
     if check["inside"] is not None:
+        predicted = between(metric, {**check, "value": check["predicted"]})
         yield (
-            f"A check: fitted without the largest size, the curve foretells {score(metric, check['predicted'])} "
-            f"({score(metric, check['low'])} to {score(metric, check['high'])}) there, and "
-            f"{score(metric, check['observed'])} came, {'as' if check['inside'] else 'NOT as'} predicted."
+            f"A check: fitted without the largest size, the curve predicts {predicted} there. The measured mean is "
+            f"{score(metric, check['observed'])}, {'inside' if check['inside'] else 'OUTSIDE'} the interval."
         )
-    if told["doubts"]:
-        yield f"No figure beyond the data is told, for the fitted curve is in doubt: {'; '.join(told['doubts'])}."
+    if fitted["doubts"]:
+        yield f"The fitted curve is in doubt, so nothing is predicted beyond the data: {'; '.join(fitted['doubts'])}."
     else:
         # No gain over the present: the curve's own value there is not what was measured.
-        yield f"Twice as many as now would give {between(metric, band[-1])} on these test lesions by the fitted curve."
-        if fitted["identifiable"]:
-            yield f"With endless data the curve ends at {between(metric, fitted['a'])}."
+        yield f"With twice as many images the fitted curve predicts {between(metric, band[-1])} on these test lesions."
+        if parameters["identifiable"]:
+            yield f"With unlimited data the curve ends at {between(metric, parameters['a'])}."
         else:
-            yield f"Where the curve ends cannot be said: {'; '.join(fitted['reasons'])}."
-    others = [note for note in told["notes"] if note not in fitted["reasons"]]
+            yield f"The data do not show where the curve ends: {'; '.join(parameters['reasons'])}."
+    others = [note for note in fitted["notes"] if note not in parameters["reasons"]]
     yield from (f"Note: {note}." for note in others)
 
 
+SOURCES = {
+    "size": "the number of images",
+    "model": "the model",
+    "interaction": "different gains of the models from more data",
+    "seed": "the seed",
+}
+
+
 def _shares(found: Analysis) -> Iterator[str]:
-    told = found.variance.get(METRICS[0])
-    if told is None or isinstance(told, str):
+    parts = found.variance.get(METRICS[0])
+    if parts is None or isinstance(parts, str):
         return
-    shares = {name: cell for name, cell in told["shares"].items() if cell["value"] is not None}
+    shares = {name: cell for name, cell in parts["shares"].items() if cell["value"] is not None}
     order = sorted(shares, key=lambda name: -shares[name]["value"])
-    names = {
-        "size": "the number of images",
-        "model": "the model",
-        "interaction": "models gaining differently from data",
-        "seed": "the seed",
-    }
-    words = [f"{names[name]} {share(shares[name])}" for name in order]
-    yield f"Of the spread of balanced accuracy in this grid, {listed(words)}."
-    first, second = order[0], order[1]
-    apart = shares[first]["low"] is not None and shares[second]["high"] is not None
-    if apart and shares[first]["low"] > shares[second]["high"]:
-        yield f"So within this grid {names[first]} matters most; with other models or sizes the shares would differ."
+    words = [f"{SOURCES[name]} {between('share', shares[name])}" for name in order]
+    yield f"Shares of the spread of balanced accuracy in this grid: {_listed(words)}."
+    first, second = shares[order[0]], shares[order[1]]
+    if first["low"] is not None and second["high"] is not None and first["low"] > second["high"]:
+        yield f"Within this grid {SOURCES[order[0]]} matters most; other models or sizes would give other shares."
     else:
-        yield "The intervals overlap, so which of the first two matters more is open."
+        yield "The intervals overlap, so it is open which of the first two matters more."
 
 
 def _cost(found: Analysis) -> Iterator[str]:
@@ -210,13 +261,13 @@ def _cost(found: Analysis) -> Iterator[str]:
     sizes = [s for by_model in found.sizes.values() for s in by_model if s.mean[metric] is not None]
     if len(sizes) < 2:
         return
-    top = max(s.mean[metric] or 0.0 for s in sizes)
     best = max(sizes, key=lambda s: s.mean[metric] or 0.0)
+    top = best.mean[metric] or 0.0
     near = min((s for s in sizes if top - (s.mean[metric] or 0.0) <= 0.01), key=lambda s: s.training_flops)
     if near is not best and near.training_flops < best.training_flops:
         yield (
-            f"Within one point of the best mean ({score(metric, top)}), {near.model} on {near.n:,.0f} images takes the "
-            f"least arithmetic: {best.training_flops / near.training_flops:.1f} times less than {best.model} on "
+            f"Within one point of the best mean ({score(metric, top)}), {near.model} on {near.n:,.0f} images needs the "
+            f"least computation: {best.training_flops / near.training_flops:.1f} times less than {best.model} on "
             f"{best.n:,.0f}."
         )
     else:
@@ -224,3 +275,78 @@ def _cost(found: Analysis) -> Iterator[str]:
             f"Nothing cheaper comes within one point of the best mean ({score(metric, top)}, {best.model} on "
             f"{best.n:,.0f} images)."
         )
+
+
+# ------------------------------------------------------------------ where a study is weak
+
+
+def _classes(found: Analysis) -> Iterator[str]:
+    best, runs = _best_runs(found)
+    per_class = runs[0].result["test"]["per_class"]
+    recalls = {
+        name: _mean([r.result["test"]["per_class"][name]["recall"]["value"] for r in runs]) for name in per_class
+    }
+    means = {name: mean for name, mean in recalls.items() if mean is not None}
+    if len(means) < 2:
+        return
+    worst, good = min(means, key=lambda n: means[n]), max(means, key=lambda n: means[n])
+    yield f"{best} finds {percent(means[good], 0)} of {good} and only {percent(means[worst], 0)} of {worst}."
+    melanoma = _mean([run.row["melanoma_sensitivity_at_90_specificity"] for run in runs])
+    if melanoma is not None:
+        yield f"At a specificity of 90 % it finds {percent(melanoma, 0)} of the melanoma images."
+    lesions = {name: cell["lesions"] for name, cell in per_class.items() if cell["lesions"]}
+    rough = [f"{name} ({number})" for name, number in lesions.items() if number < FEW_LESIONS]
+    if rough:
+        yield f"Few test lesions: {_listed(rough)}. The numbers of these classes are rough."
+
+
+def _calibration(found: Analysis) -> Iterator[str]:
+    best, runs = _best_runs(found)
+    test = runs[0].result["test"]
+    key = "expected_calibration_error"
+    if test[key]["value"] is None:
+        return
+    yield (
+        f"The confidence and the accuracy of {best} differ by {between(key, test[key])} on average (its run with seed "
+        f"{runs[0].row['seed']})."
+    )
+    chance = test.get("calibration_error_of_chance")
+    if chance is not None:
+        yield f"Chance alone would give {percent(chance)} on a test set of this size."
+    scaled = test["temperature_scaling"]
+    if scaled is not None and scaled[key]["value"] is not None:
+        limit = "; the validation split could not determine this temperature" if scaled["at_limit"] else ""
+        yield f"Dividing its logits by {scaled['temperature']:.2f} changes that to {between(key, scaled[key])}{limit}."
+    yield f"The probabilities are for the {test['prior']} prior of the classes."
+
+
+def _waits(found: Analysis) -> Iterator[str]:
+    waits = {run.row["cell"]: run.row["data_wait_fraction"] for run in found.study.runs}
+    slow = [name for name, wait in waits.items() if wait > STALL]
+    worst = max(waits, key=lambda name: waits[name])
+    if slow:
+        yield (
+            f"{len(slow)} of {count(len(waits), 'cell')} waited for data more than {percent(STALL, 0)} of their "
+            f"training time. {worst} waited most ({percent(waits[worst])})."
+        )
+    else:
+        yield f"No: no cell waited for data more than {percent(waits[worst])} of its training time."
+
+
+def _caveats(found: Analysis) -> Iterator[str]:
+    study = found.study
+    runs = min(size.runs for by_model in found.sizes.values() for size in by_model)
+    test = study.runs[0].result["test"]
+    if runs < 3:
+        yield f"Some cells have {count(runs, 'run')}: how much seeds change a result is hardly known."
+    yield f"Intervals of single runs come from {test['resamples']:,} resamples of the {test['resampled']}s tested."
+    if test["resampled"] == "image":
+        yield "The test set names no lesions: views of one lesion count as independent, so intervals are too narrow."
+    if study.runs[0].environment.get("shard_set", {}).get("split", {}).get("unit") == "image":
+        yield "THE SHARD SET IS SPLIT BY IMAGE: training holds views of the test lesions, so every score is too high."
+    notes = [run.row["note"] for run in study.runs if run.row["note"]]
+    if notes:
+        yield f"{count(len(notes), 'cell')} used a smaller batch, because the fraction is smaller than the batch."
+    devices = {run.row["device"] for run in study.runs}
+    if len(devices) > 1:
+        yield f"Cells ran on {len(devices)} kinds of devices, so their times cannot be compared."

@@ -17,8 +17,12 @@ from train.study.report.page import compose
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
+def analysed(path: Path) -> analysis.Analysis:
+    return analysis.analyse(study_data.read(path), resamples=200)
+
+
 def compose_folder(path: Path) -> tuple[analysis.Analysis, str]:
-    one = analysis.analyse(study_data.read(path), resamples=200)
+    one = analysed(path)
     return one, compose(one, charts(one))
 
 

@@ -13,7 +13,7 @@ import pytest
 from shards.common.errors import DataError
 from tests.support.made_study import test_set as made_test_set
 from tests.support.made_study import write_run, write_study
-from tests.support.report_pages import assert_drawn, browse, compose_folder, told, words
+from tests.support.report_pages import analysed, assert_drawn, browse, compose_folder, told, words
 from train.config import Config
 from train.study import analysis
 from train.study import runs as study_data
@@ -93,7 +93,7 @@ def test_a_model_is_not_better_than_its_twin(tmp_path):
         for name in ("config", "result"):
             content = json.loads((twin / f"{name}.json").read_text())
             (twin / f"{name}.json").write_text(json.dumps(content | {"model": "alexnet"}))
-    text = told(compose_folder(out)[0])
+    text = told(analysed(out))
     assert "There is no clear difference from" in text and "is better than" not in text
 
 
@@ -138,22 +138,33 @@ def test_images_without_lesions_are_named_as_a_doubt(tmp_path):
     out = write_study(
         tmp_path / "s", models=("resnet18",), fractions=(1.0,), seeds=(0,), lesions=80, with_lesions=False
     )
-    assert "names no lesions" in told(compose_folder(out)[0])
+    assert "names no lesions" in told(analysed(out))
 
 
 # ------------------------------------------------------------------ one cell or many; what cannot be reported
 
 
-def test_one_run_folder_is_a_report_too(single):
+def test_one_run_folder_is_a_report_too(single, tmp_path):
     one, page = compose_folder(single)
     assert len(one.study.runs) == 1 and "1 run of 1 model" in words(page)
     assert "Which classes are confused" in page and "with 500 images" in words(page)
-
-
-def test_a_browser_draws_the_report_of_a_single_run(single, tmp_path):
-    one, page = compose_folder(single)
+    assert "predictions for the balanced prior" in results_table(one).head[0]
     seen, console = browse(page, tmp_path, width=500)
     assert_drawn(seen, console, sum(len(chart.pictures) for chart in charts(one)))
+
+
+def test_a_metric_that_no_run_has_is_left_out(tmp_path):
+    out = write_study(tmp_path / "s", fractions=(0.5, 1.0), seeds=(0, 1), lesions=60)
+    for path in out.glob("cells/*/result.json"):
+        result = json.loads(path.read_text())
+        result["test"]["balanced_accuracy"] = {"value": None, "low": None, "high": None}
+        path.write_text(json.dumps(result))
+    one, page = compose_folder(out)
+    drawn = {chart.name: chart for chart in charts(one)}
+    assert {"curves-macro_auc", "forest-macro_auc", "recall"} < set(drawn)
+    assert not {"curves-balanced_accuracy", "cost"} & set(drawn)
+    assert all(chart.table.rows for chart in drawn.values()) and "None" not in told(one)
+    assert "Results at the largest fraction" in page
 
 
 @pytest.mark.slow
@@ -168,15 +179,12 @@ def test_a_study_of_hundreds_of_cells_is_a_page(tmp_path):
     assert "speed" in page and len(page) < 1_500_000
 
 
-def test_the_table_of_results_names_the_prior_of_its_calls(single):
-    assert "predictions for the balanced prior" in results_table(compose_folder(single)[0]).head[0]
-
-
 def test_many_models_get_a_learning_curve_each(tmp_path):
     models = ("alexnet", "resnet18", "resnet34", "resnet50", "vit_b16", "convnext_tiny")
     out = write_study(tmp_path / "s", models=models, fractions=(0.25, 1.0), seeds=(0,), lesions=60)
     one, page = compose_folder(out)
     assert page.count('<svg class="chart" id="curve-balanced_accuracy-') == 6
+    assert page.count('<svg class="chart wide" id="curve-balanced_accuracy"') == 1
     assert one.study.models == list(models)
     assert len(one.differences) == 15
     ps = [pair["metrics"]["balanced_accuracy"] for pair in one.differences]

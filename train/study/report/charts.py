@@ -88,13 +88,8 @@ def learning_curves(found: Analysis, metric: str) -> Chart:
     name = NAMES[metric]
     drawn = []
     if alone:
-        one = Picture(
-            f"curve-{metric}",
-            f"{name} of all models by training images",
-            size=(350, 240),
-            margins=(46, 96, 22, 34),
-            wide=True,
-        )
+        room: dict[str, Any] = {"size": (320, 230), "margins": (46, _beside(models), 22, 34)}
+        one = Picture(f"curve-{metric}", f"{name} of all models by training images", **room, wide=True)
         _curve_axes(one, found, metric, models, single=single, narrow=True)
         one.heading("means of all models")
         drawn.append(one)
@@ -143,13 +138,10 @@ def _curve_caption(curves: Sequence[dict[str, Any]], *, alone: bool, single: boo
     fitted = [curve for curve in curves if curve["band"]]
     lines = ["Every point is one run (one seed)."]
     if single:
-        lines.append(
-            "Bars are 95 % intervals of single runs: they show how much other test lesions could change the score."
-        )
+        lines.append("Bars are 95 % intervals of single runs: how much other test lesions could change the score.")
     if fitted:
-        lines.append(
-            "Lines are fitted curves a − b·n^(−c). The dark band is the 95 % interval over seeds and training subsets."
-        )
+        lines.append("Lines are fitted curves a − b·n^(−c).")
+        lines.append("The dark band is the 95 % interval over seeds and training subsets.")
         if alone or len(curves) == 1:
             lines.append("The pale band also includes the sampling of the test lesions.")
         lines.append("Curves end at twice the largest measured size. Nothing was measured in the shaded part.")
@@ -205,7 +197,7 @@ def _means(one: Picture, found: Analysis, metric: str, model: str, **more: Any) 
     series = found.study.series(model)
     one.line([size.n for size in known], means, series, **more)
     for size, mean in zip(known, means, strict=True) if not more else []:
-        one.point(size.n, mean, series, f"{model}, {_images(size.n)} images: {score(metric, mean)}", markersize=4)
+        one.point(size.n, mean, series, f"{model}, {_images(size.n)} images: {score(metric, mean)}", size=4)
 
 
 def _curve(one: Picture, found: Analysis, metric: str, model: str, *, patients: bool, bars: bool) -> None:
@@ -226,7 +218,7 @@ def _curve(one: Picture, found: Analysis, metric: str, model: str, *, patients: 
             one.interval(row[f"{metric}_low"], row[f"{metric}_high"], row["n_train"], colour(series))
     for p in curve["points"]:
         words = f"{model}, {_images(p['n'])} images, seed {p['seed']}: {score(metric, p['value'])}"
-        one.point(p["n"], p["value"], series, words, markersize=4.5)
+        one.point(p["n"], p["value"], series, words, size=4.5)
 
 
 def _beside(names: Sequence[str]) -> float:
@@ -283,16 +275,18 @@ def _curve_table(found: Analysis, metric: str, models: Sequence[str]) -> Table:
 # ------------------------------------------------------------------ cost
 
 
-def cost(found: Analysis, metric: str = METRICS[0]) -> Chart:
+def cost(found: Analysis, metric: str = METRICS[0]) -> Chart | None:
     """Score against training time and against the arithmetic of training, one marker a model and fraction."""
+    if not any(_known(found, metric, model) for model in found.sizes):
+        return None
     drawn = [
         _cost(found, metric, "cost-time", "training time of one run", seconds, lambda size: size.train_s),
         _cost(found, metric, "cost-flops", "training FLOPs of one run", short, lambda size: size.training_flops),
     ]
     caption = (
         "Each marker is the mean of one model's runs on one fraction. Bars span the seeds. Lines join the fractions of "
-        "a model from small to large. Left: measured seconds of training. Right: three forward passes for each image "
-        "seen, at the size it was seen at; this does not depend on the machine. Better is up and to the left."
+        "a model from small to large. Times are measured. FLOPs are three forward passes for each image seen, at the "
+        "size it was seen at; they do not depend on the machine. Better is up and to the left."
     )
     rows = [
         [s.model, _images(s.n), score(metric, s.mean[metric]), seconds(s.train_s), short(s.training_flops)]
@@ -313,14 +307,10 @@ def _cost(
     sizes = [size for model in found.sizes for size in _known(found, metric, model)]
     costs = [max(of(size), 1e-9) for size in sizes]
     one = Picture(name, f"{NAMES[metric]} against {what}")
-    low, high = (
-        ends([getattr(s, key)[metric] or 0.0 for s in sizes], default=d)
-        for key, ends, d in (("low", min, 0.0), ("high", max, 1.0))
-    )
+    low, high = min(size.low[metric] or 0.0 for size in sizes), max(size.high[metric] or 0.0 for size in sizes)
     one.linear("y", low, high, _label(metric), limits=(0.0, 1.0))
-    least, most = min(costs, default=1.0), max(costs, default=10.0)
-    round_times = [t for t in TIMES if least <= t <= most] if label is seconds else []
-    one.logarithmic(least, most, label, at=round_times if len(round_times) > 1 else [])
+    round_times = [t for t in TIMES if min(costs) <= t <= max(costs)] if label is seconds else []
+    one.logarithmic(min(costs), max(costs), label, at=round_times if len(round_times) > 1 else [])
     one.labels(what, NAMES[metric])
     words = []
     for model in found.sizes:
@@ -354,13 +344,13 @@ def _rows(
     return one
 
 
-def _gap(one: Picture, metric: str, row: int, name: str, gap: dict[str, Any], series: int, **more: Any) -> str:
+def _gap(one: Picture, metric: str, row: int, name: str, gap: dict[str, Any], **more: Any) -> str:
     """Draw a difference with its interval in a row; the difference in words."""
     words = points(metric, gap["value"])
     if gap["low"] is not None and gap["high"] is not None:
         words += f" ({points(metric, gap['low'])} to {points(metric, gap['high'])})"
-        one.interval(gap["low"], gap["high"], row, more.get("markeredgecolor", colour(series)), across=True)
-    one.point(gap["value"], row, series, f"{name}: {words}", **more)
+        one.interval(gap["low"], gap["high"], row, more.get("markeredgecolor", colour(0)), across=True)
+    one.point(gap["value"], row, 0, f"{name}: {words}", **more)
     return words
 
 
@@ -368,6 +358,12 @@ def _gap_axis(one: Picture, metric: str, gaps: Sequence[dict[str, Any]]) -> None
     ends = [0.0, *(v for gap in gaps for v in gap.values() if v is not None)]
     one.linear("x", min(ends), max(ends), lambda v: signed(v if "auc" in metric else 100 * v))
     one.axes.axvline(0.0, color=LIGHT["muted"], linewidth=1.0, clip_on=False)
+
+
+OPEN = {
+    "marker": "o", "markerfacecolor": LIGHT["page"], "markeredgecolor": LIGHT["muted"], "markeredgewidth": 1.2,
+}  # fmt: skip
+"""The marker of a difference that is not clear."""
 
 
 def significant(cell: dict[str, Any]) -> bool:
@@ -390,12 +386,7 @@ def differences(found: Analysis, metric: str) -> Chart | None:
     words, rows = [], []
     for row, (name, cell) in enumerate(zip(names, cells, strict=True)):
         clear = significant(cell)
-        more = (
-            {}
-            if clear
-            else {"markerfacecolor": LIGHT["page"], "markeredgecolor": LIGHT["muted"], "markeredgewidth": 1.2}
-        )
-        gap = _gap(one, metric, row, name, cell["difference"], 0, marker="s" if clear else "o", **more)
+        gap = _gap(one, metric, row, name, cell["difference"], **({"marker": "s"} if clear else OPEN))
         words.append(f"{name}: {gap}, p {p_value(cell.get('p_holm'))}.")
         rows.append([name, gap, p_value(cell["p"]), p_value(cell.get("p_holm")), str(cell["runs"])])
     one.alt = " ".join(words)
@@ -444,13 +435,8 @@ def variance(found: Analysis) -> Chart | None:
         "subset. Thin bars are 95 % intervals. "
         + " ".join(f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(notes))
     )
-    return Chart(
-        "variance",
-        "What the results depend on",
-        drawn,
-        caption.strip(),
-        Table(("metric", "source", "share (95 %)"), rows),
-    )
+    table = Table(("metric", "source", "share (95 %)"), rows)
+    return Chart("variance", "What the results depend on", drawn, caption.strip(), table)
 
 
 GROUPS = {"all": "all test images", "seen": "lesion also in training", "unseen": "lesion not in training"}
@@ -475,7 +461,7 @@ def leakage(found: Analysis) -> Chart | None:
         for row, ((group, name), cell) in enumerate(zip(groups.items(), cells, strict=True)):
             if cell["difference"]["value"] is None:
                 continue
-            gap = _gap(one, metric, row, name, cell["difference"], 0)
+            gap = _gap(one, metric, row, name, cell["difference"])
             words.append(f"{name}: {gap}.")
             sides = [percent(cell["first"]), percent(cell["second"])]
             rows.append([name, what, str(result["test_images"][group]), *sides, gap])
@@ -514,7 +500,7 @@ def speed(found: Analysis) -> Chart:
                 (rate, max(row["img_per_s"], 1e-9), f"{row['img_per_s']:.1f} img/s"),
                 (wait, row["data_wait_fraction"], percent(row["data_wait_fraction"])),
             ):
-                one.point(value, at, study.series(model), f"{name}: {text}", markersize=4, alpha=0.8)
+                one.point(value, at, study.series(model), f"{name}: {text}", size=4, alpha=0.8)
         speeds, waits = [row["img_per_s"] for row in mine], [row["data_wait_fraction"] for row in mine]
         words["rate"].append(f"{model}: {min(speeds):.0f} to {max(speeds):.0f} images per second.")
         words["wait"].append(f"{model}: {percent(min(waits))} to {percent(max(waits))}.")
@@ -611,7 +597,7 @@ def class_recalls(found: Analysis) -> Chart:
             for n, mean, low, high in known:
                 if high > low:
                     one.interval(low, high, n, colour(series))
-                one.point(n, mean, series, f"{model}, {_images(n)} images: {percent(mean)}", markersize=4)
+                one.point(n, mean, series, f"{model}, {_images(n)} images: {percent(mean)}", size=4)
                 rows.append([name, model, _images(n), percent(mean), percent(low), percent(high)])
         one.alt = " ".join(words) or "Undefined."
         drawn.append(one)
@@ -650,7 +636,7 @@ def calibration(found: Analysis) -> Chart | None:
                     one.interval(b["low"], b["high"], b["confidence"], colour(series))
                 numbers = [percent(b[key]) for key in ("confidence", "accuracy", "share")]
                 words = "confidence {}, accuracy {}, {} of images".format(*numbers)
-                one.point(b["confidence"], b["accuracy"], series, words, markersize=3.2 + 7 * b["share"] ** 0.5)
+                one.point(b["confidence"], b["accuracy"], series, words, size=3.2 + 7 * b["share"] ** 0.5)
                 rows.append([model, SCALED[series], *numbers])
         drawn.append(one)
     if not drawn:

@@ -32,6 +32,9 @@ DARK = {
 
 COLOURS = 8
 MARKERS = ("o", "s", "^", "D", "v", "X", "P", "h")
+MARKER_SIZES = (1.0, 0.95, 1.1, 0.9, 1.1, 1.2, 1.35, 1.1)
+"""Shapes of the series, and factors by which they look equally large."""
+
 DASHES = ((), (5, 2), (1.5, 2), (6, 2, 1.5, 2), (3, 1.5), (8, 3), (1, 3), (4, 1.5, 1, 1.5, 1, 1.5))
 """Dashes of the series in line widths. With the markers they tell series apart without colour."""
 
@@ -84,14 +87,14 @@ def colour(series: int) -> str:
     return LIGHT[f"c{series % COLOURS}"]
 
 
-def look(series: int) -> dict[str, Any]:
+def look(series: int, size: float = 5.0) -> dict[str, Any]:
     """Colour, marker and dashes of a series, for a line of matplotlib. The ninth differs from the first by dashes."""
     return {
         "color": colour(series),
         "marker": MARKERS[series % len(MARKERS)],
         "linestyle": _dashes(series),
         "linewidth": 1.5,
-        "markersize": 5.0,
+        "markersize": size * MARKER_SIZES[series % len(MARKERS)],
         "markeredgecolor": LIGHT["page"],
         "markeredgewidth": 0.5,
         "clip_on": False,
@@ -251,9 +254,9 @@ class Picture:
         style: dict[str, Any] = {"color": colour(series), "alpha": alpha, "linewidth": 0, "clip_on": False}
         self.axes.fill_between(x, lower, upper, gid=self.mark("band"), **style)
 
-    def point(self, x: float, y: float, series: int, words: str, **more: Any) -> None:
+    def point(self, x: float, y: float, series: int, words: str, *, size: float = 5.0, **more: Any) -> None:
         """A series' marker with its words."""
-        style: dict[str, Any] = look(series) | {"linestyle": ""} | more
+        style: dict[str, Any] = look(series, size) | {"linestyle": ""} | more
         self.axes.plot([x], [y], gid=self.mark("point", words), **style)
 
     def interval(self, low: float, high: float, at: float, colour: str, *, across: bool = False) -> None:

@@ -166,9 +166,9 @@ def grid(
     device: str,
 ) -> None:
     """A study whose cells share a worker process, against one process per cell."""
-    from benchmarks.forms import sized
-    from benchmarks.grids import GridJob, grid_text, measure_grid
-    from benchmarks.work import Work
+    from benchmarks.datasets import sized
+    from benchmarks.grid import GridJob, grid_text, measure_grid
+    from benchmarks.peers.system import Work
     from shards.common.progress import Progress
     from train.study.cells import parse_fractions
 
@@ -195,9 +195,9 @@ def predict(
     quick: bool, out: Path, cache: Path, source: Path, rounds: int | None, packed_px: int, resolution: int, device: str
 ) -> None:
     """Prediction beside evaluation with a resnet18, and how long `train.predict` and `train.serve` take to start."""
-    from benchmarks.forms import sized
-    from benchmarks.predicting import measure_predicting, predicting_text
-    from benchmarks.work import Work
+    from benchmarks.datasets import sized
+    from benchmarks.peers.system import Work
+    from benchmarks.predict import measure_predicting, predicting_text
     from shards.common.progress import Progress
     from train.models import check_resolution
 

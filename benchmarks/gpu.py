@@ -1,7 +1,7 @@
 """What a GPU does while something runs on it, as its driver tells (NVML; on Hopper and newer also GPM).
 
 NVML's own "utilization" says only that some kernel ran, not that the GPU was full: show it beside the data wait and
-the cached-batch ceiling. `benchmarks/sampling.py` reads this many times a second.
+the cached-batch ceiling. `benchmarks/monitor.py` reads this many times a second.
 """
 
 from collections.abc import Callable

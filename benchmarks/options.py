@@ -14,7 +14,7 @@ from shards.common.machine import available_cores
 if TYPE_CHECKING:
     from benchmarks.machine import Environment
     from benchmarks.measure import Row
-    from benchmarks.work import Work
+    from benchmarks.peers.system import Work
     from shards.common.progress import Progress
 
 Told = Callable[[str], None]
@@ -122,8 +122,8 @@ def check_models(models: Sequence[str], resolution: int) -> None:
 def training_work(source: Path, cache: Path, resolution: int, batch_size: int, workers: int, quick: bool) -> "Work":
     """The images of a benchmark that trains. Raises UsageError where they do not make one batch, DataError where the
     source is not what it should be."""
-    from benchmarks.forms import names, sized
-    from benchmarks.work import Work
+    from benchmarks.datasets import names, sized
+    from benchmarks.peers.system import Work
     from shards.common.errors import UsageError
 
     work = sized(Work(images(source), cache, 400, resolution, batch_size, workers), 624 if quick else 1248)
@@ -150,7 +150,7 @@ def command_line(work: "Work | None" = None) -> str:
 
     Raises DataError where the source is not what it should be.
     """
-    from benchmarks.forms import described
+    from benchmarks.datasets import described
 
     words = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in sys.argv[1:]]
     command = shlex.join(["python", "-m", "benchmarks.run", *words])

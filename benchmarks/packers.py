@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.forms import names, packed_size, prepared
-from benchmarks.peers_ffcv import beton_payload_bytes, read_beton, write_beton
-from benchmarks.work import QUALITY, Work
+from benchmarks.datasets import names, packed_size, prepared
+from benchmarks.peers.ffcv import beton_payload_bytes, read_beton, write_beton
+from benchmarks.peers.system import QUALITY, Work
 from shards.common.errors import DataError
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from benchmarks.grids import grid_text
-from benchmarks.loaders import loader_text, packed_sizes
+from benchmarks.grid import grid_text
+from benchmarks.loader import loader_text, packed_sizes
 from benchmarks.measure import Row
-from benchmarks.packing import packing_text
-from benchmarks.predicting import predicting_in_words, predicting_text
+from benchmarks.pack import packing_text
+from benchmarks.predict import predicting_in_words, predicting_text
 from benchmarks.speed import training_text
 from benchmarks.stalls import stalls_text
 from benchmarks.tables import cell, figure, read_csv

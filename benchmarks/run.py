@@ -55,10 +55,10 @@ def loader(
 
     --quick leaves out half-raw sets, engines on one thread, and GPU engines on a CPU, but for what --only names.
     """
-    from benchmarks.forms import sized
-    from benchmarks.loaders import jobs, loader_text, measure_loaders
-    from benchmarks.peers import NOT_IN_QUICK, SYSTEMS
-    from benchmarks.work import Work
+    from benchmarks.datasets import sized
+    from benchmarks.loader import jobs, loader_text, measure_loaders
+    from benchmarks.peers.pytorch import NOT_IN_QUICK, SYSTEMS
+    from benchmarks.peers.system import Work
     from shards.common.progress import Progress
     from train import device as devices
 
@@ -95,10 +95,10 @@ def pack(
 
     --quick leaves out mixed write modes and the packer without a restart table, but for what --only names.
     """
-    from benchmarks.forms import sized
+    from benchmarks.datasets import sized
+    from benchmarks.pack import measure_packing, packing_text
     from benchmarks.packers import NOT_IN_QUICK, PACKERS
-    from benchmarks.packing import measure_packing, packing_text
-    from benchmarks.work import Work
+    from benchmarks.peers.system import Work
     from shards.common.progress import Progress
 
     systems = chosen(PACKERS, only, NOT_IN_QUICK if quick else ())

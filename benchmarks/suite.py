@@ -12,7 +12,7 @@ import torch
 from benchmarks import checks
 from benchmarks.check_training import training_steps, whole_run
 from benchmarks.evidence import Evidence
-from benchmarks.sampling import HZ, MOST_CORE_SHARE, CoreSource, Sampler, Source
+from benchmarks.monitor import HZ, MOST_CORE_SHARE, CoreSource, Sampler, Source
 from shards import Loader, Selection, ShardSet
 from shards.engines import selfcheck
 from train.device import gpu_uuid

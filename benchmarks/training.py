@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cold import drop_from_cache, read_into_cache
-from benchmarks.forms import prepared
+from benchmarks.datasets import prepared
 from benchmarks.peak import matrix_peak
-from benchmarks.work import Work
+from benchmarks.peers.system import Work
 from benchmarks.worker import Running
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def _endless_folder(work: Work, device: "torch.device") -> "Iterator[tuple[Tenso
     """torchvision's ImageFolder and DataLoader on the originals, epoch after epoch."""
     import torch
 
-    from benchmarks.peers import image_folder
+    from benchmarks.peers.pytorch import image_folder
 
     epoch = image_folder(work, prepared("originals", work), pin=device.type == "cuda")
     colour = torch.eye(3, 4).repeat(work.batch_size, 1, 1).to(device)

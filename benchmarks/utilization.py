@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.gpu import UNITS
 from benchmarks.machine import Environment, Meter
 from benchmarks.measure import Row, Sample, Series, interleave, ratio_row, series_rows, summary_row
-from benchmarks.sampling import Sampler, Source
+from benchmarks.monitor import Sampler, Source
 from benchmarks.speed import BASELINE
 from benchmarks.tables import cell, figure
 from benchmarks.timeline import START_UP, TRAINING, Moment
@@ -24,7 +24,7 @@ STATISTICS = ("mean", "median", "min", "max")
 START_UP_KEPT_S = 5.0
 """Of the readings before the clock, those of the last seconds are kept for the timeline."""
 CPU = "CPU"
-"""How `benchmarks.sampling.CoreSource` calls what it reads."""
+"""How `benchmarks.monitor.CoreSource` calls what it reads."""
 NO_GPU = "there is no GPU on this machine"
 NOT_READ = "training ran on the CPU, so the GPU was not read"
 

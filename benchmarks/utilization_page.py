@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from benchmarks.gpu import UNITS
 from benchmarks.measure import Row
-from benchmarks.sampling import MOST_CORE_SHARE
+from benchmarks.monitor import MOST_CORE_SHARE
 from benchmarks.tables import busy_text, cell, figure, grid, machine_text, notes
 from benchmarks.timeline import in_order, reading
 from benchmarks.utilization import NO_GPU, NOT_READ, STATISTICS, core_means

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.grids import ALONE, SHARED, GridJob, measure_grid
+from benchmarks.grid import ALONE, SHARED, GridJob, measure_grid
 from benchmarks.machine import environment
-from benchmarks.work import Work
+from benchmarks.peers.system import Work
 from tests.support.benchdata import write_source
 
 

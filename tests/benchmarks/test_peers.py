@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import packers, peers
-from benchmarks.forms import FORMS, described, names, originals, packed_size, prepared, sized, stats
+from benchmarks import packers
+from benchmarks.datasets import FORMS, described, names, originals, packed_size, prepared, sized, stats
 from benchmarks.options import chosen
 from benchmarks.packers import PACKERS
-from benchmarks.peers import SYSTEMS, need, set_up
-from benchmarks.peers_ffcv import max_resolution
+from benchmarks.peers import pytorch as peers
+from benchmarks.peers.ffcv import max_resolution
+from benchmarks.peers.pytorch import SYSTEMS, need, set_up
+from benchmarks.peers.system import MissingPeerError, Work, WrongBatchError, check_batch
 from benchmarks.targets import TARGETS
-from benchmarks.work import MissingPeerError, Work, WrongBatchError, check_batch
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
 from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_without, small_job

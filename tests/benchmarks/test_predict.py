@@ -5,7 +5,8 @@ import pytest
 
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series
-from benchmarks.predicting import (
+from benchmarks.peers.system import Work
+from benchmarks.predict import (
     EVALUATION,
     PREDICT,
     PREDICT_PLAIN,
@@ -24,7 +25,6 @@ from benchmarks.predicting import (
 )
 from benchmarks.starts import StartFailedError, start_predict, start_serve
 from benchmarks.targets import verdict
-from benchmarks.work import Work
 from shards.common.errors import DataError
 from tests.support.benchdata import IMAGES, write_source
 

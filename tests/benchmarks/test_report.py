@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.grids import ALONE, SHARED, GridJob, grid_text, measure_grid, set_up
-from benchmarks.loaders import jobs, loader_text, measure_loaders, packed_sizes
+from benchmarks.grid import ALONE, SHARED, GridJob, grid_text, measure_grid, set_up
+from benchmarks.loader import jobs, loader_text, measure_loaders, packed_sizes
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series, ratio_row, series_rows, summary_row
-from benchmarks.peers import SYSTEMS
-from benchmarks.predicting import EVALUATION, PREDICT, START_PREDICT
+from benchmarks.peers.pytorch import SYSTEMS
+from benchmarks.peers.system import Work
+from benchmarks.predict import EVALUATION, PREDICT, START_PREDICT
 from benchmarks.report import bars, in_words, machines_text, markdown, page, read_results
 from benchmarks.tables import write_csv
-from benchmarks.work import Work
 from shards.common.errors import DataError
 from tests.support.benchdata import write_source
 
@@ -141,9 +141,9 @@ def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_me
 
 
 def test_what_reads_no_packed_images_comes_after_what_says_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.loaders.stats", lambda work: ((0.0, 0.0, 0.0), f"{work.packed_px}x1"))
+    monkeypatch.setattr("benchmarks.loader.stats", lambda work: ((0.0, 0.0, 0.0), f"{work.packed_px}x1"))
     monkeypatch.setattr(
-        "benchmarks.loaders.take_turns", lambda _, names, *rest, **more: (dict.fromkeys(names, series(*[1.0] * 6)), {})
+        "benchmarks.loader.take_turns", lambda _, names, *rest, **more: (dict.fromkeys(names, series(*[1.0] * 6)), {})
     )
     systems = [SYSTEMS["torchvision ImageFolder"], SYSTEMS["webdataset"]]
     rows = []

@@ -47,9 +47,9 @@ def test_the_table_holds_the_judged_rows_and_no_others() -> None:
 
 
 def test_every_target_names_systems_that_are_measured() -> None:
-    from benchmarks.grids import SHARED
-    from benchmarks.loaders import RATIOS as LOADERS
-    from benchmarks.packing import RATIOS as PACKERS
+    from benchmarks.grid import SHARED
+    from benchmarks.loader import RATIOS as LOADERS
+    from benchmarks.pack import RATIOS as PACKERS
     from benchmarks.speed import RATIOS as TRAINING
 
     pairs = {"loader": LOADERS, "pack": PACKERS, "training": TRAINING}

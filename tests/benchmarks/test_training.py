@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from benchmarks.cold import StillCachedError, cached_share, drop_from_cache, read_into_cache
-from benchmarks.forms import prepared
+from benchmarks.datasets import prepared
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series
 from benchmarks.peak import products_of
+from benchmarks.peers.system import Work
 from benchmarks.speed import (
     IN_FP32,
     RATIOS,
@@ -38,7 +39,6 @@ from benchmarks.training import (
     set_up,
     system_name,
 )
-from benchmarks.work import Work
 from shards import ShardSet
 from tests.support.benchdata import in_a_process_of_its_own, write_source
 from train.device import Decision

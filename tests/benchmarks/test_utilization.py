@@ -10,17 +10,17 @@ import pytest
 from benchmarks.gpu import UNITS, GpuSource
 from benchmarks.machine import environment
 from benchmarks.measure import Row
+from benchmarks.monitor import CoreSource
+from benchmarks.peers.system import Work
 from benchmarks.report import markdown, page, read_results, read_timelines
-from benchmarks.sampling import CoreSource
 from benchmarks.tables import read_csv, write_csv
 from benchmarks.timeline import READINGS, START_UP, TRAINING, Moment, read_timeline, timeline_svg, write_timeline
 from benchmarks.training import TrainingJob
 from benchmarks.utilization import NO_GPU, NOT_READ, measure_utilization, systems, utilization_in_words
 from benchmarks.utilization_page import utilization_text
-from benchmarks.work import Work
 from benchmarks.worker import Running
 from shards.common.errors import DataError
-from tests.benchmarks.test_gpu import STAND_IN, ScriptedDriver
+from tests.benchmarks.test_monitor import STAND_IN, ScriptedDriver
 
 NAMES = systems("channels-last")
 CEILING, NATIVE, BASELINE = NAMES

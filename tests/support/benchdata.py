@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.peers import need
-from benchmarks.work import MissingPeerError, Work
+from benchmarks.peers.pytorch import need
+from benchmarks.peers.system import MissingPeerError, Work
 from benchmarks.worker import start_server
 from shards.format import CLASSES
 

@@ -6,7 +6,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.work import RATIO, SCALE, Batch, Epoch, System, Work
+from benchmarks.peers.system import RATIO, SCALE, Batch, Epoch, System, Work
 
 
 def _open(work: Work, folder: Path) -> Epoch:
@@ -17,7 +17,7 @@ def _open(work: Work, folder: Path) -> Epoch:
     from spdl.pipeline import PipelineBuilder
     from torchvision.transforms import RandomResizedCrop
 
-    from benchmarks.forms import packed_files
+    from benchmarks.datasets import packed_files
 
     files = packed_files(work)
     side = work.resolution_px

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.work import Batch, Epoch, System, Work
+from benchmarks.peers.system import Batch, Epoch, System, Work
 
 if TYPE_CHECKING:
     from shards import Loader
@@ -65,7 +65,7 @@ def _decode_only(work: Work, folder: Path) -> Epoch:
     """`cv2.imdecode` of whole packed JPEG files that are in memory already."""
     import cv2
 
-    from benchmarks.forms import packed_files
+    from benchmarks.datasets import packed_files
 
     cv2.setNumThreads(0)
     data = [np.frombuffer(path.read_bytes(), np.uint8) for path, _ in packed_files(work)]
@@ -126,7 +126,7 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
 
 def _copy_only(work: Work, folder: Path) -> Epoch:
     """Memory copies of finished images, (S, S, 3) uint8 each, as many as an epoch has, from more than caches hold."""
-    from benchmarks.forms import names
+    from benchmarks.datasets import names
 
     side, count = work.resolution_px, len(names(work))
     source = np.random.default_rng(0).integers(0, 256, (min(count, 1024), side, side, 3), np.uint8)

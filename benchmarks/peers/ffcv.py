@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.work import QUALITY, RATIO, SCALE, Epoch, System, Work
+from benchmarks.peers.system import QUALITY, RATIO, SCALE, Epoch, System, Work
 from shards.common.errors import DataError
 
 _NOTE = (
@@ -45,7 +45,7 @@ def max_resolution(height: int, width: int, packed_px: int) -> float:
     It cuts both sides to whole pixels where the others round (600×450 at 341: 341×255 instead of 341×256), so a
     fraction of a pixel more is asked for. Raises DataError where no value gives that size.
     """
-    from benchmarks.forms import packed_size
+    from benchmarks.datasets import packed_size
 
     if max(height, width) <= packed_px:
         return float(packed_px)
@@ -65,7 +65,7 @@ def one_max_resolution(work: Work) -> float:
     """
     from PIL import Image
 
-    from benchmarks.forms import originals
+    from benchmarks.datasets import originals
 
     sizes = set()
     for path, _, _ in originals(work):
@@ -82,7 +82,7 @@ def write_beton(work: Work, file: Path, write_mode: str) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    from benchmarks.forms import names
+    from benchmarks.datasets import names
 
     limit = one_max_resolution(work)
     image = RGBImageField(write_mode=write_mode, max_resolution=limit, jpeg_quality=QUALITY)  # type: ignore[arg-type]

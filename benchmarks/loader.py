@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from benchmarks.forms import stats
+from benchmarks.datasets import stats
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, ratio_row, series_rows
-from benchmarks.peers import set_up
+from benchmarks.peers.pytorch import set_up
+from benchmarks.peers.system import System, Work
 from benchmarks.tables import busy_text, grid, machine_text, notes, pivot
 from benchmarks.targets import targets_text
-from benchmarks.work import System, Work
 from benchmarks.worker import Told, take_turns
 
 RATIOS = (

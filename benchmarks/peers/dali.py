@@ -7,7 +7,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.work import RATIO, SCALE, Batch, Epoch, System, Work
+from benchmarks.peers.system import RATIO, SCALE, Batch, Epoch, System, Work
 
 
 def _open(work: Work, folder: Path) -> Epoch:

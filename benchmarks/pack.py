@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.forms import names, originals, packed_size
+from benchmarks.datasets import names, originals, packed_size
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, ratio_row, series_rows
 from benchmarks.packers import PACKERS, Packer
-from benchmarks.peers import need
+from benchmarks.peers.pytorch import need
+from benchmarks.peers.system import Work
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
 from benchmarks.targets import targets_text
-from benchmarks.work import Work
 from benchmarks.worker import Running, Told, take_turns
 
 _JUDGED = 64

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forms import prepared, stats
-from benchmarks.ours import CEILINGS, OURS, OURS_ON_GPU
-from benchmarks.peers_dali import DALI
-from benchmarks.peers_ffcv import FFCV
-from benchmarks.peers_spdl import SPDL
-from benchmarks.work import (
+from benchmarks.datasets import prepared, stats
+from benchmarks.peers.dali import DALI
+from benchmarks.peers.ffcv import FFCV
+from benchmarks.peers.ours import CEILINGS, OURS, OURS_ON_GPU
+from benchmarks.peers.spdl import SPDL
+from benchmarks.peers.system import (
     RATIO,
     SCALE,
     Batch,

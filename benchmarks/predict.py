@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forms import names, packed_files, prepared, stats
+from benchmarks.datasets import names, packed_files, prepared, stats
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, Sample, Series, interleave, median_interval, ratio_row, series_rows, summary_row
+from benchmarks.peers.system import Work
 from benchmarks.starts import start_predict, start_serve
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
 from benchmarks.targets import verdict
-from benchmarks.work import Work
 from benchmarks.worker import Running, Told, take_turns
 from shards.common.errors import DataError, last_line
 from shards.format import MANIFEST, Manifest

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.work import QUALITY, Work
+from benchmarks.peers.system import QUALITY, Work
 from preprocess.records import read_table, table_columns
 from shards.common.errors import DataError, last_line
 from shards.format import CLASSES
@@ -263,7 +263,7 @@ def _litdata(work: Work, folder: Path) -> None:
 
 def _beton(write_mode: str) -> Callable[[Work, Path], None]:
     def write(work: Work, folder: Path) -> None:
-        from benchmarks.peers_ffcv import write_beton
+        from benchmarks.peers.ffcv import write_beton
 
         write_beton(work, folder / "set.beton", write_mode)
 

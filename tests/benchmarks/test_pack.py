@@ -2,11 +2,11 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.forms import originals
+from benchmarks.datasets import originals
+from benchmarks.pack import judge, psnr_db, set_up
 from benchmarks.packers import PACKERS
-from benchmarks.packing import judge, psnr_db, set_up
-from benchmarks.peers_ffcv import one_max_resolution
-from benchmarks.work import Work
+from benchmarks.peers.ffcv import one_max_resolution
+from benchmarks.peers.system import Work
 from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_without, small_job
 
 
@@ -26,7 +26,7 @@ def test_files_are_found_before_a_packer_is_timed(work, tmp_path, monkeypatch, n
     skip_without(PACKERS[name].packages)
     (tmp_path / "warm").mkdir()
     PACKERS[name].write(work, tmp_path / "warm")
-    for found in ("benchmarks.forms.read_table", "preprocess.ham10000.read_source", "benchmarks.packers.prepared"):
+    for found in ("benchmarks.datasets.read_table", "preprocess.ham10000.read_source", "benchmarks.packers.prepared"):
         monkeypatch.setattr(found, lambda *_: pytest.fail("looks for its files in a timed round"))
     (tmp_path / "timed").mkdir()
     PACKERS[name].write(work, tmp_path / "timed")
@@ -81,7 +81,7 @@ def test_psnr_falls_with_what_is_lost(work):
 
 
 def test_psnr_is_of_the_same_originals_in_whatever_order_they_were_packed(work, monkeypatch):
-    monkeypatch.setattr("benchmarks.packing._JUDGED", 3)
+    monkeypatch.setattr("benchmarks.pack._JUDGED", 3)
     paths = [path for path, _, _ in originals(work)]
     packed = [(p.stem, cv2.resize(cv2.imread(str(p), cv2.IMREAD_COLOR_RGB), (160, 120))) for p in paths[:6]]
     assert judge(work, iter(packed)) == pytest.approx(judge(work, iter([*packed[::-1], *packed])))

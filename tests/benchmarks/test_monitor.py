@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu import UNITS, GpuSource
 from benchmarks.machine import environment
 from benchmarks.measure import Row
-from benchmarks.sampling import HZ, CoreSource, Sampler
+from benchmarks.monitor import HZ, CoreSource, Sampler
 from benchmarks.tables import machine_text
 from shards.common.errors import DataError
 from train.device import gpu_uuid

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forms import prepared
+from benchmarks.datasets import prepared
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, ratio_row, series_rows, summary_row
+from benchmarks.peers.system import Work
 from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
 from benchmarks.targets import targets_text
-from benchmarks.work import Work
 from benchmarks.worker import SET_UP_LIMIT_S, Running, Told, take_turns
 
 SHARED, ALONE = "one grid, shared worker", "one process per cell"

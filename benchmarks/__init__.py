@@ -1,6 +1,7 @@
 """What this project measures about itself and its peers, and how: the same work, in turn, with its spread.
 
-`measure` times and summarises, `machine` says on what, `tables` writes CSV and Markdown. `work` is the job of a loader
-benchmark, `forms` the data on disk in every system's own format, `peers` and its sisters the systems, each behind the
-same small protocol, `worker` the process that one system lives in. `run` is the entry.
+`run` is the entry; each benchmark has a file with its name and its subcommand. `measure` times and summarises,
+`machine` describes the machine, `worker` is the process of one system, `tables` writes CSV and Markdown, `targets`
+judges. `datasets` has the job that all systems get and its images on disk, `peers` the loaders. `gpu_check` runs the
+list of `checks` on a GPU, and `evidence` shows what it found.
 """

@@ -1,36 +1,225 @@
-"""Engines on a device beside native's pixels on the CPU, quietly and under load (for `benchmarks/gpu_check.py`).
+"""The checks of a GPU, as one list: `python -m benchmarks.gpu_check` and the tests marked `gpu` run the same ones.
 
-Nothing here names a device: the same functions run on a CPU, where the tests run them.
+Each engine is compared with native's pixels on the CPU, alone and under load on lagging streams. Every model is trained
+for a few steps while the device is sampled. Nothing here is special to CUDA: the tests run the same checks on a CPU.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+import math
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shards import Loader, Selection
-from shards.engines import Engine, Request
+from benchmarks.monitor import HZ, MOST_CORE_SHARE, Sampler, reader_of
+from shards import Batch, Loader, Selection, ShardSet
+from shards.common.errors import DermscaleError
+from shards.common.machine import available_cores
+from shards.engines import Engine, Request, selfcheck
 from shards.engines.dali import DaliEngine
 from shards.engines.native import NativeEngine
 from shards.engines.resident import ResidentEngine
-from shards.engines.selfcheck import contents
 from train import device as devices
+from train import models
+from train.checkpoint import Progress
+from train.config import Config, learning_rate, resolved
+from train.console import Silent
+from train.distributed import World
+from train.loop import train_once
+from train.models import MODELS
+from train.prepare import choose_data, compile_and_distribute, prepare
+from train.workspace import Workspace
+
+WRITE_MODES = {"jpg": "jpg", "raw": "raw", "mixed": "proportion"}
+"""The shard sets that are checked, by their contents → how they are packed."""
+LEAST_HZ = 10.0
+"""Readings per second that the sampler has to reach beside training."""
+COMPILED_WITHIN = 0.05
+"""How far the loss may be from the uncompiled network's after the same steps, as a share of it: bfloat16 rounds
+differently there."""
+_LOSSES = ("first_loss", "last_loss")
+
+Found = tuple[bool, dict[str, Any]]
+"""Whether a check passed, and its numbers."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is checked.
+
+    models: names for training, None for all eight. compiled: those that are also trained with `torch.compile`. steps,
+    seconds: the minimum that is timed of each. batches: for each engine, in the comparison and under load. load_side,
+    load_repeats: of the matrix products that are queued for each batch. images, packed_px: of the data that is made.
+    """
+
+    models: tuple[str, ...] | None = None
+    compiled: tuple[str, ...] = ("resnet18", "vit_b16")
+    whole_run: str = "resnet18"
+    steps: int = 20
+    seconds: float = 1.5
+    batch_size: int = 64
+    resolution: int = 224
+    batches: int = 16
+    load_side: int = 4096
+    load_repeats: int = 8
+    images: int = 256
+    packed_px: int = 400
+
+
+@dataclass
+class Context:
+    """What checks run on, and what they have found so far.
+
+    sets: shard sets by their contents. scratch: an empty folder for runs. numbers: of each check that passed, by name.
+    """
+
+    device: torch.device
+    settings: Settings
+    sets: Mapping[str, Path]
+    scratch: Path
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sampler: Sampler | None = None
+    _opened: dict[str, ShardSet] = field(default_factory=dict)
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _expected: tuple[Any, list[Request], list[Tensor]] | None = None
+
+    def selection(self, contents: str, split: str) -> Selection:
+        """The samples of a split; the set is open until `close`."""
+        if contents not in self._opened:
+            self._opened[contents] = self._stack.enter_context(ShardSet(self.sets[contents]))
+        return self._opened[contents].select(split)
+
+    def expected(self, contents: str, split: str) -> tuple[list[Request], list[Tensor]]:
+        """Requests for batches of a split, and native's images for them on the CPU; the last ones are kept."""
+        if self._expected is None or self._expected[0] != (contents, split):
+            selection, settings = self.selection(contents, split), self.settings
+            batch_size = min(settings.batch_size, len(selection))
+            requests = requests_of(selection, train=split == "train", batch_size=batch_size, batches=settings.batches)
+            self._expected = (contents, split), requests, reference(selection, requests, settings.resolution)
+        return self._expected[1:]
+
+    def start_sampling(self) -> Found:
+        """Read the device from now on, until `close`. Raises DataError where its driver does not answer."""
+        self.sampler = self._stack.enter_context(Sampler(reader_of(self.device), HZ))
+        return True, self.sampler.reader.about
+
+    def close(self) -> None:
+        """End the sampler, and close the sets."""
+        self._stack.close()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check. run: does it. needs: the name of a check that has to pass before, because this one could end the
+    process, or has nothing to judge."""
+
+    name: str
+    run: Callable[[Context], Found]
+    needs: str = ""
+
+
+def checks_of(settings: Settings, contents: Sequence[str], device_type: str) -> list[Check]:
+    """Every check, in order: engines on each shard set, then training while the device is sampled.
+
+    contents: keys of WRITE_MODES. device_type: `cuda` or `cpu`.
+    """
+    found = [check for each in contents for check in _engine_checks(each, device_type)]
+    connection = f"connection to the {'driver' if device_type == 'cuda' else 'counters'}"
+    found.append(Check(connection, Context.start_sampling))
+    trained = contents[0] if "jpg" not in contents else "jpg"
+    for compiled, names in ((False, settings.models or tuple(MODELS)), (True, settings.compiled)):
+        found += [Check(_training_name(name, compiled), partial(_train, trained, name, compiled)) for name in names]
+    found.append(Check(f"whole run of {settings.whole_run}", partial(_whole_run, trained)))
+    return [*found, Check("sampling", _judge_sampling, needs=connection)]
+
+
+def _engine_checks(contents: str, device_type: str) -> list[Check]:
+    """Self-checks of DALI, the choice of `auto`, and each engine's pixels and stream order."""
+    engines = [name for name in ENGINES if (contents, name) != ("raw", "dali whole")]  # raw: both graphs are the same
+    own = {f"dali {variant}": f"self-check of dali {variant} ({contents})" for variant in selfcheck.NAMES}
+    found = [
+        Check(title, partial(_self_check, contents, name.removeprefix("dali ")))
+        for name, title in own.items()
+        if name in engines
+    ]
+    found.append(Check(f"choice of auto ({contents})", partial(_choice, contents)))
+    for split, what in (("train", "training"), ("val", "evaluation")):
+        for name in engines:
+            needs = own.get(name, "")
+            found.append(
+                Check(f"parity of {name} ({contents}, {what})", partial(_parity, contents, split, name), needs)
+            )
+            for stream in ("default stream", "own stream") if split == "train" else ():
+                if stream == "default stream" or device_type == "cuda":
+                    title = f"stream order of {name} ({contents}, {stream})"
+                    found.append(Check(title, partial(_stream_order, contents, name, stream), needs))
+    return found
+
+
+# ------------------------------------------------------------------ engines
+
+ENGINES = ("native", "dali region", "dali whole", "resident")
+"""Every engine; DALI's two graphs count as two."""
+
+
+def make_engine(name: str, contents: str, selection: Selection, device: torch.device) -> Engine:
+    """Build an engine for a selection on a device."""
+    if name == "native":
+        return NativeEngine(selection.data, str(device))
+    if name == "resident":
+        return ResidentEngine(selection, str(device))
+    return DaliEngine(selection.data, str(device), contents=contents, variant=name.removeprefix("dali "))
+
+
+def _self_check(contents: str, variant: str, context: Context) -> Found:
+    """The check that `auto` makes in its own process, without its cached result."""
+    selection, device = context.selection(contents, "train"), context.device
+    selfcheck.cache_file(selfcheck.key_of(selection.data, device, variant, selection.samples)).unlink(missing_ok=True)
+    passed, reason = selfcheck.check(selection, device, variant)
+    return passed, {"reason": reason}
+
+
+def _choice(contents: str, context: Context) -> Found:
+    """The engine that `auto` takes: this fails only if it can take none."""
+    selection = context.selection(contents, "train")
+    batch_size = min(context.settings.batch_size, len(selection))
+    with closing(Loader(selection, batch_size=batch_size, engine="auto", device=context.device)) as loader:
+        return True, {"engine": loader.engine_name, "reason": loader.engine_reason}
+
+
+def _parity(contents: str, split: str, name: str, context: Context) -> Found:
+    requests, expected = context.expected(contents, split)
+    allowed = tolerance(name, contents, context.device)
+    with closing(make_engine(name, contents, context.selection(contents, split), context.device)) as engine:
+        return parity(engine, context.device, requests, expected, context.settings.resolution, allowed)
+
+
+def _stream_order(contents: str, name: str, stream: str, context: Context) -> Found:
+    device, settings = context.device, context.settings
+    requests, expected = context.expected(contents, "train")
+    allowed = tolerance(name, contents, device)
+    with closing(make_engine(name, contents, context.selection(contents, "train"), device)) as engine:
+        load = heavy_kernels(device, settings.load_side, settings.load_repeats)
+        consumer = torch.cuda.stream(torch.cuda.Stream(device)) if stream == "own stream" else nullcontext()
+        return stress(engine, requests, expected, settings.resolution, allowed, load, consumer)
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far images may differ, in values of 0 to 255: a `share` by `within` or less, and on average under `mean`."""
+    """How far images may differ, of 255: a `share` of values by at most `within`, on average by less than `mean`."""
 
     within: int
     share: float
     mean: float
 
     def holds(self, difference: Mapping[str, Any]) -> bool:
-        """Whether the numbers of `Difference.numbers` keep to it."""
+        """Whether the numbers of `Difference.numbers` are within it."""
         histogram = np.array(difference["histogram"])
         near = histogram[: self.within + 1].sum()
         return bool(
@@ -45,13 +234,13 @@ DECODED_ON_GPU = Tolerance(within=4, share=0.999, mean=1.0)
 """Another JPEG decoder than libjpeg's: nvJPEG."""
 
 
-def tolerance(engine: str, kinds: str, device: torch.device) -> Tolerance:
-    """What an engine is allowed, beside native on the CPU. kinds: `jpg`, `raw` or `mixed`."""
+def tolerance(engine: str, contents: str, device: torch.device) -> Tolerance:
+    """How far an engine may differ from native on the CPU. contents: `jpg`, `raw` or `mixed`."""
     if engine == "native":
         return SAME
     if engine == "resident" or device.type == "cpu":
         return ROUNDING
-    return RAW if kinds == "raw" else DECODED_ON_GPU
+    return RAW if contents == "raw" else DECODED_ON_GPU
 
 
 class Difference:
@@ -61,7 +250,7 @@ class Difference:
         self.histogram = np.zeros(256, np.int64)
 
     def add(self, expected: Tensor, got: Tensor) -> None:
-        """Both (n, 3, S, S) uint8, compared where `got` is. Raises ValueError for another shape or kind."""
+        """Both (n, 3, S, S) uint8, compared on the device of `got`. Raises ValueError for another shape or type."""
         if expected.shape != got.shape or got.dtype != torch.uint8:
             raise ValueError(f"a batch is {tuple(got.shape)} {got.dtype}, and should be {tuple(expected.shape)} uint8")
         apart = (expected.to(got.device).int() - got.int()).abs().flatten()
@@ -80,22 +269,8 @@ class Difference:
         }
 
 
-def engines(selection: Selection, device: torch.device) -> dict[str, Callable[[], Engine]]:
-    """Every engine that can run on `device`, by name; DALI's two graphs count as two. Nothing is built yet."""
-    data, where, kinds = selection.data, str(device), contents(selection.data, selection.samples)
-    found: dict[str, Callable[[], Engine]] = {
-        "native": lambda: NativeEngine(data, where),
-        "dali region": lambda: DaliEngine(data, where, contents=kinds, variant="region"),
-        "dali whole": lambda: DaliEngine(data, where, contents=kinds, variant="whole"),
-        "resident": lambda: ResidentEngine(selection, where),
-    }
-    if kinds == "raw":
-        del found["dali whole"]  # nothing to decode: it is the same graph
-    return found
-
-
 def requests_of(selection: Selection, *, train: bool, batch_size: int, batches: int) -> list[Request]:
-    """The first batches of the epochs 0, 1, … as engines get them; fewer where an evaluation has fewer."""
+    """The first batches of the epochs 0, 1, … as engines get them; fewer if an evaluation has fewer."""
     requests: list[Request] = []
     with closing(Loader(selection, batch_size=batch_size, train=train, seed=1, engine="native")) as loader:
         for epoch in range(batches if train else 1):
@@ -136,10 +311,10 @@ def parity(
 
 
 def heavy_kernels(device: torch.device, side: int, repeats: int) -> Callable[[], None]:
-    """A load: `repeats` products of (side, side) float32 matrices, queued on the current stream and not waited for."""
+    """A load: `repeats` products of (side, side) float32 matrices, queued on the current stream without waiting."""
     matrix = torch.rand(side, side, device=device)
     out = torch.empty_like(matrix)
-    devices.synchronize(device)  # another stream may come to use them
+    devices.synchronize(device)  # another stream may use them
 
     def load() -> None:
         for _ in range(repeats):
@@ -157,11 +332,11 @@ def stress(
     load: Callable[[], None],
     consumer: AbstractContextManager[Any] | None = None,
 ) -> tuple[bool, dict[str, Any]]:
-    """Whether batches are whole for a consumer whose stream lags far behind the host.
+    """Whether batches are complete for a consumer whose stream lags far behind the host.
 
-    Heavy kernels are queued before each batch is read, and the batch is let go of before they have run: an engine
-    that does not order its writes with the consumer's reads hands over, or overwrites, unfinished images. consumer:
-    makes another stream the current one; the load is then on both.
+    Heavy kernels are queued before each batch is read, and the batch is released before they have run. An engine that
+    does not order its writes with the consumer's reads gives unfinished images, or overwrites them. consumer: makes
+    another stream the current one; the load is on both then.
     """
     kept: list[Tensor] = []
     load()
@@ -169,7 +344,7 @@ def stress(
         for images in engine.run(iter(requests), resolution):
             load()
             kept.append(images.clone())  # queued behind the load
-            del images  # from here on the engine may use the memory again
+            del images  # from here on the engine may reuse the memory
     if kept:
         devices.synchronize(kept[0].device)  # the comparison is on another stream
     difference = Difference()
@@ -178,3 +353,215 @@ def stress(
     numbers = {"batches": len(requests), "resolution_px": resolution, "allowed": asdict(allowed)}
     found = difference.numbers()
     return allowed.holds(found), numbers | found
+
+
+# ------------------------------------------------------------------ training
+
+
+def _training_name(model: str, compiled: bool) -> str:
+    return f"training of {model}{' (compiled)' if compiled else ''}"
+
+
+def _train(contents: str, model: str, compiled: bool, context: Context) -> Found:
+    """Training steps of a model; compiled, its losses are those of the uncompiled network, if that was trained."""
+    settings, sampler = context.settings, context.sampler
+    passed, numbers = training_steps(
+        context.sets[contents],
+        model,
+        context.device,
+        steps=settings.steps,
+        seconds=settings.seconds,
+        batch_size=settings.batch_size,
+        resolution=settings.resolution,
+        compiled=compiled,
+    )
+    if compiled:
+        eager = context.numbers.get(_training_name(model, False), {})
+        numbers["eager_losses"] = [eager.get(name) for name in _LOSSES]
+        passed &= not eager or _near(numbers, eager)
+    began, ended = numbers.pop("span")
+    if sampler:
+        summary = sampler.summary(began - sampler.started, ended - sampler.started)
+        numbers |= {"utilization": summary["metrics"], "reached_hz": summary["reached_hz"], "span_s": ended - began}
+    return passed, numbers
+
+
+def _near(compiled: Mapping[str, Any], eager: Mapping[str, Any]) -> bool:
+    """Whether the losses of two trainings on the same batches are the same, except for rounding."""
+    return all(abs(compiled[name] - eager[name]) <= COMPILED_WITHIN * eager[name] for name in _LOSSES)
+
+
+def _whole_run(contents: str, context: Context) -> Found:
+    """A run as `train.run` makes it: steps, checkpoint, evaluation of val and test, result.json."""
+    settings = context.settings
+    config = Config(
+        model=settings.whole_run,
+        data=str(context.sets[contents]),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        resolution=settings.resolution,
+        device=str(context.device),
+    )
+    result = train_once(config, context.scratch / "run", world=World(device=context.device))
+    score = result["test"]["balanced_accuracy"]["value"]
+    kept = ("img_per_s", "data_wait_fraction", "train_loss", "seconds", "peak_memory_bytes", "decisions", "steps")
+    numbers = {name: result[name] for name in kept} | {"test_balanced_accuracy": score}
+    return math.isfinite(result["train_loss"]) and score is not None, numbers
+
+
+def _judge_sampling(context: Context) -> Found:
+    """Whether the sampler was fast enough beside training, cheap, and ran to the end. Compiling may slow it down."""
+    assert context.sampler is not None  # `needs`
+    trained = [numbers for numbers in context.numbers.values() if numbers.get("reached_hz")]
+    context.close()
+    summary = context.sampler.summary()
+    seconds = sum(numbers["span_s"] for numbers in trained)
+    pace = sum(numbers["reached_hz"] * numbers["span_s"] for numbers in trained) / seconds if trained else 0.0
+    passed = not summary["error"] and pace >= LEAST_HZ and summary["sampler_core_share"] < MOST_CORE_SHARE
+    return passed, {**summary, "training_hz": pace}
+
+
+WARM_UP = 5
+"""Steps before the timed ones; they allocate memory and choose kernels."""
+WATCHED = 10
+"""Maximum number of steps in which waiting is counted. The device ends each of them before the next batch is asked for,
+which takes time, so speeds are measured in other steps."""
+
+_SCHEDULE = 1000
+"""Further steps of the learning rate's schedule: a fast device makes many in the minimum time."""
+
+
+def training_steps(
+    data: Path,
+    model: str,
+    device: torch.device,
+    *,
+    steps: int,
+    seconds: float,
+    batch_size: int,
+    resolution: int,
+    compiled: bool,
+) -> tuple[bool, dict[str, Any]]:
+    """Training steps on loaded batches, then on one cached batch, at least `steps` each; the losses must be numbers.
+
+    seconds: minimum length of both. img_per_s: with loaded batches; cached_img_per_s: with the cached one, the most
+    that the model could take. last_loss: of step WARM_UP + `steps`, also if more follow. data_wait_share: share of the
+    time of further steps on loaded batches in which the device waited for one, 0 to 1. span: start and end of the
+    timed steps on loaded batches, by `time.perf_counter()`.
+    """
+    watched = min(steps, WATCHED)
+    total = _SCHEDULE + steps
+    family = models.family(model)
+    config = Config(
+        model=model,
+        data=str(data),
+        steps=total,
+        batch_size=batch_size,
+        resolution=resolution,
+        device=str(device),
+        compile="on" if compiled else "off",
+    )
+    config = resolved(config, family)
+    world, workspace = World(device=device), Workspace()
+    devices.reset_peak_memory(device)
+    with ExitStack() as stack:
+        stack.callback(workspace.close)
+        selections = choose_data(config, workspace.open(data), family, world)
+        run = prepare(config, family, world, workspace, selections, None, stack)
+        progress = Progress()
+        compile_and_distribute(run, progress, Silent())
+        batches = stack.enter_context(closing(_endless(run.loaders["train"])))
+        losses: list[Tensor] = []
+
+        def step(batch: Batch) -> None:
+            losses.append(
+                run.step(
+                    batch.images,
+                    batch.colour,
+                    batch.labels,
+                    learning_rate(config, min(run.step.done, total - 1), total),
+                )
+            )
+
+        def timed(source: Callable[[], Batch]) -> tuple[float, float, int]:
+            """Start and end of the steps, by `time.perf_counter()`, and how many they were."""
+            for _ in range(WARM_UP):
+                step(source())
+            devices.synchronize(device)
+            began, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - began < seconds:
+                for _ in range(steps):  # synchronized once in so many
+                    step(source())
+                devices.synchronize(device)
+                count += steps
+            return began, time.perf_counter(), count
+
+        def waiting() -> float:
+            """Share of the time of `watched` steps that was spent waiting for batches."""
+            for _ in range(WARM_UP):  # with the batches that were prepared while the cached one was timed
+                step(loaded())
+            devices.synchronize(device)
+            waited, began = 0.0, time.perf_counter()
+            for _ in range(watched):
+                asked = time.perf_counter()
+                batch = loaded()
+                waited += time.perf_counter() - asked
+                step(batch)
+                devices.synchronize(
+                    device
+                )  # otherwise the host runs ahead and waits for batches that are not needed yet
+            return waited / (time.perf_counter() - began)
+
+        def loaded() -> Batch:
+            return next(batches)
+
+        began, ended, count = timed(loaded)
+        cached = loaded()
+        cached_began, cached_ended, cached_count = timed(lambda: cached)
+        step_s, cached_step_s = (ended - began) / count, (cached_ended - cached_began) / cached_count
+        data_wait_share = waiting()
+        values = torch.stack(losses).float().cpu()
+        if compiled and run.compilation.decision.value != "on":
+            raise DermscaleError(f"torch.compile was not used: {run.compilation.decision.reason}")
+        return bool(values.isfinite().all()), {
+            "span": (began, ended),
+            "steps": count,
+            "batch_size": batch_size,
+            "resolution_px": resolution,
+            "step_s": step_s,
+            "img_per_s": batch_size / step_s,
+            "cached_img_per_s": batch_size / cached_step_s,
+            "data_wait_share": data_wait_share,
+            "compile_s": progress.seconds["compile"],
+            "first_loss": float(values[0]),
+            "last_loss": float(values[WARM_UP + steps - 1]),
+            "peak_memory_bytes": devices.peak_memory_bytes(device),
+            "decisions": {name: asdict(taken) for name, taken in run.decisions.items()},
+        }
+
+
+def _endless(loader: Loader) -> Generator[Any, None, None]:
+    """Batches of one epoch after the other."""
+    while True:
+        yield from loader
+
+
+# ------------------------------------------------------------------ data
+
+
+def make_sets(folder: Path, images: int, packed_px: int) -> dict[str, Path]:
+    """Paint lesions and pack them as JPEG, raw, and half of each; the sets by their contents."""
+    from preprocess.ham10000 import read_source
+    from preprocess.packing import Settings as PackSettings
+    from preprocess.packing import pack
+    from preprocess.synthetic import write_folder
+    from shards.format import EncodeSpec
+
+    workers = available_cores()
+    write_folder(folder / "images", images, seed=0, difficulty=0.5, workers=workers)
+    sets = {}
+    for contents, mode in WRITE_MODES.items():
+        spec = EncodeSpec(write_mode=mode, max_resolution=packed_px)
+        sets[contents] = folder / contents
+        pack(read_source(folder / "images"), sets[contents], PackSettings(encode=spec, workers=workers))
+    return sets

@@ -1,11 +1,12 @@
-"""ENTRY: what has run on which GPU, from the evidence files that are committed.
+"""ENTRY: what was measured on which GPU, from the evidence files that are committed.
 
-    python -m benchmarks.evidence --write README.md
+    python -m benchmarks.evidence --write docs/gpu.md
 
-`make gpu-check` writes such a file; this makes the README's table of all of them, and says so where there are none.
+`make gpu-check` writes such a file. This makes the tables of docs/gpu.md from all of them.
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -19,14 +20,16 @@ from shards.common import cli
 from shards.common.errors import DataError
 
 FOLDER = Path("benchmarks/results/gpu")
+PAGE = Path("docs/gpu.md")
+"""The page with the tables."""
 FORMAT = 1
 """Version of the evidence files."""
 CPU_NOTE = "made on a CPU: shows that the checks run, and nothing about any GPU"
 MARK = re.compile(r"<!-- /?gpu evidence -->")
-"""Stands before and behind the block in the README."""
+"""The marks before and after the tables in the page."""
 NOTHING = (
-    "Nothing of this has run on a GPU yet: no evidence file is committed. The CUDA code is checked as far as a CPU "
-    "allows. With a GPU and ten minutes, `make gpu-check` writes the first one.\n"
+    "Nothing has run on a GPU yet: no evidence file is committed. The CUDA code is tested as far as a CPU allows. "
+    "`make gpu-check` writes the first file, in ten minutes on a GPU.\n"
 )
 
 
@@ -35,35 +38,35 @@ NOTHING = (
 
 @dataclass
 class Evidence:
-    """What was found, written after every check, so that a crash costs only what comes after it."""
+    """What was found, written after every check, so that a crash loses only the checks after it."""
 
     out: Path
     head: dict[str, Any]
-    told: Callable[[str], None]
+    announce: Callable[[str], None]
     checks: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
-    def check(self, name: str, work: Callable[[], tuple[bool, dict[str, Any]]]) -> bool:
-        """Run a check and keep its result, `pass` or `fail`, its numbers, and the error that it ended with, if any."""
+    def check(self, name: str, run: Callable[[], tuple[bool, dict[str, Any]]]) -> dict[str, Any] | None:
+        """Run a check and keep its result, `pass` or `fail`, its numbers and its error; the numbers, if it passed."""
         from benchmarks.measure import reason
 
         began, passed, numbers, error = time.perf_counter(), False, {}, ""
         try:
-            passed, numbers = work()
-        except Exception as problem:  # noqa: BLE001 - it is kept by name, and the rest goes on
+            passed, numbers = run()
+        except Exception as problem:  # noqa: BLE001 - it is kept, and the other checks go on
             error = reason(problem)[:2000]
         self._keep(name, "pass" if passed else "fail", numbers, error, time.perf_counter() - began)
-        return passed
+        return numbers if passed else None
 
     def leave_out(self, name: str, why: str) -> None:
-        """Keep that a check was not run, and why."""
+        """Keep that a check was not run, with the reason."""
         self._keep(name, "not run", {}, why, 0.0)
 
     def _keep(self, name: str, result: str, numbers: dict[str, Any], error: str, seconds: float) -> None:
         self.checks.append(
             {"name": name, "result": result, "error": error, "seconds": round(seconds, 3), "numbers": numbers}
         )
-        self.told(f"{result:8} {name}  {seconds:.1f} s{f'  ({error})' if error else ''}")
+        self.announce(f"{result:8} {name}  {seconds:.1f} s{f'  ({error})' if error else ''}")
         self.write(finished=False)
 
     @property
@@ -83,7 +86,7 @@ class Evidence:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it: numbers that are none become text. The home folder, which is one machine's, becomes `~`."""
+    """The value as JSON can hold it: NaN and infinity become text. The path of the home folder becomes `~`."""
     if isinstance(value, str):
         return value.replace(f"{Path.home()}/", "~/")
     if isinstance(value, Mapping):
@@ -95,7 +98,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# ------------------------------------------------------------------ reading and showing
+# ------------------------------------------------------------------ reading
 
 
 def read_evidence(path: Path) -> dict[str, Any]:
@@ -112,9 +115,9 @@ def read_evidence(path: Path) -> dict[str, Any]:
     return found
 
 
-def table(folder: Path) -> str:
-    """The block of the README: Markdown made from every file of `folder`, or that there is none."""
-    from benchmarks.tables import grid
+def tables(folder: Path, page: Path = PAGE) -> str:
+    """Markdown made from every file of `folder`, with links for `page`; a sentence if there is no file."""
+    from benchmarks.tables import table
 
     files = sorted(folder.glob("*.json"))
     if not files:
@@ -133,20 +136,22 @@ def table(folder: Path) -> str:
                 f"{passed} of {len(one['checks'])} passed{'' if one['finished'] else ', unfinished'}",
                 "; ".join(others) or "none",
                 auto.get("engine", "not found out"),
-                f"[{path.name}]({path.as_posix()})",
+                f"[{path.name}]({Path(os.path.relpath(path, page.parent)).as_posix()})",
             ]
         )
     header = ["GPU", "software", "date, commit", "checks", "failed or not run", "engine that auto takes", "evidence"]
-    text = grid(header, runs)
+    text = table(header, runs)
     for _, one in found:
         trained = {c["name"]: c["numbers"] for c in one["checks"] if c["name"].startswith("training of ")}
         if any(trained.values()):
             rows = [[name.removeprefix("training of "), *_trained(numbers)] for name, numbers in trained.items()]
+            header = ["model", "img/s", "cached batch", "data wait", *_COUNTED.values()]
             text += (
-                f"\nTraining on {one['name']}, {_settings(one)}: img/s with the loader that `auto` takes, and with one "
-                "cached batch (what the model could take); the share of the time spent waiting for data, in steps that "
-                "are waited for; and what the GPU's own counters (GPM) say meanwhile, with the loader:\n\n"
-                + grid(["model", "img/s", "cached batch", "data wait", *_COUNTED.values()], rows)
+                f"\nTraining on {one['name']}, {_settings(one)}: img/s with the loader that `auto` takes, and with "
+                "one cached batch, which is the most that the model could take; the share of the time that was spent "
+                "waiting for data, in steps that end before the next one begins; and the GPU's own counters (GPM), "
+                "with the loader:\n\n"
+                + table(["model", "img/s", "cached batch", "data wait", *_COUNTED.values()], rows)
             )
     return text
 
@@ -158,29 +163,29 @@ _COUNTED = {
     "dram_percent": "memory bandwidth",
     "nvjpg_percent": "JPEG decoders",
 }
-"""Of a GPU's readings (`benchmarks.gpu.UNITS`), those that are shown, and what the table calls them."""
+"""The readings of a GPU (`monitor.METRICS`) that are shown, and their names in the table."""
 
 
 def _trained(numbers: Mapping[str, Any]) -> list[str]:
-    """A line of the table of trainings; empty where it did not get that far."""
-    from benchmarks.tables import figure
+    """A line of the table of trainings; `failed` and empty cells for one that failed."""
+    from benchmarks.tables import number
 
     if not numbers:
         return ["failed"] + [""] * (2 + len(_COUNTED))
-    cells = [figure(numbers["img_per_s"]), figure(numbers["cached_img_per_s"])]
+    cells = [number(numbers["img_per_s"]), number(numbers["cached_img_per_s"])]
     cells.append(f"{100 * numbers['data_wait_share']:.1f} %")
     read = numbers.get("utilization", {})
     return cells + [f"{read[name]['mean']:.1f} %" if name in read else "" for name in _COUNTED]
 
 
 def _settings(one: Mapping[str, Any]) -> str:
-    """What was trained with, in words."""
+    """The settings of the trainings, in words."""
     settings = one["settings"]
     return f"{one['environment']['cores']} cores, batches of {settings['batch_size']} at {settings['resolution']} px"
 
 
 def _numbers(one: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Numbers of the first check whose name begins so; none where it did not get that far."""
+    """Numbers of the first check whose name begins with `name`; none if it was not run."""
     for check in one["checks"]:
         if check["name"].startswith(name):
             return check["numbers"]
@@ -188,16 +193,16 @@ def _numbers(one: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _versions(text: str) -> str:
-    """Of the versions in an environment, those that decide what runs on the GPU."""
+    """The versions, of those in an environment, that decide what runs on the GPU."""
     wanted = ("torch ", "nvidia-dali")
     return ", ".join(part for part in text.split("; ") if part.startswith(wanted))
 
 
 def block_of(text: str, name: str) -> re.Match[str]:
-    """What stands between the two marks of a page. Raises DataError where there are not two."""
+    """The text between the two marks of a page. Raises DataError if there are not two."""
     marks = list(MARK.finditer(text))
     if len(marks) != 2:
-        raise DataError(f"{name}: {len(marks)} marks like <!-- gpu evidence -->, and there must be two")
+        raise DataError(f"{name}: {len(marks)} marks like <!-- gpu evidence -->, but there must be two")
     inner = re.compile(r"(?s).*").fullmatch(text, marks[0].end(), marks[1].start())
     if inner is None:
         raise DataError(f"{name}: the marks cannot be read")
@@ -205,11 +210,22 @@ def block_of(text: str, name: str) -> re.Match[str]:
 
 
 @click.command()
-@click.option("--write", "page", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Page to renew.")
-@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), default=FOLDER, show_default=True)
+@click.option(
+    "--write",
+    "page",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Page whose tables are written again, docs/gpu.md for example.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=FOLDER,
+    show_default=True,
+    help="Folder of the evidence files.",
+)
 def main(page: Path | None, folder: Path) -> None:
-    """Show what has run on which GPU, or write it between the marks of a page."""
-    text = table(folder)
+    """Show what was measured on which GPU, or write it between the marks of a page."""
+    text = tables(folder, page or PAGE)
     if page is None:
         click.echo(text, nl=False)
         return
@@ -218,7 +234,7 @@ def main(page: Path | None, folder: Path) -> None:
     old = page.read_text(encoding="utf-8")
     block = block_of(old, str(page))
     write_durably(page, f"{old[: block.start()]}\n{text}{old[block.end() :]}".encode())
-    click.echo(f"{page}: renewed from {len(list(folder.glob('*.json')))} evidence files")
+    click.echo(f"{page}: written from {len(list(folder.glob('*.json')))} evidence files")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_check --out benchmarks/results/gpu/my-gpu.json
 
-Checks each engine against native's pixels (alone, and under load on lagging streams), trains each of the eight models
-for a few steps, and samples the GPU meanwhile, on data that it makes itself. What fails is written down, and the rest
-goes on. `benchmarks/evidence.py` makes the README's table of the files that are committed.
+Runs the list of `benchmarks/checks.py` on data that it makes itself: every engine beside native's pixels, alone and
+under load, and the training of all eight models while the GPU is sampled. A failure is written down, and the rest goes
+on. `benchmarks/evidence.py` makes the tables of docs/gpu.md from the files that are committed.
 """
 
 import re
@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,30 +22,19 @@ import click
 from benchmarks.evidence import CPU_NOTE, FOLDER, FORMAT, Evidence
 from shards.common import cli
 from shards.common.errors import DataError
-from shards.common.machine import available_cores
 
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.suite import Settings
+    from benchmarks.checks import Check, Context, Settings
 
 
-def make_sets(folder: Path, images: int, packed_px: int) -> dict[str, Path]:
-    """Paint lesions and pack them as JPEG, raw, and half of each; the sets by what they hold."""
-    from preprocess.ham10000 import read_source
-    from preprocess.packing import Settings as PackSettings
-    from preprocess.packing import pack
-    from preprocess.synthetic import write_folder
-    from shards.format import EncodeSpec
-
-    workers = available_cores()
-    write_folder(folder / "images", images, seed=0, difficulty=0.5, workers=workers)
-    sets = {}
-    for contents, mode in (("jpg", "jpg"), ("raw", "raw"), ("mixed", "proportion")):
-        spec = EncodeSpec(write_mode=mode, max_resolution=packed_px)
-        sets[contents] = folder / contents
-        pack(read_source(folder / "images"), sets[contents], PackSettings(encode=spec, workers=workers))
-    return sets
+def attempt(check: "Check", context: "Context", evidence: Evidence) -> None:
+    """Run one check, and keep what it found; or why it is not run, if the check that it needs did not pass."""
+    if check.needs and check.needs not in context.numbers:
+        evidence.leave_out(check.name, f"{check.needs}: did not pass, and without it this check could end the process")
+    elif (numbers := evidence.check(check.name, lambda: check.run(context))) is not None:
+        context.numbers[check.name] = numbers
 
 
 def run_checks(
@@ -54,14 +44,14 @@ def run_checks(
     sets: Mapping[str, Path] | None = None,
     *,
     command: str = "",
-    told: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> Evidence:
-    """Run every check on `device` and write the evidence to `out`. sets: shard sets by name; None makes them.
+    """Run every check on `device` and write the evidence to `out`. sets: shard sets by contents; None makes them.
 
-    On a CPU the file says that it counts for nothing but the checks themselves.
+    A file that was made on a CPU says that it is no evidence.
     """
+    from benchmarks.checks import Context, checks_of, make_sets
     from benchmarks.machine import environment
-    from benchmarks.suite import run_suite
     from train import device as devices
 
     devices.prepare(device)
@@ -76,27 +66,31 @@ def run_checks(
         "settings": asdict(settings),
         "data": "given" if sets else f"{settings.images} computed images",
     }
-    evidence = Evidence(out, head, told)
+    evidence = Evidence(out, head, announce)
     with tempfile.TemporaryDirectory(prefix="dermscale-gpu-check-") as scratch:
         if sets is None:
-            told(f"making {settings.images} images")
+            announce(f"making {settings.images} images")
             sets = make_sets(Path(scratch), settings.images, settings.packed_px)
-        run_suite(evidence, device, settings, sets, Path(scratch))
+        with closing(Context(device, settings, sets, Path(scratch))) as context:
+            for check in checks_of(settings, list(sets), device.type):
+                attempt(check, context, evidence)
     evidence.write(finished=True)
     return evidence
 
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Evidence.  [default: {FOLDER}/<gpu>.json]"
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Evidence file.  [default: {FOLDER}/<gpu>.json]"
 )
-@click.option("--data", type=click.Path(path_type=Path, file_okay=False), help="A shard set, instead of made data.")
+@click.option(
+    "--data", type=click.Path(path_type=Path, file_okay=False), help="A shard set to check instead of computed images."
+)
 @click.option("--device", "device_name", default="cuda", show_default=True, help="cuda or cuda:N.")
 def main(out: Path | None, data: Path | None, device_name: str) -> int:
-    """Check everything on a GPU and write down what was found."""
+    """Check everything on a GPU and write the results to a file of evidence."""
     import torch
 
-    from benchmarks.suite import Settings
+    from benchmarks.checks import Settings
     from shards import ShardSet
     from shards.engines.selfcheck import contents
     from train import device as devices
@@ -107,7 +101,7 @@ def main(out: Path | None, data: Path | None, device_name: str) -> int:
             "PyTorch that is built for CUDA"
         )
     if not device_name.startswith("cuda"):
-        raise click.UsageError(f"--device {device_name}: use cuda or cuda:N, this check is of GPUs")
+        raise click.UsageError(f"--device {device_name}: use cuda or cuda:N; this checks GPUs")
     device = devices.choose(device_name)
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
     out = out or FOLDER / f"{name}.json"
@@ -117,7 +111,7 @@ def main(out: Path | None, data: Path | None, device_name: str) -> int:
             sets = {contents(opened, opened.select("train").samples): data}
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     command = shlex.join(["python", "-m", "benchmarks.gpu_check", *words])
-    evidence = run_checks(device, out, Settings(), sets, command=command, told=click.echo)
+    evidence = run_checks(device, out, Settings(), sets, command=command, announce=click.echo)
     total = len(evidence.checks)
     click.echo(f"{total - len(evidence.failed)} of {total} checks passed; evidence in {out}")
     return 1 if evidence.failed else 0

@@ -1,19 +1,23 @@
-"""On what the figures were measured: the machine, the software, and how busy the machine was with other things."""
+"""The machine under the measurements: what it is, its software, its load from other work, and its page cache."""
 
+import ctypes
 import importlib.metadata
+import mmap
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from shards.common.errors import DataError
 from shards.common.machine import available_cores
-
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 PACKAGES = (
     "torch",
@@ -31,7 +35,7 @@ PACKAGES = (
     "litdata",
     "spdl",
 )
-"""Distributions whose versions decide the figures."""
+"""Distributions whose versions affect the results."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Environment:
     python: str
     """Python's version."""
     versions: str
-    """Versions of the packages that decide the figures, `name version` separated by `; `."""
+    """Versions of the packages that affect the results, `name version` separated by `; `."""
 
 
 def environment(command: str, gpu_uuid: str | None = None) -> Environment:
@@ -80,7 +84,7 @@ def environment(command: str, gpu_uuid: str | None = None) -> Environment:
         cpu=_cpu_model(),
         cores=available_cores(),
         cpu_mhz=_cpu_mhz(),
-        ram_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        ram_gib=round(psutil.virtual_memory().total / 2**30, 1),
         gpu=gpu,
         gpu_driver=driver,
         gpu_mhz=clocks,
@@ -112,7 +116,7 @@ def _cpu_model() -> str:
 
 
 def _cpu_mhz() -> str:
-    clocks = [float(value) for value in _cpuinfo("cpu MHz")]
+    clocks = [core.current for core in psutil.cpu_freq(percpu=True) or ()]
     return f"{min(clocks):.0f}–{max(clocks):.0f}" if clocks else ""
 
 
@@ -138,7 +142,7 @@ def _gpu(uuid: str | None) -> tuple[str, str, str]:
             memory = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_MEM)
             clocks = f"SM {sm}, memory {memory}"
         except pynvml.NVMLError:
-            clocks = ""  # not every device tells them
+            clocks = ""  # not every device reports them
         return name, pynvml.nvmlSystemGetDriverVersion(), clocks
     finally:
         pynvml.nvmlShutdown()
@@ -160,25 +164,14 @@ def _commit() -> str:
 
 def tree_cpu_s(root: int) -> float:
     """CPU seconds of a process, its living descendants, and the dead ones that they waited for (10 ms steps)."""
-    parents: dict[int, int] = {}
-    used_s: dict[int, float] = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
+    process = psutil.Process(root)
+    total_s = 0.0
+    for one in (process, *process.children(recursive=True)):
         try:
-            after_name = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile: its parent has waited for it and counts it
-        process = int(folder.name)
-        parents[process] = int(after_name[1])
-        used_s[process] = sum(map(int, after_name[11:15])) * _TICK_S  # utime, stime, cutime, cstime
-
-    def below_root(process: int) -> bool:
-        while process in parents and process != root:
-            process = parents[process]
-        return process == root
-
-    return sum(seconds for process, seconds in used_s.items() if below_root(process))
+            total_s += sum(one.cpu_times()[:4])  # user, system, and both of dead children
+        except psutil.NoSuchProcess:
+            continue  # it has ended: its parent has waited for it and counts it
+    return total_s
 
 
 class Meter:
@@ -190,12 +183,77 @@ class Meter:
     @staticmethod
     def _now() -> float:
         """Busy CPU seconds of all cores since boot: all but idle and waiting for disks, stolen time included."""
-        user, nice, system, _idle, _wait, irq, soft, steal = map(
-            int, Path("/proc/stat").read_text(encoding="utf-8").split(maxsplit=9)[1:9]
-        )
-        return (user + nice + system + irq + soft + steal) * _TICK_S
+        return busy_and_all_s(psutil.cpu_times())[0]
 
     def other_cpu(self, own_cpu_s: float) -> float:
         """Share of the machine's CPU time that was used by anything but the `own_cpu_s` seconds, 0 to 1."""
         available_s = (time.perf_counter() - self._start_s) * (os.cpu_count() or 1)
         return min(max((self._now() - self._busy_s - own_cpu_s) / available_s, 0.0), 1.0)
+
+
+def busy_and_all_s(times: Any) -> tuple[float, float]:
+    """Busy and all CPU seconds of `psutil.cpu_times`; waiting for disks is idle, and guests are counted in user."""
+    all_s = sum(times[:8])
+    return all_s - times.idle - times.iowait, all_s
+
+
+# ------------------------------------------------------------------ page cache
+
+
+class StillCachedError(Exception):
+    """Files could not be dropped from the page cache, so nothing cold can be measured."""
+
+
+def cached_share(path: Path) -> float:
+    """Share of a file's pages that are in the page cache, 0 to 1 (`mincore`, which reads nothing)."""
+    size = path.stat().st_size
+    if not size:
+        return 0.0
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    pages = -(-size // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+        try:
+            if libc.mincore(address, size, found):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+        finally:
+            libc.munmap(address, size)
+    finally:
+        os.close(descriptor)
+    return sum(flag & 1 for flag in found) / pages
+
+
+def drop_from_cache(folder: Path, most: float = 0.02) -> None:
+    """Drop all files of a folder from the page cache (`posix_fadvise`, no privileges needed).
+
+    Raises StillCachedError where more than the share `most` of a file of at least 1 MiB is still there: while a process
+    has it mapped, and on file systems that are in memory.
+    """
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # only clean pages can be dropped
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+        if path.stat().st_size >= 1 << 20 and (left := cached_share(path)) > most:
+            raise StillCachedError(f"{path.name}: {100 * left:.0f} % of it stayed in the page cache")
+
+
+def read_into_cache(folder: Path) -> None:
+    """Read every file of a folder once, through links too, so that the page cache holds them."""
+    with Path(os.devnull).open("wb") as nowhere:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    shutil.copyfileobj(file, nowhere, 1 << 20)

@@ -1,11 +1,12 @@
-"""Timing that can be argued with: warm-up, interleaved rounds, medians with intervals, ratios within each round.
+"""How things are timed: warm-up, interleaved rounds, medians with intervals, ratios within each round.
 
-All systems run once per round, A B C A B C …, so that drift of the machine hits all alike; a ratio is taken within a
-round and only then summarised. The interval of a median is that of its order statistics, which assumes nothing about
-the distribution (Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2).
+All systems run once per round, A B C A B C …, so that drift of the machine affects all alike; a ratio is taken within a
+round and then summarised. The interval of a median is that of its order statistics, which assumes nothing about the
+distribution (Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2).
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,9 +18,9 @@ from shards.common.errors import one_line
 class Sample:
     """One timed run of one system.
 
-    count: images (or whatever is counted) done. seconds: wall clock. cpu_s: CPU seconds of the system and its worker
-    processes. other_cpu: share of the machine's CPU time that anything else used meanwhile, 0 to 1. data_wait_s: of
-    `seconds`, those spent waiting for a batch. Both nan where unknown.
+    count: images, or other units, that were done. seconds: wall clock. cpu_s: CPU seconds of the system and its worker
+    processes. other_cpu: share of the machine's CPU time that other processes used, 0 to 1. data_wait_s: the part of
+    `seconds` that was spent waiting for a batch. The last two are nan where unknown.
     """
 
     count: float
@@ -41,7 +42,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Series:
-    """All timed runs of one system, in the order of the rounds; `failed`: the reason why there are no more of them."""
+    """All timed runs of one system, in the order of the rounds; `failed`: why there are no more."""
 
     samples: list[Sample] = field(default_factory=list)
     failed: str = ""
@@ -59,7 +60,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure, as it stands in the CSV."""
+    """One measured value: a line of the CSV."""
 
     benchmark: str
     """Which benchmark: `loader`, `pack`, `training`, …"""
@@ -78,7 +79,7 @@ class Row:
     coverage: float | None = None
     """Probability that the interval holds the true median; at least 0.95 from 6 repeats on, 0.9375 with 5."""
     values: tuple[float, ...] = ()
-    """The figure of each round, in order: row i of two systems is the same round."""
+    """The value of each round, in order: value i of two systems is of the same round."""
     beside: str = ""
     """For ratios: the system in the denominator."""
     packed: str = ""
@@ -94,7 +95,7 @@ class Row:
     precision: str = ""
     """Arithmetic, for training."""
     other_cpu: float | None = None
-    """Median share of the machine's CPU time that other processes used during the rounds: how quiet it was."""
+    """Median share of the machine's CPU time that other processes used during the rounds."""
     page_cache: str = ""
     """`warm`: all files were read before; `cold`: the cache was dropped before every round; empty: it has no part."""
     note: str = ""
@@ -113,49 +114,43 @@ class Row:
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """The median and the narrowest symmetric pair of order statistics that holds the true one with at least `level`.
+    """The median, and the narrowest symmetric pair of order statistics that holds the true one with at least `level`.
 
-    Under 6 values no pair reaches 0.95; then it is the whole range, and `coverage` says what that is worth. Raises
-    ValueError when there are no values.
+    With fewer than 6 values no pair reaches 0.95. The interval is the whole range then; `coverage` is its actual
+    probability. Raises ValueError when there are no values.
     """
+    from scipy.stats import binom
+
     if not values:
         raise ValueError("the median of no values")
     ordered = sorted(values)
-    n = len(ordered)
-    middle = ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2
-    rank, coverage = 1, _coverage(n, 1)
-    while rank < (n + 1) // 2 and _coverage(n, rank + 1) >= level:
-        rank += 1
-        coverage = _coverage(n, rank)
-    return Interval(middle, ordered[rank - 1], ordered[n - rank], coverage)
-
-
-def _coverage(n: int, rank: int) -> float:
-    """Probability that the true median lies between the rank-th smallest and the rank-th largest of n values."""
-    return 1 - 2 * sum(math.comb(n, k) for k in range(rank)) / 2**n
+    below = binom(len(ordered), 0.5)  # how many of the values lie below the true median
+    rank = max(int(below.ppf((1 - level) / 2)), 1)
+    coverage = float(1 - 2 * below.cdf(rank - 1))
+    return Interval(statistics.median(ordered), ordered[rank - 1], ordered[-rank], coverage)
 
 
 def interleave(
     systems: Mapping[str, Callable[[], Sample]],
     rounds: int,
     warmup: int = 1,
-    told: Callable[[int, str], None] = lambda round_, name: None,
+    announce: Callable[[int, str], None] = lambda round_, name: None,
 ) -> dict[str, Series]:
-    """Run every system once per round, in turn; the first `warmup` rounds are thrown away.
+    """Run every system once per round, in turn; `warmup` rounds before them do not count.
 
-    A system that raises is not run again and keeps the reason; the others go on. `told` is called before each run with
-    the round (negative during warm-up) and the system's name.
+    A system that raises is not run again, and its series has the reason; the others go on. `announce` is called before
+    each run with the round (negative during warm-up) and the system's name.
     """
     series = {name: Series() for name in systems}
     for round_ in range(-warmup, rounds):
         for name, once in systems.items():
             if series[name].failed:
                 continue
-            told(round_, name)
+            announce(round_, name)
             meter = Meter()
             try:
                 sample = once()
-            except Exception as error:  # noqa: BLE001 - whatever a peer raises is its row's reason, and the rest goes on
+            except Exception as error:  # noqa: BLE001 - any error of a peer is the reason in its row
                 series[name].failed = reason(error)
                 continue
             if round_ >= 0:
@@ -199,7 +194,7 @@ def series_rows(series: Series, unit: str = "img/s", **columns: object) -> list[
 
 
 def ratio_row(above: Series, below: Series, **columns: object) -> Row:
-    """Images per second of one system over another's, round by round; failed if either is."""
+    """Images per second of one system divided by another's, round by round; failed if either of them is."""
     failed = above.failed or (f"the other system failed: {below.failed}" if below.failed else "")
     ratios = [] if failed else [a.per_s / b.per_s for a, b in zip(above.samples, below.samples, strict=True)]
     return summary_row(ratios, failed, metric="img_per_s ratio", unit="×", **columns)

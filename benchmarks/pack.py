@@ -1,23 +1,32 @@
-"""The `pack` benchmark: how fast each writer packs, into how many bytes, and what is left of the images."""
+"""The `pack` benchmark: how fast each writer packs, into how many bytes, and how much of the images it keeps."""
 
 import shutil
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 
-from benchmarks.datasets import names, originals, packed_size
+from benchmarks.datasets import QUALITY, SOURCE, Job, originals, originals_in, packed_size, prepared, samples, sized
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, ratio_row, series_rows
-from benchmarks.packers import PACKERS, Packer
-from benchmarks.peers.pytorch import need
-from benchmarks.peers.system import Work
-from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
+from benchmarks.options import advance, chosen, measured_on, publish, rounds_option, shared
+from benchmarks.peers.ffcv import beton_payload_bytes, read_beton, write_beton
+from benchmarks.peers.system import need
+from benchmarks.tables import busy_text, cell, machine_text, notes, pivot, table
 from benchmarks.targets import targets_text
-from benchmarks.worker import Running, Told, take_turns
+from benchmarks.worker import Announce, Running, take_turns
+from shards.common.errors import DataError
+
+if TYPE_CHECKING:
+    from preprocess.records import Source
 
 _JUDGED = 64
-"""Originals, the first by name, whose packed pixels are compared with the source: the same of every packer."""
+"""Number of originals, the first ones by name, whose packed pixels are compared with the source."""
 
 RATIOS = (
     ("dermscale jpg", "FFCV jpg"),
@@ -29,14 +38,257 @@ RATIOS = (
     ("dermscale jpg", "ceiling: bare OpenCV calls"),
 )
 
-
-FIGURES = {
+METRICS = {
     "bytes_per_image": ("bytes", "payload bytes / image"),
     "file_bytes_per_image": ("bytes", "file bytes / image"),
     "psnr_source_db": ("dB", "PSNR to the source, dB"),
     "psnr_reduced_db": ("dB", "PSNR to the reduced source, dB"),
 }
-"""What is found once per packer: metric → unit and title."""
+"""What is measured once per packer: metric → unit and title."""
+
+
+@click.command("pack")
+@shared
+@rounds_option(9, quick=6)
+@click.option(
+    "--packed",
+    "packed_px",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Longer side of the packed images, px. Repeatable.  [default: 400]",
+)
+def command(
+    quick: bool,
+    out: Path,
+    cache: Path,
+    source: Path,
+    rounds: int,
+    workers: int,
+    only: tuple[str, ...],
+    packed_px: tuple[int, ...],
+) -> None:
+    """Images per second, bytes and PSNR of writers, by write mode.
+
+    --quick does not measure mixed write modes and the packer without a restart table, unless --only names them.
+    """
+    from shards.common.progress import Progress
+
+    systems = chosen(PACKERS, only, NOT_IN_QUICK if quick else ())
+    job = sized(Job(originals_in(source), cache, workers=workers), 312 if quick else 624)
+    machine = measured_on(job, "cpu")
+    rows = []
+    with Progress("pack", len(packed_px or (400,)) * len(systems) * (2 + rounds), "runs") as bar:
+        for px in packed_px or (400,):
+            one = replace(job, packed_px=px)
+            rows += measure_packing(
+                systems, one, machine, rounds=rounds, seconds=0.5 if quick else 2.0, announce=advance(bar)
+            )
+    publish(out, "pack-quick" if quick else "pack", rows, packing_text)
+
+
+# ------------------------------------------------------------------ the writers
+
+
+@dataclass(frozen=True)
+class Packer:
+    """One way to pack.
+
+    write: packs everything into a new folder. read: (job, folder) → name of the original and packed pixels (H, W, 3)
+    uint8, one image after the other. payload_bytes: of all encoded images of a folder. Both None for a ceiling, which
+    writes nothing.
+    """
+
+    name: str
+    write: Callable[[Job, Path], None]
+    read: Callable[[Job, Path], Iterator[tuple[str, np.ndarray]]] | None = None
+    payload_bytes: Callable[[Path], int] | None = None
+    encoding: str = "jpg"
+    packages: tuple[str, ...] = ()
+    note: str = ""
+
+
+@cache
+def _source(job: Job) -> "Source":
+    """The samples as our packer takes them. Read once per process: FFCV's list of files is not timed either."""
+    from preprocess.ham10000 import read_source
+
+    return read_source(prepared(SOURCE, job))
+
+
+def _ours(write_mode: str, **encode: Any) -> Callable[[Job, Path], None]:
+    def write(job: Job, folder: Path) -> None:
+        from preprocess.packing import Settings, pack
+        from shards.format import EncodeSpec
+
+        spec = EncodeSpec(write_mode=write_mode, max_resolution=job.packed_px, jpeg_quality=QUALITY, **encode)
+        settings = Settings(encode=spec, ratio=(100, 0, 0), workers=job.workers)
+        pack(_source(job), folder / "set", settings)
+
+    return write
+
+
+def _read_ours(job: Job, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    from shards import ShardSet
+
+    data = ShardSet(folder / "set")
+    for row, image_id in enumerate(data.column("image_id")):
+        yield image_id.rpartition("c")[0], data.pixels(row)
+
+
+def _bytes_ours(folder: Path) -> int:
+    from shards import ShardSet
+
+    return int(ShardSet(folder / "set").column("length").sum())
+
+
+def _ffcv(write_mode: str) -> Callable[[Job, Path], None]:
+    return lambda job, folder: write_beton(job, folder, write_mode)
+
+
+def _read_ffcv(job: Job, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    for (_, path, _), pixels in zip(samples(job), read_beton(folder), strict=False):
+        yield path.stem, pixels
+
+
+def _write_tars(job: Job, folder: Path) -> None:
+    """The loop that users of webdataset write: Pillow decodes, reduces and encodes, ShardWriter stores; one process."""
+    import io
+
+    from PIL import Image
+    from webdataset.writer import ShardWriter
+
+    with ShardWriter(f"file:{folder}/%05d.tar", maxsize=64 << 20, verbose=0) as sink:
+        for name, path, label in samples(job):
+            with Image.open(path) as image:
+                height, width = packed_size(image.height, image.width, job.packed_px)
+                small = image.convert("RGB").resize((width, height), Image.Resampling.BOX)
+            out = io.BytesIO()
+            small.save(out, "JPEG", quality=QUALITY)
+            sink.write({"__key__": name, "jpg": out.getvalue(), "cls": str(label)})
+
+
+def _jpegs(folder: Path) -> Iterator[tuple[str, bytes]]:
+    import tarfile
+
+    for tar in sorted(folder.glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.name.endswith(".jpg") else None
+                if content is not None:
+                    yield Path(member.name).stem.rpartition("c")[0], content.read()
+
+
+def _bytes_tars(folder: Path) -> int:
+    return sum(len(content) for _, content in _jpegs(folder))
+
+
+def _read_tars(job: Job, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    import cv2
+
+    for name, content in _jpegs(folder):
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if pixels is None:
+            raise DataError(f"{name}: the packed image does not decode")
+        yield name, pixels
+
+
+@cache
+def _contents(job: Job) -> list[bytes]:
+    """The files of all originals, in memory."""
+    return [path.read_bytes() for _, path, _ in samples(job)]
+
+
+def _on_threads(job: Job, encode: Callable[[bytes], int]) -> None:
+    """Encode all originals, on one thread per worker, out of memory and into it."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    with ThreadPoolExecutor(job.workers) as pool:
+        for size in pool.map(encode, _contents(job)):
+            assert size > 0  # an encoder that gives nothing is fast
+
+
+def _bare_ours(job: Job, folder: Path) -> None:
+    import simplejpeg
+
+    from shards.encode import shrink
+
+    def encode(data: bytes) -> int:
+        small = shrink(simplejpeg.decode_jpeg(data, "RGB"), job.packed_px)
+        return len(simplejpeg.encode_jpeg(small, QUALITY, "RGB", "420"))
+
+    _on_threads(job, encode)
+
+
+def _bare_opencv(job: Job, folder: Path) -> None:
+    import cv2
+
+    def encode(data: bytes) -> int:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert image is not None  # `prepared` has decoded all originals
+        height, width = packed_size(image.shape[0], image.shape[1], job.packed_px)
+        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].nbytes
+
+    _on_threads(job, encode)
+
+
+_OURS_NOTE = (
+    "metadata read before the clock starts; decodes strictly, checks, indexes and hashes; files are flushed to the "
+    "disk before it ends"
+)
+_FFCV_NOTE = "one process per worker; not flushed to the disk; looks every 0.1 s whether it is done"
+_SMART_NOTE = "JPEG where the raw image is larger than 500,000 bytes: none of this size is"
+_FFCV_FILES = "its file has pages of 8 MiB for every worker, not all full in a set this small"
+
+PACKERS = {
+    packer.name: packer
+    for packer in (
+        Packer("dermscale jpg", _ours("jpg"), _read_ours, _bytes_ours, note=_OURS_NOTE),
+        Packer("dermscale jpg, no restart table", _ours("jpg", restart=False), _read_ours, _bytes_ours),
+        Packer("dermscale raw", _ours("raw"), _read_ours, _bytes_ours, "raw"),
+        Packer("dermscale proportion", _ours("proportion"), _read_ours, _bytes_ours, "proportion"),
+        Packer("dermscale smart", _ours("smart"), _read_ours, _bytes_ours, "smart", note=_SMART_NOTE),
+        Packer(
+            "FFCV jpg", _ffcv("jpg"), _read_ffcv, beton_payload_bytes, "jpg", ("ffcv",), f"{_FFCV_NOTE}; {_FFCV_FILES}"
+        ),
+        Packer("FFCV raw", _ffcv("raw"), _read_ffcv, beton_payload_bytes, "raw", ("ffcv",)),
+        Packer("FFCV proportion", _ffcv("proportion"), _read_ffcv, beton_payload_bytes, "proportion", ("ffcv",)),
+        Packer("FFCV smart", _ffcv("smart"), _read_ffcv, beton_payload_bytes, "smart", ("ffcv",)),
+        Packer(
+            "webdataset",
+            _write_tars,
+            _read_tars,
+            _bytes_tars,
+            packages=("webdataset",),
+            note="its writer only stores: Pillow decodes, reduces (box filter) and encodes, all in one process",
+        ),
+        Packer(
+            "ceiling: bare calls",
+            _bare_ours,
+            note="simplejpeg's decode and encode calls and this project's reduction on threads, from memory: the "
+            "fastest known; nothing is checked or written",
+        ),
+        Packer(
+            "ceiling: bare OpenCV calls",
+            _bare_opencv,
+            note="imdecode (not strict), resize by area, imencode on threads, from memory; nothing is written",
+        ),
+    )
+}
+"""Every packer by its name, in the order of the table."""
+
+NOT_IN_QUICK = (
+    "dermscale jpg, no restart table",
+    "dermscale proportion",
+    "dermscale smart",
+    "FFCV proportion",
+    "FFCV smart",
+)
+"""Not in the quick benchmark: mixed write modes, and the packer without a restart table."""
+
+
+# ------------------------------------------------------------------ the measurement
 
 
 def psnr_db(images: Iterator[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -50,18 +302,19 @@ def psnr_db(images: Iterator[tuple[np.ndarray, np.ndarray]]) -> float:
     return 10 * float(np.log10(255.0**2 / (total / count))) if total else float("inf")
 
 
-def judge(work: Work, packed: Iterator[tuple[str, np.ndarray]]) -> dict[str, float]:
-    """What is left of the first images, in dB: `psnr_source_db` and `psnr_reduced_db`.
+def judge(job: Job, packed: Iterator[tuple[str, np.ndarray]]) -> dict[str, float]:
+    """How close the first packed images are to their originals, in dB: `psnr_source_db` and `psnr_reduced_db`.
 
-    The first compares with the original, the packed image enlarged to its size (bilinear): what was lost in all. The
-    second with the original reduced to the packed size in floating point (area): what encoding and rounding lost.
+    The first compares the original with the packed image, enlarged to its size (bilinear): all that was lost. The
+    second compares with the original reduced to the packed size in floating point (area): the loss by encoding and
+    rounding.
     """
     import cv2
 
-    files = {path.stem: path for path, _, _ in originals(work)[:_JUDGED]}
+    files = {path.stem: path for path, _, _ in originals(job)[:_JUDGED]}
     pairs = []
     for name, pixels in packed:
-        path = files.pop(name, None)  # of copies the first; packers write in orders of their own
+        path = files.pop(name, None)  # the first copy; packers write in different orders
         if path is None:
             continue
         original = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
@@ -82,11 +335,11 @@ def judge(work: Work, packed: Iterator[tuple[str, np.ndarray]]) -> dict[str, flo
     return {"psnr_source_db": psnr_db(enlarged()), "psnr_reduced_db": psnr_db(reduced())}
 
 
-def set_up(name: str, work: Work) -> Running:
-    """Pack once, look at what came out, and be ready to pack again."""
+def set_up(name: str, job: Job) -> Running:
+    """Pack once, measure the result, and get ready to pack again."""
     packer = PACKERS[name]
     need(packer.packages)
-    home = work.cache / "packing" / name.replace(" ", "-").replace(":", "").replace(",", "")
+    home = job.cache / "packing" / name.replace(" ", "-").replace(":", "").replace(",", "")
     shutil.rmtree(home, ignore_errors=True)
     turn = iter(range(1_000_000))
 
@@ -97,66 +350,66 @@ def set_up(name: str, work: Work) -> Running:
     def once() -> int:
         folder = home / str(next(turn))
         folder.mkdir()
-        packer.write(work, folder)
+        packer.write(job, folder)
         return count
 
-    count = len(names(work))
+    count = len(samples(job))
     clean()
     first = home / "first"
     first.mkdir()
-    packer.write(work, first)
+    packer.write(job, first)
     about: dict[str, float] = {}
     if packer.read is not None and packer.payload_bytes is not None:
         size = sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
         about = {"bytes_per_image": packer.payload_bytes(first) / count, "file_bytes_per_image": size / count}
-        about |= judge(work, packer.read(work, first))
+        about |= judge(job, packer.read(job, first))
     return Running(once, clean, about=about)
 
 
 def measure_packing(
-    packers: Sequence[Packer], work: Work, environment: Environment, *, rounds: int, seconds: float, told: Told
+    packers: Sequence[Packer], job: Job, environment: Environment, *, rounds: int, seconds: float, announce: Announce
 ) -> list[Row]:
-    """Time the packers in turn; each row set has images/s, CPU seconds, bytes per image and the two PSNRs."""
-    size = "x".join(map(str, reversed(_packed_size(work))))
+    """Time the packers in turn: images/s, CPU seconds, bytes per image and two PSNRs of each."""
+    size = "x".join(map(str, reversed(_packed_size(job))))
     packed_names = [packer.name for packer in packers]
     series, about = take_turns(
-        set_up, packed_names, work, work.cache / "logs", rounds=rounds, seconds=seconds, told=told, at_once=2
+        set_up, packed_names, job, job.cache / "logs", rounds=rounds, seconds=seconds, announce=announce, at_once=2
     )
-    shutil.rmtree(work.cache / "packing", ignore_errors=True)
+    shutil.rmtree(job.cache / "packing", ignore_errors=True)
     rows: list[Row] = []
     for packer in packers:
-        columns: dict[str, Any] = _columns(packer, work, size, environment) | {"note": packer.note}
+        columns: dict[str, Any] = _columns(packer, job, size, environment) | {"note": packer.note}
         rows += series_rows(series[packer.name], **columns)
         found = about.get(packer.name)
-        for metric, (unit, _) in FIGURES.items():
+        for metric, (unit, _) in METRICS.items():
             if found is None:  # it could not even be set up
                 rows.append(Row(metric=metric, unit=unit, value=None, failed=series[packer.name].failed, **columns))
             elif metric in found:
                 rows.append(Row(metric=metric, unit=unit, value=found[metric], **columns))
     for above, below in RATIOS:
         if above in series and below in series:
-            columns = _columns(PACKERS[above], work, size, environment)
+            columns = _columns(PACKERS[above], job, size, environment)
             rows.append(ratio_row(series[above], series[below], beside=below, **columns))
     return rows
 
 
-def _columns(packer: Packer, work: Work, size: str, environment: Environment) -> dict[str, Any]:
+def _columns(packer: Packer, job: Job, size: str, environment: Environment) -> dict[str, Any]:
     return {
         "benchmark": "pack",
         "system": packer.name,
         "packed": f"{size} {packer.encoding}",
-        "workers": work.workers,
+        "workers": job.workers,
         "page_cache": "warm",
         "environment": environment,
     }
 
 
-def _packed_size(work: Work) -> tuple[int, int]:
+def _packed_size(job: Job) -> tuple[int, int]:
     import cv2
 
-    image = cv2.imread(str(originals(work)[0][0]), cv2.IMREAD_COLOR)
-    assert image is not None  # `originals` found it, and the forms decode all of them
-    return packed_size(image.shape[0], image.shape[1], work.packed_px)
+    image = cv2.imread(str(originals(job)[0][0]), cv2.IMREAD_COLOR)
+    assert image is not None  # `prepared` has decoded all originals
+    return packed_size(image.shape[0], image.shape[1], job.packed_px)
 
 
 def packing_text(rows: Sequence[Row]) -> str:
@@ -166,12 +419,12 @@ def packing_text(rows: Sequence[Row]) -> str:
     for packed in dict.fromkeys(row.packed.split()[0] for row in own):
         part = [row for row in own if row.packed.split()[0] == packed]
         titles = {"img_per_s": "images/s", "cpu_s_per_1000": "CPU s / 1,000"}
-        titles |= {metric: title for metric, (_, title) in FIGURES.items()}
+        titles |= {metric: title for metric, (_, title) in METRICS.items()}
         across = [(title, lambda row, metric=metric: row.metric == metric) for metric, title in titles.items()]
         parts += [f"### Packed at {packed}\n", pivot([row for row in part if not row.beside], across)]
         lines = [[f"{row.system} / {row.beside}", cell(row)] for row in part if row.beside]
         parts.append(busy_text(part))
         if lines:
-            parts += ["Ratios of images per second, taken within each round:\n", grid(["ratio", "images/s"], lines)]
+            parts += ["Ratios of images per second, taken within each round:\n", table(["ratio", "images/s"], lines)]
     parts += [targets_text(own), notes(own), machine_text(own)]
     return "\n".join(part for part in parts if part)

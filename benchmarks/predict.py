@@ -1,28 +1,35 @@
-"""The `predict` benchmark: `train.predict` beside evaluation on the same images, and how long both commands start.
+"""The `predict` benchmark: `train.predict` beside evaluation on the same images, and the start of both commands.
 
 Evaluation is what a run does at its end: `train.evaluation` in float32 over a shard set, through the Loader. Prediction
-is the command's own loop over JPEG files: read, decode, pack where need be, cut, network, probabilities. It is timed
-on the files that a shard set holds, which are taken as they are, and on plain JPEG files of the same size, which the
-command first packs as it packs any foreign image.
+is the command's own loop over JPEG files: read, decode, pack if necessary, cut, network, probabilities. It is timed on
+the files of a shard set, which are not packed again, and on plain JPEG files of the same size, which the command first
+packs, as it does with any other image.
 """
 
 import math
+import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.datasets import names, packed_files, prepared, stats
-from benchmarks.machine import Environment
+import click
+
+from benchmarks.datasets import Job, originals_in, packed_files, prepared, samples, sized, stats
+from benchmarks.machine import Environment, Meter, tree_cpu_s
 from benchmarks.measure import Row, Sample, Series, interleave, median_interval, ratio_row, series_rows, summary_row
-from benchmarks.peers.system import Work
-from benchmarks.starts import start_predict, start_serve
-from benchmarks.tables import busy_text, cell, grid, machine_text, notes, pivot
+from benchmarks.options import advance, common, measured_on, publish, rounds_option
+from benchmarks.peers.ours import SHARDS_JPG, SHARDS_SPLIT
+from benchmarks.tables import busy_text, cell, machine_text, notes, pivot, table
 from benchmarks.targets import verdict
-from benchmarks.worker import Running, Told, take_turns
+from benchmarks.worker import Announce, Running, take_turns
 from shards.common.errors import DataError, last_line
 from shards.format import MANIFEST, Manifest
 
@@ -31,7 +38,7 @@ PREDICT_PLAIN = "predict, plain JPEG files"
 START_PREDICT, START_SERVE = "train.predict, one image", "train.serve, until it is ready"
 
 _BATCH = 32
-"""Images that `train.predict` judges at a time, by default."""
+"""Images in a batch of `train.predict`, by default."""
 _NOTES = {
     EVALUATION: "float32, the eager network of train.run, as in the evaluation at the end of a run; the last batch "
     "is filled up, with as little as can be",
@@ -44,26 +51,56 @@ _NOTES = {
 }
 
 
+@click.command("predict")
+@common
+@rounds_option(9, quick=6)
+@click.option(
+    "--packed",
+    "packed_px",
+    type=click.IntRange(1),
+    default=400,
+    show_default=True,
+    help="Longer side of the packed images, px.",
+)
+@click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px.")
+@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda or cuda:N.")
+def command(
+    quick: bool, out: Path, cache: Path, source: Path, rounds: int, packed_px: int, resolution: int, device: str
+) -> None:
+    """Prediction beside evaluation with a resnet18, and the start-up time of `train.predict` and `train.serve`."""
+    from shards.common.progress import Progress
+    from train.models import check_resolution
+
+    check_resolution("resnet18", resolution)
+    images = sized(Job(originals_in(source), cache, packed_px, resolution, batch_size=64), 96 if quick else 624)
+    machine = measured_on(images, device)
+    with Progress("predict", 1 + 3 * (2 + rounds) + 2 * (1 + rounds), "runs") as bar:
+        rows = measure_predicting(
+            images, "resnet18", device, machine, rounds=rounds, seconds=0.5 if quick else 4.0, announce=advance(bar)
+        )
+    publish(out, "predict-quick" if quick else "predict", rows, predicting_text)
+
+
 @dataclass(frozen=True)
 class PredictJob:
-    """What is predicted. work.batch_size: the most in a batch of the evaluation. run: the folder of the trained run."""
+    """What is predicted. images.batch_size: the most in a batch of the evaluation. run: folder of the trained run."""
 
-    work: Work
+    images: Job
     run: Path
     device: str = "cpu"
 
 
-def make_run(work: Work, model: str, device: str) -> Path:
-    """A run folder, made anew by `train.run` in one epoch: its weights are worth nothing, and take as long to use.
+def make_run(images: Job, model: str, device: str) -> Path:
+    """A new run folder, trained by `train.run` for one epoch: its weights are bad, but as fast to use as good ones.
 
     Raises DataError with the last line of the command where it fails.
     """
-    data = (prepared("shards-split", work) / "set").resolve()
-    out = data.parent.parent / f"run-{model}-{work.packed_px}-{work.resolution_px}"
+    data = (prepared(SHARDS_SPLIT, images) / "set").resolve()
+    out = data.parent.parent / f"run-{model}-{images.packed_px}-{images.resolution_px}"
     shutil.rmtree(out, ignore_errors=True)
-    images = sum(Manifest.from_file(data / MANIFEST).counts["train"].values())
-    options = {"--model": model, "--data": data, "--out": out, "--resolution": work.resolution_px, "--epochs": 1}
-    options |= {"--batch-size": min(16, images), "--compile": "off", "--device": device}
+    count = sum(Manifest.from_file(data / MANIFEST).counts["train"].values())
+    options = {"--model": model, "--data": data, "--out": out, "--resolution": images.resolution_px, "--epochs": 1}
+    options |= {"--batch-size": min(16, count), "--compile": "off", "--device": device}
     command = [sys.executable, "-m", "train.run", *(str(word) for pair in options.items() for word in pair)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -78,19 +115,19 @@ def set_up(name: str, job: PredictJob) -> Running:
     """Load the run, and go through all images once, the way that `name` says."""
     from shards import ShardSet
 
-    selection = ShardSet(prepared("shards-jpg", job.work) / "set").select("train")
+    selection = ShardSet(prepared(SHARDS_JPG, job.images) / "set").select("train")
     if name == EVALUATION:
         once = evaluation(job, selection)
     elif name == PREDICT:
-        once = prediction(job, shard_files(job.work, selection))
+        once = prediction(job, shard_files(job.images, selection))
     else:
-        once = prediction(job, plain_files(job.work, selection))
+        once = prediction(job, plain_files(job.images, selection))
     once()
     return Running(once)
 
 
 def evaluation(job: PredictJob, selection: Any) -> Callable[[], int]:
-    """One evaluation of a `shards.Selection`, as a run does it; returns the number of its images."""
+    """A call that evaluates a `shards.Selection`, as a run does, and returns the number of its images."""
     from shards import Loader
     from train import device as devices
     from train import models
@@ -106,25 +143,28 @@ def evaluation(job: PredictJob, selection: Any) -> Callable[[], int]:
     net = models.build(about.model, about.resolution, len(about.classes), about.mean, about.std)
     net.body.load_state_dict(read_weights(job.run / WEIGHTS).state)
     net = net.to(device)
-    batch_size = full_batches(len(selection), job.work.batch_size)
+    batch_size = full_batches(len(selection), job.images.batch_size)
     loader = Loader(selection, batch_size=batch_size, resolution=about.resolution, train=False, device=device)
     world = World(device=device)
 
     def once() -> int:
         found = answers(net, loader, "fp32", world, lambda done: None)
-        assert found is not None  # one process alone is the first rank
+        assert found is not None  # a single process is the first rank
         return len(found.samples)
 
     return once
 
 
 def full_batches(count: int, most: int) -> int:
-    """The batch size of at most `most` that needs no more batches for `count` images, and pads the last one least."""
+    """The smallest batch size that needs no more batches for `count` images than `most` does."""
     return math.ceil(count / math.ceil(count / most))
 
 
 def prediction(job: PredictJob, files: Sequence[Path]) -> Callable[[], int]:
-    """The loop of `train.predict` over the files; returns their number. Raises DataError where one is refused."""
+    """A call that makes the loop of `train.predict` over the files, and returns their number.
+
+    It raises DataError where a file is refused.
+    """
     from train.inference.output import Refused
     from train.inference.predictor import Predictor
     from train.predict import judge
@@ -143,9 +183,9 @@ def prediction(job: PredictJob, files: Sequence[Path]) -> Callable[[], int]:
     return once
 
 
-def shard_files(work: Work, selection: Any) -> list[Path]:
+def shard_files(images: Job, selection: Any) -> list[Path]:
     """The images of a selection as files, byte for byte as the shard set holds them, in its order."""
-    folder = prepared("shards-jpg", work) / "files"
+    folder = prepared(SHARDS_JPG, images) / "files"
     data = selection.data
     named = [(folder / f"{data.column('image_id')[sample]}.jpg", int(sample)) for sample in selection.samples]
     if not folder.exists():
@@ -158,51 +198,110 @@ def shard_files(work: Work, selection: Any) -> list[Path]:
     return [path for path, _ in named]
 
 
-def plain_files(work: Work, selection: Any) -> list[Path]:
+def plain_files(images: Job, selection: Any) -> list[Path]:
     """The images of a selection as JPEG files that OpenCV wrote at the packed size, in its order."""
-    by_name = {path.stem: path for path, _ in packed_files(work)}
+    by_name = {path.stem: path for path, _ in packed_files(images)}
     return [by_name[str(name)] for name in selection.data.column("image_id")[selection.samples]]
+
+
+# ------------------------------------------------------------------ start-up
+
+_START_LIMIT_S = 120.0
+"""A start that takes longer counts as a hang."""
+
+
+class StartFailedError(Exception):
+    """A command ended with an error, or was never ready; the text is its last line."""
+
+
+def start_predict(run: Path, image: Path, device: str) -> Sample:
+    """`train.predict` on one image, from its start to its end. Raises StartFailedError."""
+    command = [sys.executable, "-m", "train.predict", "--run", str(run), str(image), "--device", device]
+    meter, cpu_s, begin = Meter(), _children_cpu_s(), time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_START_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise StartFailedError(f"not done after {_START_LIMIT_S:.0f} s") from None
+    seconds, cpu_s = time.perf_counter() - begin, _children_cpu_s() - cpu_s
+    if done.returncode:
+        raise StartFailedError(last_line(done.stderr))
+    return Sample(1, seconds, cpu_s, meter.other_cpu(cpu_s))
+
+
+def _children_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def start_serve(run: Path, device: str) -> Sample:
+    """`train.serve` from its start to its ready line; then it is ended. Raises StartFailedError."""
+    from train.inference.neighbours import FILE
+
+    (run / FILE).unlink(missing_ok=True)  # every start is like the first one
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "train.serve", "--run", str(run), "--port", str(port), "--device", device]
+    meter, begin = Meter(), time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        limit = threading.Timer(_START_LIMIT_S, process.kill)
+        limit.start()
+        try:
+            assert process.stdout is not None
+            said = ""
+            for line in process.stdout:
+                said = line.strip() or said
+                if "is ready" in line:
+                    seconds, cpu_s = time.perf_counter() - begin, tree_cpu_s(process.pid)
+                    return Sample(1, seconds, cpu_s, meter.other_cpu(cpu_s))
+            raise StartFailedError(said or f"ended, or not ready after {_START_LIMIT_S:.0f} s")
+        finally:
+            process.send_signal(signal.SIGTERM)  # has no effect if it has ended
+            process.communicate()
+            limit.cancel()
 
 
 # ------------------------------------------------------------------ rows
 
 
 def measure_predicting(
-    work: Work, model: str, device: str, environment: Environment, *, rounds: int, seconds: float, told: Told
+    images: Job, model: str, device: str, environment: Environment, *, rounds: int, seconds: float, announce: Announce
 ) -> list[Row]:
     """Time evaluation and prediction in turn, then the starts of both commands in turn; warm page cache.
 
     Raises DataError where the images cannot be packed or the run cannot be trained.
     """
-    told("train a run")
-    job = PredictJob(work, make_run(work, model, device), device)
+    announce("train a run")
+    job = PredictJob(images, make_run(images, model, device), device)
     systems = [EVALUATION, PREDICT, PREDICT_PLAIN]
-    series, _ = take_turns(set_up, systems, job, work.cache / "logs", rounds=rounds, seconds=seconds, told=told)
-    image = packed_files(work)[0][0]
+    series, _ = take_turns(
+        set_up, systems, job, images.cache / "logs", rounds=rounds, seconds=seconds, announce=announce
+    )
+    image = packed_files(images)[0][0]
     starts: dict[str, Callable[[], Sample]] = {
         START_PREDICT: lambda: start_predict(job.run, image, device),
         START_SERVE: lambda: start_serve(job.run, device),
     }
-    started = interleave(starts, rounds, warmup=1, told=lambda round_, name: told(name))
-    _, size = stats(work)
-    return rows_of(series, started, work, model, size, environment)
+    started = interleave(starts, rounds, warmup=1, announce=lambda round_, name: announce(name))
+    _, size = stats(images)
+    return rows_of(series, started, images, model, size, environment)
 
 
 def rows_of(
-    series: dict[str, Series], started: dict[str, Series], work: Work, model: str, size: str, environment: Environment
+    series: dict[str, Series], started: dict[str, Series], images: Job, model: str, size: str, environment: Environment
 ) -> list[Row]:
-    """The rows of what was timed. series: images of each system; started: starts of each command. size: `400x300`."""
+    """The rows of what was timed. series: of each system; started: starts of each command. size: `400x300`."""
     columns: dict[str, Any] = {
         "benchmark": "predict",
         "model": model,
         "precision": "fp32",
-        "resolution_px": work.resolution_px,
+        "resolution_px": images.resolution_px,
         "page_cache": "warm",
         "environment": environment,
     }
     rows: list[Row] = []
     for name, found in series.items():
-        batch_size = full_batches(len(names(work)), work.batch_size) if name == EVALUATION else _BATCH
+        batch_size = full_batches(len(samples(images)), images.batch_size) if name == EVALUATION else _BATCH
         own = columns | {"system": name, "packed": f"{size} jpg", "batch_size": batch_size}
         rows += series_rows(found, note=_NOTES[name], **own)
         if name != EVALUATION:
@@ -226,14 +325,14 @@ def predicting_text(rows: Sequence[Row]) -> str:
     parts.append(pivot([row for row in own if not row.beside and row.metric != "start_s"], across))
     parts.append("Ratios of images per second, taken within each round:\n")
     ratios = [[f"{row.system} / {row.beside}", cell(row), verdict(row)] for row in own if row.beside]
-    parts.append(grid(["ratio", "img/s", "meant to be"], ratios))
-    parts.append(grid(["start", "s", "meant to be"], [[row.system, cell(row), verdict(row)] for row in starts]))
+    parts.append(table(["ratio", "img/s", "target"], ratios))
+    parts.append(table(["start", "s", "target"], [[row.system, cell(row), verdict(row)] for row in starts]))
     parts += [busy_text(own), notes(own), machine_text(own)]
     return "\n".join(part for part in parts if part)
 
 
 def predicting_in_words(rows: Sequence[Row]) -> list[str]:
-    """What was found as sentences: each ratio and each start, with what it is meant to be."""
+    """The findings as sentences: each ratio and each start, with its target."""
     said = []
     for row in rows:
         if row.value is None or not verdict(row):

@@ -1,23 +1,30 @@
-"""`report`: one page and one Markdown file from the CSVs of all benchmarks, and what they say in words."""
+"""`report`: RESULTS.md and charts (SVG) from the CSV files of all benchmarks, with the findings in words."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from html import escape
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from benchmarks.grid import grid_text
 from benchmarks.loader import loader_text, packed_sizes
 from benchmarks.measure import Row
+from benchmarks.monitor import in_order, metric
 from benchmarks.pack import packing_text
 from benchmarks.predict import predicting_in_words, predicting_text
-from benchmarks.speed import training_text
-from benchmarks.stalls import stalls_text
-from benchmarks.tables import cell, figure, read_csv
+from benchmarks.stalls import agreement, by_engine, stalls_text
+from benchmarks.tables import cell, number, read_csv
 from benchmarks.targets import verdict
-from benchmarks.timeline import Moment, read_timeline, timelines_html
-from benchmarks.utilization import utilization_in_words
-from benchmarks.utilization_page import utilization_text
+from benchmarks.training import training_text
+from benchmarks.utilization import START_UP, TRAINING, Moment, read_timeline, utilization_in_words, utilization_text
 from shards.common.errors import DataError
+from shards.common.files import write_durably
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TEXTS: dict[str, Callable[[Sequence[Row]], str]] = {
     "loader": loader_text,
@@ -40,22 +47,33 @@ TITLES = {
     "predict": "Predicting",
 }
 
-PICTURES = {
-    "pack": {"img_per_s": "", "bytes_per_image": "payload of an image", "psnr_source_db": "PSNR to the source"},
-    "training": {"img_per_s": "", "share_of_peak": "share of its matrix peak"},
-    "stalls": {
-        "img_per_s": "",
-        "prep_stall": "prep stall",
-        "whole_stall": "whole stall, cold files",
-        "data_wait": "data wait",
-        "accelerator_utilization": "accelerator utilization",
-    },
-    "grid": {"cells_per_s": "", "overhead_share": "overhead, share of the wall time"},
+CHARTS = {
+    "stalls": ("accelerator_utilization", "share of the speed with a cached batch"),
+    "grid": ("cells_per_s", "cells per second"),
 }
-"""What bars show of a benchmark: metric → its name in the title. Of the others, images per second."""
+"""The metric that the chart of a benchmark shows, and its title. Other benchmarks: images per second."""
+
+
+@click.command("report")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="benchmarks/results",
+    show_default=True,
+    help="Folder with the CSV files; RESULTS.md and the charts go there too.",
+)
+def command(out: Path) -> None:
+    """RESULTS.md and charts (SVG) from the CSV files of the other subcommands."""
+    results = read_results(out)
+    charts = draw(results, read_timelines(out))
+    for name, svg in charts.items():
+        write_durably(out / name, svg)
+    write_durably(out / "RESULTS.md", markdown(results, charts).encode())
+    click.echo(f"wrote {out / 'RESULTS.md'} and {len(charts)} charts from {', '.join(results)}")
+
 
 _BOUND = 0.95
-"""A system within this share of its ceiling is bound by the ceiling."""
+"""A system that reaches this share of its ceiling is limited by the ceiling."""
 
 
 def read_results(folder: Path) -> dict[str, list[Row]]:
@@ -78,7 +96,7 @@ def _table(folder: Path, name: str) -> Path | None:
 
 
 def read_timelines(folder: Path) -> list[Moment]:
-    """The raw readings beside the utilization table that `read_results` takes; none without such a table.
+    """The raw readings of the utilization table that `read_results` reads; none without such a table.
 
     Raises DataError where they are damaged or missing.
     """
@@ -86,8 +104,8 @@ def read_timelines(folder: Path) -> list[Moment]:
     return [] if table is None else read_timeline(table.with_name(f"{table.stem}-timeline.csv"))
 
 
-def markdown(results: dict[str, list[Row]]) -> str:
-    """RESULTS.md: what was found in words, then every table."""
+def markdown(results: dict[str, list[Row]], charts: Iterable[str] = ()) -> str:
+    """RESULTS.md: the findings in words, then every table with its charts. charts: names of the files."""
     parts = [
         "# Results\n",
         "Made by `python -m benchmarks.run report` from the CSV files beside this one; every row there names the "
@@ -99,15 +117,20 @@ def markdown(results: dict[str, list[Row]]) -> str:
         parts.append(f"{machines}\n")
     if said:
         parts.append("\n".join(f"- {line}" for line in said) + "\n")
-    parts += [TEXTS[name](rows) for name, rows in results.items()]
+    charts = sorted(charts)
+    for name, rows in results.items():
+        heading, _, tables = TEXTS[name](rows).partition("\n")
+        own = [chart for chart in charts if chart.removesuffix(".svg").partition("-")[0] == name]
+        links = "".join(f"\n![Chart of the values in the tables below]({chart})\n" for chart in own)
+        parts.append(f"{heading}\n{links}{tables}")
     return "\n".join(parts)
 
 
 def in_words(name: str, rows: Sequence[Row], stalls: Sequence[Row] = ()) -> list[str]:
-    """The main findings of a benchmark as sentences; only what the rows say. Ratios of its first sizes, and those that
-    have a target: the others are in the tables.
+    """The main findings of a benchmark as sentences, from its rows alone: the ratios of its first sizes, and those that
+    have a target. The others are in the tables.
 
-    stalls: rows of that benchmark, whose many short turns may tell what limits a model where training's cannot.
+    stalls: rows of that benchmark; its many short turns may decide what limits a model where those of training do not.
     """
     if name == "training":
         return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows, stalls)]
@@ -149,21 +172,21 @@ def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[st
     style = best.system.partition(", ")[0]
     headspace = next((r for r in own if r.beside.startswith(style) and r.system == best.system and r.value), None)
     share = next((r for r in own if r.metric == "share_of_peak" and r.system == best.system and r.value), None)
-    text = f"Training: {model} runs fastest {style}, at {figure(best.value)} img/s"
+    text = f"Training: {model} runs fastest {style}, at {number(best.value)} img/s"
     if headspace is not None and headspace.value is not None:
-        text += f", {100 * headspace.value:.0f} % of what it does without a loader"
+        text += f", {100 * headspace.value:.0f} % of its speed without a loader"
         limit = _limit(headspace)
         if not limit:
             low, high = headspace.ends
             text += f" [{100 * low:.0f}, {100 * high:.0f}]"
             fits = (model, best.system, "accelerator_utilization", "warm", _machine(best))
-            told = ((r, (r.model, r.system, r.metric, r.page_cache, _machine(r))) for r in stalls if r.value)
-            finer = next((row for row, of in told if of == fits), None)
+            of = ((r, (r.model, r.system, r.metric, r.page_cache, _machine(r))) for r in stalls if r.value)
+            finer = next((row for row, key in of if key == fits), None)
             limit = _limit(finer) if finer else ""
             if finer and limit:
                 low, high = finer.ends
                 text += f", [{100 * low:.0f}, {100 * high:.0f}] in the stalls benchmark"
-        text += f": {limit} limits it" if limit else ": whether loading limits it is not decided"
+        text += f": {limit} limits it" if limit else ": it is not decided whether loading limits it"
     if share is not None and share.value is not None:
         text += f"; its operations are {100 * share.value:.0f} % of the measured matrix peak"
     return [text + "."]
@@ -180,12 +203,10 @@ def _value(row: Row) -> float:
 
 
 def _stalls_in_words(rows: Sequence[Row]) -> list[str]:
-    from benchmarks.stalls import agreement, by_engine
-
     said = []
     for model, engine, found in by_engine(rows):
-        for cache, metric in (("warm", "prep_stall"), ("cold", "whole_stall")):
-            stall, wait = found.get((cache, metric)), found.get((cache, "data_wait"))
+        for cache, kind in (("warm", "prep_stall"), ("cold", "whole_stall")):
+            stall, wait = found.get((cache, kind)), found.get((cache, "data_wait"))
             if stall is not None and stall.value is not None:
                 apart = agreement(stall, wait)
                 said.append(
@@ -200,94 +221,14 @@ def _stalls_in_words(rows: Sequence[Row]) -> list[str]:
     return said
 
 
-# ------------------------------------------------------------------ the page
-
-
-def bars(name: str, title: str, rows: Sequence[Row], unit: str) -> str:
-    """Horizontal bars with intervals, one a row, the longest first; failed rows say so. An `<svg>` element.
-
-    Bars begin at 0: of a value below it, only the number is shown.
-    """
-    from train.study.report.svg import wrap
-
-    shown = sorted(rows, key=lambda row: -(row.value or 0.0))
-    longest = max((0.0, *(row.high or row.value or 0.0 for row in shown))) or 1.0
-    left = 16 + 6.8 * max((len(row.system) for row in shown), default=0)  # letters are about so wide on average
-    width, step = left + 470, 24
-    room = 280
-    parts = []
-    for i, row in enumerate(shown):
-        y = 12 + i * step
-        parts.append(f'<text class="ink" x="{left - 8}" y="{y + 12}" text-anchor="end">{escape(row.system)}</text>')
-        if row.value is None:
-            parts.append(f'<text class="ink" x="{left}" y="{y + 12}">failed: {escape(row.failed[:60])}</text>')
-            continue
-        kind = (
-            "c0" if "dermscale" in row.system else "c7" if "ceiling" in row.system or "cached" in row.system else "c1"
-        )
-        length = room * max(row.value, 0.0) / longest
-        parts.append(f'<rect class="box {kind}" x="{left}" y="{y}" width="{length:.1f}" height="16"/>')
-        end = left + length
-        if row.low is not None and row.high is not None:
-            low, high = (left + room * max(bound, 0.0) / longest for bound in (row.low, row.high))
-            parts.append(
-                f'<path class="bar {kind}" d="M{low:.1f} {y + 8}H{high:.1f}M{low:.1f} {y + 4}v8M{high:.1f} {y + 4}v8"/>'
-            )
-            end = max(end, high)
-        parts.append(
-            f'<text class="ink" x="{end + 6:.1f}" y="{y + 12}">{escape(figure(row.value))} {escape(unit)}</text>'
-        )
-    told = "; ".join(f"{row.system} {cell(row)} {unit}" for row in shown)
-    return wrap(name, title, told, width, 24 + step * len(shown), parts)
-
-
-def _in_percent(row: Row) -> Row:
-    """A share as a percentage; other rows as they are."""
-    if row.unit != "1":
-        return row
-    value, low, high = (None if x is None else 100 * x for x in (row.value, row.low, row.high))
-    return replace(row, unit="%", value=value, low=low, high=high)
-
-
-def page(results: dict[str, list[Row]], timelines: Sequence[Moment] = ()) -> str:
-    """report.html: the bars first, then the timelines, then the tables; no script, no network."""
-    from train.study.report.page import page as whole
-    from train.study.report.page import section
-
-    sections = []
-    for name, rows in results.items():
-        pictures = PICTURES.get(name, {"img_per_s": ""})
-        body = []
-        groups: dict[tuple, list[Row]] = {}
-        for row, size in zip(rows, packed_sizes(rows), strict=True):
-            if row.metric in pictures:
-                place = (row.resolution_px, size, row.model, pictures[row.metric])
-                groups.setdefault(place, []).append(_in_percent(row))
-        for i, ((px, size, model, what), part) in enumerate(groups.items()):
-            sizes = (f"packed at {size}" if size else "", f"{px} px" if px else "")
-            title = ", ".join(filter(None, (model, *sizes, what)))
-            body.append(f"<h3>{escape(title)}</h3><div class='charts one'>")
-            body.append(bars(f"{name}-{i}", f"{TITLES[name]}: {title}", part, part[0].unit) + "</div>")
-        if name == "utilization":
-            body.append(timelines_html(timelines))
-        body.append(f"<details><summary>Tables</summary>{_html(TEXTS[name](rows))}</details>")
-        sections.append(section(name, TITLES[name], "".join(body)))
-    stalls = results.get("stalls", ())
-    said = {name: in_words(name, rows, stalls) for name, rows in results.items()}
-    findings = [(TITLES[name], lines) for name, lines in said.items() if lines]
-    gpus = {row.environment.gpu for rows in results.values() for row in rows if row.environment}
-    warnings = ["No GPU was there: nothing here was measured on one."] if gpus == {"none"} else []
-    return whole("What was measured", machines_text(results), warnings, findings, sections)
-
-
 def _machine(row: Row) -> str:
-    """The machine that a row was measured on; empty where it does not say."""
+    """The machine that a row was measured on; empty if unknown."""
     of = row.environment
     return "" if of is None else f"{of.cpu}, {of.cores} cores, {of.ram_gib} GiB; GPU: {of.gpu}"
 
 
 def machines_text(results: Mapping[str, Sequence[Row]]) -> str:
-    """Which machine the benchmarks ran on, in a sentence; which ones ran where, if there were several."""
+    """The machine that the benchmarks ran on, in a sentence; if there were several, which benchmark ran where."""
     on: dict[str, dict[str, None]] = {}  # machine → benchmarks, in order
     for name, rows in results.items():
         for text in filter(None, map(_machine, rows)):
@@ -295,27 +236,115 @@ def machines_text(results: Mapping[str, Sequence[Row]]) -> str:
     if len(on) < 2:
         return "".join(f"{text}." for text in on)
     of_each = " ".join(f"{', '.join(names)}: {text}." for text, names in on.items())
-    return f"{of_each} Figures of different machines are not to be compared."
+    return f"{of_each} Do not compare figures of different machines."
 
 
-def _html(text: str) -> str:
-    """Our own Markdown (headings, tables, lists, paragraphs) as HTML."""
-    out, table = [], False
-    for line in [*text.splitlines(), ""]:
-        if line.startswith("| "):
-            cells = [part.strip() for part in line.replace("\\|", "¦").strip("|").split("|")]
-            if set("".join(cells)) == {"-"}:
-                continue
-            tag = "td" if table else "th"
-            out.append("" if table else '<div class="scroll"><table>')
-            out.append("<tr>" + "".join(f"<{tag}>{escape(c.replace('¦', '|'))}</{tag}>" for c in cells) + "</tr>")
-            table = True
-            continue
-        if table:
-            out.append("</table></div>")
-            table = False
-        if line.startswith("#"):
-            out.append(f"<h4>{escape(line.lstrip('# '))}</h4>")
-        elif line:
-            out.append(f"<p>{escape(line.removeprefix('- '))}</p>")
-    return "".join(out)
+# ------------------------------------------------------------------ charts
+
+
+_TOO_FAST = "ceiling: memory copy only"
+"""Not in the charts: beside it the other bars would be too short to read."""
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "font.sans-serif": ["DejaVu Sans"],
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "dermscale",  # ids are not random
+}
+
+
+def draw(results: Mapping[str, Sequence[Row]], timelines: Sequence[Moment] = ()) -> dict[str, bytes]:
+    """File name → SVG: bars for each benchmark, and a timeline of the first round for each model that was watched.
+
+    The same rows give the same bytes.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        found = {f"{name}.svg": _svg(bars(name, rows)) for name, rows in results.items()}
+        for model in dict.fromkeys(moment.model for moment in timelines):
+            own = [moment for moment in timelines if moment.model == model]
+            first = min(moment.round for moment in own)
+            found[f"utilization-{model}.svg"] = _svg(timeline([moment for moment in own if moment.round == first]))
+    return found
+
+
+def _svg(figure: "Figure") -> bytes:
+    """A figure as SVG, without the date and the version of the library."""
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def bars(name: str, rows: Sequence[Row]) -> "Figure":
+    """Horizontal bars with their intervals, and a panel for each model: the systems of its first sizes."""
+    from matplotlib.figure import Figure
+
+    measured, title = CHARTS.get(name, ("img_per_s", "images per second"))
+    models: dict[str, tuple[str, list[Row]]] = {}  # model → where it was measured, rows
+    for row, size in zip(rows, packed_sizes(rows), strict=True):
+        place = ", ".join(filter(None, (row.model, size and f"packed at {size}", f"{row.resolution_px or ''} px")))
+        if row.metric == measured and row.system != _TOO_FAST and place == models.setdefault(row.model, (place, []))[0]:
+            models[row.model][1].append(row)
+    heights = [0.6 + 0.17 * len(own) for _, own in models.values()]
+    figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(models), squeeze=False, height_ratios=heights)
+    for (axes,), (place, own) in zip(grid, models.values(), strict=True):
+        for at, row in enumerate(reversed(own)):
+            _bar(axes, at, row)
+        axes.set_yticks(range(len(own)), [row.system for row in reversed(own)])
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.margins(x=0.15, y=0.01)
+        axes.set_title(f"{place}: {title}", fontsize=8, loc="left")
+    return figure
+
+
+def _bar(axes: "Axes", at: int, row: Row) -> None:
+    """A bar with its interval and its number; `failed` if the row has no value."""
+    if row.value is None:
+        axes.text(0, at, " failed", va="center")
+        return
+    scale, unit = (100, "%") if row.unit == "1" else (1, row.unit)
+    colour = "C0" if "dermscale" in row.system else "0.6" if "ceiling" in row.system or "cached" in row.system else "C1"
+    low, high = (scale * end for end in row.ends)
+    axes.barh(at, scale * row.value, color=colour, height=0.7)
+    axes.hlines(at, low, high, color="black", linewidth=1)
+    axes.text(max(high, 0), at, f" {number(scale * row.value)} {unit}", va="center", fontsize=7)
+
+
+def timeline(moments: Sequence[Moment]) -> "Figure":
+    """The readings of one round of one model: a row of panels per reading, a column per system.
+
+    A row has one scale: percent from 0 to 100, otherwise from 0 to the largest reading. Start-up is grey, and shown for
+    at most a third of the training after it. Raises ValueError without readings.
+    """
+    from matplotlib.figure import Figure
+
+    if not moments:
+        raise ValueError("a timeline of no readings")
+    systems = list(dict.fromkeys(moment.system for moment in moments))
+    names = in_order(name for moment in moments for name in moment.values)
+    end_s = max(moment.at_s for moment in moments)
+    shown = [moment for moment in moments if moment.at_s >= -end_s / 3]
+    figure = Figure(figsize=(1.5 + 2.6 * len(systems), 1.2 + 0.8 * len(names)), layout="constrained")
+    figure.suptitle(f"{moments[0].device} while {moments[0].model} trains, round {moments[0].round}", fontsize=9)
+    grid = figure.subplots(len(names), len(systems), squeeze=False, sharex=True, sharey="row")
+    for panels, name in zip(grid, names, strict=True):
+        what = metric(name)
+        for axes, system in zip(panels, systems, strict=True):
+            own = [moment for moment in shown if moment.system == system and name in moment.values]
+            for phase, colour in ((START_UP, "0.6"), (TRAINING, "C0")):
+                points = [(m.at_s, m.values[name] / what.divisor) for m in own if m.phase == phase]
+                axes.plot([at_s for at_s, _ in points], [value for _, value in points], color=colour, linewidth=0.9)
+            if counted := [m.values[name] / what.divisor for m in own if m.phase == TRAINING]:
+                axes.set_title(f"mean {number(fmean(counted))} {what.unit}", fontsize=7, loc="right", pad=2)
+            axes.axvline(0, color="0.6", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylim(0, 100 if what.unit == "%" else None)
+        panels[0].set_ylabel(f"{what.label}, {what.unit}", rotation=0, ha="right", va="center")
+    for axes, system in zip(grid[0], systems, strict=True):
+        axes.annotate(system, (0.5, 1.5), xycoords="axes fraction", ha="center")
+    figure.supxlabel("seconds of training; grey: start-up, not counted", fontsize=8)
+    return figure

@@ -1,38 +1,96 @@
-"""The `stalls` benchmark: how much of training is waiting for data, found by taking the causes away one by one.
+"""The `stalls` benchmark: how much of training is waiting for data, found by removing the causes one by one.
 
 DS-Analyzer's differential method (Mohan et al., VLDB 2021, "Analyzing and mitigating data stalls in DNN training"):
 the same training with one cached batch (no stall), with the files in memory (prep stall: decoding does not keep up)
-and with files that are on the disk alone (fetch stall on top). Beside it, the time that the loop was seen waiting.
+and with files that are only on the disk (fetch stall on top). Beside it, the waiting that is counted in the loop.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import click
+
 from benchmarks.machine import Environment
 from benchmarks.measure import Row, Series, series_rows, summary_row
-from benchmarks.tables import busy_text, cell, grid, machine_text, notes
+from benchmarks.options import rounds_option, seconds_option, shared, training_options
+from benchmarks.tables import busy_text, cell, machine_text, notes, table
 from benchmarks.training import (
     CACHED,
     COLD,
     COLD_DALI,
     COLD_RAW,
     DALI,
+    LAST,
     NATIVE,
     RAW,
     RESIDENT,
+    STYLES,
     TrainingJob,
     set_up,
     system_name,
+    train_models,
 )
-from benchmarks.worker import Told, take_turns
+from benchmarks.worker import Announce, take_turns
+from shards.common.errors import UsageError
 
 ENGINES = {"jpg": (NATIVE, COLD), "raw": (RAW, COLD_RAW), "resident": (RESIDENT,), "dali": (DALI, COLD_DALI)}
-"""What is measured of each engine: with warm files, and where files are read in training, with cold ones."""
+"""What is measured of each engine: warm files, and cold ones if the engine reads files during training."""
 AGREE_WITHIN = 0.05
 """The differential stall and the counted wait may differ by this share of the time."""
 AU_LINE = 0.90
-"""MLPerf Storage's least accelerator utilization for image classification (3D-UNet and ResNet-50)."""
+"""MLPerf Storage's minimum accelerator utilization for image classification (3D-UNet and ResNet-50)."""
+
+
+@click.command("stalls")
+@shared
+@rounds_option(20, quick=10)
+@training_options(quick="resnet18")
+@click.option("--add", is_flag=True, help="Keep the rows that the table in --out has for other models.")
+@seconds_option(1, quick=0.5)
+@click.option(
+    "--style",
+    type=click.Choice(STYLES),
+    default=LAST,
+    show_default=True,
+    help="How the models are run.",
+)
+@click.option(
+    "--engine",
+    "engines",
+    type=click.Choice(list(ENGINES)),
+    multiple=True,
+    help="native with JPEG or raw files, resident, or dali with JPEG files. Repeatable.  [default: the first three, on "
+    "a GPU all four; quick jpg]",
+)
+def command(
+    quick: bool,
+    rounds: int,
+    seconds: float,
+    only: tuple[str, ...],
+    style: str,
+    engines: tuple[str, ...],
+    **settings: Any,
+) -> None:
+    """How much of training waits for data: cached batch, warm files, cold files, and the counted wait.
+
+    Rounds are many and short: the speed of a machine drifts, so turns that are compared should be near each other. A
+    turn is at least one step, so use a smaller --batch-size for a model whose steps take seconds.
+    """
+    from train import device as devices
+
+    if only:
+        raise UsageError("--only: the systems of `stalls` belong together; choose models with --model")
+
+    def measure(job: TrainingJob, machine: Environment, rounds: int, seconds: float, announce: Announce) -> list[Row]:
+        job = replace(job, synchronized=True)
+        return measure_stalls(job, style, engines, machine, rounds=rounds, seconds=seconds, announce=announce)
+
+    gpu = devices.choose(settings["device"]).type == "cuda"
+    engines = engines or (("jpg",) if quick else tuple(name for name in ENGINES if gpu or name != "dali"))
+    systems = 1 + sum(len(ENGINES[engine]) for engine in engines)
+    settings["models"] = settings["models"] or (("resnet18",) if quick else ())
+    train_models("stalls", measure, systems, stalls_text, quick, rounds, seconds=seconds, **settings)
 
 
 def measure_stalls(
@@ -43,7 +101,7 @@ def measure_stalls(
     *,
     rounds: int,
     seconds: float,
-    told: Told,
+    announce: Announce,
 ) -> list[Row]:
     """Time one model with a cached batch, and with each engine's warm and cold files, in turn. engines: of ENGINES."""
     ceiling = system_name(style, CACHED)
@@ -53,10 +111,10 @@ def measure_stalls(
         set_up,
         turns(ceiling, fed),
         job,
-        job.work.cache / "logs",
+        job.images.cache / "logs",
         rounds=rounds,
         seconds=seconds,
-        told=told,
+        announce=announce,
         frozen=True,
     )
     cached = series[ceiling]
@@ -78,8 +136,8 @@ def measure_stalls(
 
 
 def turns(ceiling: str, fed: Sequence[Sequence[str]]) -> list[str]:
-    """The order within a round: the cached batch in the middle, warm files about it, and cold ones, whose turns take
-    longest, outside. The machine's speed drifts, and what is compared should be near each other."""
+    """The order within a round: the cached batch in the middle, warm files next to it, and cold files, which take
+    longest, outside. The machine's speed drifts, so systems that are compared should be near each other."""
     before: list[str] = []
     after: list[str] = []
     for place, (warm, *cold) in enumerate(fed):
@@ -91,15 +149,15 @@ def turns(ceiling: str, fed: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _stall(slower: Series, faster: Series, metric: str, columns: dict[str, Any]) -> Row:
-    """Share of the slower system's time that the faster one does not need, round by round; under 0 it is noise."""
+    """Share of the slower system's time that the faster one does not need, round by round; below 0 it is noise."""
     failed = slower.failed or faster.failed
     shares = [] if failed else [1 - s.per_s / f.per_s for s, f in zip(slower.samples, faster.samples, strict=True)]
     return summary_row(shares, failed, metric=metric, unit="1", **columns)
 
 
 def _utilization(own: Series, cached: Series, columns: dict[str, Any]) -> Row:
-    """MLPerf Storage's AU: the time that computing alone takes, over the time that training took. Setting up,
-    with its first steps, and a whole warm-up round come before the clock."""
+    """MLPerf Storage's AU: the time that computing alone takes, divided by the time that training took. Set-up with its
+    first steps, and a whole warm-up round, are not timed."""
     failed = own.failed or cached.failed
     shares = [] if failed else [s.per_s / c.per_s for s, c in zip(own.samples, cached.samples, strict=True)]
     return summary_row(shares, failed, metric="accelerator_utilization", unit="1", **columns)
@@ -111,17 +169,17 @@ def _columns(job: TrainingJob, name: str, environment: Environment) -> dict[str,
         "system": name,
         "model": job.model,
         "packed": f"400 px {'raw' if RAW in name else 'jpg'}",
-        "resolution_px": job.work.resolution_px,
-        "batch_size": job.work.batch_size,
-        "workers": job.work.workers,
+        "resolution_px": job.images.resolution_px,
+        "batch_size": job.images.batch_size,
+        "workers": job.images.workers,
         "page_cache": "" if CACHED in name else "cold" if name.endswith("cold files") else "warm",
         "environment": environment,
     }
 
 
 def agreement(stall: Row | None, wait: Row | None) -> str:
-    """Whether the differential stall and the counted wait say the same, in words: they do where the stall's whole
-    interval lies within `AGREE_WITHIN` of the wait, they do not where none of it does."""
+    """Whether the differential stall and the counted wait agree, in words: they do if the stall's whole interval lies
+    within `AGREE_WITHIN` of the wait, they do not if none of it does."""
     if stall is None or wait is None or stall.value is None or wait.value is None:
         return ""
     points = f"{100 * abs(stall.value - wait.value):.1f} points apart"
@@ -135,7 +193,7 @@ def agreement(stall: Row | None, wait: Row | None) -> str:
 
 
 def by_engine(rows: Sequence[Row]) -> list[tuple[str, str, dict[tuple[str, str], Row]]]:
-    """The rows of each model and engine: (model, engine, (page cache, metric) → row), the cached batch's with each."""
+    """The rows of each model and engine: (model, engine, (page cache, metric) → row), with the cached batch's rows."""
     found: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     sources = {source: engine for engine, known in ENGINES.items() for source in known}
     for row in rows:
@@ -172,7 +230,7 @@ def stalls_text(rows: Sequence[Row]) -> str:
         lines.append(line)
     header = ["model", "batch", "engine", "img/s cached", "prep stall, %", "data wait, %", "the two", "AU warm, %"]
     header += ["whole stall, cold, %", "data wait, cold, %", "the two, cold", "AU cold, %", "fetch stall, %"]
-    parts.append(grid(header, lines))
+    parts.append(table(header, lines))
     parts += [busy_text(own), notes(own), machine_text(own)]
     return "\n".join(part for part in parts if part)
 

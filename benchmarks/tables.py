@@ -44,7 +44,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 
 
 def _parser(kind: Any) -> Callable[[str], Any]:
-    """How the text of a column of this type becomes its value again."""
+    """What turns the text of a column of this type into its value."""
     if isinstance(kind, types.UnionType):  # X | None
         inner = _parser(next(arg for arg in typing.get_args(kind) if arg is not types.NoneType))
         return lambda text: inner(text) if text else None
@@ -75,8 +75,8 @@ def read_csv(path: Path) -> list[Row]:
         raise DataError(f"{path}: damaged ({error})") from None
 
 
-def figure(value: float | None) -> str:
-    """A number for people: three digits that count, thousands parted by a comma, no exponent."""
+def number(value: float | None) -> str:
+    """A number for people: three significant digits, a comma between thousands, no exponent."""
     if value is None:
         return ""
     if value == 0 or abs(value) >= 100:
@@ -88,24 +88,24 @@ def figure(value: float | None) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """Median and interval, or why there is none."""
+    """Median and interval; `failed` where there is none."""
     if row is None:
         return ""
     if row.value is None:
         return "failed"
     if row.low is None or row.high is None:
-        return figure(row.value)
-    return f"{figure(row.value)} [{figure(row.low)}, {figure(row.high)}]"
+        return number(row.value)
+    return f"{number(row.value)} [{number(row.low)}, {number(row.high)}]"
 
 
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    table = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(_escape(text) for text in line) + " |" for line in table) + "\n"
+    whole = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(_escape(text) for text in line) + " |" for line in whole) + "\n"
 
 
 def machine_text(rows: Iterable[Row]) -> str:
@@ -116,7 +116,7 @@ def machine_text(rows: Iterable[Row]) -> str:
 
 
 def clock_text(machine: Environment) -> str:
-    """The CPU's clocks in MHz: the slowest and the fastest core's, or the one that all have."""
+    """The CPU's clocks in MHz: of the slowest and the fastest core, or one number where all are equal."""
     return "–".join(dict.fromkeys(machine.cpu_mhz.split("–")))
 
 
@@ -136,7 +136,7 @@ def pivot(rows: Sequence[Row], across: Sequence[tuple[str, Callable[[Row], bool]
     for system in systems:
         own = [row for row in rows if row.system == system]
         lines.append([system, *(cell(next((r for r in own if belongs(r)), None)) for _, belongs in across)])
-    return grid(["system", *(title for title, _ in across)], lines)
+    return table(["system", *(title for title, _ in across)], lines)
 
 
 def busy_text(rows: Sequence[Row]) -> str:
@@ -152,8 +152,8 @@ def busy_text(rows: Sequence[Row]) -> str:
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """What failed and why, and what each system does differently, as Markdown lists; of which models, where it was not
-    the same in all."""
+    """What failed and why, and what each system does differently, as Markdown lists; with the models, where they differ
+    in it."""
     failed = dict.fromkeys(f"- {_named(row)}: failed, {_escape(row.failed)}" for row in rows if row.failed)
     of: dict[str, dict[str, dict[str, None]]] = {}  # system → note → models, in order
     for row in rows:
@@ -168,5 +168,5 @@ def notes(rows: Sequence[Row]) -> str:
 
 
 def _named(row: Row) -> str:
-    """A system, of which model it was where there are several."""
+    """A system, with its model where there are several."""
     return f"{row.model}, {row.system}" if row.model and row.model != row.system else row.system

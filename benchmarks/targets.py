@@ -1,4 +1,4 @@
-"""What the figures are meant to be, beside what they are: the tables show what is missed.
+"""What the project aims at: the tables show each target beside what was measured.
 
 A target is held or missed where the whole interval lies on one side of it, and undecided otherwise.
 """
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.measure import Row
-from benchmarks.tables import cell, grid
+from benchmarks.tables import cell, table
 
 
 @dataclass(frozen=True)
 class Target:
     """A bound for the rows of a benchmark whose fields equal those given here; an empty field fits every row.
 
-    packed: how that field begins. noted: what the note says somewhere.
+    packed: the beginning of that field. noted: a part of the note.
     """
 
     benchmark: str
@@ -31,7 +31,7 @@ class Target:
     unit: str = ""
 
     def fits(self, row: Row) -> bool:
-        """Whether this target is meant for the row."""
+        """Whether this target is for the row."""
         return (
             (row.benchmark, row.metric) == (self.benchmark, self.metric)
             and self.system in ("", row.system)
@@ -76,7 +76,7 @@ TARGETS = (
     Target("predict", "img_per_s ratio", 0.6),
     Target("predict", "start_s", 5.0, at_least=False, unit="s"),
 )
-"""Every figure that this project set itself, and for which rows."""
+"""Every target of this project, and its rows."""
 
 
 def verdict(row: Row) -> str:
@@ -98,4 +98,4 @@ def targets_text(rows: Sequence[Row]) -> str:
             place = (row.model, row.packed, f"{row.resolution_px} px" if row.resolution_px else "")
             what = f"{row.system} / {row.beside}" if row.beside else f"{row.system}, {row.metric}"
             lines.append([what, ", ".join(filter(None, place)), cell(row), said])
-    return "Meant to be:\n\n" + grid(["figure", "of", "measured", "meant to be"], lines) if lines else ""
+    return "Targets:\n\n" + table(["what", "of", "measured", "target"], lines) if lines else ""

@@ -1,37 +1,176 @@
-"""The `utilization` benchmark: what the device does while a model trains, read many times a second from outside.
+"""The `utilization` benchmark: what the device does while a model trains, read many times a second by the parent.
 
-NVML's "utilization" says only that some kernel ran. Every figure of it stands beside the images per second, the share
-of the cached-batch ceiling that they are, and the time that the loop was seen waiting for data.
+NVML's "utilization" says only that some kernel ran. So it is always shown beside the images per second, their share of
+the cached-batch ceiling, and the time that the loop waited for data.
 """
 
-from collections.abc import Callable, Sequence
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 from typing import Any
 
-from benchmarks.gpu import UNITS
+import click
+
 from benchmarks.machine import Environment, Meter
 from benchmarks.measure import Row, Sample, Series, interleave, ratio_row, series_rows, summary_row
-from benchmarks.monitor import Sampler, Source
-from benchmarks.speed import BASELINE
-from benchmarks.tables import cell, figure
-from benchmarks.timeline import START_UP, TRAINING, Moment
-from benchmarks.training import CACHED, DALI, FOLDER, NATIVE, TrainingJob, set_up, system_name
-from benchmarks.worker import SET_UP_LIMIT_S, SetUp, Told, Worker, start_server
+from benchmarks.monitor import CPU, METRICS, MOST_CORE_SHARE, Reader, Sampler, in_order, metric, reader_of
+from benchmarks.options import (
+    advance,
+    check_models,
+    chosen,
+    measured_on,
+    publish,
+    rounds_option,
+    seconds_option,
+    shared,
+    training_images,
+    training_options,
+)
+from benchmarks.tables import busy_text, cell, machine_text, notes, number, table
+from benchmarks.training import BASELINE, CACHED, DALI, FOLDER, LAST, NATIVE, STYLES, TrainingJob, set_up, system_name
+from benchmarks.worker import SET_UP_LIMIT_S, Announce, SetUp, Worker, start_server
+from shards.common.errors import DataError
+from shards.common.files import write_durably
 
+START_UP, TRAINING = "start-up", "training"
+"""The phases: before the clock starts, and what is counted."""
+_KEYS = ("model", "system", "round", "phase", "device", "at_s")
+"""First columns of a timeline; the others are readings."""
 STATISTICS = ("mean", "median", "min", "max")
 START_UP_KEPT_S = 5.0
-"""Of the readings before the clock, those of the last seconds are kept for the timeline."""
-CPU = "CPU"
-"""How `benchmarks.monitor.CoreSource` calls what it reads."""
+"""The timeline has the readings of so many seconds before the clock starts."""
 NO_GPU = "there is no GPU on this machine"
 NOT_READ = "training ran on the CPU, so the GPU was not read"
 
 
+@click.command("utilization")
+@shared
+@rounds_option(6, quick=5)
+@training_options(["resnet18"])
+@click.option(
+    "--style",
+    type=click.Choice(STYLES[1:]),
+    default=LAST,
+    show_default=True,
+    help="How this project's network is run. Compiling starts with an empty cache in every round.",
+)
+@seconds_option(10, quick=1.5)
+def command(
+    quick: bool,
+    out: Path,
+    cache: Path,
+    source: Path,
+    rounds: int,
+    workers: int,
+    only: tuple[str, ...],
+    models: tuple[str, ...],
+    style: str,
+    seconds: float,
+    resolution: int,
+    batch_size: int,
+    device: str,
+) -> None:
+    """What the GPU does while a model trains, or the CPU's cores where there is none: a summary and a timeline.
+
+    The raw readings go to utilization-timeline.csv beside the table; `report` draws them.
+    """
+    from shards.common.progress import Progress
+    from train import device as devices
+
+    chosen_device = devices.choose(device)
+    names = chosen({name: name for name in systems(style, chosen_device.type == "cuda")}, only)
+    check_models(models, resolution)
+    images = training_images(source, cache, resolution, batch_size, workers, quick)
+    machine = measured_on(images, device)
+    stem = "utilization-quick" if quick else "utilization"
+    rows: list[Row] = []
+    moments: list[Moment] = []
+    with Progress("utilization", len(models) * len(names) * rounds, "runs") as bar:
+        for model in models:
+            found, read = measure_utilization(
+                TrainingJob(images, model, device),
+                names,
+                machine,
+                rounds=rounds,
+                seconds=seconds,
+                announce=advance(bar),
+                reader=lambda: reader_of(chosen_device),
+            )
+            rows += found
+            moments += read
+            write_timeline(out / f"{stem}-timeline.csv", moments)
+            publish(out, stem, rows, utilization_text, show=model == models[-1])
+
+
+# ------------------------------------------------------------------ the timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What was read at one moment.
+
+    device: what was read. at_s: seconds since the clock of training started, negative before. values: by the name of
+    the reading (`monitor.METRICS`, or `core_N_percent`).
+    """
+
+    model: str
+    system: str
+    round: int
+    phase: str
+    device: str
+    at_s: float
+    values: Mapping[str, float]
+
+
+def write_timeline(path: Path, moments: Iterable[Moment]) -> None:
+    """Write a line for each moment, the whole file or nothing; what was not read is empty."""
+    moments = list(moments)
+    metrics = list(dict.fromkeys(name for moment in moments for name in moment.values))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*_KEYS, *metrics])
+    for m in moments:
+        read = (f"{m.values[name]:.10g}" if name in m.values else "" for name in metrics)
+        writer.writerow([m.model, m.system, m.round, m.phase, m.device, f"{m.at_s:.4f}", *read])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, out.getvalue().encode())
+
+
+def read_timeline(path: Path) -> list[Moment]:
+    """Read what `write_timeline` wrote. Raises DataError naming the file and what is wrong with it."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = tuple(reader.fieldnames or ())
+            if columns[: len(_KEYS)] != _KEYS:
+                raise DataError(f"{path}: its columns are not those of a timeline of this release")
+            metrics = columns[len(_KEYS) :]
+            return [
+                Moment(
+                    line["model"],
+                    line["system"],
+                    int(line["round"]),
+                    line["phase"],
+                    line["device"],
+                    float(line["at_s"]),
+                    {name: float(line[name]) for name in metrics if line[name]},
+                )
+                for line in reader
+            ]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a readable timeline ({error})") from None
+
+
+# ------------------------------------------------------------------ the measurement
+
+
 @dataclass
 class Watched:
-    """What was read while one system ran. summaries: of each round's training; about: of what was read."""
+    """What was read while one system ran. summaries: one of each round's training. set_up_s: of each round."""
 
     summaries: list[dict[str, Any]] = field(default_factory=list)
     set_up_s: list[float] = field(default_factory=list)
@@ -39,8 +178,8 @@ class Watched:
 
 
 def systems(style: str, gpu: bool = False) -> tuple[str, ...]:
-    """The ways to train that are watched: the ceiling, this project's loader (on a GPU, both that decode), and how
-    these models are usually run."""
+    """The ways to train that are watched: the ceiling, this project's loader (on a GPU, both that decode) and the usual
+    one."""
     ours = (NATIVE, DALI) if gpu else (NATIVE,)
     return system_name(style, CACHED), *(system_name(style, loader) for loader in ours), BASELINE
 
@@ -52,16 +191,15 @@ def measure_utilization(
     *,
     rounds: int,
     seconds: float,
-    told: Told,
-    source: Callable[[], Source],
+    announce: Announce,
+    reader: Callable[[], Reader],
     set_up: SetUp = set_up,
 ) -> tuple[list[Row], list[Moment]]:
     """Train each system for at least `seconds` a round, in turn, while the device is read; rows and raw readings.
 
-    In every round a system starts in a process of its own, and ends before the next one starts, so that memory, power
-    and clocks are not those of another system; start-up, compiling and warm-up come before the clock. source: makes
-    what is read; the sampler closes it. A system that fails keeps the reason; so do the readings of one whose sampler
-    failed.
+    In every round a system starts in its own process, and ends before the next one starts, so that memory, power and
+    clocks are not those of another system. Start-up, compiling and warm-up come before the clock. reader: makes what
+    reads the device; the sampler closes it. The rows of a system or a sampler that fails have the reason.
     """
     context = start_server()
     watched = {name: Watched() for name in names}
@@ -69,8 +207,8 @@ def measure_utilization(
     def run(name: str) -> Sample:
         limit_s = SET_UP_LIMIT_S + 20 * seconds
         with (
-            Sampler(source()) as sampler,
-            Worker(context, set_up, name, job, logs=job.work.cache / "logs", limit_s=limit_s) as worker,
+            Sampler(reader()) as sampler,
+            Worker(context, set_up, name, job, logs=job.images.cache / "logs", limit_s=limit_s) as worker,
         ):
             about = worker.ready()
             meter, began = Meter(), perf_counter()
@@ -86,7 +224,7 @@ def measure_utilization(
 
     turns = {name: (lambda name=name: run(name)) for name in names}
     series = interleave(
-        turns, rounds, warmup=0, told=lambda round_, name: told(f"round {round_ + 1} of {rounds}, {name}")
+        turns, rounds, warmup=0, announce=lambda round_, name: announce(f"round {round_ + 1} of {rounds}, {name}")
     )
     rows: list[Row] = []
     ceiling = next((name for name in names if CACHED in name), "")
@@ -99,8 +237,8 @@ def measure_utilization(
 
 
 def _moments(model: str, name: str, round_: int, sampler: Sampler, began_s: float, ended_s: float) -> list[Moment]:
-    """The readings of the end of start-up, and all of training; their clock starts with training's."""
-    device = str(sampler.source.about["device"])
+    """The readings from the end of start-up, and all of training; time 0 is the start of training."""
+    device = str(sampler.reader.about["device"])
     found = []
     for one in sampler.readings:
         if one.values and began_s - START_UP_KEPT_S <= one.at_s <= ended_s:
@@ -120,16 +258,16 @@ def _system_rows(series: Series, watched: Watched, columns: dict[str, Any]) -> l
     sampler_failed = next((s["error"] for s in watched.summaries if s["error"]), "")
     first = watched.summaries[0]
     note = f"read from {first['device']}" + (f", driver {first['driver']}" if first["driver"] else "")
-    for metric, unit in (("sampler_core_share", "1"), ("reached_hz", "1/s")):
-        values = [summary[metric] for summary in watched.summaries]
-        rows.append(summary_row(values, sampler_failed, metric=metric, unit=unit, note=note, **columns))
+    for name, unit in (("sampler_core_share", "1"), ("reached_hz", "1/s")):
+        values = [summary[name] for summary in watched.summaries]
+        rows.append(summary_row(values, sampler_failed, metric=name, unit=unit, note=note, **columns))
     return rows + _reading_rows(watched.summaries, sampler_failed, columns)
 
 
 def _reading_rows(summaries: list[dict[str, Any]], failed: str, columns: dict[str, Any]) -> list[Row]:
-    """Each metric's mean and median (the median over the rounds), least and largest (of all rounds).
+    """Each reading's mean and median (the median over the rounds), minimum and maximum (of all rounds).
 
-    A GPU's metric that was not read is there once, without a value and with the reason.
+    A GPU's reading that is missing has one row, without a value and with the reason.
     """
     found = dict.fromkeys(name for summary in summaries for name in summary["metrics"])
     missing: dict[str, str] = summaries[0]["missing"]
@@ -138,16 +276,16 @@ def _reading_rows(summaries: list[dict[str, Any]], failed: str, columns: dict[st
     else:
         otherwise = "this GPU does not count it"
     rows: list[Row] = []
-    for metric in dict.fromkeys([*UNITS, *found]):
-        unit = _unit(metric)
-        if failed or metric not in found:
-            why = failed or missing.get(metric, otherwise)
-            rows.append(Row(metric=f"{metric} mean", unit=unit, value=None, failed=why, **columns))
+    for name in dict.fromkeys([*METRICS, *found]):
+        unit = _unit(name)
+        if failed or name not in found:
+            why = failed or missing.get(name, otherwise)
+            rows.append(Row(metric=f"{name} mean", unit=unit, value=None, failed=why, **columns))
             continue
-        told = [summary["metrics"][metric] for summary in summaries if metric in summary["metrics"]]
+        read = [summary["metrics"][name] for summary in summaries if name in summary["metrics"]]
         for statistic in STATISTICS:
-            values = [one[statistic] for one in told]
-            row = summary_row(values, metric=f"{metric} {statistic}", unit=unit, **columns)
+            values = [one[statistic] for one in read]
+            row = summary_row(values, metric=f"{name} {statistic}", unit=unit, **columns)
             if statistic in ("min", "max"):
                 row = replace(row, value=min(values) if statistic == "min" else max(values), low=None, high=None)
                 row = replace(row, coverage=None)
@@ -155,9 +293,9 @@ def _reading_rows(summaries: list[dict[str, Any]], failed: str, columns: dict[st
     return rows
 
 
-def _unit(metric: str) -> str:
+def _unit(name: str) -> str:
     ends = {"percent": "%", "bytes": "B", "mhz": "MHz", "per_s": "MiB/s", "_w": "W"}
-    return next(unit for end, unit in ends.items() if metric.endswith(end))
+    return next(unit for end, unit in ends.items() if name.endswith(end))
 
 
 def _columns(job: TrainingJob, name: str, environment: Environment) -> dict[str, Any]:
@@ -166,12 +304,145 @@ def _columns(job: TrainingJob, name: str, environment: Environment) -> dict[str,
         "system": name,
         "model": job.model,
         "packed": "originals" if FOLDER in name else "400 px jpg",
-        "resolution_px": job.work.resolution_px,
-        "batch_size": job.work.batch_size,
-        "workers": job.work.workers,
+        "resolution_px": job.images.resolution_px,
+        "batch_size": job.images.batch_size,
+        "workers": job.images.workers,
         "page_cache": "" if CACHED in name else "warm",
         "environment": environment,
     }
+
+
+# ------------------------------------------------------------------ tables and words
+
+
+_SUMMARY = (
+    "sm_percent",
+    "tensor_percent",
+    "occupancy_percent",
+    "dram_percent",
+    "memory_used_bytes",
+    "power_w",
+    "sm_mhz",
+    "pcie_rx_mib_per_s",
+    "pcie_tx_mib_per_s",
+    "busy_percent",
+)
+"""Columns of the summary for a GPU; NVML's "utilization" is the last one."""
+
+
+def utilization_text(rows: Sequence[Row]) -> str:
+    """The rows as Markdown: the summary of each run, every reading, and what sampling cost."""
+    own = [row for row in rows if row.benchmark == "utilization"]
+    gpu = any(row.value is not None and _reading(row) in METRICS for row in own)
+    parts = [
+        "## Utilization\n",
+        "What the device did while a model trained. Speed, its share of the cached-batch ceiling and the share of time "
+        "spent waiting for data come first; readings are means over the counted span, median [interval] over the "
+        "rounds.\n",
+        _start_up(own),
+    ]
+    if gpu:
+        parts.append(
+            "NVML busy says only that some kernel ran, not that the GPU was full: read it beside the first columns. "
+            "Memory used is that of all processes on the GPU.\n"
+        )
+    else:
+        reason = NOT_READ if any(row.failed == NOT_READ for row in own) else NO_GPU
+        parts.append(
+            f"The GPU columns are empty: {reason}. What was read are the CPU's cores, from the kernel's counters "
+            "(10 ms steps, all processes on the machine); there the loader and the model share the cores, so cores "
+            "that are busy are no sign that the model has them.\n"
+        )
+    parts.append(_summary(own))
+    parts.append("Every reading; mean and median are medians over the rounds, min and max of all rounds:\n")
+    parts.append(_readings(own))
+    parts += [_missing(own), _cost(own), busy_text(own)]
+    parts.append(notes([row for row in own if row.metric == "img_per_s" or (row.failed and _is_samplers(row))]))
+    parts.append(machine_text(own))
+    return "\n".join(part for part in parts if part)
+
+
+def _is_samplers(row: Row) -> bool:
+    return row.metric in ("sampler_core_share", "reached_hz")
+
+
+def _reading(row: Row) -> str:
+    return row.metric.rpartition(" ")[0]
+
+
+def _runs(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """(model, system) → its rows."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.system), []).append(row)
+    return found
+
+
+def _start_up(rows: Sequence[Row]) -> str:
+    took = [row.value for row in rows if row.metric == "set_up_s" and row.value is not None]
+    if not took:
+        return ""
+    return (
+        "In every round each system started in a process of its own, and ended before the next. Starting, compiling "
+        f"where it compiles, and three warm-up passes ({number(min(took))} to {number(max(took))} s, median of each "
+        "system) come before the clock: they are in no figure here.\n"
+    )
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    cores = any(core_means(run) for run in _runs(rows).values())
+    header = ["model", "system", "img/s", "share of the cached-batch ceiling", "data wait"]
+    header += ["CPU cores, mean %, one by one"] if cores else []
+    header += [f"{metric(name).label}, {metric(name).unit}" for name in _SUMMARY]
+    lines = []
+    for (model, system), run in _runs(rows).items():
+        found = {row.metric: row for row in run}
+        line = [model, system, *(cell(found.get(name)) for name in ("img_per_s", "img_per_s ratio", "data_wait"))]
+        line += [" / ".join(f"{mean:.0f}" for mean in core_means(run))] if cores else []
+        lines.append([*line, *(_shown(found.get(f"{name} mean"), name) for name in _SUMMARY)])
+    return table(header, lines)
+
+
+def _shown(row: Row | None, name: str) -> str:
+    """A reading for people; empty where there is none: the reason is below the tables."""
+    return "" if row is None or row.value is None else number(row.value / metric(name).divisor)
+
+
+def _readings(rows: Sequence[Row]) -> str:
+    lines = []
+    for (model, system), run in _runs(rows).items():
+        found = {row.metric: row for row in run}
+        for name in in_order(_reading(row) for row in run if row.metric.endswith(" mean")):
+            if found[f"{name} mean"].value is None:
+                continue
+            what = metric(name)
+            shown = (_shown(found.get(f"{name} {statistic}"), name) for statistic in STATISTICS)
+            lines.append([model, system, what.label, what.unit, *shown, what.meaning])
+    return table(["model", "system", "reading", "unit", *STATISTICS, "what it is"], lines)
+
+
+def _missing(rows: Sequence[Row]) -> str:
+    """The readings that are missing, by reason."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.metric.endswith(" mean") and row.value is None:
+            reasons.setdefault(row.failed, {})[metric(_reading(row)).label] = None
+    return "\n".join(f"- Not read: {', '.join(names)} ({reason})." for reason, names in reasons.items()) + "\n"
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    """What the sampler cost, and what it read."""
+    shares = [share for row in rows if row.metric == "sampler_core_share" for share in row.values]
+    paces = [pace for row in rows if row.metric == "reached_hz" for pace in row.values]
+    if not shares or not paces:
+        return ""
+    sources = dict.fromkeys(row.note for row in rows if row.metric == "reached_hz" and row.note)
+    kept = "under" if max(shares) < MOST_CORE_SHARE else "NOT under"
+    return (
+        f"The sampler ({'; '.join(sources)}) made {min(paces):.1f} to {max(paces):.1f} readings a second beside "
+        f"training, and took {100 * min(shares):.2f} to {100 * max(shares):.2f} % of a core from start to end: {kept} "
+        "the 1 % it may take.\n"
+    )
 
 
 def utilization_in_words(rows: Sequence[Row]) -> list[str]:
@@ -185,13 +456,13 @@ def utilization_in_words(rows: Sequence[Row]) -> list[str]:
         if row.value is None or wait.value is None:
             said.append(f"Utilization: {row.model}, {row.system} failed: {row.failed}.")
             continue
-        text = f"Utilization: {row.model}, {row.system}: {figure(row.value)} img/s"
+        text = f"Utilization: {row.model}, {row.system}: {number(row.value)} img/s"
         if share is not None and share.value is not None:
             text += f", {cell(share)} of the ceiling ({share.beside})"
         text += f", {100 * wait.value:.1f} % of the time waiting for data"
         cores = core_means(list(own.values()))
         if cores:
-            text += f"; the CPU's cores were busy {fmean(cores):.0f} % of the time, with all that ran on the machine"
+            text += f"; the CPU's cores were busy {fmean(cores):.0f} % of the time, by all processes on the machine"
         busy, full = own.get("busy_percent mean"), own.get("sm_percent mean")
         if full is not None and full.value is not None:
             text += f"; {full.value:.0f} % of the GPU's multiprocessors were busy (GPM)"

@@ -1,7 +1,7 @@
-"""The process that one system lives in, so that systems share no threads, locks or crashes, and can still take turns.
+"""The process that one system runs in, so that systems share no threads, locks or crashes, and can still take turns.
 
-All come from one fork server that has imported torch already. The parent asks for rounds over a pipe; between rounds a
-system waits. Its threads may go on reading ahead then, unless it is frozen.
+All processes come from one fork server that has already imported torch. The parent asks for rounds through a pipe.
+Between its rounds a system waits; its threads may go on reading ahead then, unless it is frozen.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from benchmarks.machine import Meter, tree_cpu_s
 from benchmarks.measure import Sample, Series, interleave, reason
 
 SET_UP_LIMIT_S = 900.0
-"""Making a data set, compiling and starting workers take minutes; more than this is a hang."""
+"""Packing, compiling and starting workers take minutes; a longer set-up counts as a hang."""
 
 
 class SystemFailedError(Exception):
@@ -41,10 +41,11 @@ def _unknown() -> float:
 
 @dataclass(frozen=True)
 class Running:
-    """A system that is set up. once: one whole pass; returns the number of images, 0 where the round has no more of
-    them. before: untimed, before each round.
+    """A system that is set up.
 
-    about: figures found while setting up, by metric. waited: seconds that passes have spent waiting for data so far.
+    once: makes one whole pass and returns its number of images, 0 where the round has no more. before: called before
+    each round, not timed. about: numbers found during set-up, by metric. waited: seconds that all passes so far have
+    waited for data.
     """
 
     once: Callable[[], float]
@@ -54,7 +55,7 @@ class Running:
 
 
 SetUp = Callable[[str, Any], Running]
-"""(name of the system, job) → the system, in its process; a function of a module, so that it can be sent there."""
+"""(name of the system, job) → the system, called in its process. A function of a module, so that it can be pickled."""
 
 
 def start_server(preload: Sequence[str] = ("torch", "numpy")) -> ForkServerContext:
@@ -65,7 +66,7 @@ def start_server(preload: Sequence[str] = ("torch", "numpy")) -> ForkServerConte
 
 
 class Worker:
-    """One system in a process of its own. A context manager: leaving it ends the process and its children."""
+    """One system in its own process. A context manager: leaving it ends the process and its children."""
 
     def __init__(
         self,
@@ -80,9 +81,9 @@ class Worker:
     ) -> None:
         """Start the process.
 
-        logs: folder for what its libraries print. limit_s: how long it may take to get ready, or for one round, before
-        it is given up. frozen: all its threads are stopped between its rounds, so that each goes on where the last one
-        ended, with nothing read ahead meanwhile; worker processes of its own go on.
+        logs: folder for the output of its libraries. limit_s: how long set-up, or one round, may take. frozen: all its
+        threads are stopped between its rounds, so that it reads nothing ahead while other systems run; worker processes
+        that it started go on.
         """
         self.name, self.limit_s, self.frozen = name, limit_s, frozen
         logs.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ class Worker:
 
     def _signal(self, number: signal.Signals) -> None:
         if self.frozen and self._process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):  # what it died of is said where its answer is waited for
+            with contextlib.suppress(ProcessLookupError):  # `_answer` says why it died
                 os.kill(self._process.pid, number)
 
     def _died(self) -> SystemFailedError:
@@ -124,14 +125,14 @@ class Worker:
         return SystemFailedError(f"its process died with exit code {self._process.exitcode}")
 
     def ready(self) -> dict[str, float]:
-        """Wait until the system is set up; returns the figures found meanwhile, and `set_up_s`, the seconds it took.
+        """Wait until the system is set up; returns the numbers of its set-up, and `set_up_s`, the seconds that it took.
 
         Raises SystemFailedError with the reason.
         """
         return self._answer()
 
     def run(self, seconds: float) -> Sample:
-        """Whole passes until at least `seconds` have gone by. Raises SystemFailedError with the reason."""
+        """Make whole passes for at least `seconds`. Raises SystemFailedError with the reason."""
         self._signal(signal.SIGCONT)
         try:
             self._pipe.send(seconds)
@@ -140,19 +141,19 @@ class Worker:
         return Sample(*self._answer())
 
     def close(self) -> None:
-        """End the process, kindly at first, then with all its children."""
+        """Let the process end, then kill what is left of it and its children."""
         self._pipe.close()
         self._signal(signal.SIGCONT)
         self._process.join(5)
         if self._process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):  # the group is gone when nobody is left in it
+            with contextlib.suppress(ProcessLookupError):  # all of the group have ended
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()  # it may have been too young to have a group of its own
+        self._process.kill()  # it may have died before it made its own group
         self._process.join(5)
 
 
-Told = Callable[[str], None]
-"""Is given the name of each step when it begins."""
+Announce = Callable[[str], None]
+"""Called with the name of each step when the step begins."""
 
 
 def take_turns(
@@ -163,19 +164,19 @@ def take_turns(
     *,
     rounds: int,
     seconds: float,
-    told: Told,
+    announce: Announce,
     warmup: int = 1,
     limit_s: float = SET_UP_LIMIT_S,
     frozen: bool = False,
     at_once: int = 1,
 ) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
-    """Set up every system in a process of its own, then run them in turn, `rounds` times.
+    """Set up every system in its own process, then run them in turn, `rounds` times.
 
-    seconds: least length of a round. warmup: rounds before those, which are thrown away: since a system was set up all
-    others were, and what it had in caches is gone. limit_s: what setting up, and a round beyond its least length, may
-    take from when it is waited for. frozen: a system stands still while others have their turn. at_once: how many are
-    set up beside each other; with more than one, `set_up_s` and other times of that mean nothing. Returns the timed
-    runs of each system, and the figures found while setting it up. One that fails or hangs keeps the reason.
+    seconds: minimum length of a round. warmup: further rounds at the start, which do not count: other systems were set
+    up since, so a system's data has left the caches. limit_s: how long set-up may take, and a round beyond 20 times
+    its minimum. frozen: a system is stopped while others have their turn. at_once: number of systems that are set up
+    at the same time; with more than one, `set_up_s` means nothing. Returns the timed runs of each system, and the
+    numbers of its set-up. A system that fails or hangs has the reason in its series.
     """
     context = start_server()
     series: dict[str, Series] = {}
@@ -197,12 +198,13 @@ def take_turns(
         for name in names:
             if len(started) == at_once:
                 await_first()
-            told(f"set up {name}")
+            announce(f"set up {name}")
             worker = Worker(context, set_up, name, job, logs=logs, limit_s=limit, frozen=frozen)
             started.append(stack.enter_context(worker))
         while started:
             await_first()
-        series |= interleave(running, rounds, warmup, lambda round_, name: told(f"{_round(round_, rounds)}, {name}"))
+        named = lambda round_, name: announce(f"{_round(round_, rounds)}, {name}")  # noqa: E731
+        series |= interleave(running, rounds, warmup, named)
     return series, about
 
 
@@ -211,7 +213,7 @@ def _round(round_: int, rounds: int) -> str:
 
 
 def _asked(pipe: Connection) -> float | None:
-    """The seconds of the next round; None when the parent has closed the pipe, for all rounds are done."""
+    """The seconds of the next round; None when the parent has closed the pipe after the last one."""
     try:
         return pipe.recv()
     except EOFError:
@@ -219,24 +221,24 @@ def _asked(pipe: Connection) -> float | None:
 
 
 def _wake_when_alone(pipe: Connection) -> None:
-    """Leave a child behind that wakes this process when the parent is gone: frozen, it would never see that."""
+    """Fork a child that wakes this process when the parent has ended: a frozen process would not notice."""
     parent, frozen = multiprocessing.parent_process(), os.getpid()
     if parent is None or os.fork():
         return
     try:
-        pipe.close()  # its end is the sign of life of this process, not of its child
+        pipe.close()  # it must close when this process ends, not its child
         parent.join()
         os.kill(frozen, signal.SIGCONT)
     finally:
-        os._exit(0)  # nothing else of what was forked may run here
+        os._exit(0)  # no other code of the forked process may run here
 
 
 def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, start_method: str, frozen: bool) -> None:
-    """The process: set up, say so, and run a round for every number of seconds that comes."""
+    """The code of the process: set up, report that, and run a round for each number of seconds that arrives."""
     multiprocessing.set_start_method(start_method, force=True)  # for the system's own workers: Python's default
-    os.setsid()  # a group of its own, so that its workers can be ended with it
+    os.setsid()  # its own group, so that its workers can be killed with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    with log.open("w", encoding="utf-8") as file:  # what libraries print would land in the progress display
+    with log.open("w", encoding="utf-8") as file:  # output of libraries would break the progress display
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if frozen:
@@ -249,7 +251,7 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
             system.before()
             meter, waited, cpu_s, begin = Meter(), system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
             count, passed, done = 0.0, 0.0, 1.0
-            while done and (passed < seconds or not count):  # one pass at least, whatever the seconds
+            while done and (passed < seconds or not count):  # one pass at least
                 done = system.once()
                 passed = time.perf_counter() - begin
                 count += done
@@ -257,7 +259,7 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
                 raise ValueError("a round gave no image")
             cpu_s = tree_cpu_s(os.getpid()) - cpu_s
             pipe.send(("done", (count, passed, cpu_s, meter.other_cpu(cpu_s), system.waited() - waited)))
-    except Exception as error:  # noqa: BLE001 - whatever the system raises is its row's reason
+    except Exception as error:  # noqa: BLE001 - any error of the system is the reason in its row
         traceback.print_exc()  # into the log
         with contextlib.suppress(BrokenPipeError):
             pipe.send(("failed", reason(error)))

@@ -7,23 +7,25 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.peers.system import RATIO, SCALE, Batch, Epoch, System, Work
+from benchmarks.datasets import Job
+from benchmarks.peers.pytorch import TARS
+from benchmarks.peers.system import RATIO, SCALE, Batch, Epoch, System
 
 
-def _open(work: Work, folder: Path) -> Epoch:
+def _open(job: Job, folder: Path) -> Epoch:
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
     tars = sorted(str(path) for path in folder.glob("*.tar"))
 
-    @pipeline_def(batch_size=work.batch_size, num_threads=work.workers, device_id=None, exec_dynamic=True)
+    @pipeline_def(batch_size=job.batch_size, num_threads=job.workers, device_id=None, exec_dynamic=True)
     def graph():
         encoded, label = fn.readers.webdataset(
             paths=tars, ext=["jpg", "cls"], random_shuffle=True, initial_fill=1000, name="reader"
         )
         images = fn.decoders.image_random_crop(encoded, random_area=list(SCALE), random_aspect_ratio=list(RATIO))
-        images = fn.resize(images, size=[work.resolution_px] * 2, interp_type=types.INTERP_LINEAR, antialias=False)
+        images = fn.resize(images, size=[job.resolution_px] * 2, interp_type=types.INTERP_LINEAR, antialias=False)
         images = fn.flip(images, horizontal=fn.random.coin_flip())  # pyright: ignore[reportArgumentType]
         return images, label - 48  # the label is one ASCII digit
 
@@ -45,7 +47,7 @@ def _open(work: Work, folder: Path) -> Epoch:
 DALI = (
     System(
         "DALI webdataset reader",
-        "tars",
+        TARS,
         _open,
         ("nvidia-dali-cuda120",),
         "decodes only the crop (`decoders.image_random_crop`), bilinear without antialias; mirrors left-right only; "

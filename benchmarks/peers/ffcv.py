@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers.system import QUALITY, RATIO, SCALE, Epoch, System, Work
+from benchmarks.datasets import QUALITY, Format, Job, originals, packed_size, samples
+from benchmarks.peers.system import RATIO, SCALE, Epoch, System
 from shards.common.errors import DataError
 
 _NOTE = (
@@ -45,8 +46,6 @@ def max_resolution(height: int, width: int, packed_px: int) -> float:
     It cuts both sides to whole pixels where the others round (600×450 at 341: 341×255 instead of 341×256), so a
     fraction of a pixel more is asked for. Raises DataError where no value gives that size.
     """
-    from benchmarks.datasets import packed_size
-
     if max(height, width) <= packed_px:
         return float(packed_px)
     wanted = packed_size(height, width, packed_px)
@@ -58,68 +57,69 @@ def max_resolution(height: int, width: int, packed_px: int) -> float:
 
 
 @cache
-def one_max_resolution(work: Work) -> float:
-    """The `max_resolution` for all originals, found once a process: FFCV's users know it, so it is no part of packing.
+def one_max_resolution(job: Job) -> float:
+    """The `max_resolution` for all originals. FFCV's users know it, so it is found once and is not part of the timing.
 
     Raises DataError where images of several sizes need several.
     """
     from PIL import Image
 
-    from benchmarks.datasets import originals
-
     sizes = set()
-    for path, _, _ in originals(work):
+    for path, _, _ in originals(job):
         with Image.open(path) as image:
             sizes.add((image.height, image.width))
-    limits = {max_resolution(height, width, work.packed_px) for height, width in sizes}
+    limits = {max_resolution(height, width, job.packed_px) for height, width in sizes}
     if len(limits) > 1:
         raise DataError(f"FFCV packs with one max_resolution, and the sizes {sorted(sizes)} need several")
     return limits.pop()
 
 
-def write_beton(work: Work, file: Path, write_mode: str) -> None:
-    """Pack the originals with FFCV's DatasetWriter."""
+def write_beton(job: Job, folder: Path, write_mode: str) -> None:
+    """Pack the originals as `set.beton` in a folder, with FFCV's DatasetWriter."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    from benchmarks.datasets import names
-
-    limit = one_max_resolution(work)
+    limit = one_max_resolution(job)
     image = RGBImageField(write_mode=write_mode, max_resolution=limit, jpeg_quality=QUALITY)  # type: ignore[arg-type]
-    writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=work.workers)
-    writer.from_indexed_dataset(Originals([(path, label) for _, path, label in names(work)]))
+    writer = DatasetWriter(str(folder / "set.beton"), {"image": image, "label": IntField()}, num_workers=job.workers)
+    writer.from_indexed_dataset(Originals([(path, label) for _, path, label in samples(job)]))
 
 
-def beton_payload_bytes(file: Path) -> int:
-    """Bytes of all encoded images of a file, without the unused rest of its pages."""
+def beton_payload_bytes(folder: Path) -> int:
+    """Bytes of all encoded images, without the unused rest of the pages."""
     from ffcv.reader import Reader
 
-    return int(Reader(str(file)).alloc_table["size"].sum())
+    return int(Reader(str(folder / "set.beton")).alloc_table["size"].sum())
 
 
-def read_beton(file: Path) -> Iterator[np.ndarray]:
+def read_beton(folder: Path) -> Iterator[np.ndarray]:
     """The packed images in their order, (H, W, 3) uint8 RGB, as FFCV's own decoder gives them."""
     from ffcv.fields.decoders import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
     pipelines = {"image": [SimpleRGBImageDecoder()], "label": None}
     loader = Loader(
-        str(file), batch_size=1, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False, pipelines=pipelines
+        str(folder / "set.beton"),
+        batch_size=1,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        pipelines=pipelines,
     )
     for (images,) in loader:
         yield np.array(images[0])
 
 
-def _open(work: Work, folder: Path) -> Epoch:
+def _open(job: Job, folder: Path) -> Epoch:
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
-    side = (work.resolution_px, work.resolution_px)
+    side = (job.resolution_px, job.resolution_px)
     loader = Loader(
         str(folder / "set.beton"),
-        batch_size=work.batch_size,
-        num_workers=work.workers,
+        batch_size=job.batch_size,
+        num_workers=job.workers,
         order=OrderOption.RANDOM,
         os_cache=True,
         drop_last=True,
@@ -140,7 +140,7 @@ def _open(work: Work, folder: Path) -> Epoch:
 def _system(write_mode: str) -> System:
     return System(
         name=f"FFCV {write_mode}",
-        form=f"beton-{write_mode}",
+        format=Format(f"beton-{write_mode}", lambda job, folder: write_beton(job, folder, write_mode)),
         open=_open,
         packages=("ffcv",),
         note=_NOTE if write_mode == "jpg" else "",

@@ -1,5 +1,7 @@
-"""This project's engines, and the ceilings that no engine can pass: the bare calls, without a loader around them."""
+"""This project's loader with each of its engines; and ceilings: the bare calls, without a loader around them."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,10 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.peers.system import Batch, Epoch, System, Work
+from benchmarks.datasets import PACKED, QUALITY, SOURCE, Format, Job, packed_files, prepared, samples
+from benchmarks.peers.system import Batch, Epoch, System
+from shards.common.errors import DataError, last_line
 
 if TYPE_CHECKING:
     from shards import Loader
+
+
+def shard_set(name: str, write_mode: str, split: str = "100/0/0") -> Format:
+    """This project's own format in the folder `set`, written by its own command. split: as `preprocess.shard` takes
+    it."""
+
+    def write(job: Job, folder: Path) -> None:
+        command = [sys.executable, "-m", "preprocess.shard", "--source", str(prepared(SOURCE, job))]
+        command += ["--out", str(folder / "set"), "--write-mode", write_mode, "--split", split]
+        command += ["--max-resolution", str(job.packed_px), "--jpeg-quality", str(QUALITY)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = last_line(done.stderr)
+            raise DataError(f"packing with `preprocess.shard --write-mode {write_mode}` failed: {last}")
+
+    return Format(name, write)
+
+
+SHARDS_JPG, SHARDS_RAW = shard_set("shards-jpg", "jpg"), shard_set("shards-raw", "raw")
+SHARDS_SPLIT = shard_set("shards-split", "jpg", "70/10/20")
+"""For whole runs, which evaluate too."""
 
 
 class _Epochs:
@@ -27,61 +52,59 @@ class _Epochs:
         devices.synchronize(self._loader.device)  # what was handed over may still be on its way to a GPU
 
     def skip(self) -> None:
-        """Leave out the epoch whose first batches are under way since the last one ended: no clock saw them made."""
+        """Skip the next epoch: its first batches were prepared after the last one ended, outside the clock."""
         self._loader.set_epoch(self._loader.epoch + 1)
 
 
-def _engine(name: str, form: str, engine: str, threads: int | None = None, **about: Any) -> System:
-    """This project's loader. threads: other than one per worker. about: the other fields of System."""
+def _engine(name: str, format: Format, engine: str, threads: int | None = None, **about: Any) -> System:
+    """This project's loader. threads: if not one per worker. about: the other fields of System."""
     device = "cuda" if about.get("on_gpu") else "cpu"
 
-    def open_(work: Work, folder: Path) -> _Epochs:
+    def open_(job: Job, folder: Path) -> _Epochs:
         from shards import Loader, ShardSet
 
         return _Epochs(
             Loader(
                 ShardSet(folder / "set").select("train"),
-                batch_size=work.batch_size,
-                resolution=work.resolution_px,
+                batch_size=job.batch_size,
+                resolution=job.resolution_px,
                 train=True,
                 seed=0,
                 engine=engine,
                 device=device,
-                threads=threads or work.workers,
+                threads=threads or job.workers,
             )
         )
 
-    return System(name, form, open_, before=lambda epochs: epochs.skip, **about)
+    return System(name, format, open_, before=lambda epochs: epochs.skip, **about)
 
 
-def _on_threads(work: Work, count: int, do: Callable[[range], Any]) -> list[Any]:
+def _on_threads(job: Job, count: int, do: Callable[[range], Any]) -> list[Any]:
     """Call `do` on one equal part of range(count) per worker, each on a thread of its own."""
-    parts = [range(count * i // work.workers, count * (i + 1) // work.workers) for i in range(work.workers)]
-    with ThreadPoolExecutor(work.workers) as pool:
+    parts = [range(count * i // job.workers, count * (i + 1) // job.workers) for i in range(job.workers)]
+    with ThreadPoolExecutor(job.workers) as pool:
         return list(pool.map(do, parts))
 
 
-def _decode_only(work: Work, folder: Path) -> Epoch:
+def _decode_only(job: Job, folder: Path) -> Epoch:
     """`cv2.imdecode` of whole packed JPEG files that are in memory already."""
     import cv2
 
-    from benchmarks.datasets import packed_files
-
     cv2.setNumThreads(0)
-    data = [np.frombuffer(path.read_bytes(), np.uint8) for path, _ in packed_files(work)]
+    data = [np.frombuffer(path.read_bytes(), np.uint8) for path, _ in packed_files(job)]
 
     def part(numbers: range) -> None:
         for number in numbers:
             cv2.imdecode(data[number], cv2.IMREAD_COLOR_RGB)
 
     def epoch() -> Iterator[Batch]:
-        _on_threads(work, len(data), part)
+        _on_threads(job, len(data), part)
         yield data, None
 
     return epoch
 
 
-def _bare_loop(work: Work, folder: Path) -> Epoch:
+def _bare_loop(job: Job, folder: Path) -> Epoch:
     """The calls of the native engine on each image, over an epoch that was planned and read before the clock starts."""
     import cv2
     import simplejpeg
@@ -94,14 +117,14 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
     cv2.setNumThreads(0)
     data = ShardSet(folder / "set")
     train = data.select("train")
-    order, plan = Loader(train, batch_size=work.batch_size, resolution=work.resolution_px, engine="native").plan()
+    order, plan = Loader(train, batch_size=job.batch_size, resolution=job.resolution_px, engine="native").plan()
     rows = train.samples[order]
     payloads = [data.read(int(row)) for row in rows]
     heights, widths = data.column("height")[rows].tolist(), data.column("width")[rows].tolist()
     raw = (data.column("encoding")[rows] == "raw").tolist()
     boxes, symmetries = plan.boxes[order].tolist(), plan.symmetry[order].tolist()
-    side = work.resolution_px
-    out = np.empty((work.batch_size, side, side, 3), np.uint8)
+    side = job.resolution_px
+    out = np.empty((job.batch_size, side, side, 3), np.uint8)
 
     def part(numbers: range) -> None:
         resample, cut, pixels = Resampler(side), RegionCutter(), cached_pixels(max(heights) * max(widths) * 3)
@@ -118,26 +141,24 @@ def _bare_loop(work: Work, folder: Path) -> Epoch:
             resample(crop, symmetries[number], out[number % len(out)])
 
     def epoch() -> Iterator[Batch]:
-        _on_threads(work, len(rows), part)
+        _on_threads(job, len(rows), part)
         yield rows, None
 
     return epoch
 
 
-def _copy_only(work: Work, folder: Path) -> Epoch:
+def _copy_only(job: Job, folder: Path) -> Epoch:
     """Memory copies of finished images, (S, S, 3) uint8 each, as many as an epoch has, from more than caches hold."""
-    from benchmarks.datasets import names
-
-    side, count = work.resolution_px, len(names(work))
+    side, count = job.resolution_px, len(samples(job))
     source = np.random.default_rng(0).integers(0, 256, (min(count, 1024), side, side, 3), np.uint8)
-    out = np.empty((work.batch_size * 4, side, side, 3), np.uint8)
+    out = np.empty((job.batch_size * 4, side, side, 3), np.uint8)
 
     def part(numbers: range) -> None:
         for number in numbers:
             np.copyto(out[number % len(out)], source[number % len(source)])
 
     def epoch() -> Iterator[Batch]:
-        _on_threads(work, count, part)
+        _on_threads(job, count, part)
         yield range(count), None
 
     return epoch
@@ -148,27 +169,27 @@ _NATIVE_NOTE = (
     "eight symmetries; plans the colour change too; verifies every payload's checksum"
 )
 OURS = (
-    _engine("dermscale native jpg", "shards-jpg", "native", note=_NATIVE_NOTE),
-    _engine("dermscale native raw", "shards-raw", "native", encoding="raw"),
-    _engine("dermscale native jpg, 1 thread", "shards-jpg", "native", 1),
-    _engine("dermscale native raw, 1 thread", "shards-raw", "native", 1, encoding="raw"),
+    _engine("dermscale native jpg", SHARDS_JPG, "native", note=_NATIVE_NOTE),
+    _engine("dermscale native raw", SHARDS_RAW, "native", encoding="raw"),
+    _engine("dermscale native jpg, 1 thread", SHARDS_JPG, "native", 1),
+    _engine("dermscale native raw, 1 thread", SHARDS_RAW, "native", 1, encoding="raw"),
     _engine(
         "dermscale native proportion",
-        "shards-proportion",
+        shard_set("shards-proportion", "proportion"),
         "native",
         note="half of the images are JPEG, half raw",
         encoding="proportion",
     ),
     _engine(
         "dermscale dali jpg (on the CPU)",
-        "shards-jpg",
+        SHARDS_JPG,
         "dali",
         packages=("nvidia-dali-cuda120",),
         note="the GPU engine's graph, built for the CPU: the same batches as native",
     ),
     _engine(
         "dermscale resident (on the CPU)",
-        "shards-jpg",
+        SHARDS_JPG,
         "resident",
         note="meant for a GPU's memory; everything is decoded before the clock starts",
     ),
@@ -177,15 +198,15 @@ OURS = (
 OURS_ON_GPU = (
     _engine(
         "dermscale native jpg, to the GPU",
-        "shards-jpg",
+        SHARDS_JPG,
         "native",
         note="decoded on the CPU, copied to the GPU a batch ahead",
         on_gpu=True,
     ),
-    _engine("dermscale native raw, to the GPU", "shards-raw", "native", encoding="raw", on_gpu=True),
+    _engine("dermscale native raw, to the GPU", SHARDS_RAW, "native", encoding="raw", on_gpu=True),
     _engine(
         "dermscale dali jpg, on the GPU",
-        "shards-jpg",
+        SHARDS_JPG,
         "dali",
         packages=("nvidia-dali-cuda120",),
         note="decoded on the GPU, whole or cut as its self-check takes it, then sliced",
@@ -193,7 +214,7 @@ OURS_ON_GPU = (
     ),
     _engine(
         "dermscale resident, on the GPU",
-        "shards-jpg",
+        SHARDS_JPG,
         "resident",
         note="decoded before the clock starts; cropped and resized on the GPU",
         on_gpu=True,
@@ -204,23 +225,23 @@ OURS_ON_GPU = (
 CEILINGS = (
     System(
         "ceiling: bare loop jpg",
-        "shards-jpg",
+        SHARDS_JPG,
         _bare_loop,
         note="the native engine's calls (cut, decode, resize, flip) on threads with nothing around them: no checksum, "
         "no batches, no order, payloads and plan ready in memory",
         ceiling=True,
     ),
-    System("ceiling: bare loop raw", "shards-raw", _bare_loop, ceiling=True, encoding="raw"),
+    System("ceiling: bare loop raw", SHARDS_RAW, _bare_loop, ceiling=True, encoding="raw"),
     System(
         "ceiling: decode only",
-        "packed",
+        PACKED,
         _decode_only,
         note="cv2.imdecode of the whole packed JPEG files, in memory; no crop, no resize",
         ceiling=True,
     ),
     System(
         "ceiling: memory copy only",
-        "packed",
+        PACKED,
         _copy_only,
         note="copies finished (S, S, 3) images",
         ceiling=True,

@@ -1,44 +1,76 @@
-"""The loaders that people use, each behind the same small protocol, set up as its own documentation shows.
-
-All get the same job (`work.Work`): random-resized crops of a quarter to the whole of the image, a mirror image with
-probability one half, uint8 batches, shuffled, the last incomplete batch dropped, `work.workers` threads or processes.
-"""
+"""The loaders that are built on PyTorch's DataLoader: torchvision's ImageFolder, webdataset, MosaicML and LitData."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
-# The peers live in an environment of their own (benchmarks/install_peers.sh); webdataset's names are made
-# at run time.
+# The peers live in an environment of their own (benchmarks/install_peers.sh); webdataset's names are made at run time.
 
-import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.datasets import prepared, stats
-from benchmarks.peers.dali import DALI
-from benchmarks.peers.ffcv import FFCV
-from benchmarks.peers.ours import CEILINGS, OURS, OURS_ON_GPU
-from benchmarks.peers.spdl import SPDL
-from benchmarks.peers.system import (
-    RATIO,
-    SCALE,
-    Batch,
-    Epoch,
-    MissingPeerError,
-    System,
-    Work,
-    WrongBatchError,
-    check_batch,
-)
-from benchmarks.worker import Running
+from benchmarks.datasets import ORIGINALS, Format, Job, packed_files
+from benchmarks.peers.system import RATIO, SCALE, Batch, Epoch, System
+
+# ------------------------------------------------------------------ what they read
 
 
-def _transform(work: Work) -> Any:
+def _write_tars(job: Job, folder: Path) -> None:
+    """Tars with one batch of the packed JPEG files each, by webdataset's ShardWriter: any number of workers gets
+    the same number of batches, so it gets the same number of tars."""
+    from webdataset.writer import ShardWriter
+
+    with ShardWriter(f"file:{folder}/%05d.tar", maxcount=job.batch_size, verbose=0) as sink:
+        for path, label in packed_files(job):
+            sink.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": str(label)})
+
+
+def _write_mds(job: Job, folder: Path) -> None:
+    """MosaicML's MDS with the packed JPEG bytes as they are, by its MDSWriter."""
+    from PIL import Image
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder / "set"), columns={"image": "jpeg", "label": "int"}) as out:
+        for path, label in packed_files(job):
+            with Image.open(path) as image:
+                out.write({"image": image, "label": label})
+
+
+def _litdata_sample(item: tuple[str, int]) -> dict:
+    """One sample for LitData; its JPEG serializer keeps an opened file's bytes as they are."""
+    from PIL import Image
+
+    return {"image": Image.open(item[0]), "label": item[1]}
+
+
+def _write_litdata(job: Job, folder: Path) -> None:
+    """LitData's chunks of 64 MB, by its `optimize`."""
+    import multiprocessing
+
+    import litdata
+
+    start_method = multiprocessing.get_start_method()
+    litdata.optimize(
+        fn=_litdata_sample,
+        inputs=[(str(path), label) for path, label in packed_files(job)],
+        output_dir=str(folder / "set"),
+        chunk_bytes="64MB",
+        num_workers=1,
+        verbose=False,
+    )
+    multiprocessing.set_start_method(start_method, force=True)  # `optimize` changes it for the whole process
+
+
+TARS = Format("tars", _write_tars, depends_on=("packed_px", "batch_size"))
+
+# ------------------------------------------------------------------ how they load
+
+
+def _transform(job: Job) -> Any:
     """PIL image → (3, S, S) uint8, as torchvision's reference recipe crops and flips."""
     from torchvision import transforms
 
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(work.resolution_px, scale=SCALE, ratio=RATIO),
+            transforms.RandomResizedCrop(job.resolution_px, scale=SCALE, ratio=RATIO),
             transforms.RandomHorizontalFlip(),
             transforms.PILToTensor(),
         ]
@@ -50,7 +82,7 @@ def _pairs(loader: Any) -> Iterator[Batch]:
         yield (batch["image"], batch["label"]) if isinstance(batch, dict) else (batch[0], batch[1])
 
 
-def image_folder(work: Work, folder: Path, pin: bool = False) -> Epoch:
+def image_folder(job: Job, folder: Path, pin: bool = False) -> Epoch:
     """torchvision's ImageFolder and PyTorch's DataLoader: what most people start with.
 
     pin: batches come in page-locked memory, from which a GPU copies while the CPU goes on.
@@ -59,10 +91,10 @@ def image_folder(work: Work, folder: Path, pin: bool = False) -> Epoch:
     from torchvision.datasets import ImageFolder
 
     loader = DataLoader(
-        ImageFolder(str(folder), _transform(work)),
-        batch_size=work.batch_size,
+        ImageFolder(str(folder), _transform(job)),
+        batch_size=job.batch_size,
         shuffle=True,
-        num_workers=work.workers,
+        num_workers=job.workers,
         drop_last=True,
         persistent_workers=True,
         pin_memory=pin,
@@ -70,24 +102,24 @@ def image_folder(work: Work, folder: Path, pin: bool = False) -> Epoch:
     return lambda: _pairs(loader)
 
 
-def _webdataset(work: Work, folder: Path) -> Epoch:
+def _webdataset(job: Job, folder: Path) -> Epoch:
     import webdataset as wds
 
     tars = sorted(str(path) for path in folder.glob("*.tar"))
-    transform = _transform(work)
+    transform = _transform(job)
     data = (
         wds.WebDataset(tars, shardshuffle=len(tars), nodesplitter=wds.split_by_node, workersplitter=wds.split_by_worker)
         .shuffle(1000)
         .decode("pil")
         .to_tuple("jpg", "cls")
         .map_tuple(transform, int)
-        .batched(work.batch_size, partial=False)
+        .batched(job.batch_size, partial=False)
     )
-    loader = wds.WebLoader(data, batch_size=None, num_workers=work.workers, persistent_workers=True)
+    loader = wds.WebLoader(data, batch_size=None, num_workers=job.workers, persistent_workers=True)
     return lambda: _pairs(loader)
 
 
-def _streaming(work: Work, folder: Path) -> Epoch:
+def _streaming(job: Job, folder: Path) -> Epoch:
     import atexit
     from multiprocessing.util import Finalize
 
@@ -96,27 +128,27 @@ def _streaming(work: Work, folder: Path) -> Epoch:
     from torch.utils.data import DataLoader
 
     clean_stale_shared_memory()
-    # It gives its shared memory back in exit handlers, which a process of multiprocessing ends without.
+    # It frees its shared memory in exit handlers, which a process of multiprocessing does not run.
     Finalize(None, atexit._run_exitfuncs, exitpriority=0)
-    transform = _transform(work)
+    transform = _transform(job)
 
     class Images(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             sample = super().__getitem__(at)
             return transform(sample["image"]), sample["label"]
 
-    data = Images(local=str(folder / "set"), shuffle=True, batch_size=work.batch_size)
+    data = Images(local=str(folder / "set"), shuffle=True, batch_size=job.batch_size)
     loader = DataLoader(
-        data, batch_size=work.batch_size, num_workers=work.workers, drop_last=True, persistent_workers=True
+        data, batch_size=job.batch_size, num_workers=job.workers, drop_last=True, persistent_workers=True
     )
     return lambda: _pairs(loader)
 
 
-def _litdata(work: Work, folder: Path) -> Epoch:
+def _litdata(job: Job, folder: Path) -> Epoch:
     from litdata import StreamingDataLoader, StreamingDataset
     from torchvision.transforms import v2
 
-    crop = v2.RandomResizedCrop(work.resolution_px, scale=SCALE, ratio=RATIO, antialias=True)
+    crop = v2.RandomResizedCrop(job.resolution_px, scale=SCALE, ratio=RATIO, antialias=True)
     flip = v2.RandomHorizontalFlip()
 
     def transform(sample: Any) -> Any:
@@ -124,83 +156,35 @@ def _litdata(work: Work, folder: Path) -> Epoch:
 
     data = StreamingDataset(str(folder / "set"), shuffle=True, drop_last=True, transform=transform)
     loader = StreamingDataLoader(
-        data, batch_size=work.batch_size, num_workers=work.workers, drop_last=True, persistent_workers=True
+        data, batch_size=job.batch_size, num_workers=job.workers, drop_last=True, persistent_workers=True
     )
     return lambda: _pairs(loader)
 
 
 _PIL_NOTE = "decodes whole images with Pillow and resizes with its antialiased bilinear filter, in worker processes"
 
-TORCH = (
+PYTORCH = (
     System(
         "webdataset",
-        "tars",
+        TARS,
         _webdataset,
         ("webdataset",),
         f"{_PIL_NOTE}; shuffles within a buffer of 1,000; each worker reads its own tars and drops its own last batch",
     ),
     System(
         "torchvision ImageFolder",
-        "originals",
+        ORIGINALS,
         image_folder,
         ("torchvision",),
         f"reads the originals (600×450, quality 100), not packed ones, as its users do; {_PIL_NOTE}",
         encoding="originals",
     ),
-    System("MosaicML streaming", "mds", _streaming, ("mosaicml-streaming",), _PIL_NOTE),
+    System("MosaicML streaming", Format("mds", _write_mds), _streaming, ("mosaicml-streaming",), _PIL_NOTE),
     System(
         "LitData",
-        "litdata",
+        Format("litdata", _write_litdata),
         _litdata,
         ("litdata",),
         "decodes whole images with torchvision's decode_jpeg and crops and resizes tensors, in worker processes",
     ),
 )
-
-SYSTEMS: dict[str, System] = {s.name: s for s in (*OURS, *OURS_ON_GPU, *FFCV, *DALI, *TORCH, *SPDL, *CEILINGS)}
-"""Every system by its name, in the order of the tables."""
-
-NOT_IN_QUICK = (
-    "dermscale native jpg, 1 thread",
-    "dermscale native raw, 1 thread",
-    "dermscale native proportion",
-    "dermscale dali jpg (on the CPU)",
-    "dermscale resident (on the CPU)",
-    "FFCV proportion",
-)
-"""Left out of the short version: sets that are half raw, engines on one thread, and engines for a GPU on a CPU."""
-
-
-def set_up(name: str, work: Work) -> Running:
-    """Make a system's data where it is not there yet, open it, run one epoch, and check the first batch of it.
-
-    Raises MissingPeerError naming what is not installed, WrongBatchError where the output is not what was asked for.
-    """
-    system = SYSTEMS[name]
-    need(system.packages)
-    mean, _ = stats(work)
-    epoch = system.open(work, prepared(system.form, work))
-
-    def once() -> int:
-        return sum(len(images) for images, _ in epoch())
-
-    checked = 0
-    for batch in epoch():
-        if not checked and not system.ceiling:
-            check_batch(batch, work, mean)
-        checked += len(batch[0])
-    if not checked:
-        raise WrongBatchError("no batch came")
-    return Running(once, system.before(epoch) if system.before else lambda: None)
-
-
-def need(packages: Sequence[str]) -> None:
-    """Raise MissingPeerError where one of these distributions is not installed, saying how to get it."""
-    absent = []
-    for package in packages:
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            absent.append(package)
-    if absent:
-        raise MissingPeerError(f"{', '.join(absent)} not installed: run `make peers`, use .venv-peers/bin/python")

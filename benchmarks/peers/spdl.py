@@ -6,10 +6,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.peers.system import RATIO, SCALE, Batch, Epoch, System, Work
+from benchmarks.datasets import PACKED, Job, packed_files
+from benchmarks.peers.system import RATIO, SCALE, Batch, Epoch, System
 
 
-def _open(work: Work, folder: Path) -> Epoch:
+def _open(job: Job, folder: Path) -> Epoch:
     import random
 
     import spdl.io
@@ -17,10 +18,8 @@ def _open(work: Work, folder: Path) -> Epoch:
     from spdl.pipeline import PipelineBuilder
     from torchvision.transforms import RandomResizedCrop
 
-    from benchmarks.datasets import packed_files
-
-    files = packed_files(work)
-    side = work.resolution_px
+    files = packed_files(job)
+    side = job.resolution_px
     # SPDL loads its library at the first call; two threads that make it at once abort ("InitGoogleLogging() twice").
     spdl.io.demux_image(str(files[0][0]))
 
@@ -47,11 +46,11 @@ def _open(work: Work, folder: Path) -> Epoch:
         pipeline = (
             PipelineBuilder()
             .add_source(sized)
-            .pipe(load, concurrency=work.workers)
-            .aggregate(work.batch_size, drop_last=True)
+            .pipe(load, concurrency=job.workers)
+            .aggregate(job.batch_size, drop_last=True)
             .pipe(collate)
             .add_sink(3)
-            .build(num_threads=work.workers, max_failures=0)
+            .build(num_threads=job.workers, max_failures=0)
         )
         with pipeline.auto_stop():
             yield from pipeline
@@ -62,7 +61,7 @@ def _open(work: Work, folder: Path) -> Epoch:
 SPDL = (
     System(
         "SPDL",
-        "packed",
+        PACKED,
         _open,
         ("spdl",),
         "has no format of its own: reads the packed JPEG files; decodes whole images with FFmpeg, whose crop filter "

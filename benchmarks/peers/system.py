@@ -1,41 +1,24 @@
-"""The job that every loader gets: the same images, packed alike, cropped alike, in equal batches."""
+"""What every loader of the comparison is: a `System`; and the check that its batches are what was asked for.
 
-from collections.abc import Callable, Iterator
+All systems get the same `Job`: random-resized crops of a quarter to the whole of the image, a mirror image with
+probability one half, uint8 batches, shuffled, the last incomplete batch dropped, `job.workers` threads or processes.
+Each is set up as its own documentation shows.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.datasets import Format, Job
+
 SCALE = (0.25, 1.0)
 """Share of the image's area that a random-resized crop takes, as in `shards.plan.Augment`."""
 RATIO = (3 / 4, 4 / 3)
 """Width over height of the crop."""
-QUALITY = 90
-"""JPEG quality of everything that is packed."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a loader is asked for.
-
-    source: HAM10000-shaped folder of originals. cache: folder for the prepared forms. packed_px: longer side of the
-    packed images. resolution_px: side of the images that come out. workers: threads or processes. copies: how many
-    times each original stands in the data set, under names of its own, so that an epoch is long enough to time.
-    most: originals that are used, the first by name. samples: of all copies, the first that are used. None for all.
-    `forms.sized` finds the three.
-    """
-
-    source: Path
-    cache: Path
-    packed_px: int = 341
-    resolution_px: int = 224
-    batch_size: int = 64
-    workers: int = 2
-    copies: int = 8
-    most: int | None = None
-    samples: int | None = None
-
 
 Batch = tuple[Any, Any]
 """Images, a torch tensor or array (n, 3, S, S) or (n, S, S, 3) uint8, and labels (n,); a ceiling's labels are None."""
@@ -48,15 +31,16 @@ Epoch = Callable[[], Iterator[Batch]]
 class System:
     """One way to load images.
 
-    form: the data set on disk that it reads (`forms.FORMS`). packages: distributions that it needs. note: what it does
-    differently. open: sets up and returns how to start an epoch. ceiling: True for a bound that gives no batches.
-    before: of what `open` returned, what throws away batches that were made ready outside the clock. on_gpu: it hands
-    its batches over in a GPU's memory.
+    format: the data set on disk that it reads. open: (job, folder of that data set) → how to start an epoch. packages:
+    distributions that it needs. note: what it does differently from the others. ceiling: it is a bound that no loader
+    can pass, and gives no batches. encoding: of its images on disk, for the tables. before: takes what `open` returned
+    and returns a call that throws away batches that were prepared outside the clock. on_gpu: its batches end in a
+    GPU's memory.
     """
 
     name: str
-    form: str
-    open: Callable[[Work, Path], Epoch]
+    format: Format
+    open: Callable[[Job, Path], Epoch]
     packages: tuple[str, ...] = ()
     note: str = ""
     ceiling: bool = False
@@ -70,22 +54,34 @@ class WrongBatchError(Exception):
 
 
 class MissingPeerError(Exception):
-    """A system needs something that is not installed."""
+    """A system needs a package that is not installed."""
+
+
+def need(packages: Sequence[str]) -> None:
+    """Raise MissingPeerError where one of these distributions is not installed; it says how to install them."""
+    absent = []
+    for package in packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(package)
+    if absent:
+        raise MissingPeerError(f"{', '.join(absent)} not installed: run `make peers`, use .venv-peers/bin/python")
 
 
 def to_array(images: Any) -> np.ndarray:
-    """Images of a batch as an array, without a copy where that can be had."""
+    """Images of a batch as an array, without a copy where that is possible."""
     return images.cpu().numpy() if hasattr(images, "cpu") else np.asarray(images)
 
 
-def check_batch(batch: Batch, work: Work, mean: tuple[float, float, float]) -> None:
-    """Refuse a batch that is not uint8 photographs of the size asked for, with labels.
+def check_batch(batch: Batch, job: Job, mean: tuple[float, float, float]) -> None:
+    """Refuse a batch that is not uint8 photographs of the requested size with labels.
 
     mean: channel means of the data set, 0 to 255, in RGB. A wrong order of axes or channels, noise, flat or repeated
-    images, and values scaled to another range are all told apart from real ones. Raises WrongBatchError.
+    images, and values in another range are all found. Raises WrongBatchError.
     """
     images, labels = to_array(batch[0]), np.asarray(to_array(batch[1])).reshape(-1)
-    n, side = work.batch_size, work.resolution_px
+    n, side = job.batch_size, job.resolution_px
     if images.shape not in ((n, 3, side, side), (n, side, side, 3)):
         raise WrongBatchError(f"shape {images.shape} instead of ({n}, 3, {side}, {side}) or ({n}, {side}, {side}, 3)")
     if images.dtype != np.uint8:

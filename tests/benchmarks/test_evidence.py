@@ -1,4 +1,4 @@
-"""What has run on which GPU: the README's table is that of the committed files, and says so where there are none."""
+"""What was measured on which GPU: the tables of docs/gpu.md are those of the committed files."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.evidence import FOLDER, NOTHING, Evidence, block_of, main, read_evidence, table
+from benchmarks.evidence import FOLDER, NOTHING, PAGE, Evidence, block_of, main, read_evidence, tables
 from shards.common.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +41,14 @@ def written(folder, name, **changes):
     (folder / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_the_readme_says_what_the_evidence_says(monkeypatch):
+def test_the_page_says_what_the_evidence_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert block_of(page, "README.md").group().strip() == table(FOLDER).strip(), (
-        "renew it with `python -m benchmarks.evidence --write README.md`"
+    page = PAGE.read_text(encoding="utf-8")
+    assert block_of(page, str(PAGE)).group().strip() == tables(FOLDER).strip(), (
+        "write it again: `python -m benchmarks.evidence --write docs/gpu.md`"
     )
+    links = re.findall(r"\[[^]]*\.json\]\(([^)]*)\)", page)
+    assert len(links) == len(list(FOLDER.glob("*.json"))) and all((PAGE.parent / link).exists() for link in links)
 
 
 def test_every_committed_file_is_of_a_gpu():
@@ -66,14 +68,14 @@ def test_the_home_folder_is_not_in_what_is_committed(tmp_path):
 
 
 def test_no_files_are_said_to_be_none(tmp_path):
-    assert table(tmp_path) == table(tmp_path / "absent") == NOTHING
+    assert tables(tmp_path) == tables(tmp_path / "absent") == NOTHING
     assert "no evidence file is committed" in NOTHING
 
 
 def test_every_gpu_and_every_failure_is_in_the_table(tmp_path):
     written(tmp_path, "a")
     written(tmp_path, "b", finished=False, checks=[])
-    text = table(tmp_path)
+    text = tables(tmp_path)
     assert "Made-up a" in text and "2 of 4 passed" in text and "parity of dali region (jpg, training)" in text
     assert "torch 2.9, nvidia-dali-cuda120 2.4" in text and "numpy" not in text
     assert "0 of 0 passed, unfinished" in text and "not found out" in text
@@ -93,13 +95,13 @@ def test_every_gpu_and_every_failure_is_in_the_table(tmp_path):
 def test_what_is_no_evidence_of_a_gpu_is_refused(tmp_path, changes, words):
     written(tmp_path, "x", **changes)
     with pytest.raises(DataError, match=words):
-        table(tmp_path)
+        tables(tmp_path)
 
 
 def test_damaged_files_are_refused_by_name(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(DataError, match=r"x\.json: not an evidence file"):
-        table(tmp_path)
+        tables(tmp_path)
 
 
 def test_a_page_is_renewed_between_its_marks_alone(tmp_path):
@@ -113,7 +115,7 @@ def test_a_page_is_renewed_between_its_marks_alone(tmp_path):
         for _ in range(2):  # a second time changes nothing
             done = CliRunner().invoke(main, ["--write", str(page), "--folder", str(folder)])
             assert done.exit_code == 0, done.output
-            expected = f"before\n\n<!-- gpu evidence -->\n{table(folder)}<!-- /gpu evidence -->\n\nafter\n"
+            expected = f"before\n\n<!-- gpu evidence -->\n{tables(folder, page)}<!-- /gpu evidence -->\n\nafter\n"
             assert page.read_text() == expected
     with pytest.raises(DataError, match="0 marks"):
         block_of("nothing", "page.md")

@@ -1,21 +1,25 @@
-"""The GPU check, run whole on the CPU; each comparison, with engines that are wrong in a known way."""
+"""The checks of a GPU. With one, each check is a test; without, the list is run whole on the CPU.
+
+Each comparison is also tested with engines that are wrong in a known way.
+"""
 
 import json
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import checks, suite
-from benchmarks.check_training import WATCHED, training_steps
-from benchmarks.evidence import Evidence, read_evidence
-from benchmarks.gpu_check import make_sets, run_checks
-from benchmarks.suite import Settings
+from benchmarks import checks
+from benchmarks.checks import WATCHED, WRITE_MODES, Check, Context, Settings, checks_of, make_sets, training_steps
+from benchmarks.evidence import FOLDER, Evidence, read_evidence
+from benchmarks.gpu_check import attempt, run_checks
 from shards.common.errors import DataError
 from shards.shardset import ShardSet
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TINY = Settings(
     models=("resnet18",),
@@ -30,11 +34,46 @@ TINY = Settings(
 )
 
 
+# ------------------------------------------------------------------ on a GPU
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory):
+    """What the checks run on, and a file of evidence that is thrown away."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    settings, folder = Settings(), tmp_path_factory.mktemp("gpu")
+    (folder / "scratch").mkdir()
+    sets = make_sets(folder, settings.images, settings.packed_px)
+    context = Context(torch.device("cuda"), settings, sets, folder / "scratch")
+    yield context, Evidence(folder / "evidence.json", {}, print)
+    context.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", checks_of(Settings(), list(WRITE_MODES), "cuda"), ids=lambda check: check.name)
+def test_check_passes_on_a_gpu(check: Check, on_gpu):
+    context, evidence = on_gpu
+    attempt(check, context, evidence)
+    found = evidence.checks[-1]
+    assert found["result"] == "pass", found
+
+
+def test_the_list_has_the_names_of_the_committed_evidence():
+    listed = [check.name for check in checks_of(Settings(), list(WRITE_MODES), "cuda")]
+    assert len(set(listed)) == len(listed)
+    for path in (ROOT / FOLDER).glob("*.json"):
+        assert [check["name"] for check in read_evidence(path)["checks"]] == listed
+
+
+# ------------------------------------------------------------------ on a CPU
+
+
 @pytest.mark.slow
 def test_the_whole_check_runs_on_a_cpu_and_says_that_it_counts_for_nothing(shard_sets, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out, lines = tmp_path / "deep" / "cpu.json", []
-    evidence = run_checks(CPU, out, TINY, {"mixed": shard_sets["mixed"].path}, command="a test", told=lines.append)
+    evidence = run_checks(CPU, out, TINY, {"mixed": shard_sets["mixed"].path}, command="a test", announce=lines.append)
     found = json.loads(out.read_text())
     assert (
         found["device"] == "cpu"
@@ -48,7 +87,7 @@ def test_the_whole_check_runs_on_a_cpu_and_says_that_it_counts_for_nothing(shard
     results = {check["name"]: check for check in found["checks"]}
     assert len(results) == len(found["checks"]) == len(lines)
     errors = {name: check["error"] for name, check in results.items() if check["error"]}
-    busy = {"sampling"}  # whether it keeps its pace hangs on how busy this machine is
+    busy = {"sampling"}  # its pace depends on the load of this machine
     assert {name for name, check in results.items() if check["result"] != "pass"} <= busy, errors
     assert found["passed"] is (not evidence.failed)
     assert set(results) == {
@@ -90,8 +129,8 @@ def engine_of(change):
         def __init__(self, data):
             self.native = checks.NativeEngine(data, "cpu")
 
-        def run(self, work, resolution):
-            yield from change([images.clone() for images in self.native.run(work, resolution)])
+        def run(self, requests, resolution):
+            yield from change([images.clone() for images in self.native.run(requests, resolution)])
 
     return Wrong
 
@@ -115,9 +154,9 @@ def brighter_by(values):
 )
 def test_parity_fails_where_pixels_differ_by_more_than_is_allowed(shard_sets, change, allowed, passes):
     selection = shard_sets["jpg"].select("train")
-    work = checks.work_of(selection, train=True, batch_size=8, batches=4)
-    expected = checks.reference(selection, work, 40)
-    passed, numbers = checks.parity(engine_of(change)(selection.data), CPU, work, expected, 40, allowed)
+    requests = checks.requests_of(selection, train=True, batch_size=8, batches=4)
+    expected = checks.reference(selection, requests, 40)
+    passed, numbers = checks.parity(engine_of(change)(selection.data), CPU, requests, expected, 40, allowed)
     assert passed is passes
     assert numbers["images"] == 32 and numbers["values"] == 32 * 3 * 40 * 40
 
@@ -133,10 +172,10 @@ def test_parity_fails_where_pixels_differ_by_more_than_is_allowed(shard_sets, ch
 )
 def test_batches_of_another_shape_are_errors(shard_sets, change):
     selection = shard_sets["jpg"].select("train")
-    work = checks.work_of(selection, train=True, batch_size=8, batches=2)
+    requests = checks.requests_of(selection, train=True, batch_size=8, batches=2)
     with pytest.raises(ValueError):
         checks.parity(
-            engine_of(change)(selection.data), CPU, work, checks.reference(selection, work, 24), 24, checks.RAW
+            engine_of(change)(selection.data), CPU, requests, checks.reference(selection, requests, 24), 24, checks.RAW
         )
 
 
@@ -152,28 +191,28 @@ def unfinished(batches):
 
 def test_stress_finds_batches_that_are_handed_over_unfinished(shard_sets):
     selection = shard_sets["jpg"].select("train")
-    work = checks.work_of(selection, train=True, batch_size=8, batches=3)
-    expected = checks.reference(selection, work, 32)
+    requests = checks.requests_of(selection, train=True, batch_size=8, batches=3)
+    expected = checks.reference(selection, requests, 32)
     load = checks.heavy_kernels(CPU, 16, 1)
     good, bad = (
-        checks.stress(engine_of(change)(selection.data), work, expected, 32, checks.ROUNDING, load)
+        checks.stress(engine_of(change)(selection.data), requests, expected, 32, checks.ROUNDING, load)
         for change in (iter, unfinished)
     )
     assert good[0] and good[1]["max_difference"] == 0
     assert not bad[0] and bad[1]["max_difference"] > 50
 
 
-def test_work_is_that_of_the_loader(shard_sets):
+def test_requests_are_those_of_the_loader(shard_sets):
     selection = shard_sets["jpg"].select("train")
     loader = checks.Loader(selection, batch_size=16, resolution=24, seed=1)
     steps = 2 * len(loader)
-    work = checks.work_of(selection, train=True, batch_size=16, batches=steps)
+    requests = checks.requests_of(selection, train=True, batch_size=16, batches=steps)
     batches = [b for _ in range(2) for b in loader]
-    assert [w.samples.tolist() for w in work] == [b.samples.tolist() for b in batches]
-    for images, batch in zip(checks.reference(selection, work, 24), batches, strict=True):
+    assert [r.samples.tolist() for r in requests] == [b.samples.tolist() for b in batches]
+    for images, batch in zip(checks.reference(selection, requests, 24), batches, strict=True):
         assert torch.equal(images, batch.images)
     val = shard_sets["jpg"].select("val")
-    seen = [s for w in checks.work_of(val, train=False, batch_size=16, batches=100) for s in w.samples.tolist()]
+    seen = [s for r in checks.requests_of(val, train=False, batch_size=16, batches=100) for s in r.samples.tolist()]
     assert seen == val.samples.tolist()
 
 
@@ -183,37 +222,47 @@ def test_tolerances_hang_on_engine_contents_and_device(shard_sets):
     assert checks.tolerance("dali region", "raw", gpu) == checks.RAW
     assert checks.tolerance("dali whole", "mixed", gpu) == checks.DECODED_ON_GPU
     assert checks.tolerance("dali whole", "jpg", CPU) == checks.tolerance("resident", "jpg", gpu) == checks.ROUNDING
-    assert "dali whole" in checks.engines(shard_sets["mixed"].select("train"), CPU)
-    assert "dali whole" not in checks.engines(shard_sets["raw"].select("train"), CPU)
+    names = [check.name for check in checks_of(TINY, ["mixed", "raw"], "cpu")]
+    assert "parity of dali whole (mixed, training)" in names and "parity of dali whole (raw, training)" not in names
 
 
 def test_errors_are_kept_by_name_and_the_rest_goes_on(tmp_path):
     lines = []
     evidence = Evidence(tmp_path / "e.json", {"format": 1}, lines.append)
     assert evidence.check("good", lambda: (True, {"worst": float("nan")}))
-    assert not evidence.check("broken", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    assert not evidence.check("bad", lambda: (False, {"n": 1}))
+    assert evidence.check("empty", lambda: (True, {})) == {}
+    assert evidence.check("broken", lambda: 1 / 0) is None  # type: ignore[arg-type, return-value]
+    assert evidence.check("bad", lambda: (False, {"n": 1})) is None
     before = json.loads((tmp_path / "e.json").read_text())
-    assert before["finished"] is before["passed"] is False and len(before["checks"]) == 3
+    assert before["finished"] is before["passed"] is False and len(before["checks"]) == 4
     evidence.leave_out("later", "the reason")
     evidence.write(finished=True)
     after = json.loads((tmp_path / "e.json").read_text())
-    assert [c["result"] for c in after["checks"]] == ["pass", "fail", "fail", "not run"]
+    assert [c["result"] for c in after["checks"]] == ["pass", "pass", "fail", "fail", "not run"]
     assert after["checks"][0]["numbers"] == {"worst": "nan"}
-    assert after["checks"][1]["error"].startswith("ZeroDivisionError") and "ZeroDivisionError" in lines[1]
+    assert after["checks"][2]["error"].startswith("ZeroDivisionError") and "ZeroDivisionError" in lines[2]
     assert evidence.failed == ["broken", "bad", "later"] and after["finished"] and not after["passed"]
 
 
-def test_a_variant_whose_self_check_fails_is_not_loaded_in_this_process(shard_sets, tmp_path, monkeypatch):
-    built = []
-    monkeypatch.setattr(suite, "_self_check", lambda selection, device, variant: (variant == "whole", {}))
-    monkeypatch.setattr(checks, "DaliEngine", lambda *a, variant, **k: built.append(variant) or wrong())
+def run(checks_: list[Check], shard_sets, tmp_path, settings=TINY) -> Evidence:
+    """The evidence of these checks on the CPU."""
+    context = Context(CPU, settings, {name: data.path for name, data in shard_sets.items()}, tmp_path)
+    evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
+    for check in checks_:
+        attempt(check, context, evidence)
+    context.close()
+    return evidence
 
-    def wrong():
+
+def test_a_variant_whose_self_check_fails_is_not_loaded_in_this_process(shard_sets, tmp_path, monkeypatch):
+    def wrong(*_, variant, **__):
+        built.append(variant)
         raise RuntimeError("a decoder that fails")
 
-    evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
-    suite._check_engines(evidence, CPU, TINY, "jpg", shard_sets["jpg"])
+    built: list[str] = []
+    monkeypatch.setattr(checks, "_self_check", lambda contents, variant, context: (variant == "whole", {}))
+    monkeypatch.setattr(checks, "DaliEngine", wrong)
+    evidence = run([c for c in checks_of(TINY, ["jpg"], "cpu") if "(jpg" in c.name], shard_sets, tmp_path)
     results = {check["name"]: check for check in evidence.checks}
     assert set(built) == {"whole"}
     left_out = {name for name, check in results.items() if check["result"] == "not run"}
@@ -222,35 +271,32 @@ def test_a_variant_whose_self_check_fails_is_not_loaded_in_this_process(shard_se
     assert results["parity of resident (jpg, training)"]["result"] == "pass"
 
 
-def test_a_device_that_cannot_be_read_is_trained_on_all_the_same(shard_sets, tmp_path, monkeypatch):
-    def refuse(device):
-        raise DataError("no driver")
-
-    monkeypatch.setattr(suite, "readings_of", refuse)
-    trained(monkeypatch, lambda model, compiled: {})
-    evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
-    suite.run_suite(evidence, CPU, Settings(), {"jpg": shard_sets["jpg"].path}, tmp_path)
-    assert evidence.failed == ["connection to the counters"]
-    names = [check["name"] for check in evidence.checks]
-    assert sum(name.startswith("training of") for name in names) == 10 and "training of resnet18 (compiled)" in names
-
-
-def trained(monkeypatch, loss) -> None:
-    """Trainings that took no time, with losses of 1 but for `loss(model, compiled)`, and no other checks."""
+def trained(monkeypatch, loss) -> list[Check]:
+    """The checks that train, which take no time here: losses are 1, or what `loss(model, compiled)` says."""
 
     def steps(path, model, device, *, compiled, **settings):
         return True, {"span": (0.0, 1.0), **dict.fromkeys(("first_loss", "last_loss"), 1.0), **loss(model, compiled)}
 
-    monkeypatch.setattr(suite, "training_steps", steps)
-    monkeypatch.setattr(suite, "whole_run", lambda *a, **k: (True, {}))
-    monkeypatch.setattr(suite, "_check_engines", lambda *a: None)
+    monkeypatch.setattr(checks, "training_steps", steps)
+    monkeypatch.setattr(checks, "_whole_run", lambda *_: (True, {}))
+    return [check for check in checks_of(Settings(), ["jpg"], "cpu") if "(jpg" not in check.name]
+
+
+def test_training_goes_on_if_the_device_cannot_be_read(shard_sets, tmp_path, monkeypatch):
+    def refuse(device):
+        raise DataError("no driver")
+
+    monkeypatch.setattr(checks, "reader_of", refuse)
+    evidence = run(trained(monkeypatch, lambda model, compiled: {}), shard_sets, tmp_path)
+    assert evidence.failed == ["connection to the counters", "sampling"]
+    names = [check["name"] for check in evidence.checks]
+    assert sum(name.startswith("training of") for name in names) == 10 and "training of resnet18 (compiled)" in names
 
 
 @pytest.mark.parametrize("which", ["first_loss", "last_loss"])
-def test_compiled_training_that_learns_otherwise_is_found_out(shard_sets, tmp_path, monkeypatch, which):
-    trained(monkeypatch, lambda model, compiled: {which: 0.9 if model == "vit_b16" else 0.98} if compiled else {})
-    evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
-    suite.run_suite(evidence, CPU, Settings(), {"jpg": shard_sets["jpg"].path}, tmp_path)
+def test_compiled_training_with_other_losses_is_found(shard_sets, tmp_path, monkeypatch, which):
+    loss = lambda model, compiled: {which: 0.9 if model == "vit_b16" else 0.98} if compiled else {}  # noqa: E731
+    evidence = run(trained(monkeypatch, loss), shard_sets, tmp_path)
     assert [name for name in evidence.failed if name.startswith("training")] == ["training of vit_b16 (compiled)"]
     assert evidence.checks[-3]["numbers"]["eager_losses"] == [1.0, 1.0]
 
@@ -267,19 +313,20 @@ def test_steps_whose_speed_is_taken_do_not_wait_for_the_device(tiny_shards, monk
     assert WATCHED < len(waits) < 30
 
 
-def test_sampling_is_judged_by_pace_cost_and_end():
-    good = {"error": "", "reached_hz": 8.0, "sampler_core_share": 0.004}  # held up while networks were compiled
+def test_sampling_is_judged_by_pace_cost_and_end(tmp_path):
+    good = {"error": "", "reached_hz": 8.0, "sampler_core_share": 0.004}  # slower while networks were compiled
     paced = [{"reached_hz": 9.0, "span_s": 1.0}, {"reached_hz": 12.0, "span_s": 3.0}]
-    for change, trained, passes in (
-        ({}, paced, True),
-        ({"error": "x"}, paced, False),
-        ({}, [*paced, {"reached_hz": 9.0, "span_s": 9.0}], False),
-        ({}, [], False),
-        ({"sampler_core_share": 0.02}, paced, False),
-    ):
-        sampler = SimpleNamespace(summary=lambda change=change: good | change)
-        assert suite._judge_sampling(sampler, trained)[0] is passes  # type: ignore[arg-type]
-    assert suite._judge_sampling(sampler, paced)[1]["training_hz"] == pytest.approx(11.25)  # type: ignore[arg-type]
+
+    def judge(change: dict, trained: list) -> tuple:
+        context = Context(CPU, TINY, {}, tmp_path, dict(enumerate(trained)))  # type: ignore[arg-type]
+        context.sampler = SimpleNamespace(summary=lambda: good | change)  # type: ignore[assignment]
+        return checks._judge_sampling(context)
+
+    assert judge({}, paced)[0] and judge({}, paced)[1]["training_hz"] == pytest.approx(11.25)
+    assert not judge({"error": "x"}, paced)[0]
+    assert not judge({}, [*paced, {"reached_hz": 9.0, "span_s": 9.0}])[0]
+    assert not judge({}, [])[0]
+    assert not judge({"sampler_core_share": 0.02}, paced)[0]
 
 
 def test_sets_are_made_on_the_spot(tmp_path):
@@ -295,10 +342,7 @@ def test_sets_are_made_on_the_spot(tmp_path):
 def test_without_a_gpu_it_ends_in_one_line():
     import subprocess
     import sys
-    from pathlib import Path
 
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check"], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: no CUDA device") and len(done.stderr.splitlines()) == 1

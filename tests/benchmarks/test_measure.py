@@ -17,7 +17,7 @@ from benchmarks.measure import (
     series_rows,
     summary_row,
 )
-from benchmarks.tables import COLUMNS, cell, figure, machine_text, notes, pivot, read_csv, write_csv
+from benchmarks.tables import COLUMNS, cell, machine_text, notes, number, pivot, read_csv, write_csv
 from shards.common.errors import DataError
 
 
@@ -213,7 +213,7 @@ def test_meter_tells_own_work_from_others(monkeypatch):
     [(12345.6, "12,346"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.01234, "0.012"), (0, "0"), (None, "")],
 )
 def test_figures_for_people(value, text):
-    assert figure(value) == text
+    assert number(value) == text
 
 
 def test_markdown_shows_failures_with_their_reasons():

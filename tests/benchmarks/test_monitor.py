@@ -5,14 +5,14 @@ import sys
 import time
 from types import SimpleNamespace
 
+import psutil
 import pynvml
 import pytest
 import torch
 
-from benchmarks.gpu import UNITS, GpuSource
 from benchmarks.machine import environment
 from benchmarks.measure import Row
-from benchmarks.monitor import HZ, CoreSource, Sampler
+from benchmarks.monitor import HZ, METRICS, CoreReader, GpuReader, Sampler
 from benchmarks.tables import machine_text
 from shards.common.errors import DataError
 from train.device import gpu_uuid
@@ -130,18 +130,18 @@ def address(sample):
     return ctypes.cast(sample, ctypes.c_void_p).value
 
 
-def read_with_gpm(source):
+def read_with_gpm(reader):
     """A reading that GPM has had the time for."""
     time.sleep(1.2 * GPM_REFRESH_S)
-    return source.read()
+    return reader.read()
 
 
-def test_a_hopper_tells_everything_and_gives_all_back():
+def test_a_hopper_has_every_reading_and_all_is_freed():
     driver = ScriptedDriver()
-    source = GpuSource("GPU-scripted", nvml=driver)
+    reader = GpuReader("GPU-scripted", nvml=driver)
     for _ in range(3):
-        found = read_with_gpm(source)
-        assert set(found) == set(UNITS)
+        found = read_with_gpm(reader)
+        assert set(found) == set(METRICS)
     assert found["memory_used_bytes"] == 3 << 30 and found["power_w"] == 123
     assert (found["sm_mhz"], found["memory_mhz"]) == (1400, 2600)
     assert found["sm_percent"] == pynvml.NVML_GPM_METRIC_SM_UTIL
@@ -149,48 +149,48 @@ def test_a_hopper_tells_everything_and_gives_all_back():
     assert found["pcie_rx_mib_per_s"] == pynvml.NVML_GPM_METRIC_PCIE_RX_PER_SEC
     assert found["nvjpg_percent"] == pytest.approx(43.5)  # the mean of metrics 40 … 47
     assert "pcie" not in driver.calls, "NVML's own PCIe counter waits 20 ms; GPM's does not"
-    assert source.about == {"device": STAND_IN, "driver": "0.0", "missing": {}}
-    source.close()
+    assert reader.about == {"device": STAND_IN, "driver": "0.0", "missing": {}}
+    reader.close()
     assert driver.open == 0 and not driver.samples
 
 
-def test_gpm_is_read_no_faster_than_it_renews_its_counters():
+def test_gpm_is_read_no_faster_than_it_updates_its_counters():
     driver = ScriptedDriver()
-    source = GpuSource(nvml=driver)
-    gpm = {name for name in UNITS if UNITS[name].startswith("GPM")}
-    told = []
+    reader = GpuReader(nvml=driver)
+    gpm = {name for name in METRICS if METRICS[name].meaning.startswith("GPM")}
+    with_gpm = []
     for _ in range(7):
         time.sleep(1 / HZ)
-        found = source.read()
-        assert set(found) in (set(UNITS), set(UNITS) - gpm - {"pcie_rx_mib_per_s", "pcie_tx_mib_per_s"})
-        told.append(gpm <= set(found))
-    assert sum(told) == len(driver.windows_s) >= 3 and min(driver.windows_s) > GPM_REFRESH_S
+        found = reader.read()
+        assert set(found) in (set(METRICS), set(METRICS) - gpm - {"pcie_rx_mib_per_s", "pcie_tx_mib_per_s"})
+        with_gpm.append(gpm <= set(found))
+    assert sum(with_gpm) == len(driver.windows_s) >= 3 and min(driver.windows_s) > GPM_REFRESH_S
 
 
 @pytest.mark.parametrize("driver", [ScriptedDriver(gpm=False), ScriptedDriver(refused={"gpm?"})])
 def test_an_older_gpu_has_no_gpm_and_reads_pcie_by_turns(driver):
-    source = GpuSource(nvml=driver)
-    first, second = source.read(), source.read()
-    assert {*first, *second} == {name for name in UNITS if not UNITS[name].startswith("GPM")}
+    reader = GpuReader(nvml=driver)
+    first, second = reader.read(), reader.read()
+    assert {*first, *second} == {name for name in METRICS if not METRICS[name].meaning.startswith("GPM")}
     directions = [{name for name in found if name.startswith("pcie")} for found in (first, second)]
     assert sorted(map(tuple, directions)) == [("pcie_rx_mib_per_s",), ("pcie_tx_mib_per_s",)]
     assert {**first, **second}["pcie_rx_mib_per_s"] == 2 and {**first, **second}["pcie_tx_mib_per_s"] == 1
-    assert set(source.about["missing"]) == {name for name in UNITS if UNITS[name].startswith("GPM")}
+    assert set(reader.about["missing"]) == {name for name in METRICS if METRICS[name].meaning.startswith("GPM")}
     assert not driver.samples
 
 
-def test_what_a_device_cannot_tell_is_missing_with_the_reason():
+def test_what_a_device_does_not_have_is_missing_with_the_reason():
     driver = ScriptedDriver(refused={"power", "rates"}, unknown_metrics=["ANY_TENSOR_UTIL", "NVJPG_7_UTIL"])
-    source = GpuSource(nvml=driver)
-    found = read_with_gpm(source)
+    reader = GpuReader(nvml=driver)
+    found = read_with_gpm(reader)
     assert not {"power_w", "busy_percent", "memory_busy_percent", "tensor_percent"} & set(found)
-    assert set(source.about["missing"]) == {"power_w", "busy_percent", "memory_busy_percent"}
-    assert "Not Supported" in source.about["missing"]["power_w"]
+    assert set(reader.about["missing"]) == {"power_w", "busy_percent", "memory_busy_percent"}
+    assert "Not Supported" in reader.about["missing"]["power_w"]
     assert found["nvjpg_percent"] == pytest.approx(43.0)
 
 
 @pytest.mark.parametrize(("refused", "clocks"), [((), "SM 1400, memory 2600"), (("clock",), "")])
-def test_a_gpu_that_does_not_tell_its_clocks_is_described_without(monkeypatch, refused, clocks):
+def test_a_gpu_that_does_not_report_its_clocks_is_described_without(monkeypatch, refused, clocks):
     driver = ScriptedDriver(refused=refused)
     monkeypatch.setitem(sys.modules, "pynvml", driver)
     machine = environment("x")
@@ -209,24 +209,24 @@ def test_the_gpu_of_a_row_is_the_one_that_is_used(monkeypatch):
     assert driver.open == 0
 
 
-@pytest.mark.parametrize(("told", "uuid"), [("scripted", "GPU-scripted"), ("MIG-scripted", "MIG-scripted")])
-def test_a_gpu_is_named_to_its_driver(monkeypatch, told, uuid):
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=told))
+@pytest.mark.parametrize(("reported", "uuid"), [("scripted", "GPU-scripted"), ("MIG-scripted", "MIG-scripted")])
+def test_a_gpu_has_the_name_that_its_driver_knows(monkeypatch, reported, uuid):
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=reported))
     assert gpu_uuid(torch.device("cuda", 1)) == uuid
     assert gpu_uuid(torch.device("cpu")) is None
 
 
 def test_no_driver_and_no_such_gpu_are_refused_in_a_line():
     with pytest.raises(DataError, match="no NVIDIA driver"):
-        GpuSource(nvml=ScriptedDriver(refused={"init"}))
+        GpuReader(nvml=ScriptedDriver(refused={"init"}))
     driver = ScriptedDriver()
     with pytest.raises(DataError, match="knows no GPU GPU-other"):
-        GpuSource("GPU-other", nvml=driver)
+        GpuReader("GPU-other", nvml=driver)
     assert driver.open == 0
 
 
-def test_a_running_sampler_tells_its_pace_so_far():
-    with Sampler(GpuSource(nvml=ScriptedDriver()), hz=100) as sampler:
+def test_a_running_sampler_knows_its_pace_so_far():
+    with Sampler(GpuReader(nvml=ScriptedDriver()), hz=100) as sampler:
         while len(sampler.readings) < 10:
             time.sleep(0.01)
         assert 0 < sampler.summary(0.0, sampler.readings[-1].at_s)["reached_hz"] <= 200
@@ -234,7 +234,7 @@ def test_a_running_sampler_tells_its_pace_so_far():
 
 def test_a_gpu_that_is_lost_ends_the_sampler_alone():
     driver = ScriptedDriver(lost_after=60)
-    with Sampler(GpuSource(nvml=driver), hz=200) as sampler:
+    with Sampler(GpuReader(nvml=driver), hz=200) as sampler:
         sampler._thread.join(60)
     summary = sampler.summary()
     assert "stopped answering" in summary["error"] and summary["metrics"]["power_w"]["mean"] == 123
@@ -242,7 +242,7 @@ def test_a_gpu_that_is_lost_ends_the_sampler_alone():
 
 
 def test_summaries_are_of_the_span_that_is_asked_for():
-    with Sampler(GpuSource(nvml=ScriptedDriver()), hz=100) as sampler:
+    with Sampler(GpuReader(nvml=ScriptedDriver()), hz=100) as sampler:
         time.sleep(0.4)
     whole = sampler.summary()
     assert whole["device"] == STAND_IN and whole["error"] == "" and whole["asked_hz"] == 100
@@ -260,7 +260,7 @@ def test_summaries_are_of_the_span_that_is_asked_for():
     assert times == sorted(times) and len(values) == len(times)
 
 
-@pytest.mark.parametrize("make", [lambda: GpuSource(nvml=ScriptedDriver()), CoreSource], ids=["stand-in", "cores"])
+@pytest.mark.parametrize("make", [lambda: GpuReader(nvml=ScriptedDriver()), CoreReader], ids=["stand-in", "cores"])
 def test_sampling_keeps_its_pace_at_a_small_part_of_a_core(make):
     """The Python part alone in the case of the stand-in; on a GPU every summary holds the whole cost.
 
@@ -279,17 +279,21 @@ def test_sampling_keeps_its_pace_at_a_small_part_of_a_core(make):
     assert not sampler._thread.is_alive()
 
 
-def test_cores_are_read_from_the_kernels_counters(tmp_path):
-    stat = tmp_path / "stat"
-    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 100 0 0 100 0 0 0 0 0 0\ncpu1 0 0 0 50 0 0 0 0 0 0\nintr 1\n")
-    source = CoreSource(stat)
-    assert source.read() == {}  # nothing has moved
-    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 110 5 5 110 10 5 0 5 9 9\ncpu1 0 0 0 150 0 0 0 0 0 0\nintr 1\n")
-    assert source.read() == {"core_0_percent": 60.0, "core_1_percent": 0.0}
+def test_cores_are_read_from_the_kernels_counters(monkeypatch):
+    def counters(*cores: tuple[float, ...]) -> None:
+        monkeypatch.setattr("psutil.cpu_times", lambda percpu: [scputimes(*seconds) for seconds in cores])
+
+    scputimes = type(psutil.cpu_times())
+    rest = (0,) * (len(scputimes._fields) - 10)
+    counters((100, 0, 0, 100, 0, 0, 0, 0, 0, 0, *rest), (0, 0, 0, 50, 0, 0, 0, 0, 0, 0, *rest))
+    reader = CoreReader()
+    assert reader.read() == {}  # nothing has changed
+    counters((110, 5, 5, 110, 10, 5, 0, 5, 9, 9, *rest), (0, 0, 0, 150, 0, 0, 0, 0, 0, 0, *rest))
+    assert reader.read() == {"core_0_percent": 60.0, "core_1_percent": 0.0}
 
 
 def test_cores_of_this_machine_see_work():
-    with Sampler(CoreSource(), hz=20) as sampler:
+    with Sampler(CoreReader(), hz=20) as sampler:
         until = time.perf_counter() + 0.5
         while time.perf_counter() < until:
             pass

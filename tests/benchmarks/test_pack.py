@@ -1,54 +1,54 @@
+"""The writers: what they pack, what is timed, and how close the packed images are to their originals."""
+
 import cv2
 import numpy as np
 import pytest
 
-from benchmarks.datasets import originals
-from benchmarks.pack import judge, psnr_db, set_up
-from benchmarks.packers import PACKERS
+from benchmarks.datasets import Job, originals
+from benchmarks.pack import PACKERS, judge, psnr_db, set_up
 from benchmarks.peers.ffcv import one_max_resolution
-from benchmarks.peers.system import Work
 from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_without, small_job
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Work:
+def job(tmp_path_factory) -> Job:
     return small_job(tmp_path_factory)
 
 
-def test_ffcvs_size_is_known_before_its_writer_is_timed(work, monkeypatch):
+def test_ffcvs_size_is_known_before_its_writer_is_timed(job, monkeypatch):
     monkeypatch.setattr("cv2.imread", lambda *_: pytest.fail("decodes an original"))
     one_max_resolution.cache_clear()
-    assert one_max_resolution(work) == pytest.approx(160, abs=1)
+    assert one_max_resolution(job) == pytest.approx(160, abs=1)
 
 
 @pytest.mark.parametrize("name", ["dermscale raw", "webdataset", "ceiling: bare calls"])
-def test_files_are_found_before_a_packer_is_timed(work, tmp_path, monkeypatch, name):
+def test_files_are_found_before_a_packer_is_timed(job, tmp_path, monkeypatch, name):
     skip_without(PACKERS[name].packages)
     (tmp_path / "warm").mkdir()
-    PACKERS[name].write(work, tmp_path / "warm")
-    for found in ("benchmarks.datasets.read_table", "preprocess.ham10000.read_source", "benchmarks.packers.prepared"):
+    PACKERS[name].write(job, tmp_path / "warm")
+    for found in ("benchmarks.datasets.read_table", "preprocess.ham10000.read_source", "benchmarks.pack.prepared"):
         monkeypatch.setattr(found, lambda *_: pytest.fail("looks for its files in a timed round"))
     (tmp_path / "timed").mkdir()
-    PACKERS[name].write(work, tmp_path / "timed")
+    PACKERS[name].write(job, tmp_path / "timed")
 
 
-def test_the_bare_calls_only_decode_reduce_and_encode(work, tmp_path, monkeypatch):
+def test_the_bare_calls_only_decode_reduce_and_encode(job, tmp_path, monkeypatch):
     for beside in ("decode_upright", "decode_strictly", "exif_orientation", "channel_sums", "encode_jpeg"):
         monkeypatch.setattr(f"shards.encode.{beside}", lambda *_: pytest.fail("does more than that"))
-    PACKERS["ceiling: bare calls"].write(work, tmp_path)
+    PACKERS["ceiling: bare calls"].write(job, tmp_path)
 
 
-def packed_by(name: str, work: Work) -> tuple[int, dict[str, float]]:
+def packed_by(name: str, job: Job) -> tuple[int, dict[str, float]]:
     """The images that a packer wrote, and what it says of them."""
-    running = set_up(name, work)
+    running = set_up(name, job)
     return running.once(), running.about
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKERS)
-def test_packer_writes_what_can_be_read(name, work):
+def test_packer_writes_what_can_be_read(name, job):
     skip_without(PACKERS[name].packages)
-    count, about = in_a_process_of_its_own(packed_by, name, work)
+    count, about = in_a_process_of_its_own(packed_by, name, job)
     assert count == IMAGES * 2
     if name.startswith("ceiling"):
         assert not about
@@ -60,7 +60,7 @@ def test_packer_writes_what_can_be_read(name, work):
         assert 160 * 120 * 3 <= about["bytes_per_image"] < 160 * 120 * 3 + 200
 
 
-def test_psnr_of_known_differences(work):
+def test_psnr_of_known_differences(job):
     flat = np.full((4, 4, 3), 100, np.uint8)
     assert psnr_db(iter([(flat, flat + 1)])) == pytest.approx(48.13, abs=0.01)
     assert psnr_db(iter([(flat, flat), (flat, flat + 2)])) == pytest.approx(10 * np.log10(255**2 / 2))
@@ -69,19 +69,19 @@ def test_psnr_of_known_differences(work):
         psnr_db(iter([]))
 
 
-def test_psnr_falls_with_what_is_lost(work):
-    first = originals(work)[0][0]
+def test_psnr_falls_with_what_is_lost(job):
+    first = originals(job)[0][0]
     pixels = cv2.cvtColor(cv2.imread(str(first)), cv2.COLOR_BGR2RGB)
     small = cv2.resize(pixels, (160, 120), interpolation=cv2.INTER_AREA)
     worse = cv2.GaussianBlur(small, (0, 0), 5)
-    good, bad = (judge(work, iter([(first.stem, image)])) for image in (small, worse))
+    good, bad = (judge(job, iter([(first.stem, image)])) for image in (small, worse))
     assert good["psnr_reduced_db"] > 55
     assert bad["psnr_reduced_db"] < good["psnr_reduced_db"]
     assert bad["psnr_source_db"] < good["psnr_source_db"]
 
 
-def test_psnr_is_of_the_same_originals_in_whatever_order_they_were_packed(work, monkeypatch):
+def test_psnr_is_of_the_same_originals_in_whatever_order_they_were_packed(job, monkeypatch):
     monkeypatch.setattr("benchmarks.pack._JUDGED", 3)
-    paths = [path for path, _, _ in originals(work)]
+    paths = [path for path, _, _ in originals(job)]
     packed = [(p.stem, cv2.resize(cv2.imread(str(p), cv2.IMREAD_COLOR_RGB), (160, 120))) for p in paths[:6]]
-    assert judge(work, iter(packed)) == pytest.approx(judge(work, iter([*packed[::-1], *packed])))
+    assert judge(job, iter(packed)) == pytest.approx(judge(job, iter([*packed[::-1], *packed])))

@@ -1,3 +1,5 @@
+"""The systems of the loader benchmark: the same job for all, the check of their batches, and the command."""
+
 import json
 import re
 import time
@@ -11,14 +13,27 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import packers
-from benchmarks.datasets import FORMS, described, names, originals, packed_size, prepared, sized, stats
+from benchmarks import loader, pack
+from benchmarks.datasets import (
+    ORIGINALS,
+    PACKED,
+    Format,
+    Job,
+    described,
+    originals,
+    packed_size,
+    prepared,
+    samples,
+    sized,
+    stats,
+)
+from benchmarks.loader import SYSTEMS, set_up
 from benchmarks.options import chosen
-from benchmarks.packers import PACKERS
-from benchmarks.peers import pytorch as peers
+from benchmarks.pack import PACKERS
 from benchmarks.peers.ffcv import max_resolution
-from benchmarks.peers.pytorch import SYSTEMS, need, set_up
-from benchmarks.peers.system import MissingPeerError, Work, WrongBatchError, check_batch
+from benchmarks.peers.ours import SHARDS_JPG
+from benchmarks.peers.pytorch import TARS
+from benchmarks.peers.system import MissingPeerError, WrongBatchError, check_batch, need
 from benchmarks.targets import TARGETS
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
@@ -26,7 +41,7 @@ from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_withou
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Work:
+def job(tmp_path_factory) -> Job:
     return small_job(tmp_path_factory)
 
 
@@ -42,7 +57,7 @@ def photographs(side: int = 48, n: int = 16) -> np.ndarray:
     return (np.stack(found) + np.array([190, 140, 120])).clip(0, 255).astype(np.uint8)
 
 
-JOB = Work(Path(), Path(), resolution_px=48, batch_size=16)
+JOB = Job(Path(), Path(), resolution_px=48, batch_size=16)
 MEAN = (190.0, 140.0, 120.0)
 LABELS = np.arange(16) % 7
 
@@ -79,18 +94,14 @@ def test_wrong_labels_are_refused(labels):
         check_batch((photographs(), labels), JOB, MEAN)
 
 
-# ------------------------------------------------------------------ equal work
+# ------------------------------------------------------------------ equal job
 
 
-def test_every_form_is_read_by_somebody_and_every_system_has_its_form():
-    assert {system.form for system in SYSTEMS.values()} <= set(FORMS)
-    assert set(FORMS) - {system.form for system in SYSTEMS.values()} == {
-        "source",
-        "shards-cold",
-        "shards-cold-raw",
-        "shards-cold-dali",
-        "shards-split",
-    }
+def test_formats_of_different_content_have_different_folders():
+    writers: dict[str, set] = {}
+    for system in SYSTEMS.values():
+        writers.setdefault(system.format.name, set()).add(id(system.format))
+    assert len(writers) >= 10 and all(len(formats) == 1 for formats in writers.values())
 
 
 @pytest.mark.parametrize(
@@ -111,21 +122,21 @@ def test_ffcv_is_asked_for_the_size_that_all_pack(size, px, packed):
         assert packed == size
 
 
-def test_our_packer_and_the_forms_agree_on_the_size(work):
-    data = ShardSet(prepared("shards-jpg", work) / "set")
-    assert stats(work)[1] == "160x120"
+def test_our_packer_and_the_others_agree_on_the_size(job):
+    data = ShardSet(prepared(SHARDS_JPG, job) / "set")
+    assert stats(job)[1] == "160x120"
     assert set(data.column("height").tolist()) == {120}
     assert set(data.column("width").tolist()) == {160}
     assert len(data.select("train")) == IMAGES * 2
 
 
-def test_all_jpeg_forms_hold_the_same_bytes(work):
+def test_all_jpeg_formats_hold_the_same_bytes(job):
     import tarfile
 
-    packed = {path.stem: path.read_bytes() for path in prepared("packed", work).rglob("*.jpg")}
+    packed = {path.stem: path.read_bytes() for path in prepared(PACKED, job).rglob("*.jpg")}
     assert len(packed) == IMAGES * 2
     in_tars = {}
-    for tar in prepared("tars", work).glob("*.tar"):
+    for tar in prepared(TARS, job).glob("*.tar"):
         with tarfile.open(tar) as archive:
             for member in archive:
                 if member.name.endswith(".jpg"):
@@ -133,48 +144,48 @@ def test_all_jpeg_forms_hold_the_same_bytes(work):
     assert in_tars == packed
 
 
-def test_a_form_is_made_once_and_another_source_is_another(work):
-    folder = prepared("packed", work)
+def test_a_format_is_written_once_and_another_source_is_another(job):
+    folder = prepared(PACKED, job)
     made = (folder / "stats.json").stat().st_mtime_ns
-    assert prepared("packed", work) == folder
+    assert prepared(PACKED, job) == folder
     assert (folder / "stats.json").stat().st_mtime_ns == made
-    assert prepared("originals", replace(work, copies=3)) != prepared("originals", work)
+    assert prepared(ORIGINALS, replace(job, copies=3)) != prepared(ORIGINALS, job)
     assert not list(folder.parent.glob(".*partial*"))
 
 
 def test_a_source_without_images_is_refused(tmp_path):
     with pytest.raises(DataError, match="HAM10000_metadata"):
-        originals(Work(tmp_path, tmp_path))
+        originals(Job(tmp_path, tmp_path))
     (tmp_path / "HAM10000_metadata.csv").write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\n")
     with pytest.raises(DataError, match="holds no image"):
-        originals(Work(tmp_path, tmp_path))
+        originals(Job(tmp_path, tmp_path))
 
 
-def test_samples_fill_a_batch_for_every_worker_so_that_no_loader_drops_what_it_decoded(work):
-    fewer = sized(replace(work, batch_size=12), 80, whole_batches=True)
-    assert names(fewer) == names(work)[:72]
-    assert len(ShardSet(prepared("shards-jpg", fewer) / "set").select("train")) == 72
+def test_samples_fill_a_batch_for_every_worker_so_that_no_loader_drops_what_it_decoded(job):
+    fewer = sized(replace(job, batch_size=12), 80, whole_batches=True)
+    assert samples(fewer) == samples(job)[:72]
+    assert len(ShardSet(prepared(SHARDS_JPG, fewer) / "set").select("train")) == 72
 
 
 @pytest.mark.parametrize("workers", [1, 3, 10, 32])
-def test_every_worker_has_as_many_whole_batches_and_tars(work, workers):
-    many = sized(replace(work, workers=workers), 80, whole_batches=True)
-    assert len(names(many)) >= 8 * workers and len(names(many)) % (8 * workers) == 0
-    assert len(set(names(many))) == len(names(many))
-    assert len(list(prepared("tars", many).glob("*.tar"))) == len(names(many)) // 8
+def test_every_worker_has_as_many_whole_batches_and_tars(job, workers):
+    many = sized(replace(job, workers=workers), 80, whole_batches=True)
+    assert len(samples(many)) >= 8 * workers and len(samples(many)) % (8 * workers) == 0
+    assert len(set(samples(many))) == len(samples(many))
+    assert len(list(prepared(TARS, many).glob("*.tar"))) == len(samples(many)) // 8
 
 
-def test_tars_are_of_the_batch_size_that_was_asked_for(work):
-    assert prepared("tars", work) != prepared("tars", replace(work, batch_size=16))
+def test_tars_are_of_the_batch_size_that_was_asked_for(job):
+    assert prepared(TARS, job) != prepared(TARS, replace(job, batch_size=16))
 
 
-def test_a_job_has_its_size_whatever_the_source_holds(work):
-    assert (sized(work, 120).copies, len(names(sized(work, 120)))) == (3, 120)
-    assert len(names(sized(work, 20))) == 20
-    part = sized(work, 20, whole_batches=True)
-    assert (part.copies, len(originals(part)), len(names(part))) == (1, 20, 16)
-    assert described(part).startswith(f"20 images of {work.source.name}, of which 16 samples")
-    assert prepared("originals", part) != prepared("originals", work)
+def test_a_job_has_its_size_whatever_the_source_holds(job):
+    assert (sized(job, 120).copies, len(samples(sized(job, 120)))) == (3, 120)
+    assert len(samples(sized(job, 20))) == 20
+    part = sized(job, 20, whole_batches=True)
+    assert (part.copies, len(originals(part)), len(samples(part))) == (1, 20, 16)
+    assert described(part).startswith(f"20 images of {job.source.name}, the first 16 samples")
+    assert prepared(ORIGINALS, part) != prepared(ORIGINALS, job)
 
 
 def test_metadata_that_cannot_be_used_are_named(tmp_path):
@@ -183,25 +194,25 @@ def test_metadata_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "HAM10000_images_part_1" / "ISIC_1.jpg").touch()
     table.write_text("image_id,dx\nISIC_1,nv\n")
     with pytest.raises(DataError, match="no column lesion_id"):
-        originals(Work(tmp_path, tmp_path))
+        originals(Job(tmp_path, tmp_path))
     table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,mole\n")
     with pytest.raises(DataError, match="ISIC_1 has the unknown dx 'mole'"):
-        originals(Work(tmp_path, tmp_path))
+        originals(Job(tmp_path, tmp_path))
     table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1\n")
     with pytest.raises(DataError, match="ISIC_1 has the unknown dx ''"):
-        originals(Work(tmp_path, tmp_path))
+        originals(Job(tmp_path, tmp_path))
     table.write_bytes("lesion_id,image_id,dx\nHAM_1,ISIC_1,n\u00e4\n".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
-        originals(Work(tmp_path, tmp_path))
+        originals(Job(tmp_path, tmp_path))
     table.write_text('lesion_id,image_id,dx\nHAM_1,ISIC_1,"nv\n')
     with pytest.raises(DataError, match="cannot be read"):
-        originals(Work(tmp_path, tmp_path))
+        originals(Job(tmp_path, tmp_path))
     table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\n", encoding="utf-8-sig")
-    assert [row["lesion_id"] for _, _, row in originals(Work(tmp_path, tmp_path))] == ["HAM_1"]
+    assert [row["lesion_id"] for _, _, row in originals(Job(tmp_path, tmp_path))] == ["HAM_1"]
 
 
-def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(work):
-    folder = prepared("shards-jpg", work)
+def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(job):
+    folder = prepared(SHARDS_JPG, job)
     system = SYSTEMS["dermscale native jpg"]
 
     def first(epoch: int) -> np.ndarray:
@@ -209,7 +220,7 @@ def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(work):
         loader.set_epoch(epoch)
         return next(iter(loader)).images.numpy()
 
-    epochs = system.open(work, folder)
+    epochs = system.open(job, folder)
     for _ in epochs():
         pass  # and the next epoch is under way
     assert system.before
@@ -221,18 +232,18 @@ def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(work):
 # ------------------------------------------------------------------ the systems themselves
 
 
-def counted(name: str, work: Work) -> int:
+def counted(name: str, job: Job) -> int:
     """The images of an epoch of a system."""
-    return set_up(name, work).once()  # checks the batches first
+    return set_up(name, job).once()  # checks the batches first
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_system_gives_an_epoch_of_real_images(name, work):
+def test_system_gives_an_epoch_of_real_images(name, job):
     skip_without(SYSTEMS[name].packages)
     if SYSTEMS[name].on_gpu and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    count = in_a_process_of_its_own(counted, name, work)
+    count = in_a_process_of_its_own(counted, name, job)
     if SYSTEMS[name].ceiling:
         assert count == IMAGES * 2
     else:  # full batches of 8; workers that batch on their own may each drop one
@@ -240,7 +251,7 @@ def test_system_gives_an_epoch_of_real_images(name, work):
         assert IMAGES * 2 - 16 <= count <= IMAGES * 2
 
 
-def test_the_script_installs_what_the_project_names():
+def test_the_script_installs_what_the_project_samples():
     root = Path(__file__).parents[2]
     named = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["peers"]
     script = (root / "benchmarks/install_peers.sh").read_text().partition("-e .")[2]
@@ -268,7 +279,7 @@ def test_the_command_says_what_it_knows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("systems", "left_out"), [(SYSTEMS, peers.NOT_IN_QUICK), (PACKERS, packers.NOT_IN_QUICK)], ids=["loader", "pack"]
+    ("systems", "left_out"), [(SYSTEMS, loader.NOT_IN_QUICK), (PACKERS, pack.NOT_IN_QUICK)], ids=["loader", "pack"]
 )
 def test_the_short_version_leaves_out_some_but_no_aim_and_nothing_that_is_asked_for(systems, left_out):
     assert chosen(systems, ()) == list(systems.values())
@@ -279,28 +290,27 @@ def test_the_short_version_leaves_out_some_but_no_aim_and_nothing_that_is_asked_
     assert aims and not {name for target in aims for name in (target.system, target.beside)} & set(left_out)
 
 
-def test_a_form_that_several_want_at_once_is_made_once(work, tmp_path, monkeypatch):
+def test_a_format_that_several_need_at_once_is_written_once(job, tmp_path):
     made = []
 
-    def slowly(work: Work, folder: Path) -> None:
+    def slowly(job: Job, folder: Path) -> None:
         made.append(folder)
         time.sleep(0.3)
         (folder / "whole").touch()
 
-    monkeypatch.setitem(FORMS, "slow", slowly)
-    job = replace(work, cache=tmp_path)
+    slow, job = Format("slow", slowly), replace(job, cache=tmp_path)
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(lambda _: prepared("slow", job), range(4)))
+        found = set(pool.map(lambda _: prepared(slow, job), range(4)))
     assert len(made) == len(found) == 1 and (found.pop() / "whole").exists()
 
 
-def test_the_loader_command_writes_csv_and_markdown(work, tmp_path):
+def test_the_loader_command_writes_csv_and_markdown(job, tmp_path):
     from click.testing import CliRunner
 
     from benchmarks.run import main
     from benchmarks.tables import read_csv
 
-    options = ["loader", "--quick", "--only", "memory copy", "--source", str(work.source), "--cache", str(work.cache)]
+    options = ["loader", "--quick", "--only", "memory copy", "--source", str(job.source), "--cache", str(job.cache)]
     found = CliRunner().invoke(main, [*options, "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output
     rows = read_csv(tmp_path / "loader-quick.csv")

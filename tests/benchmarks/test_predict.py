@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from benchmarks.datasets import Job
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Sample, Series
-from benchmarks.peers.system import Work
 from benchmarks.predict import (
     EVALUATION,
     PREDICT,
@@ -13,6 +13,7 @@ from benchmarks.predict import (
     START_PREDICT,
     START_SERVE,
     PredictJob,
+    StartFailedError,
     full_batches,
     make_run,
     measure_predicting,
@@ -22,22 +23,23 @@ from benchmarks.predict import (
     rows_of,
     set_up,
     shard_files,
+    start_predict,
+    start_serve,
 )
-from benchmarks.starts import StartFailedError, start_predict, start_serve
 from benchmarks.targets import verdict
 from shards.common.errors import DataError
 from tests.support.benchdata import IMAGES, write_source
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Job:
     source = write_source(tmp_path_factory.mktemp("ham"))
-    return Work(source, tmp_path_factory.mktemp("bench"), packed_px=64, resolution_px=32, batch_size=16, copies=1)
+    return Job(source, tmp_path_factory.mktemp("bench"), packed_px=64, resolution_px=32, batch_size=16, copies=1)
 
 
 @pytest.fixture(scope="module")
-def job(work: Work) -> PredictJob:
-    return PredictJob(work, make_run(work, "resnet18", "cpu"))
+def job(images: Job) -> PredictJob:
+    return PredictJob(images, make_run(images, "resnet18", "cpu"))
 
 
 def timed(*seconds: float) -> Series:
@@ -53,14 +55,14 @@ def test_batches_are_as_full_as_they_can_be_in_as_few_as_there_must_be():
             assert batches * size - count < batches  # with one image less in each they would not be enough
 
 
-def test_rows_are_judged_by_their_interval(work):
+def test_rows_are_judged_by_their_interval(images):
     series = {
         EVALUATION: timed(*[2.0] * 6),
         PREDICT: timed(*[2.5] * 6),
         PREDICT_PLAIN: timed(3.0, 3.0, 3.0, 4.0, 4.0, 4.0),
     }
     started = {START_PREDICT: timed(*[6.0] * 6), START_SERVE: Series(failed="StartFailedError: no gradio")}
-    rows = rows_of(series, started, work, "resnet18", "400x300", environment("x"))
+    rows = rows_of(series, started, images, "resnet18", "400x300", environment("x"))
     ratios = {row.system: row for row in rows if row.beside}
     assert ratios[PREDICT].value == pytest.approx(0.8)
     assert verdict(ratios[PREDICT]) == "at least 0.6: held"
@@ -89,9 +91,9 @@ def test_what_cannot_start_is_no_figure(tmp_path):
 
 
 def test_without_images_there_is_no_measurement(tmp_path):
-    empty = Work(tmp_path, tmp_path / "bench")
+    empty = Job(tmp_path, tmp_path / "bench")
     with pytest.raises(DataError, match=r"HAM10000_metadata\.csv"):
-        measure_predicting(empty, "resnet18", "cpu", environment("x"), rounds=5, seconds=0, told=lambda step: None)
+        measure_predicting(empty, "resnet18", "cpu", environment("x"), rounds=5, seconds=0, announce=lambda step: None)
 
 
 @pytest.mark.slow
@@ -106,14 +108,14 @@ def test_both_sides_are_given_the_same_images(job):
     from train.inference.images import read_image
     from train.inference.predictor import Predictor
 
-    selection = ShardSet(next(job.work.cache.glob("*/shards-jpg-64/set"))).select("train")
+    selection = ShardSet(next(job.images.cache.glob("*/shards-jpg-64/set"))).select("train")
     predictor = Predictor(job.run, "cpu")
     loader = Loader(selection, batch_size=IMAGES, resolution=32, train=False, engine="native")
     (batch,) = loader
     seen = batch.images.permute(0, 2, 3, 1).numpy()
     exact, plain = (
         np.stack([predictor.prepare(read_image(path), path.stem).square for path in files])
-        for files in (shard_files(job.work, selection), plain_files(job.work, selection))
+        for files in (shard_files(job.images, selection), plain_files(job.images, selection))
     )
     loader.close()
     assert np.array_equal(seen, exact)
@@ -121,17 +123,17 @@ def test_both_sides_are_given_the_same_images(job):
     assert 0 < apart.max() < 4  # encoded once more
     others = np.abs(seen.astype(int) - np.roll(plain, 1, axis=0)).mean(axis=(1, 2, 3))
     assert (apart < others).all()
-    assert read_image(shard_files(job.work, selection)[0]).packed
-    assert not read_image(plain_files(job.work, selection)[0]).packed
+    assert read_image(shard_files(job.images, selection)[0]).packed
+    assert not read_image(plain_files(job.images, selection)[0]).packed
 
 
 @pytest.mark.slow
 def test_starts_are_timed(job):
-    sample = start_predict(job.run, next(job.work.source.rglob("*.jpg")), "cpu")
+    sample = start_predict(job.run, next(job.images.source.rglob("*.jpg")), "cpu")
     assert sample.count == 1 and sample.cpu_s > 0.2 and sample.seconds > 0.2
     pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dermscale[serve]')")
     sample = start_serve(job.run, "cpu")
     assert sample.count == 1 and sample.cpu_s > 0.2 and sample.seconds > 0.2
     assert 0 <= sample.other_cpu <= 1
     with pytest.raises(StartFailedError, match="not a run folder"):
-        start_serve(job.work.source, "cpu")
+        start_serve(job.images.source, "cpu")

@@ -1,22 +1,22 @@
-import json
+"""The report: sentences that say only what the rows say, every table, and charts that are the same every time."""
+
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.grid import ALONE, SHARED, GridJob, grid_text, measure_grid, set_up
-from benchmarks.loader import jobs, loader_text, measure_loaders, packed_sizes
+from benchmarks.datasets import Job
+from benchmarks.loader import SYSTEMS, jobs, loader_text, measure_loaders, packed_sizes
 from benchmarks.machine import environment
-from benchmarks.measure import Row, Sample, Series, ratio_row, series_rows, summary_row
-from benchmarks.peers.pytorch import SYSTEMS
-from benchmarks.peers.system import Work
+from benchmarks.measure import Row, Sample, Series, median_interval, ratio_row, series_rows, summary_row
 from benchmarks.predict import EVALUATION, PREDICT, START_PREDICT
-from benchmarks.report import bars, in_words, machines_text, markdown, page, read_results
-from benchmarks.tables import write_csv
+from benchmarks.report import bars, draw, in_words, machines_text, markdown, read_results
+from benchmarks.tables import read_csv, write_csv
+from benchmarks.utilization import read_timeline
 from shards.common.errors import DataError
-from tests.support.benchdata import write_source
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def series(*per_s: float) -> Series:
@@ -56,7 +56,7 @@ def test_words_say_only_what_the_rows_say(results):
     assert any("dermscale native jpg is 3.01 [2.94, 3.05] times FFCV jpg" in line for line in loader)
     assert any(line == "Loading: SPDL failed: no | luck <here>." for line in loader)
     (training,) = in_words("training", found["training"])
-    assert "resnet18 runs fastest compiled, at 18.0 img/s, 90 % of what it does without a loader" in training
+    assert "resnet18 runs fastest compiled, at 18.0 img/s, 90 % of its speed without a loader" in training
     assert ": loading limits it" in training
 
 
@@ -65,7 +65,7 @@ def test_words_say_only_what_the_rows_say(results):
     [
         ((0.96, 0.99), ", [96, 99] in the stalls benchmark: its own arithmetic limits it."),
         ((0.80, 0.94), ", [80, 94] in the stalls benchmark: loading limits it."),
-        ((0.90, 0.99), "[80, 110]: whether loading limits it is not decided."),
+        ((0.90, 0.99), "[80, 110]: it is not decided whether loading limits it."),
     ],
 )
 def test_many_short_turns_tell_the_limit_where_training_cannot(ends, said):
@@ -78,7 +78,7 @@ def test_many_short_turns_tell_the_limit_where_training_cannot(ends, said):
     others = [replace(finer, page_cache="cold"), replace(finer, model="alexnet"), replace(finer, metric="prep_stall")]
     others.append(replace(finer, environment=environment("x")))  # on another machine
     assert in_words("training", own, [*others, finer])[0].endswith(said)
-    assert in_words("training", own, others)[0].endswith("[80, 110]: whether loading limits it is not decided.")
+    assert in_words("training", own, others)[0].endswith("[80, 110]: it is not decided whether loading limits it.")
     sure = [own[0], replace(own[1], low=0.96)]
     assert in_words("training", sure, [finer])[0].endswith("without a loader: its own arithmetic limits it.")
 
@@ -103,16 +103,6 @@ def test_markdown_has_every_table(results):
         assert part in text
 
 
-def test_page_stands_alone_and_escapes_what_it_shows(results):
-    html = page(read_results(results))
-    assert "<script" not in html
-    assert not re.findall(r'(?:src|href)="(?!#|data:)', html)
-    assert "&lt;here&gt;" in html
-    assert "<here>" not in html
-    assert html.count("<svg") == 3
-    assert "nothing here was measured on one" in html
-
-
 def test_tables_of_several_machines_say_which_is_of_which(results):
     found = read_results(results)
     one = machines_text(found)
@@ -123,8 +113,8 @@ def test_tables_of_several_machines_say_which_is_of_which(results):
     ]
     several = found | {"training": rows}
     said = machines_text(several)
-    assert f"Loading, Predicting: {one}" in said and "Training: Abacus, " in said and "not to be compared" in said
-    assert said in markdown(several) and said in page(several)
+    assert f"Loading, Predicting: {one}" in said and "Training: Abacus, " in said and "Do not compare" in said
+    assert said in markdown(several)
     assert machines_text({"training": []}) == ""
 
 
@@ -136,19 +126,17 @@ def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_me
 
     first, second = loader_text([*job("341x256", 100), *job("400x300", 50)]).split("### Packed at 400x300")
     assert "| torchvision ImageFolder | 100" in first and "| torchvision ImageFolder | 50" in second
-    whole = page({"loader": [*job("341x256", 100), *job("400x300", 50)]})
-    assert whole.count(">torchvision ImageFolder</text>") == 2
 
 
 def test_what_reads_no_packed_images_comes_after_what_says_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.loader.stats", lambda work: ((0.0, 0.0, 0.0), f"{work.packed_px}x1"))
+    monkeypatch.setattr("benchmarks.loader.stats", lambda job: ((0.0, 0.0, 0.0), f"{job.packed_px}x1"))
     monkeypatch.setattr(
         "benchmarks.loader.take_turns", lambda _, names, *rest, **more: (dict.fromkeys(names, series(*[1.0] * 6)), {})
     )
     systems = [SYSTEMS["torchvision ImageFolder"], SYSTEMS["webdataset"]]
     rows = []
-    for job in jobs(Work(tmp_path, tmp_path), (341, 400), (224,)):
-        rows += measure_loaders(systems, job, environment("x"), rounds=6, seconds=1.0, told=print)
+    for one in jobs(Job(tmp_path, tmp_path), (341, 400), (224,)):
+        rows += measure_loaders(systems, one, environment("x"), rounds=6, seconds=1.0, announce=print)
     assert packed_sizes(rows) == ["341x1"] * 4 + ["400x1"] * 4
     assert {row.system for row in rows[:4]} == {"torchvision ImageFolder", "webdataset"}
 
@@ -180,28 +168,28 @@ def test_words_are_of_the_first_sizes_and_name_the_others():
 
 def test_bars_are_as_long_as_their_values():
     rows = [Row("loader", name, "img_per_s", "img/s", value) for name, value in (("a", 50.0), ("b", 100.0))]
-    svg = bars("x", "title", [*rows, Row("loader", "c", "img_per_s", "img/s", None, failed="why")], "img/s")
-    widths = [float(width) for width in re.findall(r'<rect[^>]*width="([\d.]+)"', svg)]
-    assert widths[0] == pytest.approx(2 * widths[1])
-    assert "failed: why" in svg
+    (axes,) = bars("loader", [*rows, Row("loader", "c", "img_per_s", "img/s", None, failed="why")]).axes
+    assert [bar.get_width() for bar in axes.patches] == [100.0, 50.0]  # from the bottom
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "b", "a"]
+    assert [text.get_text() for text in axes.texts] == [" failed", " 100 img/s", " 50.0 img/s"]
 
 
-def test_bars_show_what_the_tables_say_of_stalls_packing_and_the_peak():
-    def row(benchmark: str, metric: str, unit: str, value: float, **more: Any) -> Row:
-        return Row(benchmark, "channels-last, native loader", metric, unit, value, value - 0.1, value + 0.1, **more)
+def test_charts_show_a_panel_per_model_and_the_first_sizes_alone():
+    def row(model: str, value: float, **more) -> Row:
+        return Row("stalls", "x", "accelerator_utilization", "1", value, value - 0.1, value + 0.1, model=model, **more)
 
-    stalls = [row("stalls", "prep_stall", "1", -0.02, model="resnet18", page_cache="warm")]
-    stalls.append(row("stalls", "data_wait", "1", 0.25, model="resnet18", page_cache="warm"))
-    packed = (("bytes_per_image", "bytes", 22_000.0), ("psnr_source_db", "dB", 38.0))
-    pack = [row("pack", name, unit, value, packed="400x300 jpg") for name, unit, value in packed]
-    training = [row("training", "share_of_peak", "1", 0.5, model="resnet18")]
-    html = page({"pack": pack, "training": training, "stalls": stalls})
-    assert html.count("<svg") == 5
-    for said in ("resnet18, prep stall", "resnet18, data wait", "payload of an image", "share of its matrix peak"):
-        assert f"<h3>{said}</h3>" in html or f", {said}</h3>" in html
-    for figure in ("-2.00 %", "25.0 %", "22,000 bytes", "38.0 dB", "50.0 %"):
-        assert f">{figure}</text>" in html
-    assert 'width="-' not in html
+    figure = bars("stalls", [row("resnet18", 0.5, page_cache="warm"), row("vit_b16", -0.25)])
+    assert [axes.texts[0].get_text() for axes in figure.axes] == [" 50.0 %", " -25.0 %"]
+    sizes = [Row("loader", "a", "img_per_s", "img/s", 1.0, packed=f"{size} jpg") for size in ("341x256", "400x300")]
+    (axes,) = bars("loader", sizes).axes
+    assert len(axes.patches) == 1 and "341x256" in axes.get_title(loc="left")
+
+
+def test_charts_are_the_same_bytes_every_time_and_name_no_date(results):
+    once, again = (draw(read_results(results)) for _ in range(2))
+    assert once == again and set(once) == {"loader.svg", "training.svg", "predict.svg"}
+    assert all(svg.startswith(b"<?xml") and b"<dc:date>" not in svg for svg in once.values())
+    assert b"dermscale native jpg</text>" in once["loader.svg"]
 
 
 def test_a_folder_without_results_says_what_to_do(tmp_path):
@@ -209,37 +197,37 @@ def test_a_folder_without_results_says_what_to_do(tmp_path):
         read_results(tmp_path)
 
 
-def test_the_report_command_writes_both(results):
+def test_the_report_command_writes_markdown_that_shows_the_charts(results):
     from click.testing import CliRunner
 
     from benchmarks.run import main
 
     found = CliRunner().invoke(main, ["report", "--out", str(results)])
     assert found.exit_code == 0, found.output
-    assert (results / "RESULTS.md").read_text().startswith("# Results")
-    assert (results / "report.html").read_text().startswith("<!DOCTYPE html>")
+    text = (results / "RESULTS.md").read_text()
+    assert text.startswith("# Results")
+    charts = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert charts == ["loader.svg", "training.svg", "predict.svg"] and all((results / name).exists() for name in charts)
 
 
-@pytest.mark.slow
-def test_both_ways_to_train_a_study_finish_every_cell(tmp_path):
-    source = write_source(tmp_path)
-    work = Work(source, tmp_path / "bench", packed_px=64, resolution_px=32, batch_size=8, copies=1)
-    for name, fractions in ((SHARED, (0.5, 1.0)), (ALONE, (1.0,))):
-        job = GridJob(work, ("resnet18",), fractions, seeds=(0,), device="cpu")
-        running = set_up(name, job)
-        assert running.once() == job.cells == len(fractions)
-        (overhead,) = (tmp_path / "bench/grid").glob(f"{name.replace(' ', '-').replace(',', '')}.overhead")
-        _, line = overhead.read_text().splitlines()  # of the second study: the first was to warm up
-        found = json.loads(line)
-        assert 0 < found["overhead_share"] < 1
-        assert ("later_cell_s" in found) == (name == SHARED)
-        if name == SHARED:
-            assert 0 < found["later_cell_s"] < 30
+# ------------------------------------------------------------------ what is committed
 
 
-def test_a_study_that_cannot_run_is_a_failed_row(tmp_path):
-    work = Work(tmp_path, tmp_path / "bench")
-    rows = measure_grid(GridJob(work, ("resnet18",)), environment("x"), rounds=5, told=lambda step: None)
-    assert all(row.value is None for row in rows)
-    assert all("HAM10000_metadata.csv" in row.failed for row in rows)
-    assert "failed" in grid_text(rows)
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.csv")), ids=lambda path: path.name)
+def test_every_committed_table_is_still_read_and_its_intervals_are_reproduced(path):
+    if path.stem.endswith("-timeline"):
+        assert read_timeline(path)
+        return
+    rows = read_csv(path)
+    assert rows and all(row.environment for row in rows)
+    for row in rows:
+        if row.low is not None:
+            found = median_interval(row.values)
+            assert (found.median, found.low, found.high) == pytest.approx((row.value, row.low, row.high), rel=1e-5)
+            assert round(found.coverage, 4) == row.coverage
+
+
+def test_the_committed_report_is_that_of_the_committed_tables():
+    results = read_results(RESULTS)
+    text = (RESULTS / "RESULTS.md").read_text()
+    assert text == markdown(results, sorted(path.name for path in RESULTS.glob("*.svg")))

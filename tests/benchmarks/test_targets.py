@@ -1,4 +1,4 @@
-"""What the figures are meant to be: who is judged, and when a bound is held."""
+"""The targets: which rows they judge, and when they are held."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_every_target_names_systems_that_are_measured() -> None:
     from benchmarks.grid import SHARED
     from benchmarks.loader import RATIOS as LOADERS
     from benchmarks.pack import RATIOS as PACKERS
-    from benchmarks.speed import RATIOS as TRAINING
+    from benchmarks.training import RATIOS as TRAINING
 
     pairs = {"loader": LOADERS, "pack": PACKERS, "training": TRAINING}
     for target in TARGETS:

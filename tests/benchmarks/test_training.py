@@ -1,28 +1,21 @@
+"""The benchmarks that train: their systems make steps, what is counted, their command lines and their tables."""
+
 import math
 import os
 from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from benchmarks.cold import StillCachedError, cached_share, drop_from_cache, read_into_cache
-from benchmarks.datasets import prepared
-from benchmarks.machine import environment
+from benchmarks.datasets import Job, prepared
+from benchmarks.machine import StillCachedError, cached_share, drop_from_cache, environment, read_into_cache
 from benchmarks.measure import Row, Sample, Series
-from benchmarks.peak import products_of
-from benchmarks.peers.system import Work
-from benchmarks.speed import (
-    IN_FP32,
-    RATIOS,
-    SYSTEMS,
-    _share_of_peak,
-    matrix_products,
-    measure_training,
-    training_text,
-)
+from benchmarks.run import main
 from benchmarks.stalls import _stall, _utilization, agreement, by_engine, measure_stalls, stalls_text, turns
+from benchmarks.tables import read_csv
 from benchmarks.training import (
-    _FORMS,
+    _LOADERS,
     CACHED,
     COLD,
     COLD_DALI,
@@ -30,16 +23,26 @@ from benchmarks.training import (
     DALI,
     FOLDER,
     FP32,
+    IN_FP32,
     MATRIX,
     NATIVE,
+    RATIOS,
     RAW,
     RESIDENT,
+    SYSTEMS,
     TrainingJob,
+    _share_of_peak,
+    matrix_products,
+    measure_training,
     precision_of,
+    products_of,
     set_up,
     system_name,
+    train_models,
+    training_text,
 )
 from shards import ShardSet
+from shards.common.errors import UsageError
 from tests.support.benchdata import in_a_process_of_its_own, write_source
 from train.device import Decision
 
@@ -47,8 +50,8 @@ from train.device import Decision
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
     source = write_source(tmp_path_factory.mktemp("ham"))
-    work = Work(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=32, batch_size=8, copies=2)
-    return TrainingJob(work, "resnet18", "cpu")
+    images = Job(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=32, batch_size=8, copies=2)
+    return TrainingJob(images, "resnet18", "cpu")
 
 
 def stepped(name: str, job: TrainingJob) -> tuple[float, bool, dict[str, float]]:
@@ -102,7 +105,7 @@ def test_a_round_starts_when_what_was_read_ahead_is_used_up(job, monkeypatch):
     while running.once():
         left += 1
     assert not closed  # at the end of the epoch nobody had to wait for that
-    images = len(ShardSet(prepared("shards-cold", job.work) / "set").select("train"))
+    images = len(ShardSet(prepared(_LOADERS[COLD][0], job.images) / "set").select("train"))
     assert left == images // 8 - 2
 
 
@@ -193,21 +196,21 @@ def test_systems_stand_still_while_others_have_their_turn(job, monkeypatch, benc
         return {name: series(10.0, 11.0, wait=0.1) for name in names}, {}
 
     order: list[str] = []
-    fast = {"rounds": 2, "seconds": 1.0, "told": lambda step: None}
+    fast = {"rounds": 2, "seconds": 1.0, "announce": lambda step: None}
     if benchmark == "stalls":
         monkeypatch.setattr("benchmarks.stalls.take_turns", recorded)
         measure_stalls(job, "channels-last", ["jpg", "raw"], environment(""), **fast)
         sources = [name.partition(", ")[2] for name in order]
         assert sources == [COLD, NATIVE, CACHED, RAW, COLD_RAW]
     else:
-        monkeypatch.setattr("benchmarks.speed.take_turns", recorded)
+        monkeypatch.setattr("benchmarks.training.take_turns", recorded)
         measure_training(job, SYSTEMS, environment(""), **fast)
         assert tuple(order[: len(SYSTEMS)]) == SYSTEMS and MATRIX in order
 
 
 def test_no_other_process_has_the_files_mapped_that_are_dropped():
-    cold = [_FORMS[source][0] for source in (COLD, COLD_RAW, COLD_DALI)]
-    warm = [_FORMS[source][0] for source in (NATIVE, RAW, RESIDENT, DALI)]
+    cold = [_LOADERS[source][0].name for source in (COLD, COLD_RAW, COLD_DALI)]
+    warm = [_LOADERS[source][0].name for source in (NATIVE, RAW, RESIDENT, DALI)]
     assert len({*cold}) == len(cold) and not {*cold} & {*warm}
 
 
@@ -255,3 +258,89 @@ def test_the_name_of_a_style_says_its_precision(monkeypatch):
     assert matrix_products(IN_FP32, device) == {"bf16": MATRIX, "fp32": MATRIX + FP32}
     monkeypatch.setattr("train.device.precision", lambda device, choice: Decision("fp32", "a device that has no more"))
     assert matrix_products(IN_FP32, device) == {"fp32": MATRIX}  # one product serves both
+
+
+# ------------------------------------------------------------------ the command lines
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("training", ["--model", "resnet19"], "resnet19"),
+        ("training", ["--only", "nothing"], "eager"),
+        ("grid", ["--model", "resnet19"], "resnet19"),
+        ("grid", ["--fractions", "abc"], "'abc' is not a number"),
+        ("grid", ["--fractions", "1/0"], "'1/0' is not a number"),
+        ("stalls", ["--only", "cached"], "belong together"),
+    ],
+)
+def test_wrong_choices_are_named(command, options, said, tmp_path):
+    found = CliRunner().invoke(main, [command, *options, "--source", str(tmp_path), "--cache", str(tmp_path)])
+    assert isinstance(found.exception, UsageError)
+    assert said in str(found.exception)
+
+
+@pytest.mark.parametrize("command", ["training", "stalls", "utilization", "grid"])
+@pytest.mark.parametrize(("option", "value"), [("--batch-size", "0"), ("--rounds", "4")])
+def test_values_out_of_range_are_refused_before_a_table_is_touched(command, option, value, tmp_path):
+    found = CliRunner().invoke(
+        main, [command, option, value, "--source", str(tmp_path), "--out", str(tmp_path / "out")]
+    )
+    assert found.exit_code == 2 and option in found.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["training", "stalls", "utilization"])
+def test_a_batch_that_the_images_do_not_fill_is_refused_at_once(command, tmp_path):
+    (tmp_path / "ham").mkdir()
+    source = write_source(tmp_path / "ham")
+    options = ["--source", str(source), "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(main, [command, "--quick", "--batch-size", "601", *options])
+    assert isinstance(found.exception, UsageError)
+    assert "--batch-size 601: more than the 600 samples" in str(found.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_are_added_to_the_table_that_is_there(tmp_path):
+    (tmp_path / "ham").mkdir()
+    source = write_source(tmp_path / "ham")
+
+    def run(model: str, value: float, add: bool, px: int = 64, batch_size: int = 2) -> None:
+        def measure(one, machine, *_):
+            size = {"resolution_px": one.images.resolution_px, "batch_size": one.images.batch_size}
+            return [Row("training", "x", "img_per_s", "img/s", value, model=one.model, environment=machine, **size)]
+
+        train_models(
+            "training",
+            measure,
+            1,
+            training_text,
+            False,
+            5,
+            models=(model,),
+            source=source,
+            cache=tmp_path,
+            out=tmp_path,
+            workers=1,
+            resolution=px,
+            batch_size=batch_size,
+            device="cpu",
+            add=add,
+            seconds=1.0,
+        )
+
+    def found() -> dict:
+        return {row.model: row.value for row in read_csv(tmp_path / "training.csv")}
+
+    run("alexnet", 1.0, add=True)  # there is no table yet
+    run("resnet18", 2.0, add=True)
+    assert found() == {"alexnet": 1.0, "resnet18": 2.0}
+    run("alexnet", 3.0, add=True)  # measured again: its old rows go
+    assert found() == {"resnet18": 2.0, "alexnet": 3.0}
+    run("alexnet", 3.0, add=True, batch_size=1)  # each model's own batch size stands beside it
+    text = (tmp_path / "training.md").read_text()
+    assert "| resnet18 | 2 | x |" in text and "| alexnet | 1 | x |" in text
+    with pytest.raises(UsageError, match=r"training\.csv has resnet18 at --resolution 64, not 96"):
+        run("alexnet", 3.0, add=True, px=96)
+    run("resnet34", 4.0, add=False)
+    assert found() == {"resnet34": 4.0}

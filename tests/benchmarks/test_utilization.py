@@ -7,17 +7,26 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.gpu import UNITS, GpuSource
+from benchmarks.datasets import Job
 from benchmarks.machine import environment
 from benchmarks.measure import Row
-from benchmarks.monitor import CoreSource
-from benchmarks.peers.system import Work
-from benchmarks.report import markdown, page, read_results, read_timelines
+from benchmarks.monitor import METRICS, CoreReader, GpuReader
+from benchmarks.report import draw, markdown, read_results, read_timelines, timeline
 from benchmarks.tables import read_csv, write_csv
-from benchmarks.timeline import READINGS, START_UP, TRAINING, Moment, read_timeline, timeline_svg, write_timeline
 from benchmarks.training import TrainingJob
-from benchmarks.utilization import NO_GPU, NOT_READ, measure_utilization, systems, utilization_in_words
-from benchmarks.utilization_page import utilization_text
+from benchmarks.utilization import (
+    NO_GPU,
+    NOT_READ,
+    START_UP,
+    TRAINING,
+    Moment,
+    measure_utilization,
+    read_timeline,
+    systems,
+    utilization_in_words,
+    utilization_text,
+    write_timeline,
+)
 from benchmarks.worker import Running
 from shards.common.errors import DataError
 from tests.benchmarks.test_monitor import STAND_IN, ScriptedDriver
@@ -49,7 +58,7 @@ def pretend(name: str, job: TrainingJob) -> Running:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
     folder = tmp_path_factory.mktemp("work")
-    return TrainingJob(Work(folder, folder), "resnet18", "cpu")
+    return TrainingJob(Job(folder, folder), "resnet18", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +66,22 @@ def machine():
     return replace(environment("test"), gpu="none")
 
 
-def watch(job, machine, source, names=NAMES, rounds=2, seconds=1):
+def watch(job, machine, reader, names=NAMES, rounds=2, seconds=1):
     return measure_utilization(
-        job, names, machine, rounds=rounds, seconds=seconds, told=lambda _: None, source=source, set_up=pretend
+        job, names, machine, rounds=rounds, seconds=seconds, announce=lambda _: None, reader=reader, set_up=pretend
     )
 
 
 @pytest.fixture(scope="module")
 def on_stand_in(job, machine):
     """Rows and readings with the scripted driver in the GPU's place."""
-    return watch(job, replace(machine, gpu=STAND_IN), lambda: GpuSource(nvml=ScriptedDriver()))
+    return watch(job, replace(machine, gpu=STAND_IN), lambda: GpuReader(nvml=ScriptedDriver()))
 
 
 @pytest.fixture(scope="module")
 def on_cores(job, machine):
     """Rows and readings of this machine's cores."""
-    return watch(job, machine, CoreSource)
+    return watch(job, machine, CoreReader)
 
 
 def of(rows, system, metric) -> Row:
@@ -83,7 +92,7 @@ def of(rows, system, metric) -> Row:
 def test_readings_stand_beside_speed_ceiling_and_wait(on_stand_in):
     rows, _ = on_stand_in
     for name in NAMES:
-        for metric in UNITS:
+        for metric in METRICS:
             mean, median, low, high = (
                 of(rows, name, f"{metric} {what}").value for what in ("mean", "median", "min", "max")
             )
@@ -118,7 +127,7 @@ def test_without_a_gpu_its_columns_are_empty_and_it_says_why(on_cores, tmp_path)
     rows, moments = on_cores
     write_csv(tmp_path / "x.csv", rows)
     rows = read_csv(tmp_path / "x.csv")
-    for metric in UNITS:
+    for metric in METRICS:
         row = of(rows, NATIVE, f"{metric} mean")
         assert row.value is None and row.failed == NO_GPU
     cores = {row.metric for row in rows if row.metric.startswith("core_")}
@@ -135,7 +144,7 @@ def test_without_a_gpu_its_columns_are_empty_and_it_says_why(on_cores, tmp_path)
 
 
 def test_a_gpu_beside_a_run_on_the_cpu_is_not_denied(job, machine):
-    rows, _ = watch(job, replace(machine, gpu="some GPU"), CoreSource, (CEILING,), rounds=1)
+    rows, _ = watch(job, replace(machine, gpu="some GPU"), CoreReader, (CEILING,), rounds=1)
     assert of(rows, CEILING, "power_w mean").failed == NOT_READ
     assert NOT_READ in utilization_text(rows) and NO_GPU not in utilization_text(rows)
 
@@ -147,9 +156,9 @@ def test_nvmls_utilization_is_never_the_headline(on_stand_in):
     order = [header.index(title) for title in ("img/s", "cached-batch ceiling", "data wait", "SM busy", "NVML busy")]
     assert order == sorted(order)
     assert "says only that some kernel ran" in text
-    assert set(READINGS) == set(UNITS) and list(READINGS)[-1] == "busy_percent"
-    drawn = timeline_svg("t", moments)
-    assert drawn.index(">SM busy<") < drawn.index(">power<") < drawn.index(">NVML busy<")
+    assert list(METRICS)[-1] == "busy_percent"
+    drawn = [axes.get_ylabel() for axes in timeline([m for m in moments if m.round == 1]).axes]
+    assert drawn.index("SM busy, %") < drawn.index("power, W") < drawn.index("NVML busy, %")
     assert STAND_IN in text and re.search(r"took [\d.]+ to [\d.]+ % of a core", text)
     for line in utilization_in_words(rows):
         assert line.index("img/s") < line.index("waiting for data") < line.index("(NVML)")
@@ -161,7 +170,7 @@ def test_on_a_gpu_both_decoding_loaders_are_watched():
 
 
 def test_a_gpu_that_cannot_tell_something_says_so(job, machine):
-    driver = lambda: GpuSource(nvml=ScriptedDriver(gpm=False, refused={"power"}))  # noqa: E731
+    driver = lambda: GpuReader(nvml=ScriptedDriver(gpm=False, refused={"power"}))  # noqa: E731
     rows, _ = watch(job, replace(machine, gpu=STAND_IN), driver, (CEILING,), rounds=1)
     assert "GPM" in of(rows, CEILING, "sm_percent mean").failed
     assert "Not Supported" in of(rows, CEILING, "power_w mean").failed
@@ -170,7 +179,7 @@ def test_a_gpu_that_cannot_tell_something_says_so(job, machine):
 
 
 def test_what_fails_is_in_the_table_with_its_reason(job, machine):
-    lost = lambda: GpuSource(nvml=ScriptedDriver(lost_after=40))  # noqa: E731
+    lost = lambda: GpuReader(nvml=ScriptedDriver(lost_after=40))  # noqa: E731
     names = (CEILING, "broken, native loader")
     rows, moments = watch(job, replace(machine, gpu=STAND_IN), lost, names, rounds=1)
     assert of(rows, CEILING, "img_per_s").value, "training goes on without its readings"
@@ -207,23 +216,23 @@ def test_a_damaged_timeline_is_named(tmp_path, text):
         read_timeline(tmp_path / "t.csv")
 
 
-def test_the_picture_draws_values_at_their_place():
-    values = ((-1.0, 80.0), (0.0, 0.0), (1.5, 50.0), (3.0, 100.0))
+def test_a_timeline_draws_values_at_their_time():
+    values = ((-2.0, 10.0), (-1.0, 80.0), (0.0, 0.0), (1.5, 50.0), (3.0, 100.0))
     moments = [
-        Moment("m", system, 1, START_UP if at < 0 else TRAINING, "<d>", at, {"sm_percent": v, "power_w": 2 * v})
+        Moment("m", system, 1, START_UP if at < 0 else TRAINING, "d", at, {"sm_percent": v, "power_w": 2 * v})
         for system in ("a, x", "b, y")
         for at, v in values
     ]
-    svg = timeline_svg("t", moments)
-    lines = re.findall(r'<polyline class="bar c0" points="([^"]*)"', svg)
-    assert len(lines) == 4, "a lane a metric, a column a system"
-    for line in lines:
-        (x0, low), (x1, half), (x2, high) = (map(float, point.split(",")) for point in line.split())
-        assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
-        assert low - half == pytest.approx(half - high, abs=0.2) and low - high == pytest.approx(40, abs=0.2)
-    assert svg.count(">start-up<") == svg.count(">training, counted<") == 2
-    assert svg.count(">mean 50.0 %<") == 2 and ">200 W<" in svg
-    assert "&lt;d&gt;" in svg and "<d>" not in svg
+    panels = timeline(moments).axes
+    assert len(panels) == 4, "a row per reading, a column per system"
+    for axes, scale in zip(panels, (1, 1, 2, 2), strict=True):
+        start_up, training, _ = axes.lines
+        assert list(start_up.get_xydata().flat) == [-1.0, 80.0 * scale]  # at most a third of the training after it
+        assert list(training.get_xydata().flat) == [0.0, 0.0, 1.5, 50.0 * scale, 3.0, 100.0 * scale]
+        assert axes.get_title(loc="right") == f"mean {50 * scale}{'.0 %' if scale == 1 else ' W'}"
+    assert panels[0].get_ylim() == (0, 100) and panels[2].get_ylim() == panels[3].get_ylim()
+    with pytest.raises(ValueError, match="no readings"):
+        timeline([])
 
 
 def test_the_report_shows_summary_and_timeline(on_stand_in, tmp_path):
@@ -233,7 +242,8 @@ def test_the_report_shows_summary_and_timeline(on_stand_in, tmp_path):
         read_timelines(tmp_path)
     write_timeline(tmp_path / "utilization-quick-timeline.csv", moments)
     results = read_results(tmp_path)
-    assert "## Utilization" in markdown(results)
-    html = page(results, read_timelines(tmp_path))
-    assert html.count("<svg") == 1 + 2, "the bars, and a timeline for each of two rounds"
-    assert STAND_IN in html and "<script" not in html
+    charts = draw(results, read_timelines(tmp_path))
+    assert set(charts) == {"utilization.svg", "utilization-resnet18.svg"}
+    text = markdown(results, charts)
+    assert "## Utilization" in text and all(f"({name})" in text for name in charts)
+    assert STAND_IN.encode() in charts["utilization-resnet18.svg"]

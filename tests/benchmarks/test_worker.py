@@ -1,5 +1,6 @@
 """The process that each system of a benchmark lives in: rounds, failures, and turns."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import benchmarks.worker
@@ -47,13 +49,10 @@ def sick(name: str, job: object) -> Running:
 def living() -> list[tuple[int, int]]:
     """Processes that are not zombies, each with its group."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state != "Z":
-            found.append((int(stat.parent.name), int(group)))
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append((process.pid, os.getpgid(process.pid)))
     return found
 
 
@@ -158,7 +157,7 @@ time.sleep(600)
         try:
             assert parent.stdout is not None
             pid = int(parent.stdout.readline())
-            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
                 assert time.monotonic() < end
                 time.sleep(0.01)
         finally:
@@ -191,7 +190,7 @@ def test_a_first_round_of_all_systems_warms_up_and_is_thrown_away(tmp_path):
     def run(**warmup: int) -> tuple[list[float], list[str]]:
         steps = []
         series, _ = take_turns(
-            warming, ["one", "two"], None, tmp_path, rounds=2, seconds=1e-9, told=steps.append, **warmup
+            warming, ["one", "two"], None, tmp_path, rounds=2, seconds=1e-9, announce=steps.append, **warmup
         )
         assert [s.count for s in series["one"].samples] == [s.count for s in series["two"].samples]
         return [sample.count for sample in series["one"].samples], steps
@@ -223,7 +222,7 @@ def test_systems_are_set_up_beside_each_other_where_that_is_asked_for(tmp_path):
         steps: list[str] = []
         job = (folder, limit_s)
         series, about = take_turns(
-            meeting, ["b", "a", "c"], job, tmp_path, rounds=1, seconds=1e-9, told=steps.append, at_once=at_once
+            meeting, ["b", "a", "c"], job, tmp_path, rounds=1, seconds=1e-9, announce=steps.append, at_once=at_once
         )
         assert steps[:3] == ["set up b", "set up a", "set up c"]
         assert all(len(s.samples) == 1 for s in series.values() if not s.failed)
@@ -249,13 +248,15 @@ def preparing(name: str, job: object) -> Running:
 
 
 def test_what_others_use_is_counted_from_where_the_round_begins(tmp_path):
-    series, _ = take_turns(preparing, ["one"], None, tmp_path, rounds=1, seconds=1e-9, told=lambda step: None, warmup=0)
+    series, _ = take_turns(
+        preparing, ["one"], None, tmp_path, rounds=1, seconds=1e-9, announce=lambda step: None, warmup=0
+    )
     assert series["one"].samples[0].other_cpu == 0.25
 
 
 def test_turns_go_on_without_the_one_that_cannot_start(tmp_path):
     series, about = take_turns(
-        sick, ["cannot start", "fine"], None, tmp_path, rounds=3, seconds=0.01, told=lambda step: None
+        sick, ["cannot start", "fine"], None, tmp_path, rounds=3, seconds=0.01, announce=lambda step: None
     )
     assert series["cannot start"] == Series(failed="OSError: no such format")
     assert len(series["fine"].samples) == 3

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.peers.pytorch import need
-from benchmarks.peers.system import MissingPeerError, Work
+from benchmarks.datasets import Job
+from benchmarks.peers.system import MissingPeerError, need
 from benchmarks.worker import start_server
 from shards.format import CLASSES
 
@@ -28,19 +28,19 @@ def skip_without(packages: tuple[str, ...]) -> None:
         pytest.skip(str(error))
 
 
-def small_job(make: pytest.TempPathFactory) -> Work:
+def small_job(make: pytest.TempPathFactory) -> Job:
     """A loading job on `write_source`'s pictures, packed to 160 px, batches of 8 at 64 px."""
-    return Work(write_source(make.mktemp("ham")), make.mktemp("bench"), 160, 64, batch_size=8, copies=2)
+    return Job(write_source(make.mktemp("ham")), make.mktemp("bench"), 160, 64, batch_size=8, copies=2)
 
 
 def in_a_process_of_its_own(do: Callable[..., T], *arguments: Any) -> T:
-    """What `do` returns there: who forks may hang in a process where other tests have left threads."""
+    """What `do` returns there. A fork may hang in a process where other tests have left threads."""
     with ProcessPoolExecutor(1, mp_context=start_server()) as pool:
         return pool.submit(_as_a_worker_does, multiprocessing.get_start_method(), do, *arguments).result(timeout=120)
 
 
 def _as_a_worker_does(start_method: str, do: Callable[..., T], *arguments: Any) -> T:
-    """`do` with this process's own workers started as Python starts them by default (benchmarks/worker.py)."""
+    """`do` with workers that start as Python starts them by default (benchmarks/worker.py)."""
     multiprocessing.set_start_method(start_method, force=True)
     return do(*arguments)
 

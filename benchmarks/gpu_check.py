@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def attempt(check: "Check", context: "Context", evidence: Evidence) -> None:
     """Run one check, and keep what it found; or why it is not run, if the check that it needs did not pass."""
     if check.needs and check.needs not in context.numbers:
-        evidence.leave_out(check.name, f"{check.needs}: did not pass, and without it this check could end the process")
+        evidence.leave_out(check.name, f"it needs `{check.needs}`, which did not pass")
     elif (numbers := evidence.check(check.name, lambda: check.run(context))) is not None:
         context.numbers[check.name] = numbers
 

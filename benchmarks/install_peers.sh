@@ -31,7 +31,7 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c co
 "${pip[@]}" "mosaicml-streaming>=0.11" "litdata>=0.2.50" "spdl>=0.1.6"
 # FFCV asks for opencv-python, which overwrites the cv2 of opencv-python-headless: its other needs are installed by
 # name and FFCV itself without its list. `--no-build-isolation`: its setup.py needs distutils as setuptools brings it.
-"${pip[@]}" terminaltables pytorch_pfn_extras fastargs assertpy tqdm psutil numba
+"${pip[@]}" terminaltables pytorch_pfn_extras fastargs assertpy tqdm numba
 "${pip[@]}" --no-build-isolation --no-deps "ffcv>=1.0.2"
 "$venv/bin/python" - <<'CHECK'
 import importlib

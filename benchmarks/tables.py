@@ -146,8 +146,8 @@ def busy_text(rows: Sequence[Row]) -> str:
         return ""
     typical, most = shares[len(shares) // 2], shares[-1]
     return (
-        f"Other processes used {100 * typical:.0f} % of the machine's CPU time meanwhile (median over the systems; "
-        f"at most {100 * most:.0f} %): absolute figures fall with it, ratios within a round far less.\n"
+        f"Other processes used {100 * typical:.0f} % of the machine's CPU time (median over the systems; at most "
+        f"{100 * most:.0f} %). That lowers absolute figures; ratios within a round change far less.\n"
     )
 
 

@@ -41,11 +41,12 @@ def run(config: Config, out: Path, resume: bool) -> int:
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
     with cli.importing():
-        from train.console import Silent, Terminal
+        from shards.common.progress import Progress
+        from train.console import Silent
         from train.distributed import world
         from train.loop import Stopped, train_once
 
-    with world(config.device) as here, Terminal() as terminal:
+    with world(config.device) as here, Progress("start", lines=False, transient=True) as display:
         try:
             train_once(
                 config,
@@ -53,12 +54,12 @@ def run(config: Config, out: Path, resume: bool) -> int:
                 resume=resume or here.restart > 0,
                 world=here,
                 stop=lambda: bool(stopping),
-                console=terminal if here.first else Silent(),
+                console=display if here.first else Silent(),
                 started=_STARTED,
             )
         except Stopped as error:
             if here.first:
-                terminal.say(str(error))
+                display.say(str(error))
             return error.exit_code
     return 0
 

@@ -1,9 +1,9 @@
-"""A local web page: drop an image in, see its probabilities, where the evidence lies, and similar training lesions.
+"""A local web page: drop an image to see its probabilities, a map of the evidence, and similar training lesions.
 
 python -m train.serve --run runs/resnet18_f1_s0_u0        # then open http://127.0.0.1:7860
 
-Only this machine can reach the page. An upload is deleted as soon as it has been judged. Research software, not a
-medical device.
+Only this machine can open the page. An uploaded file is deleted as soon as its results are shown. Research software,
+not a medical device.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,7 +26,7 @@ from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError
 
 if TYPE_CHECKING:
-    from train.inference.worker import Opinion
+    from train.inference.worker import Answer
 
 HOST = "127.0.0.1"
 _STARTED = time.perf_counter()
@@ -41,12 +41,12 @@ _STARTED = time.perf_counter()
 @click.option("--max-upload-mb", default=20, type=click.IntRange(1, 300), help="Larger files are refused.")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 def main(folder: Path, data: Path | None, port: int, max_upload_mb: int, device: str) -> int:
-    """Serve a web page on this machine that judges images. Research software, not a medical device.
+    """Serve a web page on this machine that predicts images. Research software, not a medical device.
 
-    The first start computes the features of the training lesions in the background and keeps them in the run folder.
+    The first start computes the features of the training lesions in the background and saves them in the run folder.
     """
     _check_port(port)
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, _exit)
     with tempfile.TemporaryDirectory(prefix="dermscale-uploads-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), HOST)))
@@ -55,19 +55,21 @@ def main(folder: Path, data: Path | None, port: int, max_upload_mb: int, device:
 
 
 def serve(folder: Path, data: Path | None, port: int, max_upload_mb: int, device: str) -> None:
-    """Serve until Ctrl-C. Raises DermscaleError where the run cannot be loaded."""
-    from train.inference import worker as consult
-    from train.inference.notice import NOTICE
+    """Serve until Ctrl-C. Raises DermscaleError if the run cannot be loaded."""
+    from train.inference import worker
 
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
-        starting = worker.submit(consult.start, folder, data, device)
-        page, style = _import_page()  # while the worker imports torch
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        starting = process.submit(worker.start, folder, data, device)
+        _import_gradio()  # while the other process imports torch
+        from train.inference import page
+        from train.inference.output import NOTICE
+
         try:
-            started = starting.result()
+            run = starting.result()
         except BrokenExecutor:
-            raise DermscaleError("the process of the model ended while it was loading; is the memory full?") from None
+            raise DermscaleError("the model process ended while it loaded the run; is the memory full?") from None
         try:
-            blocks = page(partial(ask, worker), started, NOTICE)
+            blocks = page.build(partial(ask, process), run)
             blocks.queue(max_size=20).launch(
                 server_name=HOST,
                 server_port=port,
@@ -79,61 +81,58 @@ def serve(folder: Path, data: Path | None, port: int, max_upload_mb: int, device
                 run_history=False,
                 ssr_mode=False,
                 enable_monitoring=False,
-                css=style(),
+                css=page.STYLE,
             )
-            with contextlib.suppress(KeyboardInterrupt):  # from the line on that says what Ctrl-C does
+            with contextlib.suppress(KeyboardInterrupt):  # from the line on that tells the user to press Ctrl-C
                 click.echo(NOTICE, err=True)
                 seconds = time.perf_counter() - _STARTED
-                click.echo(f"http://{HOST}:{port} is ready after {seconds:.1f} s; Ctrl-C ends it")
+                click.echo(f"http://{HOST}:{port} is ready after {seconds:.1f} s; press Ctrl-C to stop")
                 sys.stdout.flush()
                 threading.Event().wait()
             blocks.close(verbose=False)
         finally:
             with contextlib.suppress(BrokenExecutor):
-                worker.submit(consult.stop)
+                process.submit(worker.stop)
 
 
-def ask(worker: ProcessPoolExecutor, image: bytes) -> "Opinion | str":
-    """The model's opinion on an image file, or the reason why there is none."""
+def ask(process: ProcessPoolExecutor, image: bytes) -> "Answer | str":
+    """The results for an image file, or the reason why there are none. It goes on after the name of the file."""
     from shards.encode import BadImageError
-    from train.inference import worker as consult
+    from train.inference import worker
 
     try:
-        return worker.submit(consult.answer, image).result()
+        return process.submit(worker.answer, image).result()
     except BadImageError as error:
         return str(error)
     except MemoryError:
-        return "does not fit into the memory"
+        return "does not fit into memory"
     except DermscaleError as error:
-        return f"could not be judged: {error}"
+        return f"could not be predicted: {error}"
     except BrokenExecutor:
-        return "could not be judged: the process of the model has ended; start the page again"
+        return "could not be predicted: the model process has ended; start train.serve again"
 
 
-def _import_page() -> tuple[Any, Any]:
-    """The functions of the Gradio page, with Gradio imported. Raises DermscaleError where it is not installed."""
+def _import_gradio() -> None:
+    """Import Gradio. Raises DermscaleError if it is not installed."""
     try:
         with cli.importing():
             import gradio  # noqa: F401
     except ModuleNotFoundError as error:
         raise DermscaleError(f"{error.name} is not installed: pip install 'dermscale[serve]'") from None
-    from train.inference.page import build, style
-
-    return build, style
 
 
-def _end(number: int, frame: object) -> None:
+def _exit(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
 def _check_port(port: int) -> None:
-    """Raise UsageError where another program listens on the port."""
+    """Raise UsageError if another program listens on the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UsageError(f"--port {port} cannot be had ({error.strerror}): choose another") from None
+            raise UsageError(f"--port {port} cannot be used ({error.strerror}): choose another") from None
 
 
 if __name__ == "__main__":

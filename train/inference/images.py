@@ -1,4 +1,4 @@
-"""Foreign image files → upright RGB pixels, or the reason why not. Prediction is given anything."""
+"""Image files of any origin → upright RGB pixels, or the reason why a file is refused."""
 
 import io
 import struct
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-"""What is taken out of a folder; a file that is named itself is judged by its content."""
+"""Endings of the files that are taken from a folder. Of a file that is named itself, only the content counts."""
 
 MOST_BYTES = 3 * MOST_PIXELS
-"""Refused above this, unread: no file of so many pixels needs more."""
+"""A larger file is refused unread: no image of MOST_PIXELS needs more."""
 
 _LIMIT = f"{MOST_PIXELS // 1_000_000} megapixels"
-_FORMATS = ("PNG", "TIFF", "BMP", "WEBP")  # beside JPEG, which goes through the packer's own decoder
+_FORMATS = ("PNG", "TIFF", "BMP", "WEBP")  # JPEG goes through the packer's own decoder
 _ORIENTATION = 0x0112
 _DAMAGE = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, RuntimeError, EOFError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """pixels: (H, W, 3) uint8 RGB, upright. packed: it came out of a shard set, so it has been encoded already."""
+    """pixels: (H, W, 3) uint8 RGB, upright. packed: the file is from a shard set, so it need not be packed again."""
 
     pixels: np.ndarray
     packed: bool = False
 
 
 def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """The files of `paths` in their order, folders replaced by what lies in and below them, sorted by name.
+    """The files in `paths`, in order. A folder stands for the files in it and below it, sorted by name.
 
-    Returns (images, left out): of a folder, only files with one of SUFFIXES are taken, and hidden ones are passed over
-    in silence; everything that was named itself is taken, even what does not exist.
+    Returns (images, left out). From a folder, files with one of SUFFIXES are taken; all others are left out, and hidden
+    ones are not listed. Every path that is not a folder is taken, even if it does not exist.
     """
     images: list[Path] = []
     left_out: list[Path] = []
@@ -57,7 +57,7 @@ def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def read_image(path: Path) -> Picture:
-    """Read one file. Raises BadImageError with the reason, whatever is wrong with it."""
+    """Read one file. Raises BadImageError with the reason if anything is wrong with it."""
     try:
         if not path.exists():
             raise BadImageError("does not exist")
@@ -74,9 +74,9 @@ def read_image(path: Path) -> Picture:
 def open_image(data: bytes) -> Picture:
     """Decode the bytes of a JPEG, PNG, TIFF, BMP or WebP file. Raises BadImageError with the reason.
 
-    JPEG goes through the packer's strict decoder. EXIF orientations are carried out. Grey becomes three equal channels
-    and of 16 bits the upper eight are kept; CMYK, Lab, 32-bit and floating-point pixels, transparency and files of
-    several images are refused, for what they should look like is not in the file.
+    JPEG goes through the packer's strict decoder. EXIF orientations are applied. Grey becomes three equal channels, and
+    16-bit values keep their upper eight bits. CMYK, Lab, 32-bit and floating-point pixels, transparency and files with
+    several images are refused, because the file does not define their RGB colours.
     """
     if data[:2] == b"\xff\xd8":
         return Picture(decode_upright(data), has_restart_table(data))
@@ -90,12 +90,12 @@ def open_image(data: bytes) -> Picture:
             if width * height > MOST_PIXELS:
                 raise BadImageError(f"claims {width} × {height} px, above the limit of {_LIMIT}")
             if (frames := getattr(image, "n_frames", 1)) > 1:
-                raise BadImageError(f"holds {frames} images; save the one that is meant as a file of its own")
+                raise BadImageError(f"holds {frames} images; save one of them as a file of its own")
             image.load()
             pixels = _to_rgb(image)
             orientation = image.getexif().get(_ORIENTATION, 1)
     except UnidentifiedImageError:
-        raise BadImageError(f"is no image that can be read (JPEG, {', '.join(_FORMATS)})") from None
+        raise BadImageError(f"is not an image of a known format (JPEG, {', '.join(_FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImageError(f"claims a size far above the limit of {_LIMIT}") from None
     except (*_DAMAGE, struct.error, zlib.error) as error:
@@ -105,7 +105,7 @@ def open_image(data: bytes) -> Picture:
 
 
 def _to_rgb(image: "Image") -> np.ndarray:
-    """(H, W, 3) uint8 of a loaded image. Raises BadImageError for a kind of pixel that has no sure reading as RGB."""
+    """(H, W, 3) uint8 of a loaded image. Raises BadImageError for pixels without a defined RGB colour."""
     mode = image.mode
     if mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")

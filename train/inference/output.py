@@ -1,4 +1,4 @@
-"""Predictions as people and programs read them: lines, CSV, JSON, and the submission of ISIC 2018 Task 3."""
+"""Predictions as text: lines for people, CSV, JSON, and the submission format of ISIC 2018 Task 3."""
 
 import csv
 import io
@@ -11,118 +11,125 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shards.common.errors import UsageError
-from train.inference.notice import NOTICE
 
 if TYPE_CHECKING:
     from train.inference.predictor import About
 
+NOTICE = "Research software, not a medical device. Do not use it to diagnose or treat anyone."
+"""Shown with every prediction."""
+
 ISIC_COLUMNS = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
-"""The classes in the order of the challenge's submissions and of its scorer, isic-challenge-scoring."""
+"""The classes in the order that the challenge's scorer, isic-challenge-scoring, demands."""
+
+PRIORS = {
+    "balanced": "all classes are equally frequent",
+    "training": "classes are as frequent as in the training images",
+}
+"""What probabilities assume, by the name of their prior."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One image that could be judged. shares: (classes,) probabilities. explanation: the file with the map, or None."""
+class Prediction:
+    """One image. probabilities: (classes,) float64. explanation: the PNG file of `--explain`, or None."""
 
     file: Path
-    shares: np.ndarray
+    probabilities: np.ndarray
     explanation: Path | None = None
 
     @property
     def name(self) -> str:
-        """The image's name: its file's, without the ending."""
+        """The name of the file without its ending."""
         return self.file.stem
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """One file that could not be judged, and why."""
+    """One file that cannot be used. reason: goes on after the name of the file, e.g. `is empty`."""
 
     file: Path
     reason: str
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """All of one call. prior: the one that the probabilities are for. flips: whether mirrorings were averaged."""
+class Results:
+    """The results of one command. prior: that of the probabilities. flips: whether mirror images were averaged."""
 
     about: "About"
     run: Path
     prior: str
     flips: bool
-    answers: Sequence[Answer]
+    predictions: Sequence[Prediction]
     refused: Sequence[Refused]
 
 
-def as_lines(found: Predictions) -> str:
-    """The three likeliest classes of each image, for people."""
-    classes = found.about.classes
-    width = max((len(str(one.file)) for one in found.answers), default=0)
+def as_lines(results: Results) -> str:
+    """The three most likely classes of each image, for people."""
+    about = results.about
+    width = max((len(str(one.file)) for one in results.predictions), default=0)
     lines = []
-    for one in found.answers:
-        best = np.argsort(-one.shares, kind="stable")[:3]
-        shown = "  ".join(f"{classes[c]:5s} {100 * one.shares[c]:5.1f} %" for c in best)
+    for one in results.predictions:
+        best = np.argsort(-one.probabilities, kind="stable")[:3]
+        shown = "  ".join(f"{about.classes[c]:5s} {100 * one.probabilities[c]:5.1f} %" for c in best)
         lines.append(f"{one.file!s:{width}s}  {shown}")
-    prior = {"balanced": "as if all classes were equally frequent", "training": "as frequent as in training"}
-    scaled = f"divided by a temperature of {found.about.temperature:.3g}"
-    if found.about.temperature == 1:
-        scaled = "not temperature-scaled, for the run's validation images could not tell a temperature"
-    lines.append(f"probabilities for classes {prior[found.prior]} ({found.prior} prior); logits {scaled}")
+    scaled = f"The logits were divided by a temperature of {about.temperature:.3g}."
+    if about.temperature == 1:
+        scaled = "There is no temperature scaling: the run's validation images did not determine a temperature."
+    lines.append(f"The probabilities assume that {PRIORS[results.prior]} ({results.prior} prior). {scaled}")
     return "\n".join(lines) + "\n"
 
 
-def as_csv(found: Predictions) -> str:
-    """One row an image: image, file, prediction, prior, temperature, `prob_<dx>` for each class."""
-    about = found.about
+def as_csv(results: Results) -> str:
+    """One row per image: image, file, prediction, prior, temperature, and `prob_<dx>` for each class."""
+    about = results.about
     head = ["image", "file", "prediction", "prior", "temperature", *(f"prob_{dx}" for dx in about.classes)]
     rows = []
-    for one in found.answers:
-        said = about.classes[int(one.shares.argmax())]
-        row = [one.name, one.file, said, found.prior, f"{about.temperature:.6g}"]
-        rows.append(row + [f"{share:.6f}" for share in one.shares])
+    for one in results.predictions:
+        likeliest = about.classes[int(one.probabilities.argmax())]
+        row = [one.name, one.file, likeliest, results.prior, f"{about.temperature:.6g}"]
+        rows.append(row + [f"{p:.6f}" for p in one.probabilities])
     return _csv(head, rows)
 
 
-def as_json(found: Predictions) -> str:
-    """Everything, with what was refused."""
-    about = found.about
+def as_json(results: Results) -> str:
+    """All predictions and settings, and the refused files."""
+    about = results.about
     images = [
         {
             "image": one.name,
             "file": str(one.file),
-            "prediction": about.classes[int(one.shares.argmax())],
-            "probabilities": {dx: round(float(p), 6) for dx, p in zip(about.classes, one.shares, strict=True)},
+            "prediction": about.classes[int(one.probabilities.argmax())],
+            "probabilities": {dx: round(float(p), 6) for dx, p in zip(about.classes, one.probabilities, strict=True)},
             "explanation": str(one.explanation) if one.explanation else None,
         }
-        for one in found.answers
+        for one in results.predictions
     ]
-    whole = {
+    content = {
         "notice": NOTICE,
-        "run": str(found.run),
+        "run": str(results.run),
         "model": about.model,
         "resolution_px": about.resolution,
-        "prior": found.prior,
+        "prior": results.prior,
         "temperature": about.temperature,
-        "flips": found.flips,
+        "flips": results.flips,
         "images": images,
-        "refused": [{"file": str(one.file), "reason": one.reason} for one in found.refused],
+        "refused": [{"file": str(one.file), "reason": one.reason} for one in results.refused],
     }
-    return json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_names(files: Sequence[Path]) -> None:
-    """Raise UsageError where two files have one name, which the challenge's scorer refuses."""
+    """Raise UsageError if two files have the same name, which the challenge's scorer refuses."""
     seen: dict[str, Path] = {}
     for file in files:
         if file.stem in seen:
-            raise UsageError(f"--isic: {seen[file.stem]} and {file} are both named {file.stem}; leave one out")
+            raise UsageError(f"--isic: {seen[file.stem]} and {file} are both named {file.stem}; remove or rename one")
         seen[file.stem] = file
 
 
-def as_isic(found: Predictions) -> str:
-    """The submission of ISIC 2018 Task 3: `image,MEL,NV,BCC,AKIEC,BKL,DF,VASC`, values of 0 to 1."""
-    order = [found.about.classes.index(column.lower()) for column in ISIC_COLUMNS]
-    rows = [[one.name, *(f"{one.shares[c]:.6f}" for c in order)] for one in found.answers]
+def as_isic(results: Results) -> str:
+    """The submission of ISIC 2018 Task 3: `image,MEL,NV,BCC,AKIEC,BKL,DF,VASC`, values from 0 to 1."""
+    order = [results.about.classes.index(column.lower()) for column in ISIC_COLUMNS]
+    rows = [[one.name, *(f"{one.probabilities[c]:.6f}" for c in order)] for one in results.predictions]
     return _csv(["image", *ISIC_COLUMNS], rows)
 
 

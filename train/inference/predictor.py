@@ -1,44 +1,55 @@
-"""A trained run, ready to judge foreign images the way its evaluation judged the test split.
+"""A trained run that predicts new images exactly as its evaluation predicted the test split.
 
     predictor = Predictor(Path("runs/x"))
     prepared = predictor.prepare(read_image(Path("mole.jpg")), "mole")
     predictor.probabilities(predictor.logits(prepared.square[None]))    # (1, 7)
 
-Only the run's model.safetensors is read: it names its model, the packer's settings, its prior and temperature.
+`predict_files` does this for many files, in batches, with threads that read ahead. Of the run folder only
+model.safetensors is read: it names the model, the packer's settings, the prior and the temperature.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
 import torch
 
 from shards.common.errors import DataError, UsageError
+from shards.common.files import write_durably
+from shards.common.machine import available_cores
+from shards.common.readahead import read_ahead
 from shards.decode import decode_whole
 from shards.encode import BadImageError, encode_pixels
 from shards.engines.resample import Resampler
 from shards.format import EncodeSpec
 from shards.plan import Augment, evaluation_plan
 from train import device as devices
-from train.inference.images import Picture
+from train.inference.images import Picture, read_image
+from train.inference.output import Prediction, Refused
 from train.inference.resnet import LAYERS, ResNet
 from train.metrics.calibration import at_prior, check_prior, softmax
 from train.record import CONFIG, RESULT, WEIGHTS
 from train.weights import read_weights
 
 if TYPE_CHECKING:
+    from train.inference.explain import Explainer
     from train.models import Classifier
 
 
 @dataclass(frozen=True)
 class About:
-    """What model.safetensors says of itself.
+    """The description in model.safetensors.
 
-    resolution: px a side. mean, std: RGB, 0 to 1. encode, eval_crop: how images were packed and are cut. prior: which
-    one the logits stand for. temperature: what they are divided by. class_counts: training images of each class.
+    resolution: side of the images in px. mean, std: RGB, 0 to 1. encode: how images were packed. eval_crop: share of
+    the image that is cropped. prior: that of the logits. temperature: the divisor of the logits. class_counts: training
+    images of each class.
     """
 
     model: str
@@ -55,10 +66,10 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One image as the model sees it.
+    """One image, ready for the model.
 
-    packed: (h, w, 3) uint8 RGB, after the packer's round trip. box: y, x, height, width of what is cut out of it.
-    square: (S, S, 3) uint8, the cut, resized.
+    packed: (h, w, 3) uint8 RGB, encoded as by the packer and decoded again. box: y, x, height, width of the crop.
+    square: (S, S, 3) uint8, the crop, resized.
     """
 
     packed: np.ndarray
@@ -67,7 +78,7 @@ class Prepared:
 
 
 def read_about(run: Path) -> About:
-    """The description in a run folder's weights. Raises DataError where there are none, or none of a finished run."""
+    """The description in a run folder's weights. Raises DataError if they are missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     path = run / WEIGHTS
@@ -92,23 +103,23 @@ def read_about(run: Path) -> About:
             class_counts=tuple(json.loads(raw["training_images_per_class"])),
         )
     except KeyError as error:
-        raise DataError(f"{path}: does not say its {error.args[0]}; train the run again with this release") from None
+        raise DataError(f"{path}: lacks its {error.args[0]}; train the run again with this release") from None
     except (TypeError, ValueError, UsageError) as error:
         raise DataError(f"{path}: its description is damaged ({error})") from None
 
 
 def _why_without_weights(run: Path) -> str:
-    """Why a folder holds no weights, and what to do."""
+    """Why a folder holds no weights, and what the user can do."""
     if (run / RESULT).is_file():
         return (
-            "this finished run has no weights any more (a grid with `--keep results` keeps none); to have them, delete "
-            "this folder and train it anew, with the same train.run or, a grid's cell, with its grid and --keep weights"
+            "the weights of this finished run were deleted (as a grid does with `--keep results`); to get them, delete "
+            "this folder and train again: with train.run, or with train.grid and --keep weights if it is a grid's cell"
         )
-    return "this run is not finished; go on with --resume" if (run / CONFIG).is_file() else "not a run folder"
+    return "this run is not finished; continue it with --resume" if (run / CONFIG).is_file() else "not a run folder"
 
 
 def load_network(run: Path, about: About) -> "Classifier":
-    """The network on the CPU, channels-last, in evaluation mode. Raises DataError where the weights do not fit."""
+    """The network on the CPU, channels-last, in evaluation mode. Raises DataError if the weights do not fit."""
     from train import models
     from train.head import InputHead
 
@@ -126,10 +137,10 @@ def load_network(run: Path, about: About) -> "Classifier":
 
 
 class Predictor:
-    """Images → logits → probabilities. `prepare` may be called from many threads, the others from one at a time."""
+    """Images → logits → probabilities. `prepare` may run in many threads, all other methods in one at a time."""
 
     def __init__(self, run: Path, device: str = "auto") -> None:
-        """Load the run. Turns OpenCV's own threads off, process-wide. Raises DataError or UsageError."""
+        """Load the run. Switches off OpenCV's own threads in this process. Raises DataError or UsageError."""
         self.about = read_about(run)
         self.device = devices.choose(device)
         devices.prepare(self.device)
@@ -139,10 +150,10 @@ class Predictor:
         self._colour = torch.eye(3, 4, device=self.device)[None]
 
     def prepare(self, picture: Picture, name: str) -> Prepared:
-        """Pack an image as the run's shard set was packed, and cut it as evaluation does.
+        """Pack an image as the run's shard set was packed, and crop it as evaluation does.
 
-        name: the image's; with `proportion` the packer chooses by it. What has been packed before is taken as it is.
-        Raises MemoryError or BadImageError where there is no memory for it.
+        name: that of the image; in the write mode `proportion` the packer chooses the encoding by it. An image that
+        was packed before is not packed again. Raises MemoryError or BadImageError if there is not enough memory.
         """
         spec, packed = self.about.encode, picture.pixels
         try:
@@ -150,7 +161,7 @@ class Predictor:
                 encoded = encode_pixels(packed, name, spec)
                 packed = decode_whole(memoryview(encoded.payload), encoded.encoding, encoded.height, encoded.width)
             return self.cut(packed)
-        except cv2.error as error:  # what OpenCV raises in the place of a MemoryError
+        except cv2.error as error:  # OpenCV raises this instead of a MemoryError
             raise BadImageError(f"cannot be packed (OpenCV: {error.err})") from None
 
     def cut(self, packed: np.ndarray) -> Prepared:
@@ -164,21 +175,21 @@ class Predictor:
         return Prepared(packed, (y, x, h, w), square)
 
     def inputs(self, squares: np.ndarray) -> torch.Tensor:
-        """(N, S, S, 3) uint8 → what the network's body is given: (N, 3, S, S) float32 on the device."""
+        """(N, S, S, 3) uint8 → the input of the network's body: (N, 3, S, S) float32 on the device."""
         images = torch.from_numpy(squares).to(self.device).permute(0, 3, 1, 2)
         return self.net.head(images, self._colour.expand(len(squares), 3, 4))
 
     def logits(self, squares: np.ndarray, flips: bool = False) -> np.ndarray:
-        """(N, S, S, 3) uint8 → (N, classes) float64; with `flips`, the mean over the image and its three mirrorings."""
+        """(N, S, S, 3) uint8 → (N, classes) float64; with `flips`, the mean over four mirrored views."""
         with torch.inference_mode():
             x = self.inputs(squares)
             views = [x, x.flip(3), x.flip(2), x.flip(2, 3)] if flips else [x]
             return torch.stack([self.net.body(view).double() for view in views]).mean(0).cpu().numpy()
 
     def features(self, squares: np.ndarray) -> np.ndarray:
-        """(N, S, S, 3) uint8 → (N, F) float32: what the classifier of the network is given."""
+        """(N, S, S, 3) uint8 → (N, F) float32: the input of the network's last layer."""
         with torch.inference_mode():
-            x, body = self.inputs(squares), _any(self.net.body)
+            x, body = self.inputs(squares), cast(Any, self.net.body)
             if hasattr(body, "forward_head"):
                 found = body.forward_head(body.forward_features(x), pre_logits=True)
             else:  # torchvision's AlexNet
@@ -186,9 +197,9 @@ class Predictor:
             return found.float().flatten(1).cpu().numpy()
 
     def probabilities(self, logits: np.ndarray, prior: str | None = None) -> np.ndarray:
-        """(N, classes) probabilities after temperature scaling, under `prior` or else the run's own.
+        """(N, classes) probabilities after temperature scaling, at `prior` (default: the run's own).
 
-        The temperature was fitted under the run's own prior, so it comes first and the change of prior after it.
+        Scaling comes first, then the change of prior, because the temperature was fitted at the run's own prior.
         """
         about = self.about
         wanted = prior or about.prior
@@ -197,6 +208,66 @@ class Predictor:
         return softmax(at_prior(scaled, estimated=about.prior, wanted=wanted, training_prior=about.class_counts))
 
 
-def _any(body: Any) -> Any:
-    """The body of a network, whose methods hang on the model."""
-    return body
+def predict_files(
+    predictor: Predictor,
+    files: Iterable[Path],
+    prior: str | None = None,
+    flips: bool = False,
+    explainer: "Explainer | None" = None,
+    explain_out: Path = Path(),
+    batch_size: int = 32,
+) -> Iterator[list[Prediction | Refused]]:
+    """The files in order, one batch at a time, each predicted or refused. Threads read up to two batches ahead."""
+    written: set[Path] = set()
+    with ThreadPoolExecutor(available_cores(), thread_name_prefix="predict") as pool:
+
+        def submit(file: Path) -> list[Future[Prepared | str]]:
+            return [pool.submit(_prepare, predictor, file)]
+
+        with closing(read_ahead(submit, files, 3 * batch_size)) as prepared:
+            while batch := [(file, item) for file, (item,) in islice(prepared, batch_size)]:
+                good = [(file, item) for file, item in batch if not isinstance(item, str)]
+                found = iter(_predict(predictor, good, prior, flips, explainer, explain_out, written))
+                yield [Refused(file, item) if isinstance(item, str) else next(found) for file, item in batch]
+
+
+def _prepare(predictor: Predictor, file: Path) -> Prepared | str:
+    """One file, ready for the network, or the reason why it is refused. Runs in a reader thread."""
+    try:
+        return predictor.prepare(read_image(file), file.stem)
+    except BadImageError as error:
+        return str(error)
+    except MemoryError:
+        return "does not fit into memory"
+
+
+def _predict(
+    predictor: Predictor,
+    good: list[tuple[Path, Prepared]],
+    prior: str | None,
+    flips: bool,
+    explainer: "Explainer | None",
+    explain_out: Path,
+    written: set[Path],
+) -> list[Prediction]:
+    """Predict one batch, and draw its explanations. written: the explanations so far."""
+    if not good:
+        return []
+    squares = np.stack([item.square for _, item in good])
+    probabilities = predictor.probabilities(predictor.logits(squares, flips), prior)
+    found = [Prediction(file, row) for (file, _), row in zip(good, probabilities, strict=True)]
+    if explainer is None:
+        return found
+    from train.inference.explain import beside, png
+
+    drawn = []
+    maps = explainer.maps(squares, probabilities.argmax(axis=1))
+    for one, (_, item), evidence in zip(found, good, maps, strict=True):
+        number, path = 1, explain_out / f"{one.name}.png"
+        while path in written:  # two files of the same name in different folders
+            number += 1
+            path = explain_out / f"{one.name}-{number}.png"
+        written.add(path)
+        write_durably(path, png(beside(item, evidence)))
+        drawn.append(replace(one, explanation=path))
+    return drawn

@@ -1,7 +1,7 @@
-"""What the web page asks about one image, answered in a process of its own.
+"""The model process of the web page: it loads a run and answers what the page asks about one image.
 
-The page's process never imports torch and this one never imports Gradio, so both start at once, on two cores. Its
-functions are called by a `ProcessPoolExecutor` of one worker: `start` first, then `answer` as often as wanted.
+The page's process never imports torch and this one never imports Gradio, so both start in parallel. The functions are
+called by a `ProcessPoolExecutor` of one worker: first `start`, then `answer` once per image.
 """
 
 import signal
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 6
 _SHOWN_PX = 180
-"""The longer side of a neighbour's picture."""
+"""The longer side of a similar lesion's picture."""
 
 
 @dataclass(frozen=True)
-class Alike:
-    """A training lesion that looks alike: its diagnosis, names, cosine (−1 to 1) and picture (JPEG)."""
+class SimilarLesion:
+    """A training lesion: its diagnosis, its ids, the cosine of its features (−1 to 1), and its picture (JPEG)."""
 
     dx: str
     image_id: str
@@ -34,23 +34,23 @@ class Alike:
 
 
 @dataclass(frozen=True)
-class Opinion:
-    """What the model makes of one image. probabilities: class → 0 to 1. image, overlay: PNG files.
+class Answer:
+    """The results for one image. probabilities: class → 0 to 1. image, overlay: PNG files.
 
-    overlay_note, alike_note: why there is no overlay (it is then empty), and why no lesion that looks alike.
+    overlay_note: why there is no overlay, which is then empty. similar_note: why there are no similar lesions.
     """
 
     probabilities: dict[str, float]
     image: bytes
     overlay: bytes
     overlay_note: str
-    alike: list[Alike]
-    alike_note: str
+    similar: list[SimilarLesion]
+    similar_note: str
 
 
 @dataclass(frozen=True)
-class Started:
-    """What the page needs to know of the run; credit: whose the training images are."""
+class ServedRun:
+    """What the page shows about the run. credit: the source of the training images, and their licence."""
 
     model: str
     prior: str
@@ -61,29 +61,31 @@ class Started:
 
 @dataclass
 class _Session:
-    """What this process keeps between two calls."""
+    """What this process keeps between two calls. done: training images whose features are computed."""
 
     predictor: "Predictor"
     explainer: "Explainer | None" = None
     neighbours: "Neighbours | None" = None
-    why_none: str = ""
+    why_no_neighbours: str = ""
     done: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     stopping: threading.Event = field(default_factory=threading.Event)
 
 
-_sessions: list[_Session] = []  # one, once started: a worker's functions have no other place to keep it
+_sessions: list[
+    _Session
+] = []  # empty, or the one session: the pool calls plain functions, which can keep it nowhere else
 
 
-def start(run: Path, data: Path | None, device: str) -> Started:
-    """Load the run, and let a thread compute what the neighbours need. Raises DataError or UsageError.
+def start(run: Path, data: Path | None, device: str) -> ServedRun:
+    """Load the run, and compute the features of its training images in a thread. Raises DataError or UsageError.
 
-    Without the run's shard set there are no neighbours, and the page says why.
+    Without the run's shard set there are no similar lesions, and the page says why.
     """
     from shards.common.cli import importing
     from shards.common.errors import DermscaleError
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the page's to handle, which then ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the page's process handles Ctrl-C and ends this one
     with importing():
         from train.inference.predictor import Predictor
 
@@ -98,19 +100,19 @@ def start(run: Path, data: Path | None, device: str) -> Started:
     except DermscaleError as error:
         if data is not None:
             raise
-        session.why_none = str(error)
+        session.why_no_neighbours = str(error)
     _sessions.append(session)
-    threading.Thread(target=_prepare, args=(session,), name="consult", daemon=True).start()
+    threading.Thread(target=_prepare, args=(session,), name="prepare", daemon=True).start()
     about = session.predictor.about
-    return Started(about.model, about.prior, about.temperature, about.resolution, credit)
+    return ServedRun(about.model, about.prior, about.temperature, about.resolution, credit)
 
 
 def _prepare(session: _Session) -> None:
-    """What takes too long for the start: captum's import, and the features of the training images.
+    """Do what would delay the start: import captum, and compute the features of the training images.
 
-    Where these cannot be read there are no neighbours, and the page says why.
+    If these cannot be read there are no similar lesions, and the page says why.
     """
-    import captum.attr  # noqa: F401 (imported so that the first answer need not)
+    import captum.attr  # noqa: F401 (so that the first answer need not wait for it)
 
     from shards.common.errors import DermscaleError
 
@@ -123,18 +125,18 @@ def _prepare(session: _Session) -> None:
     try:
         session.neighbours.compute(session.lock, at, session.stopping.is_set)
     except DermscaleError as error:
-        session.why_none = str(error)  # first, because an answer may be on its way
+        session.why_no_neighbours = str(error)  # first, because `answer` may run at the same time
         session.neighbours = None
 
 
 def stop() -> None:
-    """End the thread, so that the process can end."""
+    """Stop the thread, so that the process can end."""
     for session in _sessions:
         session.stopping.set()
 
 
-def answer(data: bytes) -> Opinion:
-    """The opinion on one image file. Raises BadImageError with the reason where it is none."""
+def answer(data: bytes) -> Answer:
+    """The results for the bytes of one image file. Raises BadImageError with the reason if it is refused."""
     from train.inference.explain import png
     from train.inference.images import open_image
 
@@ -143,22 +145,22 @@ def answer(data: bytes) -> Opinion:
     prepared = predictor.prepare(open_image(data), "upload")
     squares = prepared.square[None]
     with session.lock:
-        shares = predictor.probabilities(predictor.logits(squares))[0]
+        probabilities = predictor.probabilities(predictor.logits(squares))[0]
         features = predictor.features(squares)[0]
-        shown, overlay_note = _overlay(session, prepared, int(shares.argmax()))
-    alike, note = _alike(session, features)
-    return Opinion(
-        probabilities={dx: float(p) for dx, p in zip(predictor.about.classes, shares, strict=True)},
+        shown, overlay_note = _overlay(session, prepared, int(probabilities.argmax()))
+    similar, similar_note = _similar(session, features)
+    return Answer(
+        probabilities={dx: float(p) for dx, p in zip(predictor.about.classes, probabilities, strict=True)},
         image=png(prepared.packed),
         overlay=shown,
         overlay_note=overlay_note,
-        alike=alike,
-        alike_note=note,
+        similar=similar,
+        similar_note=similar_note,
     )
 
 
 def _overlay(session: _Session, prepared: "Prepared", of_class: int) -> tuple[bytes, str]:
-    """A PNG of the image with the evidence for a class and, where the network knows no places, why there is none."""
+    """A PNG of the image with the evidence for a class; empty with the reason if the network cannot be explained."""
     import numpy as np
 
     from shards.common.errors import UsageError
@@ -169,13 +171,13 @@ def _overlay(session: _Session, prepared: "Prepared", of_class: int) -> tuple[by
             session.explainer = Explainer(session.predictor)
         except UsageError:
             model = session.predictor.about.model
-            return b"", f"Where the evidence lies cannot be shown: {model} has no layer that is known to keep places."
+            return b"", f"There is no map of the evidence: {model} has no layer that keeps positions in the image."
     evidence = session.explainer.maps(prepared.square[None], np.array([of_class]))[0]
     return png(overlay(prepared, evidence)), ""
 
 
-def _alike(session: _Session, features: "np.ndarray") -> tuple[list[Alike], str]:
-    """The neighbours and, where there are none, why."""
+def _similar(session: _Session, features: "np.ndarray") -> tuple[list[SimilarLesion], str]:
+    """The most similar training lesions; an empty list with the reason if they cannot be shown."""
     import cv2
 
     from shards.common.errors import DermscaleError
@@ -183,16 +185,16 @@ def _alike(session: _Session, features: "np.ndarray") -> tuple[list[Alike], str]
 
     neighbours = session.neighbours
     if neighbours is None:
-        return [], f"The training lesions cannot be shown: {session.why_none}"
+        return [], f"Similar training lesions cannot be shown: {session.why_no_neighbours}"
     if not neighbours.ready:
-        whole = len(neighbours.selection)
-        return [], f"The training lesions are still being read ({session.done} of {whole}); drop the image again later."
+        total = len(neighbours.selection)
+        return [], f"The training images are still being processed ({session.done} of {total}). Try again later."
     found = []
     for one in neighbours.nearest(features, NEIGHBOURS):
         try:
             small = shrink(neighbours.selection.data.pixels(one.sample), _SHOWN_PX)
         except DermscaleError as error:
-            return [], f"The training lesions cannot be shown: {error}"
+            return [], f"Similar training lesions cannot be shown: {error}"
         picture = cv2.imencode(".jpg", small[:, :, ::-1])[1].tobytes()
-        found.append(Alike(one.dx, one.image_id, one.lesion_id, one.cosine, picture))
+        found.append(SimilarLesion(one.dx, one.image_id, one.lesion_id, one.cosine, picture))
     return found, ""

@@ -1,4 +1,4 @@
-"""Foreign files: every kind is read as it looks, or refused with the reason; nothing else ever comes out."""
+"""Image files of any origin: each is read as it looks, or refused with the reason."""
 
 import io
 import struct
@@ -92,8 +92,8 @@ def test_what_has_no_sure_reading_is_refused_by_name():
         "floating-point": saved(Image.fromarray(RGB[:, :, 0].astype(np.float32)), "TIFF"),
         "32-bit": saved(Image.fromarray(RGB[:, :, 0].astype(np.int32)), "TIFF"),
         "holds 2 images": saved(image, "TIFF", save_all=True, append_images=[image]),
-        "no image that can be read": saved(image, "GIF"),
-        "no image that can": b"image_id,dx\nISIC_1,mel\n",
+        "is not an image of a known format": saved(image, "GIF"),
+        "not an image": b"image_id,dx\nISIC_1,mel\n",
         "is empty": b"",
         "is damaged": saved(image, "PNG")[:-200],
         "a size far above the limit of 100 megapixels": png_header(50_000, 50_000),

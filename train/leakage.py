@@ -1,11 +1,11 @@
-"""How many points a split by image gains falsely: a paired experiment on one shared test set.
+"""Measure how much a split by image overestimates accuracy: a paired experiment on one shared test set.
 
     python -m preprocess.shard --source data/ham10000 --out data/shards-by-image --split-unit image
     python -m train.leakage --data data/shards-by-image --model resnet18 --seeds 0,1,2 --out runs/study/leakage
 
-Two training sets of one size, class by class, from the training images of a set that was split by image: `apart` holds
-no view of a test lesion, `leaky` holds those that the split left there. Both are tested on the same images; the paired
-difference is what the leak gains. `python -m train.report runs/study` shows it.
+Takes two training sets from a set that was split by image, with equally many images of each class. `apart` has no
+images of test lesions; `leaky` has those that the split put into training. Both are tested on the same images, and the
+paired difference is the effect of the leak. `python -m train.report runs/study` shows it.
 """
 
 from pathlib import Path
@@ -20,32 +20,32 @@ from train.config import training_options
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", default="resnet18", help="Name of the model to train.")
-@click.option("--seeds", default="0,1,2", help="Seeds of weights, order and augmentation; each trains both sets.")
+@click.option("--seeds", default="0,1,2", help="Seeds of weights, order and augmentation. Each trains on both sets.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study/leakage"), help="Folder to write.")
 @training_options
 def main(model: str, seeds: str, out: Path, **options: Any) -> int:
-    """Measure what a split by image gains falsely. --data: a set packed with --split-unit image."""
+    """Measure how much a split by image overestimates accuracy. --data: a set packed with --split-unit image."""
     from dataclasses import replace
 
     from shards.common.files import write_durably
     from shards.shardset import ShardSet
     from train.config import Config
-    from train.grid import check, run, settings
     from train.record import to_json
     from train.study.cells import Cell, fitting_batch, parse_seeds
     from train.study.folder import StudyFolder
+    from train.study.grid import check_settings, study_settings, train_cells
     from train.study.leakage import ARMS, RESULT, arms, measure, sentences, write_arm
 
     base = Config(model=model, **options)
     numbers = parse_seeds(seeds, "--seeds")
-    check([model], base)
+    check_settings([model], base)
     with ShardSet(base.data) as data:
         if data.manifest.split.get("unit") != "image":
             raise DataError(
-                f"{base.data}: is split by {data.manifest.split.get('unit')}; this measures a split by image, so pack "
-                "one with `python -m preprocess.shard --split-unit image`"
+                f"{base.data}: is split by {data.manifest.split.get('unit')}, and this command needs a split by image; "
+                "pack one with `python -m preprocess.shard --split-unit image`"
             )
-        click.echo("warning: training on a split by image, to measure what it gains falsely", err=True)
+        click.echo("warning: training on a split by image, to measure how much it overestimates accuracy", err=True)
         rows = arms(
             data.column("split"),
             data.column("label"),
@@ -53,9 +53,9 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
             data.column("image_id"),
             data.manifest.classes,
         )
-        # The model is a setting here: a folder holds one experiment.
-        study = settings(base, "epochs", data) | {"model": model, "experiment": "leakage"}
-        with StudyFolder(out, study) as folder:
+        # A folder holds one experiment, so the model is one of its settings.
+        settings = study_settings(base, "epochs", data) | {"model": model, "experiment": "leakage"}
+        with StudyFolder(out, settings) as folder:
             images = len(rows["apart"])
             batch = fitting_batch(base.batch_size, images)
             steps = base.steps or base.epochs * (images // batch)
@@ -65,7 +65,7 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
                 config = replace(base, data=str(out / "sets" / arm), batch_size=batch)
                 cells += [Cell(replace(config, seed=seed), images, steps, prefix=f"{arm}_") for seed in numbers]
             cells.sort(key=lambda cell: cell.config.seed)
-            code = run(cells, folder, base.device)
+            code = train_cells(cells, folder, base.device)
             if code == 0:
                 result = measure(data, rows, cells, folder)
                 write_durably(out / RESULT, to_json(result))

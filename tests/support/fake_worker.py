@@ -1,4 +1,4 @@
-"""Stands in for `train.study.worker.work` where scheduling is tested: a cell's seed says what becomes of it."""
+"""Replaces `train.study.worker.work` in tests of the pool: the seed of a cell decides what happens to it."""
 
 import json
 import os
@@ -7,23 +7,23 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from train.study.worker import At, Ended, Order
+from train.study.worker import Ended, Job, Status
 
 KILLED, FAILED, CRASHED, SLOW, SILENT = 101, 102, 103, 104, 105
 
 
 def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
-    """Answer orders without training; every finished cell leaves its process, device and order in trained.json."""
+    """Answer jobs without training. Each finished cell leaves its process, device and job in trained.json."""
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
     while True:
         try:
-            order: Order | None = pipe.recv()
+            job: Job | None = pipe.recv()
         except EOFError:
             return
-        if order is None:
+        if job is None:
             return
-        seed = order.config.seed
+        seed = job.config.seed
         if seed == KILLED:
             os.kill(os.getpid(), signal.SIGKILL)
         if seed == CRASHED:
@@ -32,15 +32,15 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
             pipe.send(Ended("failed", error="the loss is nan at step 3"))
             continue
         while seed in (SLOW, SILENT):
-            pipe.send(At("epoch 1/2", 1, 2))
+            pipe.send(Status("epoch 1/2", 1, 2))
             time.sleep(0.05)
             if stopping and seed == SLOW:
                 pipe.send(Ended("stopped", error="stopped at step 1"))
                 return
-        order.out.mkdir(parents=True)
-        told = {"pid": os.getpid(), "gpu": gpu, "model": order.config.model, "ahead": order.images_ahead}
-        told["unwanted"] = order.unwanted
-        (order.out / "trained.json").write_text(json.dumps(told))
+        job.out.mkdir(parents=True)
+        record = {"pid": os.getpid(), "gpu": gpu, "model": job.config.model, "ahead": job.images_ahead}
+        record["unwanted"] = job.unwanted
+        (job.out / "trained.json").write_text(json.dumps(record))
         time.sleep(0.02)
         score = {"value": 0.5, "low": 0.4, "high": 0.6}
         pipe.send(Ended("finished", {"seconds": {"train": 0.01}, "test": {"balanced_accuracy": score}}))

@@ -23,7 +23,7 @@ from train.loop import Stopped, train_once
 from train.metrics.scores import balanced_accuracy
 from train.record import write_predictions
 from train.step import TrainingStep
-from train.study.table import finished
+from train.study.table import finished_row
 from train.workspace import Workspace
 
 # ------------------------------------------------------------------ shared worker
@@ -119,7 +119,7 @@ def test_metrics_are_told_at_the_training_prior_too(tiny_shards: Path, whole: Pa
     assert (result["test"]["prior"], other["prior"]) == ("balanced", "training")
     assert other["accuracy"]["value"] == pytest.approx(right)
     assert set(other) == set(result["test"]) and other["temperature_scaling"] is not None
-    row = finished(result, small(tiny_shards).to_dict(), "cell")
+    row = finished_row(result, small(tiny_shards).to_dict(), "cell")
     for end, key in (("", "value"), ("_low", "low"), ("_high", "high")):
         for name in ("accuracy", "macro_f1", "expected_calibration_error"):
             assert row[f"{name}_training_prior{end}"] == other[name][key]
@@ -127,7 +127,7 @@ def test_metrics_are_told_at_the_training_prior_too(tiny_shards: Path, whole: Pa
     config = small(tiny_shards, loss="plain", epochs=1)
     plain = train_once(config, tmp_path / "plain")
     assert plain["test"]["prior"] == "training" and plain["test_training_prior"] == plain["test"]
-    assert not [name for name in finished(plain, config.to_dict(), "cell") if "training_prior" in name]
+    assert not [name for name in finished_row(plain, config.to_dict(), "cell") if "training_prior" in name]
 
 
 def test_predictions_hold_each_val_and_test_image_once(tiny_shards: Path, whole: Path) -> None:

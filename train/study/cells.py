@@ -1,4 +1,4 @@
-"""The cells of a study: models × fractions × seeds, each one run. Pure: from lists to configurations, in order."""
+"""The cells of a study: models × fractions × seeds, one run each. Pure functions from lists to configurations."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ EIGHT = ("alexnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"
 """What `--models all` stands for."""
 
 FRACTIONS = tuple(2.0**-k for k in range(6, -1, -1))
-"""1/64, 1/32 … 1: seven sizes, evenly spaced where a power law is a straight line."""
+"""1/64, 1/32 … 1: seven sizes, evenly spaced on a logarithmic axis."""
 
 BUDGETS = ("epochs", "steps")
 
@@ -20,9 +20,9 @@ BUDGETS = ("epochs", "steps")
 class Cell:
     """One run of a study.
 
-    config: unresolved, as a lone run would take it. n_train: its training images. steps: the optimizer steps it will
-    take. note: what the grid changed and why, empty where nothing. prefix: of the folder's name, where the settings do
-    not tell cells apart.
+    config: unresolved, as for train.run. n_train: number of training images. steps: number of optimizer steps. note:
+    what the grid changed in the settings, and why; may be empty. prefix: of the folder's name, if the names would
+    otherwise be equal.
     """
 
     config: Config
@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def images(self) -> int:
-        """Training images it goes through, repeats included."""
+        """Training images that it sees, repeats included."""
         return self.steps * self.config.batch_size
 
 
@@ -49,18 +49,18 @@ def cell_name(config: Config) -> str:
 
 
 def parse_models(text: str) -> list[str]:
-    """`a,b` or `all`. Raises UsageError for an empty list or a name that comes twice."""
+    """`a,b` or `all`. Raises UsageError for an empty list or a repeated name."""
     names = list(EIGHT) if text.strip() == "all" else [part.strip() for part in text.split(",") if part.strip()]
     return _distinct(names, "--models", "names of models, or all")
 
 
 def parse_fractions(text: str) -> list[float]:
-    """`0.1,1/4,1` as rising numbers in (0, 1]. Raises UsageError for anything else."""
+    """`0.1,1/4,1` as ascending numbers in (0, 1]. Raises UsageError for anything else."""
     found = []
     for part in text.split(","):
         try:
-            above, _, below = part.partition("/")
-            value = float(above) / float(below) if below else float(above)
+            top, _, bottom = part.partition("/")
+            value = float(top) / float(bottom) if bottom else float(top)
         except (ValueError, ZeroDivisionError):
             raise UsageError(f"--fractions '{part.strip()}' is not a number like 0.25 or 1/4") from None
         if not (math.isfinite(value) and 0.0 < value <= 1.0):
@@ -83,15 +83,16 @@ def _distinct(values: list, option: str, what: str) -> list:
         raise UsageError(f"{option} is empty: give {what}, separated by commas")
     for value in values:
         if values.count(value) > 1:
-            raise UsageError(f"{option}: {value} comes more than once")
+            raise UsageError(f"{option}: {value} is given more than once")
     return values
 
 
 def seed_pairs(fraction: float, seeds: Sequence[int], subset_seeds: Sequence[int] | None) -> Iterator[tuple[int, int]]:
     """The (seed, subset seed) pairs of a fraction.
 
-    Without subset seeds both vary together, so that the spread of the results holds the sampling of the data too. With
-    them, every seed meets every subset seed, except on the whole training split, which all of them select alike.
+    Without subset seeds both vary together, so that the spread of the results includes the sampling of the data. With
+    them, every seed is combined with every subset seed, except on the whole training split, where all subsets are the
+    same.
     """
     for seed in seeds:
         for subset_seed in (seed,) if subset_seeds is None else subset_seeds if fraction < 1.0 else subset_seeds[:1]:
@@ -99,14 +100,14 @@ def seed_pairs(fraction: float, seeds: Sequence[int], subset_seeds: Sequence[int
 
 
 def fitting_batch(batch_size: int, images: int) -> int:
-    """The batch size for a training set of so many images: where it does not fit, the largest power of two that does.
+    """The batch size, or the largest power of two that does not exceed the number of training images.
 
-    Powers of two, because subsets of one fraction differ by a few images, and each batch size is compiled for anew.
+    A power of two, because subsets of one fraction differ by a few images, and each batch size is compiled separately.
     """
     return batch_size if batch_size <= images else 1 << (images.bit_length() - 1)
 
 
-def plan(
+def grid_cells(
     base: Config,
     models: Sequence[str],
     fractions: Sequence[float],
@@ -117,11 +118,11 @@ def plan(
 ) -> list[Cell]:
     """Every cell of the grid, model by model, the large fractions of a model first.
 
-    base: the settings that all cells share. budget: `epochs`, or `steps`: every fraction then takes the optimizer steps
-    that `base.epochs` need on the whole training split (or `base.steps`), and is evaluated about as often on the way:
-    its epochs are short, and an evaluation after each would take longer than the training. count: (fraction, subset
-    seed) → training images. Large fractions come first because they fail first where memory is short, and tell the most
-    about the time that is left. Raises UsageError where a fraction leaves too few images to train on.
+    base: the settings that all cells share. budget: `epochs`, or `steps`: then every fraction takes the optimizer steps
+    that `base.epochs` need on the whole training split (or `base.steps`). It is also evaluated about as often: its
+    epochs are short, and an evaluation after each would take longer than the training. count: (fraction, subset seed)
+    → training images. Large fractions come first because they show early whether memory is sufficient, and how long
+    the grid takes. Raises UsageError if a fraction leaves too few images to train on.
     """
     if budget not in BUDGETS:
         raise UsageError(f"--budget '{budget}' is unknown: use one of {', '.join(BUDGETS)}")

@@ -1,8 +1,8 @@
-"""The folder of a study: its settings, the run folder of each cell, what happened to them, and results.csv.
+"""The folder of a study: settings, a run folder per cell, a journal, and results.csv.
 
-study.json    settings that all cells share       results.csv   one row a cell that finished or failed
-cells/NAME/   one run folder a cell               grid.jsonl    one line each time a cell ended
-logs/         what workers and libraries printed
+study.json    settings that all cells share       results.csv   one row per cell that finished or failed
+cells/NAME/   one run folder per cell             grid.jsonl    the journal: one line each time a cell ended
+logs/         everything that workers and libraries printed
 """
 
 import json
@@ -19,14 +19,17 @@ from train.study.cells import Cell
 
 STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
 LEAKAGE = "leakage"
-"""A study of its own inside (see train.leakage), which may be there before the folder's own."""
+"""Subfolder with the study of train.leakage, which may exist before the study of the folder itself."""
 VERSION = 1
-_WORTH_KEEPING = ("result.json", "checkpoint.pt")
-"""Files of a cell that hold training: where no cell has one, a study has nothing that other settings would spoil."""
+UNWANTED = {"all": (), "weights": ("checkpoint.pt",), "results": ("checkpoint.pt", "model.safetensors")}
+"""Files that are deleted from a finished cell, by the value of `--keep`. A checkpoint holds the optimizer's state too,
+and is two to three times as large as the weights."""
+_TRAINED = ("result.json", "checkpoint.pt")
+"""Files that show that a cell was trained. While no cell has one, the settings of a study can still be changed."""
 
 
 def read_study(folder: Path) -> dict[str, Any]:
-    """The settings of a study. Raises DataError where the folder holds none, or a damaged file."""
+    """The settings of a study. Raises DataError if they are missing or damaged."""
     path = folder / STUDY
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; make a study with `python -m train.grid --out {folder}`")
@@ -39,12 +42,12 @@ def read_study(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); start the study in another folder") from None
     if not isinstance(study, dict) or study.get("version") != VERSION:
-        raise DataError(f"{path}: of another release; start the study in another folder")
+        raise DataError(f"{path}: written by another release; start the study in another folder")
     return study
 
 
 def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
-    """How each cell ended last, by its name (see `StudyFolder.ended`). A line cut short is left out."""
+    """The last journal entry of each cell, by its name (see `StudyFolder.ended`). A truncated line is skipped."""
     path = folder / JOURNAL
     last: dict[str, dict[str, Any]] = {}
     if not path.exists():
@@ -54,49 +57,49 @@ def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
             entry = json.loads(line)
             last[entry["cell"]] = entry
         except (ValueError, KeyError, TypeError):
-            continue  # the machine stopped while this line was written
+            continue  # the machine stopped while it wrote this line
     return last
 
 
 def _settings_of(folder: Path) -> dict[str, Any] | None:
-    """The settings of the study in a folder, None where it holds nothing. Raises DataError where it is no study."""
+    """The settings of the study in a folder, None if it is empty. Raises DataError if it holds anything else."""
     held = folder.is_dir() and any(e.name != LEAKAGE and not e.name.startswith(".") for e in folder.iterdir())
     return read_study(folder)["settings"] if held else None
 
 
 def _holds_training(folder: Path) -> bool:
-    """Whether any cell of a study has finished or left a checkpoint."""
-    return any(True for name in _WORTH_KEEPING for _ in folder.glob(f"{CELLS}/*/{name}"))
+    """Whether any cell of a study has finished or has a checkpoint."""
+    return any(True for name in _TRAINED for _ in folder.glob(f"{CELLS}/*/{name}"))
 
 
 class StudyFolder:
-    """A study that is being run. A context manager: it holds the folder's lock."""
+    """A study that is running. A context manager that holds the lock of the folder."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        """Make the folder for `settings`, or open one that was made with the same.
+        """Create the folder, or open one that has the same settings.
 
-        A folder in which nothing was trained yet takes other settings and forgets its failed cells: else a mistyped
-        option, which fails them all, could not be corrected. Raises UsageError with the difference where the settings
-        of a study that holds training changed, DataError where the folder is in use or holds something else.
+        If nothing was trained yet, the new settings replace the old ones and the failed cells are deleted. So a
+        mistyped option that made them all fail can be corrected. Raises UsageError with the difference if cells were
+        trained with other settings, DataError if the folder is in use or holds something else.
         """
         self.path = path
         if path.exists() and not path.is_dir():
             raise DataError(f"{path}: is a file; choose a folder with --out")
-        _settings_of(path)  # so that nothing is left in a folder that holds something else
+        _settings_of(path)  # before anything is written into a folder that holds something else
         path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as undone:
             self._lock: IO[bytes] = undone.enter_context((path / ".lock").open("wb"))
             lock(self._lock, path, "another grid is running here; wait for it or choose another --out")
-            self._take(settings)
+            self._apply(settings)
             self._journal = (path / JOURNAL).open("ab")
             undone.pop_all()
         if self._journal.tell() and (path / JOURNAL).read_bytes()[-1:] != b"\n":
-            self._journal.write(b"\n")  # a line that was cut short
+            self._journal.write(b"\n")  # after a truncated line
 
-    def _take(self, settings: dict[str, Any]) -> None:
-        """Make the folder that of a study with these settings, where no training is lost by it.
+    def _apply(self, settings: dict[str, Any]) -> None:
+        """Write the settings, unless training with other settings would be lost.
 
-        Needs the lock: else another grid may make its study at the same time, or train the cells that are forgotten.
+        Needs the lock: otherwise another grid may write its settings at the same time, or train the deleted cells.
         """
         before = _settings_of(self.path)
         old = settings if before is None else before
@@ -107,7 +110,7 @@ class StudyFolder:
                 "another --out"
             )
         if changed:
-            self._forget_cells()
+            self._delete_cells()
         if changed or before is None:
             text = json.dumps({"version": VERSION, "settings": settings}, indent=2, ensure_ascii=False)
             write_durably(self.path / STUDY, text.encode() + b"\n")
@@ -117,17 +120,17 @@ class StudyFolder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         self._journal.close()
         self._lock.close()
 
-    def _forget_cells(self) -> None:
-        """Delete the folders of cells that came to nothing, which hold the old settings, and what became of them.
+    def _delete_cells(self) -> None:
+        """Delete the journal and the folders of failed cells, which hold the old settings.
 
-        The workers of a grid that was killed go on until their next step. A checkpoint that they write then comes too
-        late to be seen: it goes with its folder, or fails because that has gone. Where this meets a file of theirs
-        that was not there a moment ago it fails with an OSError, and the next start forgets the rest. The lock of a
-        run folder keeps them apart from a cell that is trained again with the same settings.
+        The workers of a grid that was killed train until their next step. If one writes a checkpoint now, it is deleted
+        with its folder, or fails because the folder is gone. If a new file of theirs makes the deletion fail, this
+        raises OSError, and the next start deletes the rest. The lock of a run folder protects a cell that is trained
+        again with the same settings.
         """
         if (self.path / CELLS).is_dir():
             shutil.rmtree(self.path / CELLS)
@@ -138,11 +141,11 @@ class StudyFolder:
         return self.path / CELLS / name
 
     def log(self, worker: str) -> Path:
-        """What a worker and its libraries print."""
+        """The log of a worker: everything that it and its libraries print."""
         return self.path / LOGS / f"{worker}.log"
 
     def ended(self, cell: Cell, outcome: str, error: str, wall_s: float) -> dict[str, Any]:
-        """Record how a cell ended; the journal's entry. wall_s: since a worker was given it, seconds."""
+        """Write how a cell ended to the journal; returns the entry. wall_s: seconds since it was given to a worker."""
         config = cell.config
         entry = {
             "cell": cell.name,

@@ -1,4 +1,4 @@
-"""Workers that share out the cells of a study: one a device, each staying with one model as long as it has cells."""
+"""The worker pool of a study: one worker per device, which keeps to one model as long as that has cells left."""
 
 import contextlib
 import multiprocessing
@@ -15,22 +15,18 @@ from typing import Any, Protocol
 
 from train.study.cells import Cell
 from train.study.folder import StudyFolder
-from train.study.worker import At, Ended, Order, Warned, work
+from train.study.worker import Ended, Job, Status, Warned, work
 
 POLL_S = 0.25
 GRACE_S = 30.0
-"""How long a worker that was asked to stop may take to write its checkpoint before it is killed."""
+"""Seconds that a worker may take to write its checkpoint when it is stopped. Then it is killed."""
 
 
 class View(Protocol):
-    """Who is told what happens."""
+    """Shows what happens."""
 
-    def began(self, slot: "Slot") -> None:
-        """A slot's worker was given a cell."""
-        ...
-
-    def at(self, slot: "Slot") -> None:
-        """Time has passed, or a slot's cell has come further."""
+    def started(self, slot: "Slot") -> None:
+        """A worker was given a cell."""
         ...
 
     def ended(self, cell: Cell, ended: Ended, wall_s: float) -> None:
@@ -44,7 +40,7 @@ class View(Protocol):
 
 @dataclass
 class Slot:
-    """One device's place: its worker process, the model that this has in hand, and the cell it trains."""
+    """One device, its worker process, the model of that worker, and the cell that it trains."""
 
     number: int
     gpu: str | None
@@ -52,18 +48,18 @@ class Slot:
     process: SpawnProcess | None = None
     pipe: Connection | None = None
     cell: Cell | None = None
-    began: float = 0.0
-    news: At = field(default_factory=lambda: At("start", 0, 1))
+    started: float = 0.0
+    status: Status = field(default_factory=lambda: Status("start", 0, 1))
     log: Path = Path()
     stopped_at: float | None = None
 
 
 @dataclass
 class Pool:
-    """Runs cells. gpus: names of the devices for CUDA_VISIBLE_DEVICES, or [None]: one worker with what there is.
+    """Trains cells. gpus: one name per worker, for CUDA_VISIBLE_DEVICES; [None]: one worker, without restriction.
 
-    recorded: called with the journal's entry of each cell that has ended. unwanted: files that are deleted from a
-    finished cell. worker: what runs in a process of its own.
+    recorded: called with the journal's entry of each cell that has ended. unwanted: files that the grid deletes from a
+    finished cell. worker: the function that each worker process runs.
     """
 
     folder: StudyFolder
@@ -74,9 +70,10 @@ class Pool:
     worker: Callable[[Connection, str | None, Path, float], None] = work
 
     def run(self, cells: Sequence[Cell], stop: Callable[[], int]) -> list[str]:
-        """Train every cell; returns the names of those that failed.
+        """Train every cell. Returns the names of the cells that failed.
 
-        stop: how often the user has asked to stop: once, workers write a checkpoint and end; twice, they are killed.
+        stop: how often the user has asked to stop. After the first time, workers write a checkpoint and end. After the
+        second, they are killed.
         """
         left, failed = list(cells), []
         slots = [Slot(number, gpu) for number, gpu in enumerate(self.gpus)]
@@ -85,37 +82,38 @@ class Pool:
                 asked = stop()
                 for slot in slots:
                     if not asked and slot.cell is None and left:
-                        self._give(slot, left.pop(self._choose(slot, slots, left)), left)
+                        self._assign(slot, left.pop(self._choose(slot, slots, left)), left)
                     if asked and slot.cell is not None:
-                        self._ask_to_stop(slot, asked)
+                        self._stop(slot, asked)
                 busy = [slot for slot in slots if slot.cell is not None]
                 if not busy:
                     return failed
-                for slot in self._with_news(busy):
+                for slot in self._wait(busy):
                     cell = slot.cell
-                    ended = self._listen(slot)
+                    ended = self._receive(slot)
                     if cell is not None and ended is not None:
-                        wall_s = time.perf_counter() - slot.began
+                        wall_s = time.perf_counter() - slot.started
                         if ended.outcome == "stopped" and slot.stopped_at is None:
-                            ended = Ended("failed", error="somebody sent the worker SIGTERM; its checkpoint is kept")
+                            ended = Ended(
+                                "failed",
+                                error="the worker was stopped by a SIGTERM from outside; its checkpoint is kept",
+                            )
                         slot.cell = None
                         if ended.outcome == "failed":
                             failed.append(cell.name)
-                            self._dismiss(slot)  # a process in which something went wrong trains nothing more
+                            self._end_worker(slot)  # after a failure the next cell gets a new process
                         self.view.ended(cell, ended, wall_s)
                         self.recorded(self.folder.ended(cell, ended.outcome, ended.error, wall_s))
-                for slot in busy:
-                    self.view.at(slot)
         finally:
             for slot in slots:
-                self._dismiss(slot)
+                self._end_worker(slot)
 
-    # ------------------------------------------------------------------ who trains what
+    # ------------------------------------------------------------------ assigning cells
 
     @staticmethod
     def _choose(slot: Slot, slots: Sequence[Slot], left: Sequence[Cell]) -> int:
-        """Position of the cell that a free slot takes: of its own model, else of one that nobody has in hand, else of
-        the one with the most work left."""
+        """The index of the cell for a free slot: of its own model; else of a model that no other slot trains; else of
+        the model with the most images left."""
         mine = [i for i, cell in enumerate(left) if cell.config.model == slot.model]
         if mine:
             return mine[0]
@@ -123,26 +121,26 @@ class Pool:
         free = [i for i, cell in enumerate(left) if cell.config.model not in taken]
         if free:
             return free[0]
-        work_left: dict[str, int] = {}
+        images_left: dict[str, int] = {}
         for cell in left:
-            work_left[cell.config.model] = work_left.get(cell.config.model, 0) + cell.images
-        most = max(work_left, key=lambda model: work_left[model])
+            images_left[cell.config.model] = images_left.get(cell.config.model, 0) + cell.images
+        most = max(images_left, key=lambda model: images_left[model])
         return next(i for i, cell in enumerate(left) if cell.config.model == most)
 
-    def _give(self, slot: Slot, cell: Cell, left: Sequence[Cell]) -> None:
-        """Hand a cell to a slot's worker, a new one where the slot has none for this model. left: what comes later."""
+    def _assign(self, slot: Slot, cell: Cell, left: Sequence[Cell]) -> None:
+        """Send a cell to the worker of a slot; start a worker if there is none for this model. left: later cells."""
         ahead = sum(other.images for other in left if other.config.model == cell.config.model) // len(self.gpus)
-        slot.began = time.perf_counter()
+        slot.started = time.perf_counter()
         if slot.model != cell.config.model or slot.process is None or not slot.process.is_alive():
-            self._dismiss(slot)
-            self._hire(slot, cell.config.model)
-        slot.cell, slot.news, slot.stopped_at = cell, At("start", 0, 1), None
+            self._end_worker(slot)
+            self._start_worker(slot, cell.config.model)
+        slot.cell, slot.status, slot.stopped_at = cell, Status("start", 0, 1), None
         assert slot.pipe is not None
-        with contextlib.suppress(OSError):  # it has just died: `_listen` finds out, and how
-            slot.pipe.send(Order(cell.config, self.folder.cell(cell.name), ahead, self.unwanted))
-        self.view.began(slot)
+        with contextlib.suppress(OSError):  # it has just died: `_receive` reports it
+            slot.pipe.send(Job(cell.config, self.folder.cell(cell.name), ahead, self.unwanted))
+        self.view.started(slot)
 
-    def _hire(self, slot: Slot, model: str) -> None:
+    def _start_worker(self, slot: Slot, model: str) -> None:
         """Start a worker. Spawned, not forked: a fork of a process with threads or a CUDA context is not safe."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -158,11 +156,11 @@ class Pool:
         theirs.close()
         slot.pipe = ours
 
-    # ------------------------------------------------------------------ what comes back
+    # ------------------------------------------------------------------ messages
 
     @staticmethod
-    def _with_news(busy: Sequence[Slot]) -> list[Slot]:
-        """The slots whose worker has sent something or has died, after POLL_S at the most."""
+    def _wait(busy: Sequence[Slot]) -> list[Slot]:
+        """Wait, at most POLL_S. Returns the slots whose worker has sent a message or has died."""
         handles: dict[object, Slot] = {}
         for slot in busy:
             assert slot.pipe is not None and slot.process is not None
@@ -170,44 +168,44 @@ class Pool:
         found = wait(list(handles), timeout=POLL_S)  # pyright: ignore[reportArgumentType]
         return [slot for slot in busy if any(handles[one] is slot for one in found)]
 
-    def _listen(self, slot: Slot) -> Ended | None:
-        """Take all that a worker has sent; how its cell ended, None where it has not."""
+    def _receive(self, slot: Slot) -> Ended | None:
+        """Take all messages of a worker. Returns how its cell ended, or None if it has not ended."""
         assert slot.pipe is not None and slot.process is not None
         try:
             while slot.pipe.poll():
-                news = slot.pipe.recv()
-                if isinstance(news, Ended):
-                    return news
-                if isinstance(news, At):
-                    slot.news = news
-                elif isinstance(news, Warned):
-                    self.view.warn(f"{slot.cell.name if slot.cell else slot.model}: {news.text}")
+                message = slot.pipe.recv()
+                if isinstance(message, Ended):
+                    return message
+                if isinstance(message, Status):
+                    slot.status = message
+                elif isinstance(message, Warned):
+                    self.view.warn(f"{slot.cell.name if slot.cell else slot.model}: {message.text}")
         except (EOFError, OSError):
             slot.process.join(GRACE_S)
         if slot.process.is_alive():
             return None
         if slot.stopped_at is not None:
             return Ended("stopped", error="ended before it could write a checkpoint")
-        return Ended("failed", error=self._obituary(slot))
+        return Ended("failed", error=self._exit_reason(slot))
 
     @staticmethod
-    def _obituary(slot: Slot) -> str:
-        """How a worker died."""
+    def _exit_reason(slot: Slot) -> str:
+        """Why a worker process ended, in one line."""
         code = slot.process.exitcode if slot.process is not None else None
         if code is None or code >= 0:
-            return f"the worker left with exit code {code}; its last words are in {slot.log}"
+            return f"the worker ended with exit code {code}; see {slot.log}"
         try:
             name = signal.Signals(-code).name
         except ValueError:
             name = "unknown"
-        memory = "; where nobody sent it, the machine's memory was full" if -code == signal.SIGKILL else ""
-        return f"the worker was killed by signal {-code} ({name}){memory}; its last words are in {slot.log}"
+        memory = " (the system does so if memory is full)" if -code == signal.SIGKILL else ""
+        return f"the worker was killed by signal {-code} ({name}){memory}; see {slot.log}"
 
-    # ------------------------------------------------------------------ the end
+    # ------------------------------------------------------------------ ending workers
 
     @staticmethod
-    def _ask_to_stop(slot: Slot, asked: int) -> None:
-        """SIGTERM once; SIGKILL when it is asked again, or takes longer than GRACE_S."""
+    def _stop(slot: Slot, asked: int) -> None:
+        """Send SIGTERM the first time. Send SIGKILL if the user asks again or GRACE_S have passed."""
         assert slot.process is not None
         if slot.stopped_at is None:
             slot.stopped_at = time.monotonic()
@@ -216,8 +214,8 @@ class Pool:
             slot.process.kill()
 
     @staticmethod
-    def _dismiss(slot: Slot) -> None:
-        """End a slot's worker, if it has one, and wait until it is gone: its memory is needed."""
+    def _end_worker(slot: Slot) -> None:
+        """End the worker of a slot, if there is one, and wait for its end: the next one needs its memory."""
         if slot.process is None or slot.pipe is None:
             return
         if slot.cell is None and slot.process.is_alive():
@@ -234,9 +232,9 @@ class Pool:
 
 
 def visible_gpus(device_name: str) -> list[str | None]:
-    """One entry a GPU that the study may use, in the terms of CUDA_VISIBLE_DEVICES; [None] for the CPU.
+    """One entry per GPU that the study may use, as in CUDA_VISIBLE_DEVICES; [None] for the CPU.
 
-    device_name: `--device`; `cpu` and `cuda:N` mean one worker. torch is asked only where there is a driver.
+    device_name: `--device`; `cpu` and `cuda:N` mean one worker. torch is imported only if there is a driver.
     """
     if device_name not in ("auto", "cuda") or not _has_driver():
         return [None]

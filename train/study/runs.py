@@ -1,4 +1,4 @@
-"""A study as it is read back: the finished runs of a folder, checked to belong together."""
+"""Reading a study: the finished runs of a folder, with a check that they can be compared."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +9,7 @@ from shards.common.errors import DataError, one_line
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT
 from train.study.cells import EIGHT
 from train.study.folder import CELLS, STUDY, read_journal, read_study
-from train.study.table import failed, finished, read_json
+from train.study.table import failed_row, finished_row, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from train.metrics.differences import Tested
 
 
-ALIKE = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "ema")
-"""Settings that change what is learnt, by which runs that a report pools may not differ. Learning rates and batch sizes
-are not among them: they follow the model and the size of the training set."""
+EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "ema")
+"""Settings that must be equal in all runs of a report. Learning rates and batch sizes may differ: they depend on the
+model and on the size of the training set."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its folder, what its JSON files hold, and its row of results.csv."""
+    """One finished run: its folder, the content of its JSON files, and its row of results.csv."""
 
     folder: Path
     config: dict[str, Any]
@@ -34,11 +34,11 @@ class Run:
 
     @property
     def key(self) -> tuple[int, int]:
-        """What pairs it with a run of another model: its seed and subset seed."""
+        """Its seed and subset seed: runs of two models with the same key are compared as a pair."""
         return self.row["seed"], self.row["subset_seed"]
 
     def predictions(self) -> "pd.DataFrame":
-        """The table of its predictions.parquet. Raises DataError where it cannot be read."""
+        """The table in predictions.parquet. Raises DataError if it cannot be read."""
         import pandas as pd
 
         path = self.folder / PREDICTIONS
@@ -48,7 +48,7 @@ class Run:
             raise DataError(f"{path}: cannot be read ({one_line(error, 160)}); train this run again") from None
 
     def tested(self) -> "Tested":
-        """Its answers on the test split, ready to be compared."""
+        """Its predictions on the test split, ready for a comparison."""
         from train.metrics.differences import tested
 
         test = self.result["test"]
@@ -72,7 +72,7 @@ class Study:
 
     @cached_property
     def table(self) -> "pd.DataFrame":
-        """One row a finished run, the columns of results.csv; sorted by model, fraction, seed and subset seed."""
+        """One row per finished run, columns as in results.csv; sorted by model, fraction, seed and subset seed."""
         import pandas as pd
 
         return pd.DataFrame([run.row for run in self.runs])
@@ -84,12 +84,12 @@ class Study:
         return [name for name in EIGHT if name in there] + sorted(there - set(EIGHT))
 
     def series(self, model: str) -> int:
-        """Which marker, dashes and colour stand for a model: the same for each of the eight in every report."""
+        """The number of a model's marker, dashes and colour: the same in every report for each of the eight."""
         others = [name for name in self.models if name not in EIGHT]
         return EIGHT.index(model) if model in EIGHT else len(EIGHT) + others.index(model)
 
     def of(self, model: str, fraction: float | None = None) -> list[Run]:
-        """The runs of a model, of one fraction where it is named."""
+        """The runs of a model, of one fraction if given."""
         return [r for r in self.runs if r.row["model"] == model and fraction in (None, r.row["fraction"])]
 
     def largest(self, model: str) -> float:
@@ -100,8 +100,8 @@ class Study:
 def read(folder: Path) -> Study:
     """The study, the folder of run folders, or the single run in `folder`.
 
-    Raises DataError where there is none, where nothing is finished, where a file is damaged, or where the runs cannot
-    stand beside each other: tested on different shard sets, or, without a grid, trained with different settings.
+    Raises DataError if there is none, if nothing is finished, if a file is damaged, or if the runs cannot be compared:
+    they were tested on different shard sets or, without a grid, trained with different settings.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; make a study with `python -m train.grid --out {folder}`")
@@ -116,7 +116,9 @@ def read(folder: Path) -> Study:
         paths = sorted(p.parent for p in folder.glob(f"*/{RESULT}"))
     runs = [_run(path, journal.get(path.name)) for path in paths]
     done = {run.row["cell"] for run in runs}
-    lost = [failed(entry) for entry in journal.values() if entry["outcome"] == "failed" and entry["cell"] not in done]
+    lost = [
+        failed_row(entry) for entry in journal.values() if entry["outcome"] == "failed" and entry["cell"] not in done
+    ]
     if not runs:
         what = f"all {len(lost)} cells failed, first with: {lost[0]['error']}" if lost else "no run is finished yet"
         raise DataError(f"{folder}: {what}; a report needs at least one finished run (result.json)")
@@ -124,9 +126,9 @@ def read(folder: Path) -> Study:
     if len(sets) > 1:
         raise DataError(
             f"{folder}: its runs come from {len(sets)} different shard sets, so their test images differ; "
-            "report the runs of each set apart"
+            "make one report per shard set"
         )
-    if settings is None:  # a grid's settings differ only where its options say so
+    if settings is None:  # the settings of a grid's cells are the same by construction
         _refuse_mixed(folder, runs)
     order = {name: i for i, name in enumerate(EIGHT)}
     runs.sort(key=lambda r: (order.get(r.row["model"], len(order)), r.row["model"], r.row["fraction"], r.key))
@@ -134,41 +136,41 @@ def read(folder: Path) -> Study:
 
 
 def _refuse_mixed(folder: Path, runs: list[Run]) -> None:
-    """Raise DataError unless plain run folders differ only in what a report compares: no two may be the same cell."""
+    """Raise DataError if run folders without a grid differ in other settings, or if two are the same cell."""
     cells: dict[tuple[Any, ...], Run] = {}
     of_model: dict[str, Run] = {}
     for run in runs:
         model, name = run.row["model"], run.folder.name
         for other in (runs[0], of_model.setdefault(model, run)):
-            apart = _apart(other, run)
-            if apart:
+            changed = _differences(other, run)
+            if changed:
                 raise DataError(
                     f"{folder}: {other.folder.name} and {name} were trained with different settings "
-                    f"({'; '.join(apart)}), so they are no repeats of each other; report them apart, from two folders"
+                    f"({'; '.join(changed)}), so they cannot be compared; move them to two folders and report each"
                 )
         twin = cells.setdefault((model, run.row["fraction"], *run.key), run)
         if twin is not run:
             raise DataError(
                 f"{folder}: {twin.folder.name} and {name} are both {model} on fraction {run.row['fraction']:g} with "
-                f"seed {run.key[0]} and subset seed {run.key[1]}; a report takes one, so move the other elsewhere"
+                f"seed {run.key[0]} and subset seed {run.key[1]}; a report takes only one, so move the other elsewhere"
             )
 
 
-def _apart(one: Run, other: Run) -> list[str]:
-    """The settings by which two runs learn differently, model, fraction and seeds aside: `epochs: 10, and 30`."""
-    settings = [{key: run.config.get(key) for key in (*ALIKE, "weights")} for run in (one, other)]
+def _differences(one: Run, other: Run) -> list[str]:
+    """The settings in which two runs must not differ but do: `epochs: 10, and 30`."""
+    settings = [{key: run.config.get(key) for key in (*EQUAL, "weights")} for run in (one, other)]
     if one.row["model"] != other.row["model"]:  # each model has a file of its own
-        settings = [known | {"weights": "of a file" if known["weights"] else None} for known in settings]
-    mine, theirs = settings
-    return [f"{key}: {mine[key]}, and {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+        settings = [known | {"weights": "from a file" if known["weights"] else None} for known in settings]
+    first, second = settings
+    return [f"{key}: {first[key]}, and {second[key]}" for key in first if first[key] != second[key]]
 
 
 def _run(path: Path, entry: dict[str, Any] | None) -> Run:
     config, result = read_json(path / CONFIG), read_json(path / RESULT)
     try:
-        row = finished(result, config, path.name)
+        row = finished_row(result, config, path.name)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path / RESULT}: of another release (no {error}); train this run again") from None
+        raise DataError(f"{path / RESULT}: written by another release (no {error}); train this run again") from None
     if entry is not None:
         row |= {"wall_s": entry.get("wall_s"), "note": entry.get("note", "")}
     return Run(path, config, result, read_json(path / ENVIRONMENT), row)

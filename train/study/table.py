@@ -1,4 +1,4 @@
-"""results.csv: the cells of a study as a table, one row a cell that finished or failed."""
+"""results.csv: the table of a study, one row per cell that finished or failed."""
 
 import csv
 import io
@@ -13,18 +13,17 @@ from train.study.folder import CELLS, read_journal
 
 RESULTS = "results.csv"
 FIRST = ("cell", "status", "model", "fraction", "seed", "subset_seed", "n_train")
-"""The columns that say which cell a row is; the others follow in the order in which rows first have them."""
+"""The first columns, which identify a cell. The others follow in the order of their first appearance."""
 
 AT_TRAINING_PRIOR = ("accuracy", "macro_f1", "expected_calibration_error")
-"""The metrics that are in the table at the training prior too: that of networks trained with plain cross-entropy."""
+"""Metrics that the table also has at the training prior, which is that of plain cross-entropy."""
 
 
-def finished(result: dict[str, Any], config: dict[str, Any], name: str) -> dict[str, Any]:
+def finished_row(result: dict[str, Any], config: dict[str, Any], name: str) -> dict[str, Any]:
     """The row of a finished cell from its result.json and config.json.
 
     Every metric as `name`, `name_low`, `name_high` (95 %), per class as `recall_mel` …; `_s` seconds, `_bytes` bytes.
-    `accuracy_training_prior` …: of the calls and probabilities at the training set's class frequencies, where those of
-    the run are for another prior.
+    `accuracy_training_prior` …: at the class frequencies of the training set, if the run's own prior is another one.
     """
     from train.metrics.run_metrics import flatten
 
@@ -72,14 +71,14 @@ def finished(result: dict[str, Any], config: dict[str, Any], name: str) -> dict[
     }
 
 
-def failed(entry: dict[str, Any]) -> dict[str, Any]:
-    """The row of a failed cell from its line in the grid's journal."""
+def failed_row(entry: dict[str, Any]) -> dict[str, Any]:
+    """The row of a failed cell from its journal entry."""
     known = ("model", "fraction", "seed", "subset_seed", "n_train", "batch_size", "wall_s", "note", "error")
     return {"cell": entry["cell"], "status": "failed", **{key: entry.get(key) for key in known}}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a run folder. Raises DataError where it is missing or damaged."""
+    """A JSON object of a run folder. Raises DataError if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,24 +91,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_row(folder: Path, name: str, entry: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The row of one cell of the study in `folder`; None where it neither finished nor failed.
+    """The row of one cell of the study in `folder`; None if it neither finished nor failed.
 
-    entry: its last line in the journal. Raises DataError for a damaged file.
+    entry: its last journal entry. Raises DataError for a damaged file.
     """
     run = folder / CELLS / name
     result = read_result(run)
     if result is not None:
-        row = finished(result, read_json(run / CONFIG), name)
+        row = finished_row(result, read_json(run / CONFIG), name)
         if entry is not None:
             row |= {"wall_s": entry.get("wall_s"), "note": entry.get("note", "")}
         return row
     if entry is not None and entry.get("outcome") == "failed":
-        return failed(entry)
+        return failed_row(entry)
     return None
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a study by cell, sorted by name. Raises DataError for a damaged run folder."""
+    """The rows of a study by the name of the cell, sorted. Raises DataError for a damaged run folder."""
     journal = read_journal(folder)
     names = {path.name for path in (folder / CELLS).iterdir() if path.is_dir()} if (folder / CELLS).is_dir() else set()
     found = {name: read_row(folder, name, journal.get(name)) for name in sorted(names | set(journal))}
@@ -117,7 +116,7 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_table(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Write results.csv: by model, falling fraction, seed and subset seed. What is unknown or undefined is empty."""
+    """Write results.csv, sorted by model, descending fraction, seed and subset seed. Unknown values are empty."""
     columns = list(FIRST)
     for row in sorted(rows.values(), key=lambda row: row["status"] != "finished"):
         columns += [key for key in row if key not in columns]

@@ -1,4 +1,4 @@
-"""What a person sees of a study that is being run: a live table on a terminal, elsewhere one line a cell."""
+"""The display of a running study: a live table on a terminal, elsewhere one line per cell."""
 
 import sys
 import time
@@ -22,33 +22,34 @@ def duration(seconds: float) -> str:
 
 
 class Forecast:
-    """How long cells will take, learnt from those that have ended: seconds an image of each model, and a rest."""
+    """Predicts the time of a cell from the cells that have ended: seconds per image of its model, plus other time."""
 
     def __init__(self) -> None:
         self._images: dict[str, float] = {}
         self._train_s: dict[str, float] = {}
-        self._rest_s: dict[str, list[float]] = {}
+        self._other_s: dict[str, list[float]] = {}
 
     def learn(self, cell: Cell, result: dict[str, Any], wall_s: float) -> None:
-        """Take in a finished cell. The rest of a model's first cell, which compiles, is forgotten with the second."""
+        """Add a finished cell. Other time: start, compilation and evaluation. That of a model's first cell, which
+        compiles, no longer counts after the second."""
         model, train_s = cell.config.model, float(result["seconds"]["train"])
         self._images[model] = self._images.get(model, 0.0) + cell.images
         self._train_s[model] = self._train_s.get(model, 0.0) + train_s
-        self._rest_s.setdefault(model, []).append(max(wall_s - train_s, 0.0))
+        self._other_s.setdefault(model, []).append(max(wall_s - train_s, 0.0))
 
     def seconds(self, cell: Cell) -> float | None:
-        """What a cell will take; of a model that has not been seen, as long as the others on average. None: unknown."""
+        """Expected seconds of a cell. A new model counts as the average of the others. None: unknown."""
         if not self._images:
             return None
         model = cell.config.model
         known = [model] if model in self._images else list(self._images)
         rate = sum(self._train_s[m] for m in known) / max(sum(self._images[m] for m in known), 1.0)
-        rests = [rest for m in known for rest in (self._rest_s[m][1:] or self._rest_s[m])]
-        return cell.images * rate + sum(rests) / len(rests)
+        others = [other for m in known for other in (self._other_s[m][1:] or self._other_s[m])]
+        return cell.images * rate + sum(others) / len(others)
 
 
-class _Count:
-    """How many cells are done, and how much time is left."""
+class Counts:
+    """The numbers of cells done, failed and left, and the time left."""
 
     def __init__(self, cells: Sequence[Cell], done: int, workers: int) -> None:
         self.total, self.done, self.failed, self.workers = len(cells) + done, done, 0, workers
@@ -57,6 +58,7 @@ class _Count:
         self.forecast = Forecast()
 
     def end(self, cell: Cell, ended: Ended, wall_s: float) -> None:
+        """Count a cell that has ended."""
         if ended.outcome == "stopped":
             return
         del self.left[cell.name]
@@ -66,7 +68,7 @@ class _Count:
             self.forecast.learn(cell, ended.result, wall_s)
 
     def left_s(self, running: Sequence[Slot], model: str | None = None) -> float | None:
-        """Seconds until the last cell (of a model) ends, if the workers share them evenly. None: unknown."""
+        """Seconds until the last cell (of a model) ends, if all workers are busy until then. None: unknown."""
         chosen = [cell for cell in self.left.values() if model in (None, cell.config.model)]
         seconds = [self.forecast.seconds(cell) for cell in chosen]
         if any(one is None for one in seconds):
@@ -75,12 +77,12 @@ class _Count:
         spent = 0.0
         for slot in running:
             if slot.cell is not None and slot.cell in chosen:
-                spent += min(now - slot.began, self.forecast.seconds(slot.cell) or 0.0)
+                spent += min(now - slot.started, self.forecast.seconds(slot.cell) or 0.0)
         return max(sum(one or 0.0 for one in seconds) - spent, 0.0) / self.workers
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A result in a few words."""
+    """The main score of a result."""
     score = result["test"]["balanced_accuracy"]
     if score["value"] is None:
         return "balanced accuracy undefined"
@@ -88,11 +90,11 @@ def summary(result: dict[str, Any]) -> str:
 
 
 class Lines:
-    """Plain lines on standard output: one a cell, and warnings on standard error."""
+    """One line per cell on standard output, and warnings on standard error."""
 
     def __init__(self, cells: Sequence[Cell], done: int, workers: int) -> None:
-        """cells: those to train. done: how many others of the study are finished already."""
-        self.count = _Count(cells, done, workers)
+        """cells: those to train. done: the number of cells that were finished before."""
+        self.count = Counts(cells, done, workers)
         self._running: list[Slot] = []
 
     def __enter__(self) -> "Lines":
@@ -110,36 +112,33 @@ class Lines:
         sys.stdout.flush()
 
     def warn(self, text: str) -> None:
-        """Show one line that asks for attention."""
+        """Show one warning."""
         click.echo(f"warning: {text}", err=True)
 
-    def began(self, slot: Slot) -> None:
-        """Remember who is at work."""
+    def started(self, slot: Slot) -> None:
+        """Remember the slot, and show the note of its cell."""
         if slot not in self._running:
             self._running.append(slot)
         if slot.cell is not None and slot.cell.note:
             self.warn(f"{slot.cell.name}: {slot.cell.note}")
 
-    def at(self, slot: Slot) -> None:
-        """Nothing: a line for every step would be too many."""
-
     def ended(self, cell: Cell, ended: Ended, wall_s: float) -> None:
-        """One line for the cell."""
+        """Show one line for the cell."""
         count = self.count
         count.end(cell, ended, wall_s)
         left = count.left_s(self._running)
-        rest = f", {duration(left)} left" if left and count.left else ""
+        time_left = f", {duration(left)} left" if left and count.left else ""
         place = f"[{count.done + count.failed}/{count.total}] {cell.name}"
         if ended.result is not None:
-            self.say(f"{place}: {summary(ended.result)}, {cell.n_train} images, {wall_s:.1f} s{rest}")
+            self.say(f"{place}: {summary(ended.result)}, {cell.n_train} images, {wall_s:.1f} s{time_left}")
         elif ended.outcome == "stopped":
             self.say(f"{cell.name}: {ended.error}")
         else:
-            self.say(f"{place}: FAILED: {ended.error}{rest}")
+            self.say(f"{place}: FAILED: {ended.error}{time_left}")
 
 
 class LiveTable(Lines):
-    """The lines, and below them a table that is drawn anew: a row a model, and what each worker is doing."""
+    """The lines, and below them a table that is redrawn: one row per model, and the status of each worker."""
 
     def __enter__(self) -> "LiveTable":
         """Start drawing."""
@@ -160,7 +159,7 @@ class LiveTable(Lines):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the table away."""
+        """Remove the table."""
         self._live.stop()
 
     def say(self, text: str) -> None:
@@ -180,7 +179,7 @@ class LiveTable(Lines):
         from rich.text import Text
 
         count, running = self.count, [slot for slot in self._running if slot.cell is not None]
-        table = Table("model", *("left", "running", "time left"), box=None, pad_edge=False)
+        table = Table("model", "left", "running", "time left", box=None, pad_edge=False)
         for model in count.models:
             mine = [cell for cell in count.left.values() if cell.config.model == model]
             busy = sum(slot.cell is not None and slot.cell.config.model == model for slot in running)
@@ -195,8 +194,8 @@ class LiveTable(Lines):
         head += f", {duration(left)} left" if left is not None else ""
         parts: list[Any] = [Text(head, style="bold"), table]
         for slot in running:
-            news, seconds = slot.news, time.perf_counter() - slot.began
-            share = f" {news.done}/{news.total}" if news.total > 1 else ""
+            status, seconds = slot.status, time.perf_counter() - slot.started
+            share = f" {status.done}/{status.total}" if status.total > 1 else ""
             name = slot.cell.name if slot.cell is not None else ""
-            parts.append(Text(f"{name}: {news.phase}{share}, {duration(seconds)}", style="dim"))
+            parts.append(Text(f"{name}: {status.phase}{share}, {duration(seconds)}", style="dim"))
         return Group(*parts)

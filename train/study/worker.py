@@ -1,6 +1,6 @@
-"""A process that trains cell after cell of one model on one device. A function of its arguments and of its orders.
+"""A worker: a process that trains one cell after the other, all of one model on one device.
 
-Interpreter, imports, shard set, network and compiled code are paid for by the first cell; `Workspace` keeps them.
+The interpreter, imports, shard set, network and compiled code are loaded for the first cell; `Workspace` keeps them.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,11 +19,11 @@ from train.config import Config
 
 
 @dataclass(frozen=True)
-class Order:
-    """A cell to train, and the run folder to write: it goes on with what that holds already.
+class Job:
+    """A cell to train. out: its run folder, which is continued if it holds a checkpoint.
 
-    images_ahead: those that later cells of this model will be trained on; they share the cost of compiling. unwanted:
-    files that the grid deletes from a finished cell.
+    images_ahead: training images of the later cells of this model, which share the cost of compiling. unwanted: files
+    that the grid deletes from a finished cell.
     """
 
     config: Config
@@ -32,8 +33,8 @@ class Order:
 
 
 @dataclass(frozen=True)
-class At:
-    """A worker's news: how far the phase in hand (`epoch 3/12`, `test`) has come."""
+class Status:
+    """A message of a worker: how much of the current phase (`epoch 3/12`, `test`) is done."""
 
     phase: str
     done: int
@@ -42,22 +43,22 @@ class At:
 
 @dataclass(frozen=True)
 class Warned:
-    """A worker's news: a line that asks for attention."""
+    """A message of a worker: a warning."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A worker's last word on a cell. outcome: `finished`, `stopped` or `failed`; result: the run's; error: a line."""
+    """A worker's last message about a cell. outcome: `finished`, `stopped` or `failed`. error: one line."""
 
     outcome: str
     result: dict[str, Any] | None = None
     error: str = ""
 
 
-class _Voice:
-    """The console of a run in a worker: progress and warnings go to the grid, lines only into the run's own log."""
+class PipeConsole:
+    """The console of a run in a worker: progress and warnings go to the grid, lines to the worker's log."""
 
     INTERVAL_S = 0.25
 
@@ -66,50 +67,51 @@ class _Voice:
         self._phase, self._sent = "", 0.0
 
     def say(self, text: str) -> None:
-        """Keep it for the worker's log file."""
+        """Print one line into the worker's log."""
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
     def warn(self, text: str) -> None:
-        """Send it to the grid."""
+        """Send a warning to the grid."""
         self._send(Warned(text))
 
-    def at(self, phase: str, done: int, total: int) -> None:
-        """Send it, four times a second at most."""
+    def at(self, what: str, done: int, total: int) -> None:
+        """Send the status of a phase, at most four times a second."""
         now = time.monotonic()
-        if phase != self._phase or now - self._sent >= self.INTERVAL_S:
-            self._phase, self._sent = phase, now
-            self._send(At(phase, done, total))
+        if what != self._phase or now - self._sent >= self.INTERVAL_S:
+            self._phase, self._sent = what, now
+            self._send(Status(what, done, total))
 
-    def _send(self, news: At | Warned) -> None:
-        # where the grid has died the run must get as far as asking whether to stop, which writes its checkpoint
+    def _send(self, message: Status | Warned) -> None:
+        # if the grid has died, the run goes on to its next step, where it stops and writes its checkpoint
         with contextlib.suppress(OSError):
-            self._pipe.send(news)
+            self._pipe.send(message)
 
 
 def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
-    """Train what comes through `pipe` until it is closed; answer each Order with At, Warned and one Ended.
+    """Train the jobs that come through `pipe` until it is closed. Send Status, Warned, and one Ended for each.
 
-    gpu: the only device that this process sees, None for the CPU or whatever there is. log: takes all that libraries
-    print. started: `time.perf_counter()` of the parent when it started this process (one clock for the machine).
-    SIGTERM, and the end of the parent, stop the cell in hand at its next step, with a checkpoint.
+    gpu: the only GPU that this process sees; None: no restriction. log: the file for everything that libraries print.
+    started: `time.perf_counter()` of the parent when it started this process (one clock for the machine). SIGTERM, or
+    the end of the parent, stops the current cell at its next step, with a checkpoint.
     """
     parent = os.getppid()
     stopping: list[int] = []
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
-    _speak_into(log)
+    _redirect_output(log)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch is imported
-    voice = _Voice(pipe)
-    voice.at("start", 0, 1)
+    console = PipeConsole(pipe)
+    console.at("start", 0, 1)
     try:
-        _serve(pipe, voice, started, lambda: bool(stopping) or os.getppid() != parent)
+        train_jobs(pipe, console, started, lambda: bool(stopping) or os.getppid() != parent)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is done, or gone
+        return  # the parent has closed the pipe or ended
 
 
-def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
+def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Callable[[], bool]) -> None:
+    """Train each Job from `pipe` until None comes. Raises EOFError or OSError if the pipe breaks."""
     import traceback
 
     from shards.common.cli import importing
@@ -123,37 +125,32 @@ def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
     world, workspace, begin = World(), Workspace(), started
     prepared = False
     while True:
-        order: Order | None = pipe.recv()
-        if order is None:
+        job: Job | None = pipe.recv()
+        if job is None:
             workspace.close()
             return
         begin = started if not prepared else time.perf_counter()
         try:
             if not prepared:
-                world, prepared = _world(order.config.device), True
-            workspace.compilation.images_ahead = order.images_ahead
+                world, prepared = _world(job.config.device), True
+            workspace.compilation.images_ahead = job.images_ahead
             result = train_once(
-                order.config,
-                order.out,
+                job.config,
+                job.out,
                 resume=True,
                 world=world,
                 workspace=workspace,
                 stop=stop,
-                console=voice,
+                console=console,
                 started=begin,
-                unwanted=order.unwanted,
+                unwanted=job.unwanted,
             )
             ended = Ended("finished", result)
         except Stopped as error:
             ended = Ended("stopped", error=one_line(error))
         except DermscaleError as error:
             ended = Ended("failed", error=one_line(error))
-        except OSError as error:
-            traceback.print_exc()
-            ended = Ended(
-                "failed", error=f"{error.strerror or type(error).__name__}: {error.filename or one_line(error)}"
-            )
-        except Exception as error:  # noqa: BLE001 (whatever it is, it ends this cell and not the study; the log has all of it)
+        except Exception as error:  # noqa: BLE001 (it fails this cell and not the study; the log has the traceback)
             traceback.print_exc()
             ended = Ended("failed", error=f"{type(error).__name__}: {one_line(error, 300)}")
         sys.stderr.flush()
@@ -161,7 +158,7 @@ def _serve(pipe: Connection, voice: _Voice, started: float, stop: Any) -> None:
 
 
 def _world(device_name: str) -> Any:
-    """This process alone on its device, its settings made."""
+    """The world of one process on one device."""
     from train import device as devices
     from train.distributed import World
 
@@ -170,8 +167,8 @@ def _world(device_name: str) -> Any:
     return World(device=device)
 
 
-def _speak_into(log: Path) -> None:
-    """Send standard output and error, C libraries' too, into a file: on the terminal is a live table."""
+def _redirect_output(log: Path) -> None:
+    """Send standard output and error, also of C libraries, to a file: the terminal shows the live table."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -16,7 +16,7 @@ from shards.common.errors import DataError, UsageError
 from train.config import Config
 from train.record import RunFolder
 from train.study import cells
-from train.study.cells import Cell, fitting_batch, parse_fractions, parse_models, parse_seeds, plan
+from train.study.cells import Cell, fitting_batch, grid_cells, parse_fractions, parse_models, parse_seeds
 from train.study.folder import LEAKAGE, StudyFolder, read_journal
 from train.study.view import Forecast, LiveTable, duration
 from train.study.worker import Ended
@@ -34,7 +34,7 @@ def whole(fraction: float, subset_seed: int) -> int:
 
 
 def test_every_model_meets_every_fraction_and_seed_once():
-    found = plan(BASE, ["resnet18", "alexnet"], [0.25, 1.0], [0, 1, 2], None, "epochs", whole)
+    found = grid_cells(BASE, ["resnet18", "alexnet"], [0.25, 1.0], [0, 1, 2], None, "epochs", whole)
     keys = {(c.config.model, c.config.fraction, c.config.seed) for c in found}
     assert len(found) == len(keys) == 12
     assert all(c.config.seed == c.config.subset_seed for c in found)
@@ -42,7 +42,7 @@ def test_every_model_meets_every_fraction_and_seed_once():
 
 
 def test_a_models_cells_come_together_and_its_large_fractions_first():
-    found = plan(BASE, ["resnet18", "alexnet"], [0.25, 1.0, 0.5], [0, 1], None, "epochs", whole)
+    found = grid_cells(BASE, ["resnet18", "alexnet"], [0.25, 1.0, 0.5], [0, 1], None, "epochs", whole)
     models = [c.config.model for c in found]
     assert models == sorted(models, reverse=True)
     fractions = [c.config.fraction for c in found if c.config.model == "alexnet"]
@@ -50,7 +50,7 @@ def test_a_models_cells_come_together_and_its_large_fractions_first():
 
 
 def test_named_subset_seeds_meet_every_seed_except_where_the_subset_is_everything():
-    found = plan(BASE, ["resnet18"], [0.5, 1.0], [0, 1], [5, 6, 7], "epochs", whole)
+    found = grid_cells(BASE, ["resnet18"], [0.5, 1.0], [0, 1], [5, 6, 7], "epochs", whole)
     half = {(c.config.seed, c.config.subset_seed) for c in found if c.config.fraction == 0.5}
     full = {(c.config.seed, c.config.subset_seed) for c in found if c.config.fraction == 1.0}
     assert half == {(s, d) for s in (0, 1) for d in (5, 6, 7)}
@@ -58,29 +58,29 @@ def test_named_subset_seeds_meet_every_seed_except_where_the_subset_is_everythin
 
 
 def test_equal_epochs_and_equal_steps_are_two_budgets():
-    by_epochs = plan(BASE, ["resnet18"], [0.25, 1.0], [0], None, "epochs", whole)
+    by_epochs = grid_cells(BASE, ["resnet18"], [0.25, 1.0], [0], None, "epochs", whole)
     assert [c.steps for c in by_epochs] == [4 * (1000 // 32), 4 * (250 // 32)]
     assert all(c.config.steps is None for c in by_epochs)
-    by_steps = plan(BASE, ["resnet18"], [0.25, 1.0], [0], None, "steps", whole)
+    by_steps = grid_cells(BASE, ["resnet18"], [0.25, 1.0], [0], None, "steps", whole)
     assert {c.steps for c in by_steps} == {c.config.steps for c in by_steps} == {4 * (1000 // 32)}
     with pytest.raises(UsageError, match="epochs, steps"):
-        plan(BASE, ["resnet18"], [1.0], [0], None, "hours", whole)
+        grid_cells(BASE, ["resnet18"], [1.0], [0], None, "hours", whole)
 
 
 def test_equal_steps_are_evaluated_about_equally_often():
     for every in (1, 3):
         base = replace(BASE, epochs=12, eval_epochs=every)
-        found = plan(base, ["resnet18"], [0.013, 0.1, 0.25, 0.9, 1.0], [0], None, "steps", whole)
+        found = grid_cells(base, ["resnet18"], [0.013, 0.1, 0.25, 0.9, 1.0], [0], None, "steps", whole)
         for cell in found:
             epochs = cell.steps / (cell.n_train // cell.config.batch_size)
             assert epochs / cell.config.eval_epochs == pytest.approx(12 / every, rel=0.15), cell.name
         assert found[0].config.eval_epochs == every and found[-1].n_train == 13
-    by_epochs = plan(replace(BASE, eval_epochs=3), ["resnet18"], [0.1, 1.0], [0], None, "epochs", whole)
+    by_epochs = grid_cells(replace(BASE, eval_epochs=3), ["resnet18"], [0.1, 1.0], [0], None, "epochs", whole)
     assert {cell.config.eval_epochs for cell in by_epochs} == {3}
 
 
 def test_a_cell_that_was_begun_with_more_evaluations_goes_on(tmp_path):
-    (cell,) = plan(BASE, ["resnet18"], [0.1], [0], None, "steps", whole)
+    (cell,) = grid_cells(BASE, ["resnet18"], [0.1], [0], None, "steps", whole)
     with RunFolder(tmp_path / "run", replace(cell.config, eval_epochs=1), resume=False):
         pass
     assert cell.config.eval_epochs > 1
@@ -89,13 +89,13 @@ def test_a_cell_that_was_begun_with_more_evaluations_goes_on(tmp_path):
 
 
 def test_a_batch_that_a_fraction_cannot_fill_is_made_to_fit_and_noted():
-    small, large = plan(BASE, ["resnet18"], [0.01, 1.0], [3], None, "epochs", whole)[::-1]
+    small, large = grid_cells(BASE, ["resnet18"], [0.01, 1.0], [3], None, "epochs", whole)[::-1]
     assert (small.n_train, small.config.batch_size) == (13, 8)
     assert "32 → 8" in small.note and "13 images" in small.note
     assert large.config.batch_size == 32 and not large.note
     with pytest.raises(UsageError, match="1 training image"):
-        plan(BASE, ["resnet18"], [0.001], [0], None, "epochs", whole)
-    (cell,) = plan(replace(BASE, batch_size=1), ["vit_b16"], [0.01], [0], None, "epochs", whole)
+        grid_cells(BASE, ["resnet18"], [0.001], [0], None, "epochs", whole)
+    (cell,) = grid_cells(replace(BASE, batch_size=1), ["vit_b16"], [0.01], [0], None, "epochs", whole)
     assert (cell.config.batch_size, cell.steps, cell.note) == (1, 40, "")
 
 
@@ -195,7 +195,7 @@ def test_time_left_is_learnt_from_the_cells_that_ended():
 def test_the_live_table_tells_cells_done_running_left_and_time():
     from rich.console import Console
 
-    planned = plan(BASE, ["resnet18", "alexnet"], [0.5, 1.0], [0], None, "epochs", whole)
+    planned = grid_cells(BASE, ["resnet18", "alexnet"], [0.5, 1.0], [0], None, "epochs", whole)
     view = LiveTable(planned, 3, 1)
     console = Console(width=100, record=True, file=io.StringIO())
     result = {"seconds": {"train": 60.0}, "test": {"balanced_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}}

@@ -1,4 +1,4 @@
-"""What can go wrong with a grid's options: refused before anything is written, and what is said is true."""
+"""Mistakes in the options of a grid: each is refused before anything is written, with the right message."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,13 @@ from train.inference.predictor import read_about
 from train.study import folder as study_folder
 from train.study.cells import Cell
 from train.study.folder import StudyFolder, read_journal, read_study
+from train.study.grid import check_settings
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake that gets as far as the cells is a failure of the test."""
-    monkeypatch.setattr("train.grid.run", lambda *_: pytest.fail("the cells were started"))
+    monkeypatch.setattr("train.study.grid.train_cells", lambda *_: pytest.fail("the cells were started"))
 
 
 @pytest.mark.parametrize("command", [grid, leakage])
@@ -47,9 +48,9 @@ def test_what_would_fail_every_cell_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("names", [["vit_b16"], ["alexnet", "mixer_b16"], ["test_vit_relpos"]])
 def test_a_batch_of_one_image_is_for_models_without_batch_norm(names):
     one = replace(BASE, batch_size=1, resolution=64)
-    grid.check(names, one)
+    check_settings(names, one)
     with pytest.raises(UsageError, match="--batch-size 1: batch norm needs 2 images"):
-        grid.check([*names, "resnet18"], one)
+        check_settings([*names, "resnet18"], one)
 
 
 @pytest.mark.parametrize("kept", ["result.json", "checkpoint.pt"])
@@ -92,11 +93,13 @@ def test_batch_norm_over_processes_is_offered_only_where_there_are_several():
     assert offering == [run]
 
 
-def test_weights_that_were_not_kept_are_not_called_those_of_an_unfinished_run(tmp_path: Path):
+def test_deleted_weights_and_an_unfinished_run_give_different_messages(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(DataError, match="not finished; go on with --resume"):
+    with pytest.raises(DataError, match="not finished; continue it with --resume"):
         read_about(tmp_path)
     (tmp_path / "result.json").write_text("{}")
-    with pytest.raises(DataError, match=r"no weights any more .*train\.run.*--keep weights") as error:
+    with pytest.raises(
+        DataError, match=r"weights of this finished run were deleted .*train\.run.*--keep weights"
+    ) as error:
         read_about(tmp_path)
     assert "not finished" not in str(error.value) and "--resume" not in str(error.value)

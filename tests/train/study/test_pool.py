@@ -10,10 +10,9 @@ import pytest
 
 from tests.support import fake_worker
 from tests.train.study.test_grid import BASE, whole
-from train.grid import UNWANTED
 from train.study import table as results
-from train.study.cells import Cell, plan
-from train.study.folder import StudyFolder, read_journal
+from train.study.cells import Cell, grid_cells
+from train.study.folder import UNWANTED, StudyFolder, read_journal
 from train.study.pool import Pool
 from train.study.view import Lines
 
@@ -31,25 +30,27 @@ def trained(path: Path) -> dict[str, dict]:
 
 
 def test_the_cells_of_a_model_share_a_process_and_another_model_gets_another(tmp_path):
-    planned = plan(BASE, ["resnet18", "alexnet"], [0.5, 1.0], [0, 1], None, "epochs", whole)
+    planned = grid_cells(BASE, ["resnet18", "alexnet"], [0.5, 1.0], [0, 1], None, "epochs", whole)
     failed, entries = run_pool(tmp_path / "s", planned, [None])
-    told = trained(tmp_path / "s")
-    assert not failed and len(entries) == len(told) == 8
-    processes = {model: {t["pid"] for t in told.values() if t["model"] == model} for model in ("resnet18", "alexnet")}
+    records = trained(tmp_path / "s")
+    assert not failed and len(entries) == len(records) == 8
+    processes = {
+        model: {t["pid"] for t in records.values() if t["model"] == model} for model in ("resnet18", "alexnet")
+    }
     assert all(len(pids) == 1 for pids in processes.values())
     assert processes["resnet18"] != processes["alexnet"]
-    assert all(t["unwanted"] == ["checkpoint.pt", "model.safetensors"] for t in told.values())
-    ahead = [told[c.name]["ahead"] for c in planned if c.config.model == "resnet18"]
+    assert all(t["unwanted"] == ["checkpoint.pt", "model.safetensors"] for t in records.values())
+    ahead = [records[c.name]["ahead"] for c in planned if c.config.model == "resnet18"]
     assert ahead == sorted(ahead, reverse=True) and ahead[-1] == 0 and ahead[0] == sum(c.images for c in planned[1:4])
 
 
 def test_every_gpu_has_a_worker_and_idle_ones_help_with_the_last_model(tmp_path):
-    planned = plan(BASE, ["resnet18"], [0.5, 1.0], list(range(4)), None, "epochs", whole)
+    planned = grid_cells(BASE, ["resnet18"], [0.5, 1.0], list(range(4)), None, "epochs", whole)
     failed, _ = run_pool(tmp_path / "s", planned, ["0", "1"])
-    told = trained(tmp_path / "s")
-    assert not failed and len(told) == 8
-    assert {t["gpu"] for t in told.values()} == {"0", "1"}
-    assert len({(t["gpu"], t["pid"]) for t in told.values()}) == 2
+    records = trained(tmp_path / "s")
+    assert not failed and len(records) == 8
+    assert {t["gpu"] for t in records.values()} == {"0", "1"}
+    assert len({(t["gpu"], t["pid"]) for t in records.values()}) == 2
 
 
 @pytest.mark.parametrize(
@@ -61,14 +62,14 @@ def test_every_gpu_has_a_worker_and_idle_ones_help_with_the_last_model(tmp_path)
     ],
 )
 def test_a_lost_cell_is_recorded_its_worker_replaced_and_the_rest_goes_on(tmp_path, seed, words):
-    planned = plan(BASE, ["resnet18"], [1.0], [0, seed, 1], None, "epochs", whole)
+    planned = grid_cells(BASE, ["resnet18"], [1.0], [0, seed, 1], None, "epochs", whole)
     failed, entries = run_pool(tmp_path / "s", planned, [None])
     lost = planned[1].name
     assert failed == [lost]
     assert [e["outcome"] for e in entries] == ["finished", "failed", "finished"]
-    told = trained(tmp_path / "s")
-    assert set(told) == {planned[0].name, planned[2].name}
-    assert told[planned[0].name]["pid"] != told[planned[2].name]["pid"]
+    records = trained(tmp_path / "s")
+    assert set(records) == {planned[0].name, planned[2].name}
+    assert records[planned[0].name]["pid"] != records[planned[2].name]["pid"]
     error = read_journal(tmp_path / "s")[lost]["error"]
     assert re.search(words, error)
     row = results.read_rows(tmp_path / "s")[lost]
@@ -76,7 +77,7 @@ def test_a_lost_cell_is_recorded_its_worker_replaced_and_the_rest_goes_on(tmp_pa
 
 
 def test_a_stop_ends_the_running_cell_and_starts_no_other(tmp_path):
-    planned = plan(BASE, ["resnet18"], [1.0], [fake_worker.SLOW, 0], None, "epochs", whole)
+    planned = grid_cells(BASE, ["resnet18"], [1.0], [fake_worker.SLOW, 0], None, "epochs", whole)
     asked: list[int] = []
     threading.Timer(1.5, lambda: asked.append(15)).start()
     failed, entries = run_pool(tmp_path / "s", planned, [None], lambda: len(asked))
@@ -85,7 +86,7 @@ def test_a_stop_ends_the_running_cell_and_starts_no_other(tmp_path):
 
 
 def test_asked_twice_a_worker_that_does_not_listen_is_killed(tmp_path):
-    planned = plan(BASE, ["resnet18"], [1.0], [fake_worker.SILENT], None, "epochs", whole)
+    planned = grid_cells(BASE, ["resnet18"], [1.0], [fake_worker.SILENT], None, "epochs", whole)
     began = time.monotonic()
     failed, entries = run_pool(tmp_path / "s", planned, [None], lambda: 2 if time.monotonic() - began > 1.5 else 0)
     assert not failed and [e["outcome"] for e in entries] == ["stopped"]

@@ -224,7 +224,7 @@ def test_run_folders_that_differ_in_model_fraction_seed_and_batch_share_a_report
         ({"start_resolution": 32}, "start_resolution: None, and 32"),
         ({"loss": "plain"}, "loss: logit-adjusted, and plain"),
         ({"weights": "w.safetensors"}, "weights: None, and w.safetensors"),
-        ({"weights": "w.safetensors", "model": "alexnet"}, "weights: None, and of a file"),
+        ({"weights": "w.safetensors", "model": "alexnet"}, "weights: None, and from a file"),
     ],
     ids=["epochs", "ramp", "loss", "weights", "weights of another model"],
 )

@@ -1,4 +1,4 @@
-"""A worker whose grid has died: nobody hears it any more, and what it trained must not be lost."""
+"""A worker whose grid has died: it stops with a checkpoint, so that its training is not lost."""
 
 import multiprocessing
 import time
@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 
 from tests.support.train_runs import small
-from train.study.worker import Order, _serve, _Voice
+from train.study.worker import Job, PipeConsole, train_jobs
 
 
-def test_what_nobody_hears_is_no_error():
+def test_messages_to_a_grid_that_has_died_are_no_error():
     ours, theirs = multiprocessing.Pipe()
     ours.close()
-    voice = _Voice(theirs)
-    voice.at("start", 0, 1)
-    voice.warn("to nobody")
+    console = PipeConsole(theirs)
+    console.at("start", 0, 1)
+    console.warn("nobody receives this")
 
 
 def test_a_worker_whose_grid_has_died_stops_with_a_checkpoint(tiny_shards: Path, tmp_path: Path):
     ours, theirs = multiprocessing.Pipe()
-    ours.send(Order(small(tiny_shards, checkpoint_s=1e6), tmp_path / "run"))
+    ours.send(Job(small(tiny_shards, checkpoint_s=1e6), tmp_path / "run"))
     ours.close()
-    with pytest.raises(OSError, match="pipe"):  # how the cell ended: `work` leaves with this
-        _serve(theirs, _Voice(theirs), time.perf_counter(), lambda: True)
+    with pytest.raises(OSError, match="pipe"):  # when it sends how the cell ended
+        train_jobs(theirs, PipeConsole(theirs), time.perf_counter(), lambda: True)
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     assert not (tmp_path / "run" / "result.json").exists()

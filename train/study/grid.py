@@ -1,0 +1,92 @@
+"""Check the settings of a grid and train its cells: for `train.grid`, and for `train.leakage`, which has two arms."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from train.config import DECIDES_NOTHING, Config
+from train.study.cells import EIGHT, Cell
+from train.study.folder import UNWANTED, StudyFolder
+from train.study.pool import Pool, visible_gpus
+from train.study.table import RESULTS, read_row, read_rows, write_table
+from train.study.view import Lines, LiveTable
+
+if TYPE_CHECKING:
+    from shards.shardset import ShardSet
+
+_OF_CELLS = ("model", "fraction", "seed", "subset_seed")
+"""Fields of Config that differ from cell to cell."""
+
+
+def study_settings(base: Config, budget: str, data: "ShardSet") -> dict[str, Any]:
+    """The settings that all cells of a study share. A study can only be continued with the same settings."""
+    shared = {k: v for k, v in base.to_dict().items() if k not in (*_OF_CELLS, *DECIDES_NOTHING)}
+    split = data.manifest.split
+    return shared | {"budget": budget, "shard_set": data.manifest.index_sha256, "split_unit": split.get("unit")}
+
+
+def check_settings(names: Sequence[str], base: Config) -> None:
+    """Refuse settings that would make every cell fail, before anything is written.
+
+    Raises UsageError for an unknown model, an impossible resolution, too small a batch, a missing device or a precision
+    that it does not support, DataError for weights that cannot be read.
+    """
+    any_size_does = base.resolution >= 64 and base.resolution % 32 == 0 and base.start_resolution is None
+    any_model_does = any_size_does and base.batch_size > 1 and all(name in EIGHT for name in names)
+    any_device_does = base.device in ("auto", "cpu") and base.precision in ("auto", "fp32")
+    if any_model_does and any_device_does and base.weights is None:
+        return  # without importing torch, which takes seconds
+    from train import device as devices
+    from train import models
+    from train.config import check_batch
+    from train.weights import read_weights
+
+    for name in names:
+        models.check_resolution(name, base.resolution, base.start_resolution)
+        check_batch(base.batch_size, models.family(name))
+    if not any_device_does:
+        devices.precision(devices.choose(base.device), base.precision)
+    if base.weights is not None:
+        read_weights(Path(base.weights))
+
+
+def train_cells(cells: Sequence[Cell], folder: StudyFolder, device: str, keep: str = "weights") -> int:
+    """Train the cells that are not finished. Returns the exit code: 0 all finished, 1 some failed, 130 or 143 stopped.
+
+    keep: a key of UNWANTED: what is kept of a finished cell.
+    """
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: signals.append(n))
+    rows = read_rows(folder.path)
+    left = [cell for cell in cells if rows.get(cell.name, {}).get("status") != "finished"]
+    done = len(cells) - len(left)
+    gpus = visible_gpus(device)
+
+    def recorded(entry: dict[str, Any]) -> None:
+        row = read_row(folder.path, entry["cell"], entry)
+        if entry["outcome"] == "finished":
+            for name in UNWANTED[keep]:
+                (folder.cell(entry["cell"]) / name).unlink(missing_ok=True)
+        if row is not None:
+            rows[entry["cell"]] = row
+            write_table(folder.path, rows)
+
+    with (LiveTable if sys.stderr.isatty() else Lines)(left, done, len(gpus)) as view:
+        if done:
+            view.say(f"{done} of {len(cells)} cells are finished already")
+        failed = Pool(folder, view, gpus, recorded, UNWANTED[keep]).run(left, lambda: len(signals))
+    write_table(folder.path, rows)
+    if signals:
+        click.echo(f"stopped; run the same command to continue ({folder.path})", err=True)
+        return 128 + signals[0]
+    click.echo(f"{len(cells) - len(failed)} of {len(cells)} cells finished; {folder.path / RESULTS}")
+    if failed:
+        some = ", ".join(failed[:5]) + (", …" if len(failed) > 5 else "")
+        click.echo(f"error: {len(failed)} cells failed ({some}); run the same command to try them again", err=True)
+        return 1
+    return 0

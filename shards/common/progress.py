@@ -32,7 +32,7 @@ class Progress:
     ) -> None:
         """what: the job or its phase. total: 0 if unknown. unit: `images` or another plural; `bytes` are shown as MB.
 
-        done: the part that was done before. lines: whether to print lines where there is no terminal; the first one
+        done: the part that was done before. lines: whether to print lines if there is no terminal; the first one
         comes after LINE_S. transient: whether the bar disappears at the end.
         """
         self.what, self.total, self.unit, self.done = what, total, unit, done

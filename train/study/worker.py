@@ -146,8 +146,8 @@ def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Cal
                 unwanted=job.unwanted,
             )
             ended = Ended("finished", result)
-        except Stopped as error:
-            ended = Ended("stopped", error=one_line(error))
+        except Stopped:
+            ended = Ended("stopped", error="stopped")
         except DermscaleError as error:
             ended = Ended("failed", error=one_line(error))
         except Exception as error:  # noqa: BLE001 (it fails this cell and not the study; the log has the traceback)

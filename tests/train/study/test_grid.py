@@ -1,8 +1,7 @@
-"""The grid: which cells there are, what its folder and its screen tell, and that nothing is done twice."""
+"""The grid: its cells, its folder, its display, and that a finished cell is not trained twice."""
 
 import csv
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,16 @@ import pytest
 from shards.common.errors import DataError, UsageError
 from train.config import Config
 from train.record import RunFolder
-from train.study import cells
-from train.study.cells import Cell, fitting_batch, grid_cells, parse_fractions, parse_models, parse_seeds
+from train.study.cells import (
+    EIGHT,
+    FRACTIONS,
+    Cell,
+    fitting_batch,
+    grid_cells,
+    parse_fractions,
+    parse_models,
+    parse_seeds,
+)
 from train.study.folder import LEAKAGE, StudyFolder, read_journal
 from train.study.view import Forecast, LiveTable, duration
 from train.study.worker import Ended
@@ -30,23 +37,15 @@ def whole(fraction: float, subset_seed: int) -> int:
     return round(1000 * fraction) + (subset_seed if fraction < 1 else 0)
 
 
-# ------------------------------------------------------------------ which cells there are
+# ------------------------------------------------------------------ the cells
 
 
-def test_every_model_meets_every_fraction_and_seed_once():
-    found = grid_cells(BASE, ["resnet18", "alexnet"], [0.25, 1.0], [0, 1, 2], None, "epochs", whole)
-    keys = {(c.config.model, c.config.fraction, c.config.seed) for c in found}
-    assert len(found) == len(keys) == 12
+def test_every_model_meets_every_fraction_and_seed_once_model_by_model_and_large_fractions_first():
+    found = grid_cells(BASE, ["resnet18", "alexnet"], [0.25, 1.0, 0.5], [0, 1], None, "epochs", whole)
+    keys = [(c.config.model, c.config.fraction, c.config.seed) for c in found]
+    assert keys == [(m, f, s) for m in ("resnet18", "alexnet") for f in (1.0, 0.5, 0.25) for s in (0, 1)]
     assert all(c.config.seed == c.config.subset_seed for c in found)
     assert len({c.name for c in found}) == 12
-
-
-def test_a_models_cells_come_together_and_its_large_fractions_first():
-    found = grid_cells(BASE, ["resnet18", "alexnet"], [0.25, 1.0, 0.5], [0, 1], None, "epochs", whole)
-    models = [c.config.model for c in found]
-    assert models == sorted(models, reverse=True)
-    fractions = [c.config.fraction for c in found if c.config.model == "alexnet"]
-    assert fractions == sorted(fractions, reverse=True)
 
 
 def test_named_subset_seeds_meet_every_seed_except_where_the_subset_is_everything():
@@ -79,7 +78,7 @@ def test_equal_steps_are_evaluated_about_equally_often():
     assert {cell.config.eval_epochs for cell in by_epochs} == {3}
 
 
-def test_a_cell_that_was_begun_with_more_evaluations_goes_on(tmp_path):
+def test_a_cell_that_was_started_with_more_evaluations_is_continued(tmp_path):
     (cell,) = grid_cells(BASE, ["resnet18"], [0.1], [0], None, "steps", whole)
     with RunFolder(tmp_path / "run", replace(cell.config, eval_epochs=1), resume=False):
         pass
@@ -88,7 +87,7 @@ def test_a_cell_that_was_begun_with_more_evaluations_goes_on(tmp_path):
         pass
 
 
-def test_a_batch_that_a_fraction_cannot_fill_is_made_to_fit_and_noted():
+def test_a_batch_larger_than_a_fraction_is_made_smaller_and_noted():
     small, large = grid_cells(BASE, ["resnet18"], [0.01, 1.0], [3], None, "epochs", whole)[::-1]
     assert (small.n_train, small.config.batch_size) == (13, 8)
     assert "32 → 8" in small.note and "13 images" in small.note
@@ -107,23 +106,18 @@ def test_a_fitting_batch_is_the_largest_power_of_two_or_the_one_wanted(images):
 
 def test_lists_are_parsed():
     assert parse_fractions("1, 1/4,0.5") == [0.25, 0.5, 1.0]
-    assert parse_models("all") == list(cells.EIGHT) and len(cells.EIGHT) == 8
+    assert parse_models("all") == list(EIGHT) and len(EIGHT) == 8
     assert parse_seeds("3,1", "--seeds") == [3, 1]
-    assert len(cells.FRACTIONS) == 7
-    steps = {b / a for a, b in zip(cells.FRACTIONS, cells.FRACTIONS[1:], strict=False)}
-    assert steps == {2.0} and cells.FRACTIONS[0] == 1 / 64 and cells.FRACTIONS[-1] == 1
+    assert FRACTIONS == (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 
 
 @pytest.mark.parametrize("text", ["0", "1.5", "nan", "a", "1/0", "", "0.5,0.5", "-0.1"])
-def test_wrong_fractions_are_refused(text):
+def test_wrong_fractions_and_seeds_are_refused(text):
     with pytest.raises(UsageError, match="--fractions"):
         parse_fractions(text)
-
-
-@pytest.mark.parametrize(("text", "option"), [("", "--seeds"), ("1,1", "--seeds"), ("-1", "--seeds"), ("x", "--seeds")])
-def test_wrong_seeds_are_refused(text, option):
-    with pytest.raises(UsageError, match=option):
-        parse_seeds(text, option)
+    if text != "0":
+        with pytest.raises(UsageError, match="--seeds"):
+            parse_seeds("1,1" if text == "0.5,0.5" else text, "--seeds")
 
 
 # ------------------------------------------------------------------ the folder
@@ -142,7 +136,7 @@ def test_changed_settings_are_refused_with_the_difference_and_the_same_go_on(tmp
 
 
 def leave(folder: StudyFolder, name: str) -> None:
-    """Leave a file in a cell's run folder."""
+    """Write a file into a cell's run folder."""
     run = folder.cell(Cell(BASE, 1000, 10).name)
     run.mkdir(parents=True)
     (run / name).write_text("{}")
@@ -167,7 +161,7 @@ def test_a_grid_may_come_after_what_leakage_left_in_its_folder(tmp_path):
         pass
 
 
-def test_a_line_of_the_journal_that_was_cut_short_costs_only_itself(tmp_path):
+def test_a_truncated_line_of_the_journal_is_skipped(tmp_path):
     cell = Cell(BASE, 1000, 10)
     with StudyFolder(tmp_path / "s", {}) as folder:
         folder.ended(cell, "failed", "first", 1.0)
@@ -178,10 +172,10 @@ def test_a_line_of_the_journal_that_was_cut_short_costs_only_itself(tmp_path):
     assert read_journal(tmp_path / "s")[cell.name]["error"] == "second"
 
 
-# ------------------------------------------------------------------ what a person sees
+# ------------------------------------------------------------------ the display
 
 
-def test_time_left_is_learnt_from_the_cells_that_ended():
+def test_the_time_left_is_predicted_from_the_cells_that_ended():
     forecast = Forecast()
     first = Cell(BASE, 1000, 100)
     assert forecast.seconds(first) is None
@@ -192,7 +186,7 @@ def test_time_left_is_learnt_from_the_cells_that_ended():
     assert forecast.seconds(other) == pytest.approx(66)
 
 
-def test_the_live_table_tells_cells_done_running_left_and_time():
+def test_the_live_table_shows_cells_done_running_left_and_time():
     from rich.console import Console
 
     planned = grid_cells(BASE, ["resnet18", "alexnet"], [0.5, 1.0], [0], None, "epochs", whole)
@@ -207,32 +201,36 @@ def test_the_live_table_tells_cells_done_running_left_and_time():
     assert [duration(s) for s in (45, 720, 11100)] == ["45 s", "12 min", "3 h 05 min"]
 
 
-# ------------------------------------------------------------------ the whole of it, on tiny pictures
+# ------------------------------------------------------------------ the whole command, on tiny pictures
 
 
-def grid(*arguments: str, **more) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "train.grid", "--device", "cpu", "--compile", "off", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, **more)
+def command(data: Path, out: Path, *more: object, epochs: int = 1, fractions: str = "0.3,1") -> list[str]:
+    options = ["--data", data, "--out", out, "--models", "resnet18", "--fractions", fractions, "--epochs", epochs]
+    options += ["--resolution", 32, "--device", "cpu", "--compile", "off", *more]
+    return [sys.executable, "-m", "train.grid", *map(str, options)]
 
 
-def common(data: Path, out: Path) -> list[str]:
-    options = {"data": data, "out": out, "models": "resnet18", "fractions": "0.3,1", "epochs": 1, "resolution": 32}
-    return [part for key, value in options.items() for part in (f"--{key}", str(value))]
+def grid(line: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def rows_of(out: Path) -> dict[str, dict[str, str]]:
+    return {row["cell"]: row for row in csv.DictReader((out / "results.csv").open())}
 
 
 @pytest.fixture(scope="module")
 def study(tiny_shards, tmp_path_factory) -> tuple[Path, list[str], subprocess.CompletedProcess]:
     out = tmp_path_factory.mktemp("grid") / "study"
-    arguments = [*common(tiny_shards, out), "--seeds", "0,1", "--batch-size", "32"]
-    return out, arguments, grid(*arguments)
+    line = command(tiny_shards, out, "--seeds", "0,1", "--batch-size", 32)
+    return out, line, grid(line)
 
 
 @pytest.mark.slow
-def test_a_grid_trains_every_cell_and_tells_all_of_it(study):
+def test_a_grid_trains_every_cell_and_records_it(study):
     out, _, done = study
     assert done.returncode == 0, done.stderr
     assert "4 of 4 cells finished" in done.stdout and "[4/4]" in done.stdout
-    rows = list(csv.DictReader((out / "results.csv").open()))
+    rows = list(rows_of(out).values())
     assert len(rows) == 4 and {row["status"] for row in rows} == {"finished"}
     for row in rows:
         for key in ("balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "recall_mel", "n_train"):
@@ -247,12 +245,12 @@ def test_a_grid_trains_every_cell_and_tells_all_of_it(study):
 
 @pytest.mark.slow
 def test_run_again_finished_cells_are_skipped_and_changed_options_refused(study):
-    out, arguments, _ = study
+    out, line, _ = study
     before = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/*")}
-    again = grid(*arguments)
+    again = grid(line)
     assert again.returncode == 0 and "4 of 4 cells are finished already" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in out.glob("cells/*/*")} == before
-    changed = grid(*arguments, "--lr", "0.5")
+    changed = grid([*line, "--lr", "0.5"])
     assert changed.returncode == 2 and "lr: None, now 0.5" in changed.stderr
     assert len(changed.stderr.strip().splitlines()) == 1
 
@@ -270,64 +268,30 @@ def test_a_cell_of_a_shared_worker_equals_its_run_alone_bit_for_bit(study, tiny_
 
 
 @pytest.mark.slow
-def test_a_failing_cell_is_told_and_the_exit_code_says_so(tiny_shards, tmp_path):
-    arguments = common(tiny_shards, tmp_path / "s")
-    broken = grid(*arguments, "--seeds", "0", "--lr", "1e30", "--batch-size", "16", "--checkpoint-s", "0")
+def test_a_failing_cell_is_recorded_and_the_exit_code_is_1(tiny_shards, tmp_path):
+    more = ("--seeds", 0, "--lr", "1e30", "--batch-size", 16, "--checkpoint-s", 0)
+    broken = grid(command(tiny_shards, tmp_path / "s", *more))
     assert broken.returncode == 1, broken.stdout + broken.stderr
-    rows = {row["cell"]: row for row in csv.DictReader((tmp_path / "s" / "results.csv").open())}
-    assert set(rows) == {"resnet18_f1_s0_u0", "resnet18_f0.3_s0_u0"} and {row["status"] for row in rows.values()} == {
-        "failed"
-    }
-    # one step leaves no later loss to tell: then the evaluation does
-    assert all(row["error"].startswith(("the loss is", "logits of")) for row in rows.values())
-    assert all("use a lower --lr" in row["error"] or "with a lower --lr" in row["error"] for row in rows.values())
+    rows = rows_of(tmp_path / "s")
+    assert set(rows) == {"resnet18_f1_s0_u0", "resnet18_f0.3_s0_u0"}
+    for row in rows.values():
+        assert row["status"] == "failed"
+        assert row["error"].startswith(("the loss is", "logits of"))  # after a single step only evaluation notices
+        assert "use a lower --lr" in row["error"] or "with a lower --lr" in row["error"]
     assert "cells failed" in broken.stderr and "Traceback" not in broken.stderr
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """The processes that train for a grid."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_costs_its_cell_alone(tiny_shards, tmp_path):
-    arguments = [*common(tiny_shards, tmp_path / "s"), "--seeds", "0", "--batch-size", "16", "--eval-epochs", "20"]
-    arguments[arguments.index("--epochs") + 1] = "20"
-    command = [sys.executable, "-m", "train.grid", "--device", "cpu", "--compile", "off", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "s" / "cells" / "resnet18_f1_s0_u0" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.01)
-    (worker,) = workers_of(process)
-    os.kill(worker, signal.SIGKILL)  # after one of its twenty epochs
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 1, output + errors
-    assert "1 of 2 cells finished" in output and "1 cells failed (resnet18_f1_s0_u0)" in errors
-    rows = {row["cell"]: row for row in csv.DictReader((tmp_path / "s" / "results.csv").open())}
-    assert {name: row["status"] for name, row in rows.items()} == {
-        "resnet18_f1_s0_u0": "failed",
-        "resnet18_f0.3_s0_u0": "finished",
-    }
-    assert "signal 9 (SIGKILL)" in rows["resnet18_f1_s0_u0"]["error"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal_a_grid_goes_on_where_it_was(tiny_shards, tmp_path, number):
-    arguments = [*common(tiny_shards, tmp_path / "s"), "--seeds", "0", "--batch-size", "16"]
-    arguments[arguments.index("--epochs") + 1] = "400"
-    arguments[arguments.index("0.3,1")] = "1"
-    command = [sys.executable, "-m", "train.grid", "--device", "cpu", "--compile", "off", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_signal_stops_a_grid_with_a_checkpoint(tiny_shards, tmp_path, number):
+    line = command(tiny_shards, tmp_path / "s", "--seeds", 0, "--batch-size", 16, epochs=400, fractions="1")
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "s" / "cells" / "resnet18_f1_s0_u0" / "metrics.jsonl"
-    for _ in range(1200):
-        if metrics.exists() and metrics.stat().st_size:
-            break
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.1)
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output + errors
     assert (metrics.parent / "checkpoint.pt").exists() and not (metrics.parent / "result.json").exists()
-    assert "goes on" in errors and "Traceback" not in errors
-    assert not list(csv.DictReader((tmp_path / "s" / "results.csv").open()))
+    assert "run the same command to continue" in errors and "Traceback" not in errors
+    assert not rows_of(tmp_path / "s")

@@ -1,4 +1,4 @@
-"""Who trains the cells of a grid: a process for each model and GPU, replaced where it is lost, and how it stops."""
+"""The worker pool: one process per model and GPU, its replacement after a loss, and how it is stopped."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def test_a_stop_ends_the_running_cell_and_starts_no_other(tmp_path):
     assert not trained(tmp_path / "s")
 
 
-def test_asked_twice_a_worker_that_does_not_listen_is_killed(tmp_path):
+def test_a_worker_that_ignores_the_stop_is_killed_at_the_second_request(tmp_path):
     planned = grid_cells(BASE, ["resnet18"], [1.0], [fake_worker.SILENT], None, "epochs", whole)
     began = time.monotonic()
     failed, entries = run_pool(tmp_path / "s", planned, [None], lambda: 2 if time.monotonic() - began > 1.5 else 0)

@@ -13,7 +13,7 @@ from train.record import RunFolder
 
 
 def full_disk(folder: Path) -> None:
-    """From now on every write to a file of `folder` fails as on a full disk, to open files and to those opened later."""
+    """From now on every write to a file of `folder` fails as on a full disk, to files opened before and after."""
     descriptors = list(Path("/proc/self/fd").iterdir())
     with Path("/dev/full").open("wb") as full:
         for descriptor in descriptors:

@@ -569,7 +569,9 @@ def confusions(found: Analysis) -> Chart:
 
 def _confusion_cell(one: Picture, i: int, j: int, share: float, words: str) -> None:
     gid = one.mark("heat", words)
-    one.axes.barh(i + 0.5, 0.96, 0.96, left=j + 0.02, color=colour(0), alpha=round(share, 3), linewidth=0, gid=gid)
+    one.axes.barh(
+        i + 0.5, 0.96, 0.96, left=j + 0.02, color=colour(0), alpha=round(share, 3), linewidth=0, gid=gid, clip_on=False
+    )
     ink = LIGHT["page"] if share > 0.5 else LIGHT["ink"] if i == j or share > 0.2 else LIGHT["muted"]
     one.axes.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", color=ink, ha="center", va="center", fontsize=SMALL)
 

@@ -30,7 +30,10 @@ def findings(found: Analysis) -> list[tuple[str, list[str]]]:
         ("Which classes are found and missed", _classes(found)),
         ("Can the probabilities be trusted", _calibration(found)),
         ("Did training wait for data", _waits(found)),
-        ("Does a split by image raise the scores", leakage.sentences(found.leakage) if found.leakage is not None else []),
+        (
+            "Does a split by image raise the scores",
+            leakage.sentences(found.leakage) if found.leakage is not None else [],
+        ),
         ("How certain are these results", _caveats(found)),
     ]
     return [(question, sentences) for question, lines in parts if (sentences := list(lines))]

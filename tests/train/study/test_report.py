@@ -19,7 +19,7 @@ from train.study import analysis
 from train.study import runs as study_data
 from train.study.report.charts import Chart, charts, cost
 from train.study.report.page import compose, settings
-from train.study.report.picture import DARK, LIGHT, Picture, look, short
+from train.study.report.picture import DARK, LIGHT, Picture, look, short, styled
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,8 @@ def test_pictures_stand_alone_as_svg_pdf_and_png_with_their_legend(found, tmp_pa
         assert {series for _, series in chart.legend} <= shown, name
         assert b"prefers-color-scheme" in files["svg"] and b"var(" not in files["svg"]
         assert files["pdf"].startswith(b"%PDF") and files["png"].startswith(b"\x89PNG")
-    again = cost(found)
+    with styled():
+        again = cost(found)
     assert again is not None and again.pictures[0].files(again.legend) == drawn["cost"][1]
     frames = "".join(files["svg"].decode() for _, files in drawn.values())
     seen, console = browse(f"<html><body>{frames}</body></html>", tmp_path)

@@ -12,7 +12,7 @@ help: ## list what can be made
 
 install: $(BIN)/.installed ## create .venv and install everything, in the tested versions
 
-$(BIN)/.installed: pyproject.toml constraints.txt $(wildcard shards/kernels/*.c)
+$(BIN)/.installed: pyproject.toml constraints.txt $(wildcard shards/kernels/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=python3.11 or newer" >&2; exit 1; }
 	@# pip says `No space left on device` after minutes, and names neither the place nor the need.
 	@test -e $(VENV) || { at="$$(realpath -m $(VENV))"; until [ -e "$$at" ]; do at="$$(dirname "$$at")"; done; df -Pk "$$at"; } | awk -v venv=$(VENV) 'END { if ($$4 < 8 * 2 ^ 20) { printf "error: %s needs 8 GiB and its disk has %.1f GiB left; make room, or set VENV to a folder on another disk\n", venv, $$4 / 2 ^ 20; exit 1 } }' >&2
@@ -20,7 +20,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt $(wildcard shards/kernels/*.c)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@# Where there is no compiler any more, kernels of older sources would stay.
-	find shards/kernels -maxdepth 1 -name '_kernels.*.so' '(' ! -newer shards/kernels/jpeg_cut.c -o ! -newer shards/kernels/shrink.c -o ! -newer shards/kernels/resample.c ')' -delete
+	find shards/kernels -maxdepth 1 -name '_kernels.*.so' '(' $(foreach source,$(wildcard shards/kernels/*.[ch]),! -newer $(source) -o) -false ')' -delete
 	touch $@
 
 demo: install ## synthetic lesions → shards → a 2 × 2 study → report, under 4 minutes on 2 cores

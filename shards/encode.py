@@ -17,15 +17,13 @@ import numpy as np
 import simplejpeg
 import xxhash
 
-from shards.format import EncodeSpec
+from shards.format import MOST_PIXELS, EncodeSpec
 from shards.jpeg import encode_jpeg
 from shards.kernels.load import compiled
 
 if TYPE_CHECKING:
     import ctypes
 
-MOST_PIXELS = 100_000_000
-"""Larger images are refused: a damaged header can claim 65,535 × 65,535 px, 12.9 GB decoded."""
 _FEW_PHASES = 8
 _INTEGERS = {3: "H", 4: "L", 8: "h", 9: "l"}
 """TIFF's integer types, as `struct` names them. An orientation should have the first; Pillow accepts all."""

@@ -17,6 +17,8 @@ CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 """The seven diagnoses in alphabetical order: the label of a class is its position."""
 
 SPLITS = ("train", "val", "test")
+MOST_PIXELS = 100_000_000
+"""Of one image: a damaged header can claim 65,535 × 65,535 px, 12.9 GB once decoded."""
 WRITE_MODES = ("jpg", "raw", "proportion", "smart")
 ENCODINGS = ("jpg", "raw")
 """The kinds of payload; the file name ends in `.jpg` or `.npy`."""

@@ -1,7 +1,9 @@
 """Loader: a Selection as batches, the same from every engine, in any number of processes, after any restart."""
 
+import os
 from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,8 @@ import xxhash
 from shards.common.errors import UsageError
 from shards.engines import Request
 from shards.engines.choose import make_engine
-from shards.order import batch_count, check_seed, epoch_order, evaluation_batch, rank_slice
+from shards.kernels.load import compiled
+from shards.order import SHORT, batch_count, check_seed, epoch_order, evaluation_batch, rank_slice
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 
 if TYPE_CHECKING:
@@ -100,6 +103,7 @@ class Loader:
         if prefetch < 1 or (threads is not None and threads < 1):
             raise UsageError(f"prefetch {prefetch} and threads {threads}: both must be at least 1")
         check_seed(seed, 0)
+        self._options = {"engine": engine, "threads": threads, "prefetch": prefetch}
         self.selection, self.batch_size, self.resolution, self.train = selection, batch_size, resolution, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.augment = augment or Augment()
@@ -112,6 +116,8 @@ class Loader:
         self._engine, self.engine_name, self.engine_reason = make_engine(
             engine, selection, device=self.device, threads=threads, prefetch=prefetch, pool=pool
         )
+        self._coming: tuple[tuple[int, int], Future[np.ndarray]] | None = None  # (process, epoch) and its order
+        self._whole: tuple[int, Plan] | None = None  # an epoch and its plan
         data, rows = selection.data, selection.samples
         self._heights, self._widths = data.column("height")[rows], data.column("width")[rows]
 
@@ -194,17 +200,42 @@ class Loader:
         """This rank's parts of the global batches from `start` on; in training they never end."""
         samples, labels = self.selection.samples, self.selection.labels
         while True:
-            order, plan = self.plan(epoch)
+            order = self._order(epoch)
             for number in range(start, len(self)):
                 if self.train:
                     whole = order[number * self.batch_size : (number + 1) * self.batch_size]
                     positions, mask = whole[self._part], np.ones(self._part.stop - self._part.start, bool)
                 else:
                     positions, mask = (x[self._part] for x in evaluation_batch(len(order), self.batch_size, number))
-                yield _Part(samples[positions], labels[positions], plan[positions], mask)
+                yield _Part(samples[positions], labels[positions], self._plan(epoch, positions), mask)
             if not self.train:
                 return
             epoch, start = epoch + 1, 0
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The positions of an epoch. A long one is computed on a thread while the epoch before it is loaded."""
+        count = len(self.selection)
+        if not self.train:
+            return np.arange(count)
+        if count < SHORT:
+            return epoch_order(count, self.seed, epoch)
+        coming, this = self._coming, (os.getpid(), epoch)
+        order = coming[1].result() if coming is not None and coming[0] == this else epoch_order(count, self.seed, epoch)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="shards-order")
+        self._coming = (os.getpid(), epoch + 1), thread.submit(epoch_order, count, self.seed, epoch + 1)
+        thread.shutdown(wait=False)  # it ends with this order
+        return order
+
+    def _plan(self, epoch: int, positions: np.ndarray) -> Plan:
+        """What is done to the samples at some positions."""
+        heights, widths = self._heights[positions], self._widths[positions]
+        if not self.train:
+            return evaluation_plan(heights, widths, self.augment)
+        if compiled() is None:  # NumPy takes as long for a batch as for thousands of samples
+            if self._whole is None or self._whole[0] != epoch:
+                self._whole = epoch, self.plan(epoch)[1]
+            return self._whole[1][positions]
+        return training_plan(self.seed, epoch, self.selection.samples[positions], heights, widths, self.augment)
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         """A small array as a tensor on the loader's device, without waiting for it."""
@@ -243,9 +274,31 @@ class Loader:
         self.epoch = state["epoch"]
         self._position = self._resume = state["batch"]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds the settings and the position; whoever loads it opens the set and the engine again."""
+        settings = self._options | {
+            "selection": self.selection,
+            "batch_size": self.batch_size,
+            "resolution": self.resolution,
+            "train": self.train,
+            "seed": self.seed,
+            "device": self.device,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "augment": self.augment,
+        }
+        return _reopened, (settings, self.state_dict())
+
     def close(self) -> None:
         """Release the engine's threads and memory; a pool keeps its own engine. Yielded batches stay valid."""
         if self._stream is not None:
             self._stream.images.close()
             self._stream = None
         self._engine.close()
+
+
+def _reopened(settings: dict[str, Any], state: dict[str, Any]) -> Loader:
+    """A loader that was pickled, with an engine of its own."""
+    loader = Loader(**settings)
+    loader.load_state_dict(state)
+    return loader

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shards.common.errors import UsageError
+from shards.kernels.load import holding_the_lock
 from shards.order import check_seed
 
 _STREAM = 2  # order.py uses another
@@ -94,7 +95,33 @@ def training_plan(
 
     samples: (N,) sample numbers, rows of the index. heights, widths: (N,) px of their packed images.
     """
-    draws = _uniform(seed, epoch, np.asarray(samples))
+    check_seed(seed, epoch)
+    library = holding_the_lock()
+    if library is None:
+        return numpy_plan(seed, epoch, np.asarray(samples), heights, widths, augment)
+    samples = np.ascontiguousarray(samples, np.int64)
+    heights, widths = (np.ascontiguousarray(sides, np.uint16) for sides in (heights, widths))
+    count = len(samples)
+    plan = Plan(np.empty((count, 4), np.int32), np.empty(count, np.uint8), np.empty((count, 3, 4), np.float32))
+    given = (heights, widths, _numbers(augment), plan.boxes, plan.symmetry, plan.colour)
+    library.dermscale_plan(seed, epoch, samples.ctypes.data, count, *(array.ctypes.data for array in given))
+    return plan
+
+
+@functools.cache
+def _numbers(augment: Augment) -> np.ndarray:
+    """`struct augment` of plan.c, as 8-byte numbers."""
+    yiq = [part.ravel() for part in _yiq_parts()]
+    shape = [*augment.scale, *augment.ratio, _log(augment.ratio[1])]
+    colour = [augment.brightness, augment.contrast, augment.saturation, augment.hue * 2 * np.pi]
+    return np.concatenate([np.concatenate([shape, colour, *yiq]).view(np.int64), [int(augment.symmetries)]])
+
+
+def numpy_plan(
+    seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: Augment
+) -> Plan:
+    """`training_plan` in NumPy: where there is no compiled library, and to compare that with. The same to the bit."""
+    draws = _uniform(seed, epoch, samples)
     boxes = _crops(draws, heights.astype(np.float64), widths.astype(np.float64), augment)
     symmetry = (draws[:, 22] * 8).astype(np.uint8) if augment.symmetries else np.zeros(len(boxes), np.uint8)
     return Plan(boxes, symmetry, _colours(draws[:, 23:27], augment))
@@ -102,7 +129,6 @@ def training_plan(
 
 def _uniform(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
     """(N, 28) float64 in [0, 1): row i depends on sample number samples[i] alone."""
-    check_seed(seed, epoch)
     out = np.empty((len(samples), _DRAWS))
     blocks = samples // _BLOCK
     for block in np.unique(blocks):

@@ -1,18 +1,19 @@
 """Open a shard set, select samples from it, and read a sample's bytes by its number."""
 
+import errno
 import hashlib
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
-from shards.common.errors import DataError, UsageError
-from shards.format import INDEX, INDEX_TYPES, MANIFEST, SPLITS, Manifest
+from shards.common.errors import DataError, UsageError, one_line
+from shards.format import ENCODINGS, INDEX, INDEX_TYPES, MANIFEST, MOST_PIXELS, SPLITS, Manifest, index_schema
+from shards.kernels.workers import LOADED, LOST, LOST_BYTES, check, rows_of
 from shards.subsets import nested_subset
 from shards.tar import index_of
 
@@ -68,7 +69,7 @@ class ShardSet:
         """
         import pyarrow.parquet as pq
 
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         if not self.path.is_dir():
             raise DataError(
                 f"{self.path}: no such folder; pack a shard set with `python -m preprocess.shard --out {self.path}`"
@@ -81,10 +82,14 @@ class ShardSet:
             raise DataError(
                 f"{index}: is not the index that the manifest names; the shard set is damaged, pack it again"
             )
-        self.table: pa.Table = pq.read_table(index)
+        try:
+            self.table: pa.Table = pq.read_table(index)
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+            raise DataError(f"{index}: damaged ({one_line(error, 160)}); pack the set again") from None
         self._columns: dict[str, np.ndarray] = {}
         self._maps: dict[int, memoryview] = {}
         self._check_files()
+        self._check_rows(index)
 
     def _check_files(self) -> None:
         """Check that every shard exists and has its size."""
@@ -98,6 +103,49 @@ class ShardSet:
                     "the shard set is damaged, pack it again"
                 )
 
+    def _check_rows(self, index: Path) -> None:
+        """Every row of the index says what engines can rely on: they read addresses that follow from it."""
+        import pyarrow as pa
+        import pyarrow.compute
+
+        pc: Any = pyarrow.compute  # it makes its functions at run time
+
+        def damaged(what: str) -> DataError:
+            return DataError(f"{index}: {what}; the shard set is damaged, pack it again")
+
+        for field in index_schema():
+            if field.name not in self.table.column_names:
+                raise damaged(f"has no column '{field.name}'")
+            column = self.table[field.name]
+            if column.type != field.type:
+                raise damaged(f"its column '{field.name}' is {column.type}, and not {field.type}")
+            if not field.nullable and column.null_count:
+                raise damaged(f"its column '{field.name}' has {column.null_count} empty cells")
+        for name, known in (("encoding", ENCODINGS), ("split", SPLITS), ("dx", self.manifest.classes)):
+            found = pc.unique(self.table[name]).to_pylist()
+            if unknown := sorted(set(found) - set(known)):
+                raise damaged(f"its column '{name}' says '{unknown[0]}', which is none of {', '.join(known)}")
+        shard, offset, length, height, width, label = (
+            self.column(name).astype(np.int64 if name != "offset" else np.uint64)
+            for name in ("shard", "offset", "length", "height", "width", "label")
+        )
+        raw = pc.equal(self.table["encoding"], "raw").to_numpy()
+        sizes = np.array([info.bytes for info in self.manifest.shards], np.uint64)
+        classes = pc.index_in(self.table["dx"], pa.array(self.manifest.classes)).to_numpy()
+        known_shard = shard < len(sizes)
+        room = sizes[np.where(known_shard, shard, 0)]
+        pixels = height * width
+        for wrong, what in (
+            (~known_shard, f"its shard is none of the {len(sizes)} in the manifest"),
+            ((offset > room) | (length > room - np.minimum(offset, room)), "its payload ends behind its shard"),
+            (pixels == 0, "its height or width is 0"),
+            (pixels > MOST_PIXELS, f"its image has more than {MOST_PIXELS // 1_000_000} megapixels"),
+            (raw & (3 * pixels > length), "its payload is shorter than its image"),
+            (label != classes, "its label is not the place of its dx in the classes"),
+        ):
+            if wrong.any():
+                raise damaged(f"sample {self.column('image_id')[int(np.argmax(wrong))]}: {what}")
+
     def __len__(self) -> int:
         """Number of samples in all splits."""
         return self.table.num_rows
@@ -110,6 +158,10 @@ class ShardSet:
         """Close the set."""
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle names the folder and the set; whoever loads it opens the set again (`_reopened`)."""
+        return _reopened, (self.path, self.manifest.index_sha256)
+
     def close(self) -> None:
         """Drop the mapped files. Views that were returned before stay valid."""
         self._maps.clear()
@@ -120,6 +172,11 @@ class ShardSet:
             self._columns[name] = self.table[name].to_numpy() if name in _NUMERIC else _objects(self.table, name)
             self._columns[name].setflags(write=False)
         return self._columns[name]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """What engines read of the index, (samples,) of `shards.kernels.workers.ROW`."""
+        return rows_of(self)
 
     @cached_property
     def lesion_names(self) -> np.ndarray:
@@ -153,9 +210,14 @@ class ShardSet:
             file = self.path / self.manifest.shards[number].file
             try:
                 with file.open("rb") as handle:
-                    view = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+                    view = _mapped(handle)
             except (OSError, ValueError) as error:
                 raise DataError(f"{file}: cannot be read ({error}); pack the set again") from None
+            if len(view) != self.manifest.shards[number].bytes:
+                raise DataError(
+                    f"{file}: {len(view)} bytes, and the manifest says {self.manifest.shards[number].bytes}; "
+                    "the shard set is damaged, pack it again"
+                )
             view = self._maps.setdefault(number, view)  # if two threads map it at once, both use the first mapping
         return view
 
@@ -163,8 +225,9 @@ class ShardSet:
         """The payload of a sample, checked against its XXH3 and not copied. Raises DataError naming the sample."""
         offset, length = int(self.column("offset")[sample]), int(self.column("length")[sample])
         payload = self.shard(int(self.column("shard")[sample]))[offset : offset + length]
-        if xxhash.xxh3_64_intdigest(payload) != int(self.column("xxh3")[sample]):
-            raise self.damaged(sample)
+        status = check(payload, int(self.column("xxh3")[sample]))
+        if status != LOADED:
+            raise self.damaged(sample, *([LOST_BYTES] if status == LOST else []))
         return payload
 
     def damaged(self, sample: int, why: str = "its checksum differs") -> DataError:
@@ -207,6 +270,24 @@ class ShardSet:
             elif whole and idx.read_bytes() != index_of(tar):
                 wrong.append(f"{idx.name} is damaged: it is not the index of this tar")
             yield info.file, wrong
+
+
+def _mapped(file: IO[bytes]) -> memoryview:
+    """The bytes of a file: mapped, or read where its file system cannot map files."""
+    try:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EINVAL):
+            raise
+        return memoryview(file.read())
+
+
+def _reopened(path: Path, index_sha256: str) -> ShardSet:
+    """A set that was pickled, opened again. Raises DataError where another set stands there now."""
+    data = ShardSet(path)
+    if data.manifest.index_sha256 != index_sha256:
+        raise DataError(f"{path}: holds another shard set than it did when this one was sent to another process")
+    return data
 
 
 def _objects(table: "pa.Table", name: str) -> np.ndarray:

@@ -91,7 +91,7 @@ def test_a_venv_is_made_where_there_is_none_with_pip_and_its_progress_is_shown(
 ) -> None:
     python = executable(tmp_path / "system" / "python3")
     (tmp_path / "shards" / "kernels").mkdir(parents=True)
-    sources = ("shards/kernels/jpeg_cut.c", "shards/kernels/shrink.c", "shards/kernels/resample.c")
+    sources = [str(file.relative_to(ROOT)) for file in (ROOT / "shards" / "kernels").glob("*.[ch]")]
     for name in ("Makefile", "pyproject.toml", "constraints.txt", *sources):
         shutil.copy(ROOT / name, tmp_path / name)
     for name in there:

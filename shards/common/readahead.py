@@ -2,15 +2,35 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Pending(Protocol[R_co]):
+    """Work under way: a `concurrent.futures.Future`, or another object with these methods of one."""
+
+    def result(self) -> R_co:
+        """Wait for the work; return its result or raise its error."""
+        ...
+
+    def cancel(self) -> Any:
+        """Stop what has not begun."""
+        ...
+
+    def cancelled(self) -> bool:
+        """Whether nothing of it has begun or will."""
+        ...
+
+    def exception(self) -> Any:
+        """Wait for the work; return its error."""
+        ...
 
 
 def read_ahead(
-    submit: Callable[[T], Sequence[Future[R]]], items: Iterable[T], window: int
+    submit: Callable[[T], Sequence[Pending[R]]], items: Iterable[T], window: int
 ) -> Generator[tuple[T, list[R]], None, None]:
     """Each item with the results of its futures, in order.
 
@@ -18,7 +38,7 @@ def read_ahead(
     `items` when there is room for it. Raises what a future raises. Closing the generator (`contextlib.closing`)
     cancels what has not started and waits for the rest, so that nothing writes any more.
     """
-    pending: deque[tuple[T, Sequence[Future[R]]]] = deque()
+    pending: deque[tuple[T, Sequence[Pending[R]]]] = deque()
     source = iter(items)
     try:
         while True:

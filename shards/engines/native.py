@@ -1,9 +1,12 @@
 """The CPU engine: threads that cut, decode, resize and flip images directly into a batch's buffer.
 
-The decoder, the kernels and xxHash release the GIL. Threads scale until their Python code fills one core. They wait for
-the GIL before that. A buffer is reused when no batch refers to it any more.
+The threads are those of the compiled library (`shards/kernels/workers.c`). Between the submission of a batch and its
+end nothing of it needs the GIL. Files that the library cannot decode, and machines without it, use threads of Python
+with simplejpeg and OpenCV. Those scale until their Python code fills one core, and wait for the GIL before that. A
+buffer is reused when no batch refers to it any more.
 """
 
+import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +18,6 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import simplejpeg
-import xxhash
 
 from shards.common.errors import DataError
 from shards.common.machine import available_cores
@@ -24,6 +26,7 @@ from shards.decode import WRONG_SIZE, cached_pixels, raw_pixels
 from shards.engines import Request
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter
+from shards.kernels.workers import LEFT, LOADED, LOST, LOST_BYTES, OTHER_SIZE, Loading, Workers, check
 from shards.shardset import ShardSet
 
 if TYPE_CHECKING:
@@ -94,7 +97,8 @@ class NativeEngine:
         cv2.setNumThreads(0)
         self.data, self.device, self.prefetch = data, device, prefetch
         self.threads = threads or available_cores()
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shards-native")
+        self._foreign = False  # the files are of another packer
+        self._start()
         if device == "cpu":
             self._buffers = BufferPool(lambda shape: np.empty(shape, np.uint8))
         else:
@@ -105,13 +109,21 @@ class NativeEngine:
         self._fused = Resampler(1).fused
         self._mapped = _MappedShards(data)
 
+    def _start(self) -> None:
+        """Start the threads. A forked child has none and starts its own."""
+        self._pid = os.getpid()
+        self._workers = Workers(self.data, self.threads) if Resampler(1).fused else None
+        # Its threads start when they are first used.
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shards-native")
+
     def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. On a CUDA device a batch is transferred as one asynchronous copy from pinned memory."""
         import torch
 
         if self.device == "cpu":
             for buffer in self._filled(requests, resolution):
-                yield torch.from_numpy(buffer).permute(0, 3, 1, 2)
+                # NumPy's transpose, because PyTorch's releases the GIL and may wait 5 ms to get it back.
+                yield torch.from_numpy(buffer.transpose(0, 3, 1, 2))
         else:
             from shards.engines.transfer import to_device
 
@@ -123,16 +135,48 @@ class NativeEngine:
             (request, self._buffers.take((len(request.samples), resolution, resolution, 3))) for request in requests
         )
         with closing(read_ahead(self._submit, places, self.prefetch + 1)) as filled:
-            for (_, buffer), _ in filled:
+            for (request, buffer), results in filled:
+                for status in results:
+                    if status is not None and status.any():
+                        self._finish(request, buffer, status)
                 yield buffer
                 del buffer  # so that the pool sees when the caller drops it
 
-    def _submit(self, place: tuple[Request, np.ndarray]) -> list["Future[None]"]:
-        (request, buffer), data = place, self.data
-        rows = request.samples
+    def _submit(self, place: tuple[Request, np.ndarray]) -> "list[Loading] | list[Future[None]]":
+        """Start loading a batch, on the library's threads if possible."""
+        (request, buffer) = place
+        if self._pid != os.getpid():
+            self._start()
+        if self._workers is None or self._foreign:
+            return self._submit_to_python(request, buffer)
+        arrays = (
+            np.ascontiguousarray(request.samples, np.int64),
+            np.ascontiguousarray(request.boxes, np.int32),
+            np.ascontiguousarray(request.symmetry, np.uint8),
+        )
+        return [Loading(self._workers, arrays, buffer.shape[1], buffer)]
+
+    def _finish(self, request: Request, buffer: np.ndarray, status: np.ndarray) -> None:
+        """Raise DataError for a bad sample. Load the samples that the library cannot decode."""
+        for place in np.flatnonzero(status > LEFT).tolist():
+            why = {OTHER_SIZE: [WRONG_SIZE], LOST: [LOST_BYTES]}.get(int(status[place]), [])
+            raise self.data.damaged(int(request.samples[place]), *why)
+        left = np.flatnonzero(status == LEFT)
+        # The files are of another packer, so the library would try them in vain in every batch.
+        self._foreign = 2 * len(left) > len(status)
+        for future in self._submit_to_python(request, buffer, left):
+            future.result()
+
+    def _submit_to_python(
+        self, request: Request, buffer: np.ndarray, places: np.ndarray | None = None
+    ) -> "list[Future[None]]":
+        """Load a batch, or the samples at some places of it, on threads of Python that decode with simplejpeg."""
+        data, places = self.data, np.arange(len(request.samples)) if places is None else places
+        rows = request.samples[places]
         fields = [data.column(name)[rows].tolist() for name in ("shard", "offset", "length", "height", "width", "xxh3")]
         raw = (data.column("encoding")[rows] == "raw").tolist()
-        columns = [range(len(rows)), rows.tolist(), *fields, raw, request.boxes.tolist(), request.symmetry.tolist()]
+        boxes, symmetry = request.boxes[places].tolist(), request.symmetry[places].tolist()
+        columns = [places.tolist(), rows.tolist(), *fields, raw, boxes, symmetry]
         samples = list(zip(*columns, strict=True))
         parts = [(self._fill, samples)]
         if self._fused and any(raw):
@@ -151,8 +195,7 @@ class NativeEngine:
         for place, sample, shard, offset, length, height, width, xxh3, _, (y, x, h, w), symmetry in samples:
             view, start = self._mapped[shard]
             end, stride = offset + length, width * 3
-            if xxhash.xxh3_64_intdigest(view[offset:end]) != xxh3:
-                raise self.data.damaged(sample)
+            self._check(view[offset:end], xxh3, sample)
             within = y >= 0 and x >= 0 and h > 0 and w > 0 and y + h <= height and x + w <= width
             if not within or height * stride > length:  # the kernel would read beyond the image
                 raise self.data.damaged(sample, WRONG_SIZE)
@@ -167,8 +210,7 @@ class NativeEngine:
         for place, sample, shard, offset, length, height, width, xxh3, raw, (y, x, h, w), symmetry in samples:
             view, start = self._mapped[shard]
             payload, at = view[offset : offset + length], start + offset
-            if xxhash.xxh3_64_intdigest(payload) != xxh3:
-                raise data.damaged(sample)
+            self._check(payload, xxh3, sample)
             top = left = 0
             try:
                 if raw:
@@ -186,6 +228,12 @@ class NativeEngine:
             at += top * image.strides[0] + left * 3
             scratch.resample(crop, symmetry, out[place], at, out_at + place * out_bytes)
 
+    def _check(self, payload: memoryview, xxh3: int, sample: int) -> None:
+        """Raise DataError if a payload is not what was packed."""
+        status = check(payload, xxh3)
+        if status != LOADED:
+            raise self.data.damaged(sample, *([LOST_BYTES] if status == LOST else []))
+
     def _scratch_of(self, side: int) -> "_Scratch":
         """This thread's scratch memory for images of `side` px."""
         scratch = getattr(self._local, "scratch", None)
@@ -195,6 +243,9 @@ class NativeEngine:
 
     def close(self) -> None:
         """Stop the threads and release the buffers. Yielded batches stay valid."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pid == os.getpid():
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._workers is not None:
+            self._workers.close()
         self._buffers.clear()
         self._mapped.clear()

@@ -12,7 +12,16 @@ _log = logging.getLogger(__name__)
 
 LEVELS = ("opencv", "avx2", "avx512")
 """What resizes images, by the level that the library reports for this processor."""
-_FUNCTIONS = ("dermscale_cut", "dermscale_run_lengths", "dermscale_resample_level")
+_NAME = "shards.kernels._kernels"
+_FUNCTIONS = (
+    "dermscale_cut",
+    "dermscale_run_lengths",
+    "dermscale_resample_level",
+    "dermscale_plan",
+    "dermscale_order",
+    "dermscale_engine_open",
+    "dermscale_decode_level",
+)
 """What a library of these sources has on every processor."""
 _NEWEST = "dermscale_resample_many"
 """The newest of its functions for x86 processors only."""
@@ -21,7 +30,7 @@ _NEWEST = "dermscale_resample_many"
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
     """The library of kernels; None if it was not built or, with a warning, if it was built from older sources."""
-    found = find_spec("shards.kernels._kernels")
+    found = find_spec(_NAME)
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
@@ -33,6 +42,25 @@ def compiled() -> ctypes.CDLL | None:
             found.origin,
         )
         return None
+    _declare(library)
+    return library
+
+
+@functools.cache
+def holding_the_lock() -> ctypes.CDLL | None:
+    """The same library for calls of some microseconds, during which Python's lock is kept.
+
+    A call that lets go of it may wait 5 ms to get it back where another thread is busy in Python.
+    """
+    if compiled() is None:
+        return None
+    library = ctypes.PyDLL(str(find_spec(_NAME).origin))  # type: ignore[union-attr]
+    _declare(library)
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Name the types of the functions' arguments and results."""
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.dermscale_resample_level.argtypes = []
     library.dermscale_cut.restype = count
@@ -49,12 +77,25 @@ def compiled() -> ctypes.CDLL | None:
         library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
         library.dermscale_resample_many.restype = None
         library.dermscale_resample_many.argtypes = [pointer, count, number, pointer, pointer, number]
-    return library
+    unsigned = ctypes.c_uint64
+    library.dermscale_plan.restype = None
+    library.dermscale_plan.argtypes = [unsigned, unsigned, pointer, count, *[pointer] * 6]
+    library.dermscale_order.argtypes = [unsigned, unsigned, count, pointer]
+    library.dermscale_xxh3.restype = unsigned
+    library.dermscale_xxh3.argtypes = [pointer, count, number]
+    library.dermscale_check.argtypes = [pointer, count, unsigned]
+    library.dermscale_engine_open.restype = library.dermscale_batch_submit.restype = pointer
+    library.dermscale_engine_open.argtypes = [pointer, count, pointer, pointer, number, number]
+    library.dermscale_engine_close.argtypes = [pointer]
+    library.dermscale_batch_submit.argtypes = [pointer, pointer, pointer, pointer, count, number, pointer, pointer]
+    library.dermscale_batch_done.argtypes = [pointer, pointer]
+    library.dermscale_batch_wait.argtypes = library.dermscale_batch_cancel.argtypes = [pointer, pointer]
+    library.dermscale_batch_free.argtypes = [pointer]
 
 
 def outdated() -> bool:
     """Whether there is a library that `compiled` does not use, because its sources are older."""
-    return compiled() is None and find_spec("shards.kernels._kernels") is not None
+    return compiled() is None and find_spec(_NAME) is not None
 
 
 def in_use() -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from shards import ShardSet, jpeg
 from shards.encode import _shrink_rows
@@ -141,8 +142,8 @@ def test_nothing_undefined_and_nothing_outside(tmp_path):
         pytest.skip("no C compiler here")
     library = tmp_path / "checked.so"
     options = ["-O1", "-fPIC", "-shared", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    sources = [ROOT / "shards/kernels/jpeg_cut.c", ROOT / "shards/kernels/shrink.c", ROOT / "shards/kernels/resample.c"]
-    subprocess.run([compiler, *options, *sources, "-o", library], check=True)
+    sources = sorted((ROOT / "shards/kernels").glob("*.c"))
+    subprocess.run([compiler, *options, *sources, "-o", library, "-lm"], check=True)
     done = subprocess.run(
         [sys.executable, "-c", f"from tests.shards.test_kernels import with_library; with_library({str(library)!r})"],
         cwd=ROOT,
@@ -188,3 +189,12 @@ def test_a_library_that_was_not_built_is_warned_of(
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     said = said_by_a_loader(tiny_shards, caplog)
     assert said == ["no compiled kernel for cut and resize here: images load at half the speed"]
+
+
+@pytest.mark.skipif(kernels.compiled() is None, reason="the compiled library was not built")
+@pytest.mark.parametrize("level", [0, 1])
+def test_the_checksum_is_xxh3(level):
+    library, rng = kernels.compiled(), np.random.default_rng(level)
+    for length in [*range(241, 1400), 2048, 2049, 30_000, 65_537]:
+        data = rng.integers(0, 256, length, np.uint8)
+        assert library.dermscale_xxh3(data.ctypes.data, length, level) == xxhash.xxh3_64_intdigest(data)

@@ -243,7 +243,8 @@ def test_a_size_that_is_not_the_images_is_refused(tmp_path, kind, sizes, built, 
             monkeypatch.setattr(module, "compiled", lambda: None)
     folder = write_set(tmp_path / "set", kind, images=60)
     say_in_the_index(folder, sizes)
-    with pytest.raises(DataError, match=r"damaged in .*does not decode to the size that the index says"):
+    at_once = "its payload is shorter than its image|its height or width is 0"  # when the set is opened
+    with pytest.raises(DataError, match=rf"damaged in .*does not decode to the size that the index says|{at_once}"):
         batches(Loader(ShardSet(folder).select("train"), batch_size=4, resolution=32, engine="native"))
 
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.common.errors import UsageError
-from shards.order import batch_count, epoch_order, evaluation_batch, rank_slice
+from shards.kernels.load import compiled
+from shards.order import batch_count, epoch_order, evaluation_batch, numpy_order, rank_slice
 
 
 @given(st.integers(1, 500), st.integers(0, 2**63 - 1), st.integers(0, 1000))
@@ -66,3 +67,10 @@ def test_seeds_outside_the_range_are_refused(seed, epoch):
         epoch_order(3, seed, epoch)
     with pytest.raises(UsageError, match="is outside 0 to 1"):
         rank_slice(4, 2, 2)
+
+
+@pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 100, 2047, 2049, 70_000])
+def test_the_compiled_order_is_that_of_numpy(count):
+    for seed, epoch in ((0, 0), (3, 17), (2**63 - 1, 2**63 - 1)):
+        assert np.array_equal(epoch_order(count, seed, epoch), numpy_order(count, seed, epoch))

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from shards import plan
 from shards.common.errors import UsageError
-from shards.plan import Augment, evaluation_plan, training_plan
+from shards.kernels.load import compiled
+from shards.plan import Augment, evaluation_plan, numpy_plan, training_plan
 
 
 def make(samples, seed=3, epoch=1, height=300, width=400, augment=None):
@@ -113,3 +114,19 @@ def test_series_equal_the_library_functions():
 def test_values_without_meaning_are_refused(values):
     with pytest.raises(UsageError, match=next(iter(values)).split("_")[0]):
         Augment(**values)
+
+
+@pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
+@given(count=st.integers(1, 300), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40), wild=st.booleans())
+@settings(max_examples=40)
+def test_the_compiled_plan_is_that_of_numpy_to_the_bit(count, seed, epoch, wild):
+    rng = np.random.default_rng(count)
+    samples = rng.permutation(300_000)[:count]
+    heights, widths = rng.integers(1, 700, (2, count)).astype(np.uint16)
+    augment = Augment()
+    if wild:
+        augment = Augment((0.05, 1.0), (0.25, 4.0), bool(count % 2), 0.9, 0.9, 0.9, 0.25)
+    found = training_plan(seed, epoch, samples, heights, widths, augment)
+    expected = numpy_plan(seed, epoch, samples, heights, widths, augment)
+    assert np.array_equal(found.boxes, expected.boxes) and np.array_equal(found.symmetry, expected.symmetry)
+    assert np.array_equal(found.colour.view(np.uint32), expected.colour.view(np.uint32))

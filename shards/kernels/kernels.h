@@ -1,0 +1,32 @@
+/* What the files of this library share with each other. Nothing here touches a Python object: every function may run on
+ * a thread that does not hold Python's lock. */
+#ifndef DERMSCALE_KERNELS_H
+#define DERMSCALE_KERNELS_H
+
+#include <stdint.h>
+
+/* plan.c: the four numbers of a counter of Philox4x64-10 take its place. */
+void dermscale_philox(uint64_t *counter, uint64_t key0, uint64_t key1);
+
+/* xxh3.c */
+#define XXH3_LEAST 241 /* bytes */
+uint64_t dermscale_xxh3(const uint8_t *data, int64_t length, int32_t level);
+
+/* resample.c; the level is 0 where the rest is missing */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_RESAMPLE 1
+#endif
+int32_t dermscale_resample_level(void);
+int64_t dermscale_scratch_bytes(int32_t width, int32_t side);
+void dermscale_resample(const uint8_t *source, int64_t stride, int32_t height, int32_t width, int32_t channels,
+                        int32_t side, int32_t symmetry, uint8_t *out, uint8_t *scratch, int32_t level);
+
+/* jpeg_decode.c */
+enum { DECODED = 0, DECLINED = 1 };
+int32_t dermscale_decode_level(void);
+int64_t dermscale_decode_scratch(int32_t height, int32_t width);
+int32_t dermscale_decode_box(const uint8_t *file, int64_t length, int32_t height, int32_t width, int32_t y, int32_t x,
+                             int32_t h, int32_t w, uint8_t *scratch, int64_t scratch_bytes, const uint8_t **pixels,
+                             int64_t *stride, int32_t level);
+
+#endif

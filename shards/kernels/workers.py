@@ -1,0 +1,166 @@
+"""The Python side of `workers.c`: threads that load samples without Python."""
+
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from shards.common.errors import DermscaleError
+from shards.kernels.load import compiled, holding_the_lock
+
+if TYPE_CHECKING:
+    from shards.shardset import ShardSet
+
+LOADED, LEFT, OTHER_CHECKSUM, OTHER_SIZE, OUTSIDE, LOST = range(6)
+"""What became of a sample. LEFT: the threads cannot decode it, and Python has to. LOST: see LOST_BYTES."""
+LOST_BYTES = "the file has become shorter since it was opened"
+
+ROW = np.dtype(
+    [
+        ("offset", np.uint64),
+        ("xxh3", np.uint64),
+        ("length", np.uint32),
+        ("shard", np.uint32),
+        ("height", np.uint16),
+        ("width", np.uint16),
+        ("raw", np.uint8),
+        ("unused", np.uint8, 3),
+    ]
+)
+"""`struct row` of workers.c."""
+
+
+def check(payload: memoryview, xxh3: int) -> int:
+    """LOADED where the XXH3 of a mapped payload is `xxh3`, else OTHER_CHECKSUM, or LOST where its file has shrunk."""
+    library = compiled()
+    if library is not None:
+        content = np.frombuffer(payload, np.uint8)
+        status = library.dermscale_check(content.ctypes.data, len(content), xxh3)
+        if status != LEFT:
+            return status
+    return LOADED if xxhash.xxh3_64_intdigest(payload) == xxh3 else OTHER_CHECKSUM
+
+
+def rows_of(data: "ShardSet") -> np.ndarray:
+    """The index as the threads read it, (samples,) of ROW."""
+    rows = np.zeros(len(data), ROW)
+    for name in ("offset", "xxh3", "length", "shard", "height", "width"):
+        rows[name] = data.column(name)
+    rows["raw"] = data.column("encoding") == "raw"
+    return rows
+
+
+class Loading:
+    """A batch that the threads are loading. It has the methods of a future that `read_ahead` calls."""
+
+    def __init__(self, workers: "Workers", arrays: tuple[np.ndarray, ...], side: int, out: np.ndarray) -> None:
+        self._workers, self._arrays, self._out = workers, arrays, out
+        samples, boxes, symmetry = arrays
+        self.status = np.zeros(len(samples), np.int32)
+        self._at = workers.submit(samples, boxes, symmetry, side, out, self.status)
+
+    def result(self) -> np.ndarray:
+        """Wait for the batch; returns what became of each sample, (n,) int32."""
+        if self._at is not None:
+            self._workers.wait(self._at)
+            self._at = None
+        return self.status
+
+    def cancel(self) -> None:
+        """Take back the samples that no thread has begun."""
+        if self._at is not None:
+            self._workers.cancel(self._at)
+
+    def cancelled(self) -> bool:
+        """False: some samples may be under way."""
+        return False
+
+    def exception(self) -> None:
+        """Wait for the samples that are under way."""
+        self.result()
+
+
+class Workers:
+    """`threads` threads that load the samples of one shard set."""
+
+    def __init__(self, data: "ShardSet", threads: int) -> None:
+        """Raises OSError where the system has no more threads."""
+        self._data, self._rows, self._pid = data, data.rows, os.getpid()
+        count = len(data.manifest.shards)
+        self._bytes: list[np.ndarray | None] = [None] * count  # held: the threads read them after the set is closed
+        self._addresses, self._sizes = np.zeros(count, np.uint64), np.zeros(count, np.int64)
+        self._missing = np.ones(count, bool)
+        self._calls: Any = holding_the_lock()
+        self._engine = self._calls.dermscale_engine_open(
+            self._rows.ctypes.data, len(data), self._addresses.ctypes.data, self._sizes.ctypes.data, count, threads
+        )
+        if not self._engine:
+            raise OSError(f"{threads} threads could not be started")
+        held = (self._rows, self._addresses, self._sizes, self._bytes)
+        self._close = weakref.finalize(self, _close, self._engine, self._pid, held)
+
+    def submit(
+        self,
+        samples: np.ndarray,
+        boxes: np.ndarray,
+        symmetry: np.ndarray,
+        side: int,
+        out: np.ndarray,
+        status: np.ndarray,
+    ) -> int:
+        """Start to load a batch; returns its handle. Raises DataError where a shard cannot be mapped."""
+        shards = self._rows["shard"][samples]
+        if self._missing[shards].any():
+            self._map(np.unique(shards[self._missing[shards]]).tolist())
+        at = self._calls.dermscale_batch_submit(
+            self._engine,
+            samples.ctypes.data,
+            boxes.ctypes.data,
+            symmetry.ctypes.data,
+            len(samples),
+            side,
+            out.ctypes.data,
+            status.ctypes.data,
+        )
+        if not at:
+            raise MemoryError
+        return at
+
+    def _map(self, shards: list[int]) -> None:
+        for shard in shards:
+            content = self._bytes[shard] = np.frombuffer(self._data.shard(shard), np.uint8)
+            self._sizes[shard], self._addresses[shard] = len(content), content.ctypes.data
+            self._missing[shard] = False
+
+    def wait(self, batch: int) -> None:
+        """Wait for a batch. Python's lock is let go of only where there is something to wait for."""
+        if self._pid != os.getpid():
+            raise DermscaleError(
+                "this process was forked while a loader was being iterated: start its iteration again in the child"
+            )
+        if self._close.alive and not self._calls.dermscale_batch_done(self._engine, batch):
+            compiled().dermscale_batch_wait(self._engine, batch)  # type: ignore[union-attr]
+        self._calls.dermscale_batch_free(batch)
+
+    def cancel(self, batch: int) -> None:
+        """Take back the samples of a batch that no thread has begun."""
+        if self._pid == os.getpid() and self._close.alive:
+            self._calls.dermscale_batch_cancel(self._engine, batch)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the threads are those of this process: a forked child has none."""
+        return self._pid == os.getpid()
+
+    def close(self) -> None:
+        """Finish what is under way and stop the threads."""
+        self._close()
+
+
+def _close(engine: int, pid: int, held: tuple[Any, ...]) -> None:
+    """Stop an engine's threads. held: memory that they read until then."""
+    if pid == os.getpid():  # a forked child has none of them
+        compiled().dermscale_engine_close(engine)  # type: ignore[union-attr]
+    del held

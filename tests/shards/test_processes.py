@@ -1,0 +1,95 @@
+"""Sets and loaders in other processes: sent there, or inherited by a fork."""
+
+import copy
+import os
+import pickle
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from shards import Loader, ShardSet
+from shards.common.errors import DataError
+from tests.conftest import write_set
+
+
+def batches(loader: Loader) -> list[torch.Tensor]:
+    with closing(loader):
+        return [batch.images.clone() for batch in loader]
+
+
+@pytest.mark.parametrize("send", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_set_and_a_loader_can_be_sent_at_any_time(tiny_shards, send):
+    data = ShardSet(tiny_shards)
+    loader = Loader(data.select("train"), batch_size=8, resolution=32, seed=3, threads=2)
+    loader.set_epoch(2)
+    with closing(iter(loader)) as iterator:
+        first = [next(iterator).images.clone() for _ in range(3)]
+        sent = send(loader)  # in the middle of an epoch, the files mapped
+        rest = [batch.images.clone() for batch in iterator]
+    loader.close()
+    again = batches(sent)
+    assert len(first) == 3 and len(again) == len(rest)
+    assert all(torch.equal(a, b) for a, b in zip(again, rest, strict=True))
+    other = send(data)
+    assert bytes(other.read(5)) == bytes(data.read(5))
+
+
+def test_a_set_that_has_changed_meanwhile_is_not_taken_for_the_one_that_was_sent(tmp_path):
+    sent = pickle.dumps(ShardSet(write_set(tmp_path / "set", images=30)))
+    shutil.rmtree(tmp_path / "set")
+    write_set(tmp_path / "set", images=40)
+    with pytest.raises(DataError, match="holds another shard set"):
+        pickle.loads(sent)
+
+
+def in_a_fork(job) -> str:
+    """What `job()` returns in a forked child, or its error; a child that hangs is killed after 20 s."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            text = job()
+        except BaseException as error:  # noqa: BLE001 (the parent tells)
+            text = f"{type(error).__name__}: {error}"
+        os.write(write, text.encode())
+        os._exit(0)
+    os.close(write)
+    import select
+
+    ready, _, _ = select.select([read], [], [], 20)
+    if not ready:
+        os.kill(child, 9)
+    text = os.read(read, 10_000).decode() if ready else "hung"
+    os.close(read)
+    os.waitpid(child, 0)
+    return text
+
+
+@pytest.mark.parametrize("kind", ["jpg", "raw"])
+def test_an_engine_that_was_used_works_in_a_forked_child(shard_sets, kind):
+    loader = Loader(shard_sets[kind].select("train"), batch_size=8, resolution=32, train=False, threads=2)
+    expected = [int(batch.images.long().sum()) for batch in loader]
+    found = in_a_fork(lambda: str([int(batch.images.long().sum()) for batch in loader]))
+    assert found == str(expected)
+    assert [int(batch.images.long().sum()) for batch in loader] == expected  # and in the parent as before
+    loader.close()
+
+
+def test_an_iteration_that_began_before_a_fork_ends_in_one_line_in_the_child(shard_sets):
+    loader = Loader(shard_sets["raw"].select("train"), batch_size=8, resolution=32, threads=2)
+    with closing(iter(loader)) as iterator:
+        next(iterator)
+        found = in_a_fork(lambda: str(next(iterator).images.shape))
+        assert "forked" in found and "start its iteration again" in found
+        next(iterator)
+    loader.close()
+
+
+def test_a_path_is_absolute_once_a_set_is_opened(tiny_shards, monkeypatch, tmp_path):
+    monkeypatch.chdir(tiny_shards.parent)
+    data = ShardSet(Path(tiny_shards.name))
+    monkeypatch.chdir(tmp_path)
+    assert len(data.read(0)) and len(pickle.loads(pickle.dumps(data))) == len(data)

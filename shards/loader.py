@@ -275,7 +275,7 @@ class Loader:
         self._position = self._resume = state["batch"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickle holds the settings and the position; whoever loads it opens the set and the engine again."""
+        """A pickle holds the settings and the position. Loading it opens the set and an engine again."""
         settings = self._options | {
             "selection": self.selection,
             "batch_size": self.batch_size,

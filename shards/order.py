@@ -26,7 +26,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of 0 … count - 1, int64, that depends on (count, seed, epoch) alone."""
     check_seed(seed, epoch)
     order = np.empty(count, np.int64)
-    # A short sort keeps Python's lock, and a long one lets others have it.
+    # A short sort keeps the GIL, a long one releases it.
     library = holding_the_lock() if count < SHORT else compiled()
     if library is not None and library.dermscale_order(seed, epoch, count, order.ctypes.data):
         return order
@@ -34,7 +34,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def numpy_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """`epoch_order` in NumPy: where there is no compiled library, and to compare that with."""
+    """`epoch_order` in NumPy, the same permutation: used if there is no compiled library, and as its test."""
     keys = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, _STREAM]).random_raw(count)
     return np.argsort(keys, kind="stable")
 

@@ -120,7 +120,7 @@ def _numbers(augment: Augment) -> np.ndarray:
 def numpy_plan(
     seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: Augment
 ) -> Plan:
-    """`training_plan` in NumPy: where there is no compiled library, and to compare that with. The same to the bit."""
+    """`training_plan` in NumPy, equal to the bit: used if there is no compiled library, and as its test."""
     draws = _uniform(seed, epoch, samples)
     boxes = _crops(draws, heights.astype(np.float64), widths.astype(np.float64), augment)
     symmetry = (draws[:, 22] * 8).astype(np.uint8) if augment.symmetries else np.zeros(len(boxes), np.uint8)

@@ -104,7 +104,7 @@ class ShardSet:
                 )
 
     def _check_rows(self, index: Path) -> None:
-        """Every row of the index says what engines can rely on: they read addresses that follow from it."""
+        """Check every row of the index, because engines read addresses that follow from it."""
         import pyarrow as pa
         import pyarrow.compute
 
@@ -159,7 +159,7 @@ class ShardSet:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickle names the folder and the set; whoever loads it opens the set again (`_reopened`)."""
+        """A pickle names the folder and the set. Loading it opens the set again (`_reopened`)."""
         return _reopened, (self.path, self.manifest.index_sha256)
 
     def close(self) -> None:
@@ -273,7 +273,7 @@ class ShardSet:
 
 
 def _mapped(file: IO[bytes]) -> memoryview:
-    """The bytes of a file: mapped, or read where its file system cannot map files."""
+    """The bytes of a file: mapped, or read if its file system cannot map files."""
     try:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
@@ -283,7 +283,7 @@ def _mapped(file: IO[bytes]) -> memoryview:
 
 
 def _reopened(path: Path, index_sha256: str) -> ShardSet:
-    """A set that was pickled, opened again. Raises DataError where another set stands there now."""
+    """A set that was pickled, opened again. Raises DataError if the folder holds another set now."""
     data = ShardSet(path)
     if data.manifest.index_sha256 != index_sha256:
         raise DataError(f"{path}: holds another shard set than it did when this one was sent to another process")

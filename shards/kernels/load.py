@@ -48,9 +48,9 @@ def compiled() -> ctypes.CDLL | None:
 
 @functools.cache
 def holding_the_lock() -> ctypes.CDLL | None:
-    """The same library for calls of some microseconds, during which Python's lock is kept.
+    """The same library for calls of some microseconds that keep the GIL.
 
-    A call that lets go of it may wait 5 ms to get it back where another thread is busy in Python.
+    A call that releases it may wait 5 ms to get it back if another thread runs Python code.
     """
     if compiled() is None:
         return None

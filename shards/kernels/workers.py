@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shards.shardset import ShardSet
 
 LOADED, LEFT, OTHER_CHECKSUM, OTHER_SIZE, OUTSIDE, LOST = range(6)
-"""What became of a sample. LEFT: the threads cannot decode it, and Python has to. LOST: see LOST_BYTES."""
+"""Status of a sample. LEFT: the threads cannot decode it, so Python must. LOST: see LOST_BYTES."""
 LOST_BYTES = "the file has become shorter since it was opened"
 
 ROW = np.dtype(
@@ -33,7 +33,7 @@ ROW = np.dtype(
 
 
 def check(payload: memoryview, xxh3: int) -> int:
-    """LOADED where the XXH3 of a mapped payload is `xxh3`, else OTHER_CHECKSUM, or LOST where its file has shrunk."""
+    """LOADED if the XXH3 of a mapped payload is `xxh3`, LOST if its file has shrunk, else OTHER_CHECKSUM."""
     library = compiled()
     if library is not None:
         content = np.frombuffer(payload, np.uint8)
@@ -56,22 +56,32 @@ class Loading:
     """A batch that the threads are loading. It has the methods of a future that `read_ahead` calls."""
 
     def __init__(self, workers: "Workers", arrays: tuple[np.ndarray, ...], side: int, out: np.ndarray) -> None:
-        self._workers, self._arrays, self._out = workers, arrays, out
+        self._workers = workers
         samples, boxes, symmetry = arrays
         self.status = np.zeros(len(samples), np.int32)
+        self._at: int | None = None
+        # Held until the batch is done: Ctrl-C may come right after it was submitted, and this object be dropped.
+        workers.held[id(self.status)] = (*arrays, out, self.status)
         self._at = workers.submit(samples, boxes, symmetry, side, out, self.status)
 
     def result(self) -> np.ndarray:
-        """Wait for the batch; returns what became of each sample, (n,) int32."""
+        """Wait for the batch; return the status of each sample, (n,) int32."""
         if self._at is not None:
             self._workers.wait(self._at)
             self._at = None
+            del self._workers.held[id(self.status)]
         return self.status
 
     def cancel(self) -> None:
-        """Take back the samples that no thread has begun."""
+        """Drop the samples that no thread has begun."""
         if self._at is not None:
             self._workers.cancel(self._at)
+
+    def __del__(self) -> None:
+        """End a batch that nobody has waited for, as after Ctrl-C."""
+        if self._at is not None and self._workers.usable:
+            self.cancel()
+            self.result()
 
     def cancelled(self) -> bool:
         """False: some samples may be under way."""
@@ -86,19 +96,21 @@ class Workers:
     """`threads` threads that load the samples of one shard set."""
 
     def __init__(self, data: "ShardSet", threads: int) -> None:
-        """Raises OSError where the system has no more threads."""
+        """Raises OSError if the system cannot start the threads."""
         self._data, self._rows, self._pid = data, data.rows, os.getpid()
         count = len(data.manifest.shards)
         self._bytes: list[np.ndarray | None] = [None] * count  # held: the threads read them after the set is closed
         self._addresses, self._sizes = np.zeros(count, np.uint64), np.zeros(count, np.int64)
         self._missing = np.ones(count, bool)
+        self.held: dict[int, tuple[np.ndarray, ...]] = {}
+        """The arrays of the batches that are under way."""
         self._calls: Any = holding_the_lock()
         self._engine = self._calls.dermscale_engine_open(
             self._rows.ctypes.data, len(data), self._addresses.ctypes.data, self._sizes.ctypes.data, count, threads
         )
         if not self._engine:
             raise OSError(f"{threads} threads could not be started")
-        held = (self._rows, self._addresses, self._sizes, self._bytes)
+        held = (self._rows, self._addresses, self._sizes, self._bytes, self.held)
         self._close = weakref.finalize(self, _close, self._engine, self._pid, held)
 
     def submit(
@@ -110,7 +122,7 @@ class Workers:
         out: np.ndarray,
         status: np.ndarray,
     ) -> int:
-        """Start to load a batch; returns its handle. Raises DataError where a shard cannot be mapped."""
+        """Start loading a batch; return its handle. Raises DataError if a shard cannot be mapped."""
         shards = self._rows["shard"][samples]
         if self._missing[shards].any():
             self._map(np.unique(shards[self._missing[shards]]).tolist())
@@ -135,7 +147,7 @@ class Workers:
             self._missing[shard] = False
 
     def wait(self, batch: int) -> None:
-        """Wait for a batch. Python's lock is let go of only where there is something to wait for."""
+        """Wait for a batch. The GIL is released only if the batch is not done."""
         if self._pid != os.getpid():
             raise DermscaleError(
                 "this process was forked while a loader was being iterated: start its iteration again in the child"
@@ -145,13 +157,13 @@ class Workers:
         self._calls.dermscale_batch_free(batch)
 
     def cancel(self, batch: int) -> None:
-        """Take back the samples of a batch that no thread has begun."""
+        """Drop the samples of a batch that no thread has begun."""
         if self._pid == os.getpid() and self._close.alive:
             self._calls.dermscale_batch_cancel(self._engine, batch)
 
     @property
     def usable(self) -> bool:
-        """Whether the threads are those of this process: a forked child has none."""
+        """Whether this process started the threads: a forked child has none."""
         return self._pid == os.getpid()
 
     def close(self) -> None:

@@ -7,11 +7,14 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
+from shards.kernels.load import compiled
+from shards.kernels.workers import Loading, Workers
 from tests.conftest import write_set
 
 
@@ -93,3 +96,15 @@ def test_a_path_is_absolute_once_a_set_is_opened(tiny_shards, monkeypatch, tmp_p
     data = ShardSet(Path(tiny_shards.name))
     monkeypatch.chdir(tmp_path)
     assert len(data.read(0)) and len(pickle.loads(pickle.dumps(data))) == len(data)
+
+
+@pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
+def test_a_batch_that_nobody_waits_for_ends_before_its_memory_is_used_again(shard_sets):
+    data = shard_sets["raw"]
+    workers, samples = Workers(data, 2), np.arange(60)
+    boxes = np.tile(np.array([0, 0, 72, 96], np.int32), (60, 1))
+    for _ in range(20):
+        out = np.zeros((60, 256, 256, 3), np.uint8)
+        Loading(workers, (samples, boxes, np.zeros(60, np.uint8)), 256, out)  # dropped at once
+        assert not workers.held
+    workers.close()

@@ -41,7 +41,7 @@ def make_engine(
 
         missing = [part for part, by in in_use().items() if by in ("numpy", "opencv")]
         if missing and not outdated():
-            _log.warning("no compiled kernel for %s here: images load at half the speed", " and ".join(missing))
+            _log.warning("no compiled kernel for %s here: images load much more slowly", " and ".join(missing))
 
         return NativeEngine(selection.data, str(device), threads, prefetch), choice, reason
     if choice == "resident":

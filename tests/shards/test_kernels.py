@@ -188,7 +188,7 @@ def test_a_library_that_was_not_built_is_warned_of(
 ) -> None:
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     said = said_by_a_loader(tiny_shards, caplog)
-    assert said == ["no compiled kernel for cut and resize here: images load at half the speed"]
+    assert said == ["no compiled kernel for cut and resize here: images load much more slowly"]
 
 
 @pytest.mark.skipif(kernels.compiled() is None, reason="the compiled library was not built")

@@ -8,7 +8,6 @@ buffer is reused when no batch refers to it any more.
 
 import os
 import sys
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 8
 """Minimum images per task: handing over a task costs time. Larger batches get larger tasks, two per thread."""
-_RAW = 8
-"""Position in a sample's tuple that says whether it is raw."""
 
 
 class BufferPool:
@@ -106,13 +103,12 @@ class NativeEngine:
 
             self._buffers = BufferPool(pinned_buffer)
         self._local = local()
-        self._fused = Resampler(1).fused
         self._mapped = _MappedShards(data)
 
     def _start(self) -> None:
         """Start the threads. A forked child has none and starts its own."""
         self._pid = os.getpid()
-        self._workers = Workers(self.data, self.threads) if Resampler(1).fused else None
+        self._workers = Workers(self.data, self.threads) if Resampler(1).level else None
         # Its threads start when they are first used.
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shards-native")
 
@@ -178,29 +174,11 @@ class NativeEngine:
         boxes, symmetry = request.boxes[places].tolist(), request.symmetry[places].tolist()
         columns = [places.tolist(), rows.tolist(), *fields, raw, boxes, symmetry]
         samples = list(zip(*columns, strict=True))
-        parts = [(self._fill, samples)]
-        if self._fused and any(raw):
-            kinds = ([sample for sample in samples if sample[_RAW] is kind] for kind in (True, False))
-            parts = list(zip((self._fill_raw, self._fill), kinds, strict=True))
-        chunks = [max(_CHUNK, len(some) // (2 * self.threads)) for _, some in parts]
+        chunk = max(_CHUNK, len(samples) // (2 * self.threads))
         return [
-            self._pool.submit(fill, some[start : start + chunk], buffer)
-            for (fill, some), chunk in zip(parts, chunks, strict=True)
-            for start in range(0, len(some), chunk)
+            self._pool.submit(self._fill, samples[start : start + chunk], buffer)
+            for start in range(0, len(samples), chunk)
         ]
-
-    def _fill_raw(self, samples: list[tuple], out: np.ndarray) -> None:
-        """Load some raw samples into their places in `out` (n, S, S, 3), all in one call of the kernel."""
-        crops = array("q")
-        for place, sample, shard, offset, length, height, width, xxh3, _, (y, x, h, w), symmetry in samples:
-            view, start = self._mapped[shard]
-            end, stride = offset + length, width * 3
-            self._check(view[offset:end], xxh3, sample)
-            within = y >= 0 and x >= 0 and h > 0 and w > 0 and y + h <= height and x + w <= width
-            if not within or height * stride > length:  # the kernel would read beyond the image
-                raise self.data.damaged(sample, WRONG_SIZE)
-            crops.extend((start + end - (height - y) * stride + x * 3, stride, h, w, symmetry, place))
-        self._scratch_of(out.shape[1]).resample.many(crops, out.ctypes.data)
 
     def _fill(self, samples: list[tuple], out: np.ndarray) -> None:
         """Load some samples into their places in `out` (n, S, S, 3)."""

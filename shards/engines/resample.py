@@ -4,8 +4,6 @@ The kernel (`resample.c`, AVX2 or AVX-512, built at installation if there is a C
 does in three, and differs from it by at most 1. Both use the same pixel centres and no antialias.
 """
 
-from array import array
-
 import cv2
 import numpy as np
 
@@ -85,23 +83,6 @@ class Resampler:
             self._scratch_at,
             self.level,
         )
-
-    @property
-    def fused(self) -> bool:
-        """Whether `many` can be called: it needs the kernel."""
-        return self._kernel is not None
-
-    def many(self, crops: array, out_at: int) -> None:
-        """Resize many crops in one call: with one call each, Python would take as long as the kernel on small crops.
-
-        crops: of type `q`, six numbers per crop, which are not checked: the address of its first pixel, bytes between
-        its rows, h, w, symmetry, and its place in the batch at address out_at, (n, side, side, 3) uint8.
-        """
-        if self._kernel is None:
-            raise ValueError("there is no kernel here")
-        self._reserve(max(crops[3::6]))
-        at, count = crops.buffer_info()
-        self._kernel.dermscale_resample_many(at, count // 6, self.side, out_at, self._scratch_at, self.level)
 
     def _reserve(self, width: int) -> None:
         """Make room in the scratch memory for crops of `width` px."""

@@ -23,8 +23,6 @@ _FUNCTIONS = (
     "dermscale_decode_level",
 )
 """What a library of these sources has on every processor."""
-_NEWEST = "dermscale_resample_many"
-"""The newest of its functions for x86 processors only."""
 
 
 @functools.cache
@@ -34,8 +32,7 @@ def compiled() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
-    wanted = [*_FUNCTIONS, *([_NEWEST] if hasattr(library, "dermscale_resample") else [])]
-    if not all(hasattr(library, name) for name in wanted):
+    if not all(hasattr(library, name) for name in _FUNCTIONS):
         _log.warning(
             "%s was built from older sources, so images are cut and resized without it, more slowly: "
             "install dermscale again (make install)",
@@ -75,8 +72,6 @@ def _declare(library: ctypes.CDLL) -> None:
         library.dermscale_scratch_bytes.argtypes = [number, number]
         library.dermscale_resample.restype = None
         library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
-        library.dermscale_resample_many.restype = None
-        library.dermscale_resample_many.argtypes = [pointer, count, number, pointer, pointer, number]
     unsigned = ctypes.c_uint64
     library.dermscale_plan.restype = None
     library.dermscale_plan.argtypes = [unsigned, unsigned, pointer, count, *[pointer] * 6]

@@ -304,16 +304,6 @@ void dermscale_resample(const uint8_t *source, int64_t stride, int32_t height, i
     }
 }
 
-/* `count` RGB crops: of each, in `crops`, the address of its first pixel, bytes between its rows, height, width,
- * symmetry, and its place in out, (n, side, side, 3) uint8. scratch: enough for the widest. */
-void dermscale_resample_many(const int64_t *crops, int64_t count, int32_t side, uint8_t *out, uint8_t *scratch,
-                             int32_t level)
-{
-    for (const int64_t *crop = crops; crop < crops + 6 * count; crop += 6)
-        dermscale_resample((const uint8_t *)(intptr_t)crop[0], crop[1], (int32_t)crop[2], (int32_t)crop[3], 3, side,
-                           (int32_t)crop[4], out + crop[5] * side * side * 3, scratch, level);
-}
-
 #else
 int32_t dermscale_resample_level(void)
 {

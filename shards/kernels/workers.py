@@ -60,8 +60,6 @@ class Loading:
         samples, boxes, symmetry = arrays
         self.status = np.zeros(len(samples), np.int32)
         self._at: int | None = None
-        # Held until the batch is done: Ctrl-C may come right after it was submitted, and this object be dropped.
-        workers.held[id(self.status)] = (*arrays, out, self.status)
         self._at = workers.submit(samples, boxes, symmetry, side, out, self.status)
 
     def result(self) -> np.ndarray:
@@ -88,8 +86,9 @@ class Loading:
         return False
 
     def exception(self) -> None:
-        """Wait for the samples that are under way."""
-        self.result()
+        """Wait for the samples that are under way. In a forked child there are none."""
+        if self._workers.usable:
+            self.result()
 
 
 class Workers:
@@ -126,6 +125,8 @@ class Workers:
         shards = self._rows["shard"][samples]
         if self._missing[shards].any():
             self._map(np.unique(shards[self._missing[shards]]).tolist())
+        # Held until the batch is done: Ctrl-C may come right after it was submitted, before anything knows its handle.
+        self.held[id(status)] = (samples, boxes, symmetry, out, status)
         at = self._calls.dermscale_batch_submit(
             self._engine,
             samples.ctypes.data,
@@ -137,6 +138,7 @@ class Workers:
             status.ctypes.data,
         )
         if not at:
+            del self.held[id(status)]
             raise MemoryError
         return at
 

@@ -1,7 +1,5 @@
 """The compiled resize: every level gives the same, within 1 of OpenCV's, and writes nothing beside its target."""
 
-from array import array
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -39,28 +37,6 @@ def test_every_level_is_the_same_and_within_one_of_opencv(height, width, side, c
     assert all(np.array_equal(found[0], other) for other in found)
     difference = np.abs(found[0].astype(int) - by_opencv(crop, symmetry, side))
     assert difference.max() <= 1
-
-
-@needs_kernel
-def test_many_crops_in_one_call_are_those_of_single_calls():
-    """Of differing widths, the widest not first, into places out of order, of which one stays as it was."""
-    rng = np.random.default_rng(0)
-    sizes, places, side = [(30, 40), (7, 300), (200, 9), (64, 64)], [4, 0, 3, 1], 48
-    images = [rng.integers(0, 256, (h + 2, w + 3, 3), np.uint8) for h, w in sizes]
-    out, expected = np.full((5, side, side, 3), 77, np.uint8), np.full((5, side, side, 3), 77, np.uint8)
-    crops = array("q")
-    for i, (image, (h, w), place) in enumerate(zip(images, sizes, places, strict=True)):
-        crop = image[1 : 1 + h, 2 : 2 + w]
-        Resampler(side)(crop, i + 3, expected[place])
-        crops.extend((crop.ctypes.data, image.strides[0], h, w, i + 3, place))
-    Resampler(side).many(crops, out.ctypes.data)
-    assert np.array_equal(out, expected) and (out[2] == 77).all()
-
-
-def test_without_a_kernel_there_are_no_crops_in_one_call():
-    assert not Resampler(8, level=0).fused
-    with pytest.raises(ValueError, match="no kernel"):
-        Resampler(8, level=0).many(array("q", [0, 3, 1, 1, 0, 0]), 0)
 
 
 @needs_kernel

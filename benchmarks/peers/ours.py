@@ -105,7 +105,10 @@ def _decode_only(job: Job, folder: Path) -> Epoch:
 
 
 def _bare_loop(job: Job, folder: Path) -> Epoch:
-    """The calls of the native engine on each image, over an epoch that was planned and read before the clock starts."""
+    """Cut, libjpeg-turbo and resize on each image, over an epoch that was planned and read before the clock starts.
+
+    It is what Python can do with these libraries. The native engine has its own decoder and can be faster.
+    """
     import cv2
     import simplejpeg
 
@@ -227,7 +230,7 @@ CEILINGS = (
         "ceiling: bare loop jpg",
         SHARDS_JPG,
         _bare_loop,
-        note="the native engine's calls (cut, decode, resize, flip) on threads with nothing around them: no checksum, "
+        note="cut, decode with libjpeg-turbo, resize and flip on threads with nothing around them: no checksum, "
         "no batches, no order, payloads and plan ready in memory",
         ceiling=True,
     ),

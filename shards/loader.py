@@ -1,11 +1,12 @@
 """Loader: a Selection as batches, the same from every engine, in any number of processes, after any restart."""
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from shards.common.errors import UsageError
 from shards.engines import Request
 from shards.engines.choose import make_engine
 from shards.kernels.load import compiled
-from shards.order import SHORT, batch_count, check_seed, epoch_order, evaluation_batch, rank_slice
+from shards.order import SHORT, batch_count, check_seed, epoch_order, evaluation_order, rank_slice
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 
 if TYPE_CHECKING:
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
     from shards.shardset import Selection
 
 
-@dataclass(frozen=True)
-class Batch:
+_TOGETHER = 1024
+"""Samples whose plan and labels are made in one go, in whole batches: a call of NumPy or PyTorch costs as much for one
+batch as for many."""
+
+
+class Batch(NamedTuple):
     """One rank's part of a global batch; n samples, n the same for every batch of an epoch.
 
     images: (n, 3, S, S) uint8, 0 to 255, RGB, channels-last. labels: (n,) int64. samples: (n,) int64, row numbers of
@@ -38,25 +43,48 @@ class Batch:
     colour: torch.Tensor
     mask: torch.Tensor
 
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> "Batch":
+        """The batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which a GPU copies while the CPU goes on."""
+        return Batch(*(tensor.pin_memory() for tensor in self))
+
 
 @dataclass(frozen=True)
-class _Part:
-    """What the engine has to load: one rank's part of a global batch."""
+class _Block:
+    """This rank's part of some consecutive batches of n samples each: arrays of (batches × n) samples."""
 
+    n: int
     samples: np.ndarray
     labels: np.ndarray
     plan: Plan
     mask: np.ndarray
 
+    def requests(self) -> Iterator[Request]:
+        """What the engine loads, batch by batch."""
+        samples, boxes, symmetry = self.samples, self.plan.boxes, self.plan.symmetry
+        for start in range(0, len(samples), self.n):
+            part = slice(start, start + self.n)
+            yield Request(samples[part], boxes[part], symmetry[part])
+
+    def rest(self, device: torch.device) -> "Iterator[tuple[torch.Tensor, ...]]":
+        """Labels, samples, colour and mask of each batch, on the device, without waiting for it."""
+        tensors = [torch.from_numpy(x) for x in (self.labels, self.samples, self.plan.colour, self.mask)]
+        if device.type != "cpu":
+            tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+        return zip(*(tensor.split(self.n) for tensor in tensors), strict=True)
+
 
 @dataclass
 class _Stream:
-    """A running engine. epoch: of the next batch. requested: the parts whose images have not arrived yet."""
+    """A running engine. epoch: of the next batch. rest: what comes with the images of each batch."""
 
     epoch: int
     resolution: int
     images: Generator[torch.Tensor, None, None]
-    requested: deque[_Part]
+    rest: "Iterator[tuple[torch.Tensor, ...]]"
 
 
 class Loader:
@@ -163,20 +191,14 @@ class Loader:
         count, number = len(self), start
         try:
             while number < count:
-                pixels = next(stream.images)
-                part = stream.requested.popleft()
+                images = next(stream.images)
+                rest = next(stream.rest)
                 number += 1
                 self._position = number
                 if number == count:
                     self.epoch, self._position = self.epoch + self.train, 0
-                yield Batch(
-                    images=pixels,
-                    labels=self._to_device(part.labels),
-                    samples=self._to_device(part.samples),
-                    colour=self._to_device(part.plan.colour),
-                    mask=self._to_device(part.mask),
-                )
-                del pixels
+                yield Batch(images, *rest)
+                del images  # so that its memory is free as soon as the caller has dropped it
         finally:
             if self.train and number == count and start < count and self._stream is None:
                 stream.epoch += 1
@@ -186,45 +208,57 @@ class Loader:
 
     def _open(self, start: int) -> "_Stream":
         """Start the engine at batch `start` of the current epoch; in training it continues with the next epochs."""
-        requested: deque[_Part] = deque()
+        made: deque[_Block] = deque()
 
         def requests() -> Iterator[Request]:
-            for part in self._parts(self.epoch, start):
-                requested.append(part)
-                yield Request(part.samples, part.plan.boxes, part.plan.symmetry)
+            for block in self._blocks(self.epoch, start):
+                made.append(block)
+                yield from block.requests()
+
+        def rest() -> Iterator[tuple[torch.Tensor, ...]]:
+            while True:  # a batch was requested before its images arrived, so its block is there
+                yield from made.popleft().rest(self.device)
 
         images = self._engine.run(requests(), self.resolution)
-        return _Stream(self.epoch, self.resolution, images, requested)  # type: ignore[arg-type]  # engines are generators
+        return _Stream(self.epoch, self.resolution, images, rest())  # type: ignore[arg-type]  # engines are generators
 
-    def _parts(self, epoch: int, start: int) -> Iterator["_Part"]:
+    def _blocks(self, epoch: int, start: int) -> Iterator["_Block"]:
         """This rank's parts of the global batches from `start` on; in training they never end."""
-        samples, labels = self.selection.samples, self.selection.labels
-        while True:
-            order = self._order(epoch)
-            for number in range(start, len(self)):
-                if self.train:
-                    whole = order[number * self.batch_size : (number + 1) * self.batch_size]
-                    positions, mask = whole[self._part], np.ones(self._part.stop - self._part.start, bool)
-                else:
-                    positions, mask = (x[self._part] for x in evaluation_batch(len(order), self.batch_size, number))
-                yield _Part(samples[positions], labels[positions], self._plan(epoch, positions), mask)
+        samples, labels, n = self.selection.samples, self.selection.labels, self._part.stop - self._part.start
+        together = max(1, _TOGETHER // n) * self.batch_size
+        for number in itertools.count(epoch):
+            order, counts = self._order(number)
+            for first in range(start * self.batch_size, len(order), together):
+                block = slice(first, first + together)
+                positions, mask = (
+                    values[block].reshape(-1, self.batch_size)[:, self._part].ravel() for values in (order, counts)
+                )
+                yield _Block(n, samples[positions], labels[positions], self._plan(number, positions), mask)
             if not self.train:
                 return
-            epoch, start = epoch + 1, 0
+            start = 0
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The positions of an epoch. A long one is computed on a thread while the epoch before it is loaded."""
-        count = len(self.selection)
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of an epoch's global batches, one after the other, and which of them count.
+
+        A long order is computed on a thread while the epoch before it is loaded.
+        """
+        length = len(self.selection)
         if not self.train:
-            return np.arange(count)
-        if count < SHORT:
-            return epoch_order(count, self.seed, epoch)
-        coming, this = self._coming, (os.getpid(), epoch)
-        order = coming[1].result() if coming is not None and coming[0] == this else epoch_order(count, self.seed, epoch)
-        thread = ThreadPoolExecutor(1, thread_name_prefix="shards-order")
-        self._coming = (os.getpid(), epoch + 1), thread.submit(epoch_order, count, self.seed, epoch + 1)
-        thread.shutdown(wait=False)  # it ends with this order
-        return order
+            return evaluation_order(length, self.batch_size)
+        if length < SHORT:
+            order = epoch_order(length, self.seed, epoch)
+        else:
+            coming, this = self._coming, (os.getpid(), epoch)
+            if coming is not None and coming[0] == this:
+                order = coming[1].result()
+            else:
+                order = epoch_order(length, self.seed, epoch)
+            thread = ThreadPoolExecutor(1, thread_name_prefix="shards-order")
+            self._coming = (os.getpid(), epoch + 1), thread.submit(epoch_order, length, self.seed, epoch + 1)
+            thread.shutdown(wait=False)  # it ends with this order
+        whole = len(self) * self.batch_size
+        return order[:whole], np.broadcast_to(True, whole)
 
     def _plan(self, epoch: int, positions: np.ndarray) -> Plan:
         """What is done to the samples at some positions."""
@@ -236,13 +270,6 @@ class Loader:
                 self._whole = epoch, self.plan(epoch)[1]
             return self._whole[1][positions]
         return training_plan(self.seed, epoch, self.selection.samples[positions], heights, widths, self.augment)
-
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        """A small array as a tensor on the loader's device, without waiting for it."""
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _identity(self) -> dict[str, Any]:
         """The settings that a saved position depends on."""

@@ -56,12 +56,12 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
-def evaluation_batch(count: int, batch_size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Global batch `number` of an evaluation: positions (batch_size,) int64 and mask (batch_size,) bool.
+def evaluation_order(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The global batches of an evaluation, one after the other: positions int64 and mask, both (batches × batch_size,).
 
     Samples keep their order. The last batch is padded with position 0 where the mask is False, so that every batch
     has one shape and each sample counts once.
     """
-    positions = np.arange(number * batch_size, (number + 1) * batch_size)
+    positions = np.arange(batch_count(count, batch_size, train=False) * batch_size)
     mask = positions < count
     return np.where(mask, positions, 0), mask

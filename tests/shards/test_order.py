@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shards.common.errors import UsageError
 from shards.kernels.load import compiled
-from shards.order import batch_count, epoch_order, evaluation_batch, numpy_order, rank_slice
+from shards.order import batch_count, epoch_order, evaluation_order, numpy_order, rank_slice
 
 
 @given(st.integers(1, 500), st.integers(0, 2**63 - 1), st.integers(0, 1000))
@@ -48,12 +48,10 @@ def test_ranks_share_each_batch_exactly(batch_size, world_size):
 @given(st.integers(1, 300), st.integers(1, 64))
 @settings(max_examples=100, deadline=None)
 def test_evaluation_counts_each_sample_once(count, batch_size):
-    seen = []
-    for number in range(batch_count(count, batch_size, train=False)):
-        positions, mask = evaluation_batch(count, batch_size, number)
-        assert len(positions) == len(mask) == batch_size
-        seen += positions[mask].tolist()
-    assert seen == list(range(count))
+    positions, mask = evaluation_order(count, batch_size)
+    assert len(positions) == len(mask) == batch_count(count, batch_size, train=False) * batch_size
+    assert positions[mask].tolist() == list(range(count))
+    assert not positions[~mask].any()
 
 
 def test_training_drops_the_incomplete_batch():

@@ -13,7 +13,7 @@ from shards.plan import training_plan
 
 def batches(loader: Loader) -> list[Batch]:
     """An epoch, with copies of the images."""
-    return [Batch(b.images.clone(), b.labels, b.samples, b.colour, b.mask) for b in loader]
+    return [batch._replace(images=batch.images.clone()) for batch in loader]
 
 
 def distances(expected: list[Batch], found: list[Batch]) -> np.ndarray:

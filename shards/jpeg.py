@@ -33,7 +33,7 @@ _SAMPLING = {  # subsampling → OpenCV's factor, and the block (MCU) in pixels,
     "420": (cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420, 16, 16),
 }
 _RUN_BLOCKS = 4  # target length of a run: shorter runs cost bytes, longer runs cut less closely
-_WHOLE_SHARE = 0.99  # a box that needs more of the image is decoded from the whole file
+WHOLE_SHARE = 0.99  # a box that needs more of the image is decoded from the whole file
 _MARKERS = (0xD0 + np.arange(1 << 16) % 8).astype(np.uint8)  # RST0 … RST7, over and over
 
 
@@ -133,7 +133,7 @@ class RegionCutter:
         if at is None:
             at = np.frombuffer(raw, np.uint8).ctypes.data
         size = self._library.dermscale_cut(
-            at, length, height, width, y, x, h, w, _WHOLE_SHARE, self._out_at, self._corner_at
+            at, length, height, width, y, x, h, w, WHOLE_SHARE, self._out_at, self._corner_at
         )
         top, left = self._corner.tolist()
         return (self._out[:size], top, left) if size else None
@@ -155,7 +155,7 @@ def _cut(
     column0, column1 = max(x - 1, 0) // run_width, min(x + w, width - 1) // run_width + 1
     table = _TABLE + _FIELDS.size
     end = table + 2 * rows * columns
-    if (row1 - row0) * (column1 - column0) > _WHOLE_SHARE * rows * columns or end + scan > len(raw):
+    if (row1 - row0) * (column1 - column0) > WHOLE_SHARE * rows * columns or end + scan > len(raw):
         return None
     lengths = np.frombuffer(raw, "<u2", rows * columns, table)
     starts = np.empty(rows * columns + 1, np.int64)

@@ -1,7 +1,9 @@
 """This machine: its cores, its free memory, and what the C library does with freed memory."""
 
 import ctypes
+import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +18,17 @@ _KEPT = 512 << 20
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use, within the limit of the container."""
+    return min(len(os.sched_getaffinity(0)), _container_cores(_CGROUP))
+
+
+def _container_cores(cgroup: Path) -> int:
+    """The processor time of the control group (version 2), in whole cores and rounded up."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except FileNotFoundError:
+        return sys.maxsize
+    return sys.maxsize if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from shards.decode import WRONG_SIZE, cached_pixels, raw_pixels
 from shards.engines import Request
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter
-from shards.kernels.workers import LEFT, LOADED, LOST, LOST_BYTES, OTHER_SIZE, Loading, Workers, check
+from shards.kernels.workers import CROPS, LOADED, LOST, LOST_BYTES, Loading, check, left_over, start_workers
 from shards.shardset import ShardSet
 
 if TYPE_CHECKING:
@@ -90,10 +90,11 @@ class NativeEngine:
     """Loads batches on `threads` threads, `prefetch` batches ahead."""
 
     def __init__(self, data: ShardSet, device: str = "cpu", threads: int | None = None, prefetch: int = 2) -> None:
-        """threads: default, the cores this process may use. Turns OpenCV's own threads off in the whole process."""
+        """threads: at most the cores this process may use, which is the default. Turns OpenCV's own threads off in the
+        whole process."""
         cv2.setNumThreads(0)
         self.data, self.device, self.prefetch = data, device, prefetch
-        self.threads = threads or available_cores()
+        self.threads = min(threads or available_cores(), available_cores())
         self._foreign = False  # the files are of another packer
         self._start()
         if device == "cpu":
@@ -108,7 +109,7 @@ class NativeEngine:
     def _start(self) -> None:
         """Start the threads. A forked child has none and starts its own."""
         self._pid = os.getpid()
-        self._workers = Workers(self.data, self.threads) if Resampler(1).level else None
+        self._workers = start_workers(self.data, self.threads)
         # Its threads start when they are first used.
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shards-native")
 
@@ -145,19 +146,11 @@ class NativeEngine:
             self._start()
         if self._workers is None or self._foreign:
             return self._submit_to_python(request, buffer)
-        arrays = (
-            np.ascontiguousarray(request.samples, np.int64),
-            np.ascontiguousarray(request.boxes, np.int32),
-            np.ascontiguousarray(request.symmetry, np.uint8),
-        )
-        return [Loading(self._workers, arrays, buffer.shape[1], buffer)]
+        return [Loading(self._workers, request.samples, buffer, CROPS, boxes=request.boxes, symmetry=request.symmetry)]
 
     def _finish(self, request: Request, buffer: np.ndarray, status: np.ndarray) -> None:
         """Raise DataError for a bad sample. Load the samples that the library cannot decode."""
-        for place in np.flatnonzero(status > LEFT).tolist():
-            why = {OTHER_SIZE: [WRONG_SIZE], LOST: [LOST_BYTES]}.get(int(status[place]), [])
-            raise self.data.damaged(int(request.samples[place]), *why)
-        left = np.flatnonzero(status == LEFT)
+        left = left_over(self.data, request.samples, status)
         # The files are of another packer, so the library would try them in vain in every batch.
         self._foreign = 2 * len(left) > len(status)
         for future in self._submit_to_python(request, buffer, left):

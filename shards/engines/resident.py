@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from shards.common.errors import DataError, UsageError, one_line
 from shards.common.machine import available_cores, free_bytes
 from shards.decode import WRONG_SIZE, decode_whole
 from shards.engines import Request
+from shards.kernels.workers import IMAGES, Loading, left_over, start_workers
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +74,7 @@ class ResidentEngine:
         does not suffice.
         """
         self.selection, self.device = selection, device
-        self.threads = threads or available_cores()
+        self.threads = min(threads or available_cores(), available_cores())
         self.compiled = device != "cpu" if compiled is None else compiled
         heights, self._widths = _sides(selection)
         self._starts = np.concatenate([[0], np.cumsum(heights * self._widths)])  # in pixels
@@ -111,13 +113,21 @@ class ResidentEngine:
         size = f"{len(self.selection):,} images, {self._starts[-1] * 3 / 1e9:.3g} GB"
         _log.info("resident: decoding %s onto %s", size, self.device)
         pixels = torch.empty((int(self._starts[-1]), 3), dtype=torch.uint8, device=self.device)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="shards-resident") as pool:
+        data, samples = self.selection.data, self.selection.samples
+        with (
+            start_workers(data, self.threads) or nullcontext() as workers,
+            ThreadPoolExecutor(self.threads, thread_name_prefix="shards-resident") as pool,
+        ):
             for first, last in self._chunks():
                 start, end = int(self._starts[first]), int(self._starts[last])
                 part = pixels[start:end]
                 host = part if self.device == "cpu" else _pinned(end - start)
-                rows = host.numpy()
-                for done in [pool.submit(self._decode, position, rows, start) for position in range(first, last)]:
+                rows, left = host.numpy(), np.arange(last - first)
+                if workers is not None:
+                    places = (self._starts[first:last] - start) * 3
+                    loading = Loading(workers, samples[first:last], rows, IMAGES, places=places)
+                    left = left_over(data, samples[first:last], loading.result())
+                for done in [pool.submit(self._decode, first + place, rows, start) for place in left.tolist()]:
                     done.result()
                 if host is not part:
                     part.copy_(host)

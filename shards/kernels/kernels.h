@@ -21,6 +21,10 @@ int64_t dermscale_scratch_bytes(int32_t width, int32_t side);
 void dermscale_resample(const uint8_t *source, int64_t stride, int32_t height, int32_t width, int32_t channels,
                         int32_t side, int32_t symmetry, uint8_t *out, uint8_t *scratch, int32_t level);
 
+/* jpeg_cut.c */
+int64_t dermscale_cut(const uint8_t *raw, int64_t length, int32_t height, int32_t width, int32_t y, int32_t x,
+                      int32_t h, int32_t w, double worth, uint8_t *out, int32_t *corner);
+
 /* jpeg_decode.c */
 enum { DECODED = 0, DECLINED = 1 };
 int32_t dermscale_decode_level(void);

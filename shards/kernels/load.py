@@ -82,7 +82,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dermscale_engine_open.restype = library.dermscale_batch_submit.restype = pointer
     library.dermscale_engine_open.argtypes = [pointer, count, pointer, pointer, number, number]
     library.dermscale_engine_close.argtypes = [pointer]
-    library.dermscale_batch_submit.argtypes = [pointer, pointer, pointer, pointer, count, number, pointer, pointer]
+    library.dermscale_batch_submit.argtypes = [pointer, number, pointer, pointer, pointer, count, number]
+    library.dermscale_batch_submit.argtypes += [ctypes.c_double, pointer, pointer, pointer, pointer]
     library.dermscale_batch_done.argtypes = [pointer, pointer]
     library.dermscale_batch_wait.argtypes = library.dermscale_batch_cancel.argtypes = [pointer, pointer]
     library.dermscale_batch_free.argtypes = [pointer]

@@ -1,17 +1,23 @@
-/* Threads that load batches: checksum, cut, decode, crop, resize and turn, into the batch's buffer. They live as long as
- * their engine and never touch Python, so work goes on whoever holds Python's lock. Python submits a batch in one call,
- * and waits for it in another.
+/* Threads that load batches into a buffer: they verify the checksum of each sample, and then make of it what the batch
+ * asks for (`enum result`). They live as long as their engine and never touch Python, so work goes on whoever holds
+ * Python's lock. Python submits a batch in one call, and waits for it in another.
  *
  * What these threads cannot decode (files of other packers, damaged ones) they leave to Python, sample by sample: each
  * sample has a status. */
+#define _GNU_SOURCE
 #include "kernels.h"
 
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
-#define TOGETHER 4 /* samples that a thread takes at once: taking costs a lock */
+#define TOGETHER 4   /* samples that a thread takes at once: taking costs a lock */
+#define COLD_FOR 16  /* batches after a page that was not in memory, whose pages are asked for ahead of use */
 
 /* A row of the index, as shards/engines/native.py lays it out. */
 struct row {
@@ -24,15 +30,27 @@ struct row {
 /* What became of a sample. */
 enum { LOADED = 0, LEFT = 1, OTHER_CHECKSUM = 2, OTHER_SIZE = 3, OUTSIDE = 4, LOST = 5 };
 
+/* What is made of the samples of a batch:
+ * CROPS: the box of each, resized to (side, side) and turned: out is (count, side, side, 3).
+ * IMAGES: all pixels of each, (height, width, 3) from out + places[i] on.
+ * PAYLOADS: a JPEG file with the box (the packed one, or a part of it), or the pixels of a raw sample's box, from
+ * out + places[i] on: at most as many bytes as the packed payload. found[i]: their number, and where in the image the
+ * first row and column of the part are. */
+enum result { CROPS = 0, IMAGES = 1, PAYLOADS = 2 };
+
 struct batch {
     struct batch *next;
     const int64_t *samples;  /* numbers of rows */
     const int32_t *boxes;    /* y, x, height, width of each */
     const uint8_t *symmetry;
-    uint8_t *out;            /* (count, side, side, 3) */
+    uint8_t *out;
+    const int64_t *places;
+    int64_t (*found)[3];
     int32_t *status;
     int64_t count, taken, done;
+    double worth;            /* PAYLOADS: a part is cut out where it has at most this share of the image */
     int32_t side;
+    enum result result;
 };
 
 struct engine {
@@ -44,6 +62,8 @@ struct engine {
     const int64_t *sizes;
     int64_t row_count;
     int32_t shard_count, level, decode_level, threads, stopping;
+    int32_t cold;               /* batches whose pages are still asked for ahead of use */
+    int64_t page;               /* bytes */
     pthread_t *ids;
 };
 
@@ -113,41 +133,92 @@ static int reserve(uint8_t **memory, int64_t *have, int64_t bytes)
     return *memory != NULL;
 }
 
-static int32_t load(const struct engine *engine, struct scratch *scratch, const struct batch *batch, int64_t place)
+/* The row of a sample whose payload lies within its shard, and the payload; NULL for all others. */
+static const struct row *row_of(const struct engine *engine, int64_t sample, const uint8_t **payload)
 {
-    const int64_t sample = batch->samples[place];
     if (sample < 0 || sample >= engine->row_count)
-        return OUTSIDE;
+        return NULL;
     const struct row *row = engine->rows + sample;
     if (row->shard >= (uint32_t)engine->shard_count || !engine->shards[row->shard])
-        return OUTSIDE;
+        return NULL;
     const uint64_t size = (uint64_t)engine->sizes[row->shard];
     if (row->offset > size || row->length > size - row->offset)
+        return NULL;
+    *payload = engine->shards[row->shard] + row->offset;
+    return row;
+}
+
+/* The box (y, x, h, w) of a sample's pixels; `stride` bytes from row to row. */
+static int32_t decode(const struct engine *engine, struct scratch *scratch, const struct row *row,
+                      const uint8_t *payload, const int32_t *box, const uint8_t **pixels, int64_t *stride)
+{
+    if (row->raw) {
+        *stride = (int64_t)row->width * 3;
+        *pixels = payload + row->length - *stride * row->height + box[0] * *stride + box[1] * 3;
+        return LOADED;
+    }
+    if (!engine->decode_level) /* plain C is slower than libjpeg-turbo */
+        return LEFT;
+    if (!reserve(&scratch->decode, &scratch->decode_bytes, dermscale_decode_scratch(row->height, row->width)))
+        return LEFT;
+    const int32_t declined =
+        dermscale_decode_box(payload, row->length, row->height, row->width, box[0], box[1], box[2], box[3],
+                             scratch->decode, scratch->decode_bytes, pixels, stride, engine->decode_level);
+    return declined ? LEFT : LOADED;
+}
+
+static void copy_rows(const uint8_t *from, int64_t stride, int32_t rows, int64_t bytes, uint8_t *to)
+{
+    for (int32_t row = 0; row < rows; row++)
+        memcpy(to + row * bytes, from + row * stride, (size_t)bytes);
+}
+
+static int32_t load(const struct engine *engine, struct scratch *scratch, const struct batch *batch, int64_t place)
+{
+    const uint8_t *payload, *pixels;
+    const struct row *row = row_of(engine, batch->samples[place], &payload);
+    if (!row)
         return OUTSIDE;
-    const uint8_t *payload = engine->shards[row->shard] + row->offset;
     if (row->length < XXH3_LEAST)
         return LEFT;
     if (dermscale_xxh3(payload, row->length, engine->level) != row->xxh3)
         return OTHER_CHECKSUM;
-    const int32_t *box = batch->boxes + 4 * place, height = row->height, width = row->width;
+    const int32_t height = row->height, width = row->width, whole[4] = {0, 0, height, width};
+    const int32_t *box = batch->boxes ? batch->boxes + 4 * place : whole;
     const int32_t y = box[0], x = box[1], h = box[2], w = box[3];
     if (y < 0 || x < 0 || h < 1 || w < 1 || h > height || w > width || y > height - h || x > width - w)
         return OTHER_SIZE;
+    if (row->raw && (int64_t)height * width * 3 > row->length)
+        return OTHER_SIZE;
 
-    const uint8_t *pixels;
-    int64_t stride = (int64_t)width * 3;
-    if (row->raw) {
-        if (stride * height > row->length)
-            return OTHER_SIZE;
-        pixels = payload + row->length - stride * height + y * stride + x * 3;
-    } else {
-        if (!engine->decode_level) /* plain C is slower than libjpeg-turbo */
-            return LEFT;
-        if (!reserve(&scratch->decode, &scratch->decode_bytes, dermscale_decode_scratch(height, width)))
-            return LEFT;
-        if (dermscale_decode_box(payload, row->length, height, width, y, x, h, w, scratch->decode,
-                                 scratch->decode_bytes, &pixels, &stride, engine->decode_level) != DECODED)
-            return LEFT;
+    int64_t stride;
+    if (batch->result == PAYLOADS) {
+        uint8_t *const to = batch->out + batch->places[place];
+        int64_t *const found = batch->found[place];
+        found[1] = found[2] = 0;
+        if (row->raw) {
+            decode(engine, scratch, row, payload, box, &pixels, &stride);
+            copy_rows(pixels, stride, h, found[0] = (int64_t)w * 3, to);
+            found[0] *= h;
+            return LOADED;
+        }
+        int32_t corner[2] = {0, 0};
+        found[0] = dermscale_cut(payload, row->length, height, width, y, x, h, w, batch->worth, to, corner);
+        if (found[0] == 0) {
+            memcpy(to, payload, row->length);
+            found[0] = row->length;
+        } else {
+            found[1] = corner[0];
+            found[2] = corner[1];
+        }
+        return LOADED;
+    }
+    const int32_t status = decode(engine, scratch, row, payload, box, &pixels, &stride);
+    if (status != LOADED)
+        return status;
+    if (batch->result == IMAGES) {
+        copy_rows(pixels, stride, h, (int64_t)w * 3, batch->out + batch->places[place]);
+        return LOADED;
     }
 #ifdef HAVE_RESAMPLE
     if (!reserve(&scratch->resample, &scratch->resample_bytes, dermscale_scratch_bytes(w, batch->side)))
@@ -156,7 +227,6 @@ static int32_t load(const struct engine *engine, struct scratch *scratch, const 
                        batch->out + place * 3 * batch->side * batch->side, scratch->resample, engine->level);
     return LOADED;
 #else
-    (void)pixels;
     return LEFT;
 #endif
 }
@@ -175,10 +245,32 @@ static int32_t load_or_lose(const struct engine *engine, struct scratch *scratch
     return status;
 }
 
+/* Ask the system to read the payloads of a batch now: it then reads many at once, and not one after the other as the
+ * threads come to them. */
+static void ask_for_pages(const struct engine *engine, const struct batch *batch)
+{
+    for (int64_t place = 0; place < batch->count; place++) {
+        const uint8_t *payload;
+        const struct row *row = row_of(engine, batch->samples[place], &payload);
+        if (!row)
+            continue;
+        const intptr_t first = (intptr_t)payload & -(intptr_t)engine->page;
+        madvise((void *)first, (size_t)((intptr_t)payload + row->length - first), MADV_WILLNEED); /* only a hint */
+    }
+}
+
+/* How often this thread has waited for a page of a file. */
+static long pages_awaited(void)
+{
+    struct rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_majflt : 0;
+}
+
 static void *run(void *argument)
 {
     struct engine *engine = argument;
     struct scratch scratch = {0};
+    long awaited = pages_awaited();
     pthread_mutex_lock(&engine->lock);
     for (;;) {
         struct batch *batch;
@@ -190,10 +282,17 @@ static void *run(void *argument)
         batch->taken += some;
         if (batch->taken == batch->count && !(engine->first = batch->next))
             engine->last = NULL;
+        const int32_t cold = from == 0 && engine->cold > 0 && engine->cold--;
         pthread_mutex_unlock(&engine->lock);
+        if (cold)
+            ask_for_pages(engine, batch);
         for (int64_t place = from; place < from + some; place++)
             batch->status[place] = load_or_lose(engine, &scratch, batch, place);
+        const long now_awaited = pages_awaited();
         pthread_mutex_lock(&engine->lock);
+        if (now_awaited != awaited)
+            engine->cold = COLD_FOR;
+        awaited = now_awaited;
         batch->done += some;
         if (batch->done == batch->count)
             pthread_cond_broadcast(&engine->finished);
@@ -235,6 +334,8 @@ struct engine *dermscale_engine_open(const struct row *rows, int64_t row_count, 
     engine->shards = shards;
     engine->sizes = sizes;
     engine->shard_count = shard_count;
+    engine->cold = COLD_FOR;
+    engine->page = sysconf(_SC_PAGESIZE);
     engine->level = level;
     engine->decode_level = dermscale_decode_level();
     pthread_mutex_init(&engine->lock, NULL);
@@ -251,22 +352,27 @@ struct engine *dermscale_engine_open(const struct row *rows, int64_t row_count, 
     return engine;
 }
 
-/* Load `count` samples, one at least: their numbers, boxes (count, 4) and symmetries, into out (count, side, side, 3),
- * and what became of each into status. The arrays must stay until the batch is finished or cancelled. NULL where there
- * is no memory. */
-struct batch *dermscale_batch_submit(struct engine *engine, const int64_t *samples, const int32_t *boxes,
-                                     const uint8_t *symmetry, int64_t count, int32_t side, uint8_t *out,
+/* Load `count` samples, one at least: their numbers, boxes (count, 4; NULL for whole images) and symmetries, as
+ * `enum result` says, and what became of each into status. The arrays must stay until the batch is finished or
+ * cancelled; those that the result has no use for are NULL. NULL where there is no memory. */
+struct batch *dermscale_batch_submit(struct engine *engine, int32_t result, const int64_t *samples,
+                                     const int32_t *boxes, const uint8_t *symmetry, int64_t count, int32_t side,
+                                     double worth, uint8_t *out, const int64_t *places, int64_t (*found)[3],
                                      int32_t *status)
 {
     struct batch *batch = calloc(1, sizeof *batch);
     if (!batch)
         return NULL;
+    batch->result = (enum result)result;
     batch->samples = samples;
     batch->boxes = boxes;
     batch->symmetry = symmetry;
     batch->count = count;
     batch->side = side;
+    batch->worth = worth;
     batch->out = out;
+    batch->places = places;
+    batch->found = found;
     batch->status = status;
     pthread_mutex_lock(&engine->lock);
     if (engine->last)

@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from shards.common.errors import DermscaleError
+from shards.decode import WRONG_SIZE
 from shards.kernels.load import compiled, holding_the_lock
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 LOADED, LEFT, OTHER_CHECKSUM, OTHER_SIZE, OUTSIDE, LOST = range(6)
 """Status of a sample. LEFT: the threads cannot decode it, so Python must. LOST: see LOST_BYTES."""
 LOST_BYTES = "the file has become shorter since it was opened"
+
+CROPS, IMAGES, PAYLOADS = range(3)
+"""What is made of the samples: `enum result` of workers.c."""
 
 ROW = np.dtype(
     [
@@ -52,15 +56,57 @@ def rows_of(data: "ShardSet") -> np.ndarray:
     return rows
 
 
+def start_workers(data: "ShardSet", threads: int) -> "Workers | None":
+    """The threads; None if the library was not built, or has nothing for this processor."""
+    library = compiled()
+    return Workers(data, threads) if library is not None and library.dermscale_resample_level() else None
+
+
+def left_over(data: "ShardSet", samples: np.ndarray, status: np.ndarray) -> np.ndarray:
+    """The places of the samples that the threads leave to Python. Raises DataError for a bad sample."""
+    if not status.any():
+        return np.empty(0, np.int64)
+    for place in np.flatnonzero(status > LEFT).tolist():
+        why = {OTHER_SIZE: [WRONG_SIZE], LOST: [LOST_BYTES]}.get(int(status[place]), [])
+        raise data.damaged(int(samples[place]), *why)
+    return np.flatnonzero(status == LEFT)
+
+
 class Loading:
     """A batch that the threads are loading. It has the methods of a future that `read_ahead` calls."""
 
-    def __init__(self, workers: "Workers", arrays: tuple[np.ndarray, ...], side: int, out: np.ndarray) -> None:
+    def __init__(
+        self,
+        workers: "Workers",
+        samples: np.ndarray,
+        out: np.ndarray,
+        result: int,
+        *,
+        boxes: np.ndarray | None = None,
+        symmetry: np.ndarray | None = None,
+        worth: float = 0.0,
+        places: np.ndarray | None = None,
+        found: np.ndarray | None = None,
+    ) -> None:
+        """Start loading. Raises DataError if a shard cannot be mapped.
+
+        samples: (n,) numbers of rows. result: CROPS into out (n, S, S, 3); IMAGES, or PAYLOADS, into out (bytes,) from
+        `places` (n,) on. boxes: (n, 4) y, x, h, w; default, whole images. symmetry: (n,), for CROPS. worth, and found
+        (n, 3) int64, which is filled: for PAYLOADS.
+        """
         self._workers = workers
-        samples, boxes, symmetry = arrays
         self.status = np.zeros(len(samples), np.int32)
+        given = (
+            np.ascontiguousarray(samples, np.int64),
+            None if boxes is None else np.ascontiguousarray(boxes, np.int32),
+            None if symmetry is None else np.ascontiguousarray(symmetry, np.uint8),
+            out,
+            None if places is None else np.ascontiguousarray(places, np.int64),
+            found,
+            self.status,
+        )
         self._at: int | None = None
-        self._at = workers.submit(samples, boxes, symmetry, side, out, self.status)
+        self._at = workers.submit(given, result, out.shape[1] if result == CROPS else 0, worth)
 
     def result(self) -> np.ndarray:
         """Wait for the batch; return the status of each sample, (n,) int32."""
@@ -101,7 +147,7 @@ class Workers:
         self._bytes: list[np.ndarray | None] = [None] * count  # held: the threads read them after the set is closed
         self._addresses, self._sizes = np.zeros(count, np.uint64), np.zeros(count, np.int64)
         self._missing = np.ones(count, bool)
-        self.held: dict[int, tuple[np.ndarray, ...]] = {}
+        self.held: dict[int, tuple[np.ndarray | None, ...]] = {}
         """The arrays of the batches that are under way."""
         self._calls: Any = holding_the_lock()
         self._engine = self._calls.dermscale_engine_open(
@@ -112,30 +158,18 @@ class Workers:
         held = (self._rows, self._addresses, self._sizes, self._bytes, self.held)
         self._close = weakref.finalize(self, _close, self._engine, self._pid, held)
 
-    def submit(
-        self,
-        samples: np.ndarray,
-        boxes: np.ndarray,
-        symmetry: np.ndarray,
-        side: int,
-        out: np.ndarray,
-        status: np.ndarray,
-    ) -> int:
-        """Start loading a batch; return its handle. Raises DataError if a shard cannot be mapped."""
+    def submit(self, given: tuple[np.ndarray | None, ...], result: int, side: int, worth: float) -> int:
+        """Start loading a batch; return its handle. given: the arrays of `Loading`, samples first and status last."""
+        samples, status = given[0], given[-1]
+        assert samples is not None and status is not None
         shards = self._rows["shard"][samples]
         if self._missing[shards].any():
             self._map(np.unique(shards[self._missing[shards]]).tolist())
         # Held until the batch is done: Ctrl-C may come right after it was submitted, before anything knows its handle.
-        self.held[id(status)] = (samples, boxes, symmetry, out, status)
+        self.held[id(status)] = given
+        pointers = [None if array is None else array.ctypes.data for array in given]
         at = self._calls.dermscale_batch_submit(
-            self._engine,
-            samples.ctypes.data,
-            boxes.ctypes.data,
-            symmetry.ctypes.data,
-            len(samples),
-            side,
-            out.ctypes.data,
-            status.ctypes.data,
+            self._engine, result, *pointers[:3], len(samples), side, worth, *pointers[3:]
         )
         if not at:
             del self.held[id(status)]
@@ -171,6 +205,14 @@ class Workers:
     def close(self) -> None:
         """Finish what is under way and stop the threads."""
         self._close()
+
+    def __enter__(self) -> "Workers":
+        """Enter the context."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop the threads."""
+        self.close()
 
 
 def _close(engine: int, pid: int, held: tuple[Any, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
 from shards.kernels.load import compiled
-from shards.kernels.workers import Loading, Workers
+from shards.kernels.workers import CROPS, Loading, Workers
 from tests.conftest import write_set
 
 
@@ -105,6 +105,6 @@ def test_a_batch_that_nobody_waits_for_ends_before_its_memory_is_used_again(shar
     boxes = np.tile(np.array([0, 0, 72, 96], np.int32), (60, 1))
     for _ in range(20):
         out = np.zeros((60, 256, 256, 3), np.uint8)
-        Loading(workers, (samples, boxes, np.zeros(60, np.uint8)), 256, out)  # dropped at once
+        Loading(workers, samples, out, CROPS, boxes=boxes, symmetry=np.zeros(60, np.uint8))  # dropped at once
         assert not workers.held
     workers.close()

@@ -27,7 +27,7 @@ def test_no_row_of_a_decoded_jpeg_is_written_past_the_caches(tiny_shards, monkey
         return image
 
     monkeypatch.setattr(native.simplejpeg, "decode_jpeg", watched)
-    monkeypatch.setattr(native, "Workers", lambda *_: None)  # they have a decoder of their own
+    monkeypatch.setattr(native, "start_workers", lambda *_: None)  # they have a decoder of their own
     with closing(Loader(ShardSet(tiny_shards).select("train"), batch_size=8, engine="native", threads=2)) as loader:
         for _ in loader:
             pass

@@ -13,7 +13,7 @@ from simplejpeg import decode_jpeg
 
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
-from shards.engines import dali
+from shards.engines import dali, dali_feed
 from shards.engines.dali import DaliEngine, Graph, build_graph
 from shards.engines.dali_feed import INPUTS, Reader
 from shards.engines.native import NativeEngine
@@ -147,6 +147,23 @@ def test_a_sample_that_cannot_be_decoded_is_named(tmp_path):
     loader = Loader(ShardSet(tmp_path / "set").select("train"), batch_size=4, resolution=32, engine="dali", train=False)
     with pytest.raises(DataError, match=r"IMG_7: damaged.*does not decode"):
         batches(loader)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "raw", "mixed"])
+@pytest.mark.parametrize("cutting", [True, False])
+def test_the_library_and_python_read_the_same_bytes(shard_sets, kind, cutting, monkeypatch):
+    data, requests = shard_sets[kind], requests_of(shard_sets[kind], [40, 20])
+    fed = []
+    for threads in (dali_feed.start_workers, lambda *_: None):
+        monkeypatch.setattr(dali_feed, "start_workers", threads)
+        reader = Reader(data, kind, ahead=1, cutting=cutting)
+        fed.append(list(reader.batches(requests, 32)))
+        reader.close()
+    for ours, python in zip(*fed, strict=True):
+        assert np.array_equal(ours.samples, python.samples)
+        for name, found, expected in zip(INPUTS[kind], ours.arrays, python.arrays, strict=True):
+            assert len(found) == len(expected)
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), name
 
 
 @pytest.mark.parametrize("kind", ["jpg", "mixed"])

@@ -51,6 +51,14 @@ def test_small_chunks_and_parts_change_nothing(shard_sets, monkeypatch):
     assert distances(expected, batches(loaders[1])).max() == 0
 
 
+def test_images_decoded_without_the_library_are_the_same(shard_sets, monkeypatch):
+    selection = shard_sets["sizes"].select("train")
+    loaders = [Loader(selection, batch_size=12, resolution=40, engine="resident") for _ in range(2)]
+    expected = batches(loaders[0])
+    monkeypatch.setattr(resident, "start_workers", lambda *_: None)
+    assert distances(expected, batches(loaders[1])).max() == 0
+
+
 @pytest.mark.parametrize("kind", ["jpg", "raw"])
 def test_a_damaged_sample_is_named(tmp_path, kind):
     folder = write_set(tmp_path / "set", kind, images=60)

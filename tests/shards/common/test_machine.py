@@ -1,10 +1,12 @@
-"""Freed memory that is kept costs no page faults the next time."""
+"""What the machine offers: cores within a container's limit; freed memory that is kept costs no page faults."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from shards.common import machine
 
 _FAULTS = """
 import resource, sys
@@ -24,6 +26,15 @@ def faults(kept: str, mib: int) -> int:
     """Page faults of the third time that a block is asked for, written and freed."""
     found = subprocess.run([sys.executable, "-c", _FAULTS, kept, str(mib)], capture_output=True, text=True, check=True)
     return int(found.stdout)
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("max 100000", None), ("150000 100000", 2), ("10000 100000", 1)])
+def test_a_container_limits_the_cores(tmp_path, monkeypatch, limit, cores):
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(64))
+    assert machine.available_cores() == 64
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert machine.available_cores() == (cores or 64)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")

@@ -79,8 +79,12 @@ class _Block:
 
 @dataclass
 class _Stream:
-    """A running engine. epoch: of the next batch. rest: what comes with the images of each batch."""
+    """A running engine. epoch: of the next batch. rest: what comes with the images of each batch.
 
+    process: the one that started it. A forked child has none of its threads.
+    """
+
+    process: int
     epoch: int
     resolution: int
     images: Generator[torch.Tensor, None, None]
@@ -184,7 +188,8 @@ class Loader:
         start, self._resume = self._resume, 0
         self._position = start
         stream, self._stream = self._stream, None
-        if stream is None or (stream.epoch, stream.resolution, 0) != (self.epoch, self.resolution, start):
+        wanted = os.getpid(), self.epoch, self.resolution, start
+        if stream is None or (stream.process, stream.epoch, stream.resolution, 0) != wanted:
             if stream is not None:
                 stream.images.close()
             stream = self._open(start)
@@ -220,7 +225,8 @@ class Loader:
                 yield from made.popleft().rest(self.device)
 
         images = self._engine.run(requests(), self.resolution)
-        return _Stream(self.epoch, self.resolution, images, rest())  # type: ignore[arg-type]  # engines are generators
+        # Engines are generators.
+        return _Stream(os.getpid(), self.epoch, self.resolution, images, rest())  # type: ignore[arg-type]
 
     def _blocks(self, epoch: int, start: int) -> Iterator["_Block"]:
         """This rank's parts of the global batches from `start` on; in training they never end."""

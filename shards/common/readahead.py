@@ -1,8 +1,11 @@
 """Work on threads, with results in order and a limited number of items ahead of the consumer."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
+
+from shards.common.errors import DermscaleError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,8 +39,10 @@ def read_ahead(
 
     submit: hands an item to a pool of threads. window: the most items in progress at once. An item is taken from
     `items` when there is room for it. Raises what a future raises. Closing the generator (`contextlib.closing`)
-    cancels what has not started and waits for the rest, so that nothing writes any more.
+    cancels what has not started and waits for the rest, so that nothing writes any more. A forked child has none of the
+    threads, so it waits for nothing: it raises DermscaleError.
     """
+    process = os.getpid()
     pending: deque[tuple[T, Sequence[Pending[R]]]] = deque()
     source = iter(items)
     try:
@@ -51,16 +56,19 @@ def read_ahead(
                 del item  # the caller may count its references
             if not pending:
                 return
+            if process != os.getpid():
+                raise DermscaleError(
+                    "this process was forked while a loader was being iterated: start its iteration again in the child"
+                )
             item, futures = pending.popleft()
             results = [future.result() for future in futures]
             del futures
             yield item, results
             del item, results
     finally:
-        for _, futures in pending:
-            for future in futures:
-                future.cancel()
-        for _, futures in pending:
-            for future in futures:
-                if not future.cancelled():
-                    future.exception()  # waits for it
+        under_way = [future for _, futures in pending for future in futures] if process == os.getpid() else []
+        for future in under_way:
+            future.cancel()
+        for future in under_way:
+            if not future.cancelled():
+                future.exception()  # waits for it

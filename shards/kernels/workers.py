@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from shards.common.errors import DermscaleError
+from shards.common.errors import UsageError
 from shards.decode import WRONG_SIZE
 from shards.kernels.load import compiled, holding_the_lock
 
@@ -112,7 +112,8 @@ class Loading:
         """Wait for the batch; return the status of each sample, (n,) int32."""
         if self._at is not None:
             self._workers.wait(self._at)
-            self._at = None
+            at, self._at = self._at, None  # before it is freed: Ctrl-C may come right after that
+            self._workers.free(at)
             del self._workers.held[id(self.status)]
         return self.status
 
@@ -132,16 +133,15 @@ class Loading:
         return False
 
     def exception(self) -> None:
-        """Wait for the samples that are under way. In a forked child there are none."""
-        if self._workers.usable:
-            self.result()
+        """Wait for the samples that are under way."""
+        self.result()
 
 
 class Workers:
     """`threads` threads that load the samples of one shard set."""
 
     def __init__(self, data: "ShardSet", threads: int) -> None:
-        """Raises OSError if the system cannot start the threads."""
+        """Raises UsageError if the system cannot start the threads."""
         self._data, self._rows, self._pid = data, data.rows, os.getpid()
         count = len(data.manifest.shards)
         self._bytes: list[np.ndarray | None] = [None] * count  # held: the threads read them after the set is closed
@@ -154,12 +154,17 @@ class Workers:
             self._rows.ctypes.data, len(data), self._addresses.ctypes.data, self._sizes.ctypes.data, count, threads
         )
         if not self._engine:
-            raise OSError(f"{threads} threads could not be started")
+            raise UsageError(f"threads {threads}: the system could not start so many; use fewer")
         held = (self._rows, self._addresses, self._sizes, self._bytes, self.held)
         self._close = weakref.finalize(self, _close, self._engine, self._pid, held)
 
     def submit(self, given: tuple[np.ndarray | None, ...], result: int, side: int, worth: float) -> int:
-        """Start loading a batch; return its handle. given: the arrays of `Loading`, samples first and status last."""
+        """Start loading a batch; return its handle. given: the arrays of `Loading`, samples first and status last.
+
+        Raises DataError if a shard cannot be mapped, and RuntimeError if the threads were stopped.
+        """
+        if not self._close.alive:
+            raise RuntimeError("this engine was closed, so it cannot load a batch")
         samples, status = given[0], given[-1]
         assert samples is not None and status is not None
         shards = self._rows["shard"][samples]
@@ -184,17 +189,16 @@ class Workers:
 
     def wait(self, batch: int) -> None:
         """Wait for a batch. The GIL is released only if the batch is not done."""
-        if self._pid != os.getpid():
-            raise DermscaleError(
-                "this process was forked while a loader was being iterated: start its iteration again in the child"
-            )
         if self._close.alive and not self._calls.dermscale_batch_done(self._engine, batch):
             compiled().dermscale_batch_wait(self._engine, batch)  # type: ignore[union-attr]
+
+    def free(self, batch: int) -> None:
+        """Free a batch that is done."""
         self._calls.dermscale_batch_free(batch)
 
     def cancel(self, batch: int) -> None:
         """Drop the samples of a batch that no thread has begun."""
-        if self._pid == os.getpid() and self._close.alive:
+        if self._close.alive:
             self._calls.dermscale_batch_cancel(self._engine, batch)
 
     @property

@@ -4,6 +4,8 @@ import copy
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
+from shards.engines import resample
 from shards.kernels.load import compiled
 from shards.kernels.workers import CROPS, Loading, Workers
 from tests.conftest import write_set
@@ -71,16 +74,34 @@ def in_a_fork(job) -> str:
     return text
 
 
+@pytest.fixture(params=["compiled", "python"])
+def threads_of(request, monkeypatch):
+    """Whose threads the native engine uses."""
+    if request.param == "python":
+        monkeypatch.setattr(resample, "compiled", lambda: None)
+
+
+@pytest.mark.usefixtures("threads_of")
+@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("kind", ["jpg", "raw"])
-def test_an_engine_that_was_used_works_in_a_forked_child(shard_sets, kind):
-    loader = Loader(shard_sets[kind].select("train"), batch_size=8, resolution=32, train=False, threads=2)
-    expected = [int(batch.images.long().sum()) for batch in loader]
-    found = in_a_fork(lambda: str([int(batch.images.long().sum()) for batch in loader]))
-    assert found == str(expected)
-    assert [int(batch.images.long().sum()) for batch in loader] == expected  # and in the parent as before
+def test_an_engine_that_was_used_works_in_a_forked_child(shard_sets, kind, train):
+    """In training its threads are loading the next epoch already, and the child has none of them."""
+    loader = Loader(shard_sets[kind].select("train"), batch_size=8, resolution=32, train=train, threads=2)
+
+    def epoch():
+        loader.set_epoch(1)
+        return [int(batch.images.long().sum()) for batch in loader]
+
+    expected = epoch()
+    loader.set_epoch(0)
+    for _ in loader:
+        pass
+    assert in_a_fork(lambda: str(epoch())) == str(expected)
+    assert epoch() == expected  # and in the parent as before
     loader.close()
 
 
+@pytest.mark.usefixtures("threads_of")
 def test_an_iteration_that_began_before_a_fork_ends_in_one_line_in_the_child(shard_sets):
     loader = Loader(shard_sets["raw"].select("train"), batch_size=8, resolution=32, threads=2)
     with closing(iter(loader)) as iterator:
@@ -108,3 +129,25 @@ def test_a_batch_that_nobody_waits_for_ends_before_its_memory_is_used_again(shar
         Loading(workers, samples, out, CROPS, boxes=boxes, symmetry=np.zeros(60, np.uint8))  # dropped at once
         assert not workers.held
     workers.close()
+
+
+@pytest.mark.usefixtures("threads_of")
+def test_a_loader_that_was_closed_loads_nothing_more(shard_sets):
+    loader = Loader(shard_sets["jpg"].select("train"), batch_size=8, resolution=32, threads=2)
+    running = iter(loader)
+    next(running)
+    loader.close()
+    for iterator in (running, iter(loader)):
+        with pytest.raises(RuntimeError, match="closed|shutdown"):
+            list(iterator)
+
+
+@pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
+def test_more_threads_than_the_system_has_are_refused_in_one_line(shard_sets):
+    script = (
+        "import resource, sys; from shards import Loader, ShardSet; "
+        "resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30)); "
+        "Loader(ShardSet(sys.argv[1]).select('train'), batch_size=8, threads=100_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(shard_sets["jpg"].path)], capture_output=True, text=True)
+    assert "UsageError: threads 100000: the system could not start so many" in done.stderr

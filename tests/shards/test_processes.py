@@ -138,7 +138,7 @@ def test_a_loader_that_was_closed_loads_nothing_more(shard_sets):
     next(running)
     loader.close()
     for iterator in (running, iter(loader)):
-        with pytest.raises(RuntimeError, match="closed|shutdown"):
+        with pytest.raises(RuntimeError, match=r"closed|shutdown"):
             list(iterator)
 
 

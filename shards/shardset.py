@@ -138,6 +138,7 @@ class ShardSet:
         for wrong, what in (
             (~known_shard, f"its shard is none of the {len(sizes)} in the manifest"),
             ((offset > room) | (length > room - np.minimum(offset, room)), "its payload ends behind its shard"),
+            (length == 0, "its payload is empty"),
             (pixels == 0, "its height or width is 0"),
             (pixels > MOST_PIXELS, f"its image has more than {MOST_PIXELS // 1_000_000} megapixels"),
             (raw & (3 * pixels > length), "its payload is shorter than its image"),

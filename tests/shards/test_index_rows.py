@@ -44,6 +44,7 @@ def raw_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("offset", 2**63, "ends behind its shard"),
         ("offset", 2**64 - 1, "ends behind its shard"),
         ("length", 2**32 - 1, "ends behind its shard"),
+        ("length", 0, "its payload is empty"),
         ("height", 0, "height or width is 0"),
         ("height", 65_535, "is shorter than its image"),
         ("label", 6, "its label is not"),

@@ -1,16 +1,8 @@
 /* Restart tables (FORMAT.md): the lengths of a scan's runs, and a region cut out of a JPEG by its table: `_lengths` and
- * `_cut` of shards/jpeg.py in C, byte for byte. Called without Python's lock (ctypes lets go of it). */
-#include <stdint.h>
+ * `_cut` of shards/jpeg.py in C, byte for byte. */
+#include "kernels.h"
+
 #include <string.h>
-
-#define APP0_END 20 /* SOI and the JFIF segment */
-#define FIELDS 31   /* where the table's fields start: behind the segment's marker, length and tag */
-#define LENGTHS 39  /* where the runs' lengths start */
-
-static int32_t big16(const uint8_t *at)
-{
-    return at[0] << 8 | at[1];
-}
 
 static void put_big16(uint8_t *at, int32_t value)
 {

@@ -14,17 +14,11 @@
  * Nothing is read outside the file or written outside the scratch memory, whatever the bytes are. A run's bits are
  * copied to scratch memory. Behind them is room for one MCU of the longest codes, so the end is checked once per MCU.
  */
-#include <stdint.h>
+#include "jpeg_pixels.h"
+#include "kernels.h"
+
 #include <string.h>
 
-#include "jpeg_pixels.h"
-
-#define DECODED 0
-#define DECLINED 1
-
-#define APP0_END 20      /* SOI and the JFIF segment */
-#define FIELDS 31        /* where the restart table's fields start */
-#define LENGTHS 39       /* where the runs' lengths start */
 #define MOST_HEAD 2048   /* bytes of the headers behind the restart table */
 #define MOST_INTERVAL 16 /* MCUs in a run; shards/jpeg.py aims at 4 */
 #define MOST_SIDE 65500  /* of an image, px */
@@ -34,7 +28,7 @@
 #define FAST_BITS 11
 #define STEPS 4          /* AC codes between two loads of bits: at least 57 bits, and a DC code before */
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 #include <immintrin.h>
 #define TARGET_BMI2 __attribute__((target("avx2,bmi,bmi2")))
 #define INLINE inline __attribute__((always_inline))
@@ -101,11 +95,6 @@ struct scratch {
     int16_t coefficients[(ROW + 1) * LANES * ROW] __attribute__((aligned(64))); /* the last row: values of no place */
     uint8_t runs[LANES][MOST_RUN + RUN_SLACK];
 };
-
-static int32_t big16(const uint8_t *at)
-{
-    return at[0] << 8 | at[1];
-}
 
 static INLINE uint64_t big64(const uint8_t *at)
 {
@@ -320,7 +309,7 @@ static int32_t copy_run(const uint8_t *from, int32_t bytes, uint8_t *to)
     return (int32_t)(to - start);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 /* The same. readable: bytes that may be read, from `from` on. Up to 32 bytes more are written. */
 TARGET_BMI2 static int32_t copy_run_avx2(const uint8_t *from, int32_t bytes, int64_t readable, uint8_t *to)
 {
@@ -462,7 +451,7 @@ static int32_t decode_group_plain(const struct head *head, const struct group *g
     return decode_group(head, group, coefficients, 0);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 TARGET_BMI2 static int32_t decode_group_bmi2(const struct head *head, const struct group *group, int16_t *coefficients,
                                              int32_t level)
 {
@@ -473,7 +462,7 @@ TARGET_BMI2 static int32_t decode_group_bmi2(const struct head *head, const stru
 /* What this processor can run: 0, AVX2 or AVX512. */
 int32_t dermscale_decode_level(void)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") ? AVX512 : AVX2;
 #endif
@@ -536,7 +525,7 @@ static int32_t fill_lane(struct group *group, struct scratch *own, int32_t lane,
         return DECLINED;
     uint8_t *const to = own->runs[lane];
     int32_t copied;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
     if (level >= AVX2)
         copied = copy_run_avx2(from, bytes - 2, readable, to);
     else
@@ -639,7 +628,7 @@ int32_t dermscale_decode_box(const uint8_t *file, int64_t length, int32_t height
         }
         lane = 0;
         int32_t declined;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
         if (level >= AVX2)
             declined = decode_group_bmi2(head, &group, own->coefficients, level);
         else

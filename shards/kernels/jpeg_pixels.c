@@ -113,7 +113,7 @@ static void sum_rows_plain(const uint8_t *near, const uint8_t *far, int32_t coun
         sums[i] = (int16_t)(3 * near[i] + far[i]);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 #include <immintrin.h>
 
 /* The same with vectors, out of one text for both widths: PARTS blocks or PARTS times 16 pixels at a time. */

@@ -1,12 +1,10 @@
 /* From the coefficients of a JPEG's blocks to its pixels (jpeg_pixels.c), for the decoder (jpeg_decode.c). */
 #ifndef DERMSCALE_JPEG_PIXELS_H
 #define DERMSCALE_JPEG_PIXELS_H
-#include <stdint.h>
+#include "kernels.h"
 
 #define LANES 4       /* blocks that are decoded and transformed together */
 #define ROW 8         /* coefficients in a row of a block, and rows */
-#define AVX2 1        /* levels: what the processor can run; 0 is plain C */
-#define AVX512 2
 #define MARGIN 64     /* samples of a plane that may be read before and behind those that it has */
 #define ROW_SLACK 192 /* bytes that may be written behind a row of pixels */
 

@@ -5,6 +5,22 @@
 
 #include <stdint.h>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86 1 /* there are versions of functions for AVX2 and AVX-512 */
+#endif
+#define AVX2 1 /* levels: what the processor can run; 0 is plain C */
+#define AVX512 2
+
+/* The restart table of a JPEG (FORMAT.md). */
+#define APP0_END 20 /* SOI and the JFIF segment */
+#define FIELDS 31   /* where the table's fields start: behind the segment's marker, length and tag */
+#define LENGTHS 39  /* where the runs' lengths start */
+
+static inline int32_t big16(const uint8_t *at)
+{
+    return at[0] << 8 | at[1];
+}
+
 /* plan.c: the four numbers of a counter of Philox4x64-10 take its place. */
 void dermscale_philox(uint64_t *counter, uint64_t key0, uint64_t key1);
 
@@ -12,10 +28,7 @@ void dermscale_philox(uint64_t *counter, uint64_t key0, uint64_t key1);
 #define XXH3_LEAST 241 /* bytes */
 uint64_t dermscale_xxh3(const uint8_t *data, int64_t length, int32_t level);
 
-/* resample.c; the level is 0 where the rest is missing */
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HAVE_RESAMPLE 1
-#endif
+/* resample.c; the level is 0 where the rest is missing, as it is without X86 */
 int32_t dermscale_resample_level(void);
 int64_t dermscale_scratch_bytes(int32_t width, int32_t side);
 void dermscale_resample(const uint8_t *source, int64_t stride, int32_t height, int32_t width, int32_t channels,

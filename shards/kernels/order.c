@@ -1,8 +1,7 @@
 /* The order of an epoch: `epoch_order` of shards/order.py in C, to the same permutation. */
-#include <stdint.h>
-#include <stdlib.h>
-
 #include "kernels.h"
+
+#include <stdlib.h>
 
 #define STREAM 1
 #define BITS 11 /* of a key that a pass of the sort looks at */
@@ -17,9 +16,10 @@ struct keyed {
  * where there is no memory for it: 32 bytes a sample. */
 int32_t dermscale_order(uint64_t seed, uint64_t epoch, int64_t count, int64_t *order)
 {
-    struct keyed *from = malloc(sizeof *from * (size_t)(2 * count)), *to = from + count, *memory = from;
-    if (!from)
+    struct keyed *const memory = malloc(sizeof *memory * (size_t)(2 * count));
+    if (!memory)
         return 0;
+    struct keyed *from = memory, *to = memory + count;
     for (int64_t i = 0; i < count; i += 4) {
         uint64_t block[4] = {(uint64_t)i / 4 + 1, 0, 0, STREAM};
         dermscale_philox(block, seed, epoch);

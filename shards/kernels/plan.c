@@ -1,9 +1,9 @@
 /* The plan of training samples: `training_plan` of shards/plan.py in C, to the bit. Only additions, multiplications,
  * divisions, square roots and roundings are used, in the order of that file, and the compiler may not fuse them
  * (-ffp-contract=off): so every machine computes the same. */
-#include <math.h>
-
 #include "kernels.h"
+
+#include <math.h>
 
 #define TRIES 10
 #define DRAWS 28 /* a sample's: 7 blocks of Philox */

@@ -3,12 +3,13 @@
  *
  * A row of the result is mixed of two source rows to 16 bits (6 of them fraction), then of pairs of its columns to
  * 32 bits, and rounded once. AVX2 and AVX-512 compute the same integers; with neither, OpenCV is faster than plain C would
- * be. Called without Python's lock (ctypes lets go of it): nothing here may touch a Python object.
+ * be.
  */
-#include <stdint.h>
+#include "kernels.h"
+
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 #include <immintrin.h>
 
 #define FRACTION 6        /* bits below 1 in the mixed row */
@@ -18,8 +19,6 @@
 #define GROUP 8           /* columns of the result that AVX2 makes at once */
 #define BLOCK 16          /* values of the result that AVX-512 makes at once, out of 2 * REACH values of the mixed row */
 #define REACH 32
-#define AVX2 1
-#define AVX512 2
 
 /* What a result's columns are mixed of; the same for all rows of an image. */
 struct columns {

@@ -1,10 +1,11 @@
 /* Reduction of a uint8 RGB image to two thirds, 600×450 → 400×300, and the sums of its channels: `area_shrink` and
- * `channel_sums` of shards/encode.py in one pass over the pixels each, value for value. Rows are mixed first, then columns, rounded both times; thirds never lie half way between
- * two values, so no rule of rounding can differ. Called without Python's lock (ctypes lets go of it). */
-#include <stdint.h>
+ * `channel_sums` of shards/encode.py in one pass over the pixels each, value for value. Rows are mixed first, then
+ * columns, rounded both times; thirds never lie half way between two values, so no rule of rounding can differ. */
+#include "kernels.h"
+
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 #include <immintrin.h>
 
 #define THIRD 21846 /* 65536 / 3, rounded up: sum * THIRD >> 16 is sum / 3, rounded down, for sums below 32,768 */

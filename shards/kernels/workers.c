@@ -19,7 +19,7 @@
 #define TOGETHER 4   /* samples that a thread takes at once: taking costs a lock */
 #define COLD_FOR 16  /* batches after a page that was not in memory, whose pages are asked for ahead of use */
 
-/* A row of the index, as shards/engines/native.py lays it out. */
+/* A row of the index, as shards/kernels/workers.py lays it out. */
 struct row {
     uint64_t offset, xxh3;   /* of the payload: its first byte in the shard; its checksum */
     uint32_t length, shard;  /* bytes of the payload; number of the shard */
@@ -220,7 +220,7 @@ static int32_t load(const struct engine *engine, struct scratch *scratch, const 
         copy_rows(pixels, stride, h, (int64_t)w * 3, batch->out + batch->places[place]);
         return LOADED;
     }
-#ifdef HAVE_RESAMPLE
+#ifdef X86
     if (!reserve(&scratch->resample, &scratch->resample_bytes, dermscale_scratch_bytes(w, batch->side)))
         return LEFT;
     dermscale_resample(pixels, stride, h, w, 3, batch->side, batch->symmetry[place],

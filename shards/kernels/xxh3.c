@@ -5,9 +5,8 @@
 
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef X86
 #include <immintrin.h>
-#define X86 1
 #endif
 
 #define STRIPE 64                            /* bytes that the eight lanes take in at once */

@@ -152,8 +152,7 @@ def _crops(draws: np.ndarray, heights: np.ndarray, widths: np.ndarray, augment: 
     first = np.argmax(fits, axis=1)[:, None]
     found = fits.any(axis=1)
     # torchvision's fallback: the largest centred box whose shape is within the ratios.
-    with np.errstate(divide="ignore", invalid="ignore"):  # a damaged index may say 0: reading the image then fails
-        whole = widths / heights
+    whole = widths / heights
     fallback_w = np.where(whole > augment.ratio[1], np.rint(heights * augment.ratio[1]), widths)
     fallback_h = np.where(whole < augment.ratio[0], np.rint(widths / augment.ratio[0]), heights)
     w = np.where(found, np.take_along_axis(w, first, 1)[:, 0], fallback_w)

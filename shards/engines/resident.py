@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_ROW_BITS, _COLUMN_BITS, _FRACTION = (
-    15,
-    14,
-    6,
-)  # bits of the weights, and of the fraction in a mixed row, as in resample.c
+# Bits of the weights, and of the fraction in a mixed row, as in resample.c.
+_ROW_BITS, _COLUMN_BITS, _FRACTION = 15, 14, 6
 _SPARE = 0.1  # share of the free memory that is left for the model and its activations
 _CHUNK_BYTES = 64 << 20  # decoded before each copy to a GPU
 _EAGER_PIXELS = 1 << 20  # output pixels at a time without fusion, to stay near the caches

@@ -1,6 +1,6 @@
-"""The compiled kernels (`jpeg_cut.c`, `shrink.c`, `resample.c`), built at installation if there is a compiler.
+"""The compiled library of the C files in this folder, built at installation if there is a compiler.
 
-They are optional: without them everything works, more slowly.
+It is optional: without it everything works, more slowly.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ def compiled() -> ctypes.CDLL | None:
     library = ctypes.CDLL(found.origin)
     if not all(hasattr(library, name) for name in _FUNCTIONS):
         _log.warning(
-            "%s was built from older sources, so images are cut and resized without it, more slowly: "
+            "%s was built from older sources, so images are loaded without it, more slowly: "
             "install dermscale again (make install)",
             found.origin,
         )

@@ -264,7 +264,7 @@ class Loader:
             self._coming = (os.getpid(), epoch + 1), thread.submit(epoch_order, length, self.seed, epoch + 1)
             thread.shutdown(wait=False)  # it ends with this order
         whole = len(self) * self.batch_size
-        return order[:whole], np.broadcast_to(True, whole)
+        return order[:whole], np.ones(whole, bool)
 
     def _plan(self, epoch: int, positions: np.ndarray) -> Plan:
         """What is done to the samples at some positions."""

@@ -1,7 +1,5 @@
 """A set whose hashes are right and whose index lies: every lie is found when the set is opened, and named."""
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -10,26 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.common.errors import DataError
-from shards.format import INDEX, MANIFEST
+from shards.format import INDEX
 from shards.shardset import ShardSet
 from tests.conftest import write_set
+from tests.support.parity import with_cells, write_index
 
 
-def rewritten(source: Path, out: Path, table: pa.Table) -> Path:
-    """A copy of a set with another index, whose manifest names that index."""
+def rewritten(source: Path, out: Path, index: pa.Table | bytes) -> Path:
+    """A copy of a set with another index."""
     shutil.copytree(source, out)
-    pq.write_table(table, out / INDEX)
-    manifest = json.loads((out / MANIFEST).read_text())
-    manifest["index_sha256"] = hashlib.sha256((out / INDEX).read_bytes()).hexdigest()
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    write_index(out, index)
     return out
-
-
-def with_cell(table: pa.Table, name: str, value: object, row: int = 3) -> pa.Table:
-    """The table with one cell changed."""
-    cells = table[name].to_pylist()
-    cells[row] = value
-    return table.set_column(table.column_names.index(name), name, pa.array(cells, table[name].type))
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +46,14 @@ def raw_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_row_that_lies_is_named_when_the_set_is_opened(raw_set, tmp_path, name, value, what):
     with pytest.raises(DataError, match=what) as error:
-        ShardSet(rewritten(raw_set, tmp_path / "set", with_cell(pq.read_table(raw_set / INDEX), name, value)))
+        ShardSet(rewritten(raw_set, tmp_path / "set", with_cells(pq.read_table(raw_set / INDEX), name, value)))
     assert "index.parquet" in str(error.value) and "pack it again" in str(error.value)
     if "its " in what or "ends" in what or "height or" in what:
         assert "IMG_00003" in str(error.value)
 
 
 def test_an_image_of_more_than_100_megapixels_is_refused(tiny_shards, tmp_path):
-    table = with_cell(pq.read_table(tiny_shards / INDEX), "height", 65_500)
-    table = with_cell(table, "width", 65_500)
+    table = with_cells(with_cells(pq.read_table(tiny_shards / INDEX), "height", 65_500), "width", 65_500)
     with pytest.raises(DataError, match="IMG_00003: its image has more than 100 megapixels"):
         ShardSet(rewritten(tiny_shards, tmp_path / "set", table))
 
@@ -78,9 +66,5 @@ def test_a_missing_column_and_a_column_of_another_type_are_named(raw_set, tmp_pa
     wide = table.set_column(place, "width", table["width"].cast(pa.int64()))
     with pytest.raises(DataError, match="its column 'width' is int64, and not uint16"):
         ShardSet(rewritten(raw_set, tmp_path / "b", wide))
-    (tmp_path / "b" / INDEX).write_bytes(b"PAR1 and no more")
-    manifest = json.loads((tmp_path / "b" / MANIFEST).read_text())
-    manifest["index_sha256"] = hashlib.sha256((tmp_path / "b" / INDEX).read_bytes()).hexdigest()
-    (tmp_path / "b" / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"index\.parquet: damaged"):
-        ShardSet(tmp_path / "b")
+        ShardSet(rewritten(raw_set, tmp_path / "c", b"PAR1 and no more"))

@@ -15,15 +15,10 @@ import torch
 
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
-from shards.engines import resample
 from shards.kernels.load import compiled
 from shards.kernels.workers import CROPS, Loading, Workers
 from tests.conftest import write_set
-
-
-def batches(loader: Loader) -> list[torch.Tensor]:
-    with closing(loader):
-        return [batch.images.clone() for batch in loader]
+from tests.support.parity import batches
 
 
 @pytest.mark.parametrize("send", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy], ids=["pickle", "deepcopy"])
@@ -36,7 +31,8 @@ def test_a_set_and_a_loader_can_be_sent_at_any_time(tiny_shards, send):
         sent = send(loader)  # in the middle of an epoch, the files mapped
         rest = [batch.images.clone() for batch in iterator]
     loader.close()
-    again = batches(sent)
+    again = [batch.images for batch in batches(sent)]
+    sent.close()
     assert len(first) == 3 and len(again) == len(rest)
     assert all(torch.equal(a, b) for a, b in zip(again, rest, strict=True))
     other = send(data)
@@ -74,14 +70,7 @@ def in_a_fork(job) -> str:
     return text
 
 
-@pytest.fixture(params=["compiled", "python"])
-def threads_of(request, monkeypatch):
-    """Whose threads the native engine uses."""
-    if request.param == "python":
-        monkeypatch.setattr(resample, "compiled", lambda: None)
-
-
-@pytest.mark.usefixtures("threads_of")
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("kind", ["jpg", "raw"])
 def test_an_engine_that_was_used_works_in_a_forked_child(shard_sets, kind, train):
@@ -101,7 +90,7 @@ def test_an_engine_that_was_used_works_in_a_forked_child(shard_sets, kind, train
     loader.close()
 
 
-@pytest.mark.usefixtures("threads_of")
+@pytest.mark.usefixtures("built")
 def test_an_iteration_that_began_before_a_fork_ends_in_one_line_in_the_child(shard_sets):
     loader = Loader(shard_sets["raw"].select("train"), batch_size=8, resolution=32, threads=2)
     with closing(iter(loader)) as iterator:
@@ -131,7 +120,7 @@ def test_a_batch_that_nobody_waits_for_ends_before_its_memory_is_used_again(shar
     workers.close()
 
 
-@pytest.mark.usefixtures("threads_of")
+@pytest.mark.usefixtures("built")
 def test_a_loader_that_was_closed_loads_nothing_more(shard_sets):
     loader = Loader(shard_sets["jpg"].select("train"), batch_size=8, resolution=32, threads=2)
     running = iter(loader)
@@ -145,9 +134,8 @@ def test_a_loader_that_was_closed_loads_nothing_more(shard_sets):
 @pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
 def test_more_threads_than_the_system_has_are_refused_in_one_line(shard_sets):
     script = (
-        "import resource, sys; from shards import Loader, ShardSet; "
-        "resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30)); "
-        "Loader(ShardSet(sys.argv[1]).select('train'), batch_size=8, threads=100_000)"
+        "import resource, sys; from shards import Loader, ShardSet; from shards.kernels.workers import Workers; "
+        "resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30)); Workers(ShardSet(sys.argv[1]), 100_000)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(shard_sets["jpg"].path)], capture_output=True, text=True)
     assert "UsageError: threads 100000: the system could not start so many" in done.stderr

@@ -56,6 +56,15 @@ def test_plain_tar_reads_every_sample(shard_sets, kind):
             assert np.array_equal(np.load(io.BytesIO(payload)), data.pixels(sample))
 
 
+@pytest.mark.parametrize("kind", ["jpg", "raw", "mixed"])
+def test_samples_are_read_by_number_in_any_order(shard_sets, kind):
+    data = shard_sets[kind]
+    in_order = [bytes(data.read(sample)) for sample in range(len(data))]
+    for sample in np.random.default_rng(0).permutation(len(data)).tolist():
+        assert bytes(data.read(sample)) == in_order[sample]
+    assert len(set(in_order)) == len(data)
+
+
 def test_webdataset_reads_our_tars(shard_sets):
     import webdataset as wds
 

@@ -1,12 +1,17 @@
 """Comparing engines: requests for them, damaged sets, and the differences between the batches of two loaders."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from shards import Augment, Loader, ShardSet
 from shards.engines import Request
+from shards.format import INDEX, MANIFEST
 from shards.loader import Batch
 from shards.plan import training_plan
 
@@ -14,6 +19,11 @@ from shards.plan import training_plan
 def batches(loader: Loader) -> list[Batch]:
     """An epoch, with copies of the images."""
     return [batch._replace(images=batch.images.clone()) for batch in loader]
+
+
+def equal(some: list[Batch], others: list[Batch]) -> bool:
+    """Whether all batches are the same to the bit."""
+    return len(some) == len(others) and all(all(map(torch.equal, a, b)) for a, b in zip(some, others, strict=True))
 
 
 def distances(expected: list[Batch], found: list[Batch]) -> np.ndarray:
@@ -56,3 +66,21 @@ def flip_a_bit(folder: Path, position: int) -> str:
     content[int(data.column("offset")[victim]) + int(data.column("length")[victim]) - 9] ^= 0x10
     file.write_bytes(content)
     return str(data.column("image_id")[victim])
+
+
+def write_index(folder: Path, index: pa.Table | bytes) -> None:
+    """Give a set another index, and its manifest the checksum of that."""
+    if isinstance(index, bytes):
+        (folder / INDEX).write_bytes(index)
+    else:
+        pq.write_table(index, folder / INDEX)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def with_cells(table: pa.Table, name: str, value: object, rows: slice = slice(3, 4)) -> pa.Table:
+    """The index with the cells of some rows of a column changed."""
+    cells = table[name].to_pylist()
+    cells[rows] = [value] * len(cells[rows])
+    return table.set_column(table.column_names.index(name), name, pa.array(cells, table[name].type))

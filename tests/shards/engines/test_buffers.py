@@ -41,17 +41,6 @@ def test_memory_for_pixels_holds_what_is_asked_for(size):
     assert all(pixels.ctypes.data % 32 == 4 for pixels in kept)
 
 
-@pytest.mark.parametrize("kind", ["jpg", "mixed"])
-def test_batches_are_the_same_for_any_number_of_threads_and_batches_ahead(shard_sets, kind):
-    """Fewer threads get larger tasks."""
-    selection, found = shard_sets[kind].select("train"), []
-    for threads, prefetch in ((1, 1), (2, 5), (5, 2), (16, 2)):
-        options = {"batch_size": 20, "resolution": 40, "threads": threads, "prefetch": prefetch}
-        with closing(Loader(selection, engine="native", **options)) as loader:
-            found.append(torch.cat([batch.images.clone() for batch in loader]))
-    assert all(torch.equal(found[0], other) for other in found[1:])
-
-
 class Copy:
     """Stands in for the event behind a copy that is not done before somebody waits for it."""
 

@@ -19,18 +19,9 @@ from shards.engines.dali_feed import INPUTS, Reader
 from shards.engines.native import NativeEngine
 from shards.format import CLASSES, EncodeSpec
 from shards.writer import PackedSample, ShardSetWriter
-from tests.conftest import growth_bytes, write_set
+from tests.conftest import write_set
 from tests.support.benchdata import in_a_process_of_its_own
-from tests.support.parity import assert_parity, batches, distances, flip_a_bit, requests_of
-
-
-def test_threads_and_prefetch_change_nothing(shard_sets):
-    selection = shard_sets["mixed"].select("train")
-    first, second = (
-        batches(Loader(selection, batch_size=9, resolution=40, engine="dali", threads=threads, prefetch=prefetch))
-        for threads, prefetch in ((1, 1), (3, 4))
-    )
-    assert distances(first, second).max() == 0
+from tests.support.parity import assert_parity, batches, requests_of
 
 
 def test_batches_of_uneven_and_growing_sizes(shard_sets):
@@ -116,21 +107,6 @@ def test_two_epochs_may_run_at_once(shard_sets):
     assert all(torch.equal(a, e) and torch.equal(b, e) for (a, b), e in zip(pairs, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["jpg", "raw"])
-def test_a_damaged_sample_is_named_after_the_batches_before_it(tmp_path, kind):
-    folder = write_set(tmp_path / "set", kind, images=60)
-    name = flip_a_bit(folder, 21)
-    loader = Loader(ShardSet(folder).select("train"), batch_size=4, resolution=32, engine="dali", train=False)
-    for _ in range(2):  # a second time too: the engine is still of use
-        taken = []
-        with pytest.raises(DataError, match=f"{name}: damaged in .*shard-00000.tar") as error:
-            taken.extend(batch.samples for batch in loader)
-        assert type(error.value) is DataError and len(taken) == 21 // 4
-    running = iter(loader)
-    assert len(next(running).images) == 4
-    running.close()
-
-
 def test_a_sample_that_cannot_be_decoded_is_named(tmp_path):
     """Its checksum is right: what was packed is no JPEG."""
     rng = np.random.default_rng(0)
@@ -206,16 +182,3 @@ def test_unknown_graphs_are_refused(shard_sets):
         DaliEngine(shard_sets["jpg"], variant="half")
     with pytest.raises(ValueError, match="contents 'png'"):
         DaliEngine(shard_sets["jpg"], contents="png")
-
-
-@pytest.mark.slow
-def test_memory_stays_constant_over_epochs(shard_sets):
-    """A batch kept in each epoch would show as 15 batches."""
-    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=160, engine="dali", threads=2)
-
-    def epoch(number: int) -> None:
-        loader.set_epoch(number)
-        for batch in loader:
-            assert len(batch.images) == 8
-
-    assert growth_bytes(epoch) <= 8 * 8 * 160 * 160 * 3

@@ -1,15 +1,16 @@
-"""The engines against native: the same pixels and order in whole epochs, for every rank and after restarts."""
+"""What every engine does: native's pixels in whole epochs, valid batches, an error that names a damaged sample."""
 
 import gc
 
 import pytest
 import torch
 
-from shards import Loader
+from shards import Loader, ShardSet
+from shards.common.errors import DataError
+from shards.engines import ENGINES
 from shards.engines.dali import VARIANTS, DaliEngine
-from tests.support.parity import assert_parity, batches
-
-ENGINES = ("dali", "resident")
+from tests.conftest import growth_bytes, write_set
+from tests.support.parity import assert_parity, batches, equal, flip_a_bit
 
 
 @pytest.mark.parametrize("engine", [*(f"dali {variant}" for variant in VARIANTS), "resident"])
@@ -34,34 +35,6 @@ def test_whole_epochs_equal_native_at_every_resolution(shard_sets, kind, train, 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_rank_equals_native(shard_sets, world_size, engine):
-    selection = shard_sets["sizes"].select("train")
-    for rank in range(world_size):
-        for train in (True, False):
-            options = {"batch_size": 10, "resolution": 40, "seed": 2, "rank": rank, "world_size": world_size}
-            native, loader = (Loader(selection, train=train, engine=e, **options) for e in ("native", engine))
-            assert_parity(batches(native), batches(loader))
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("train", [True, False])
-def test_a_restart_in_mid_epoch_continues_as_native_does(shard_sets, train, engine):
-    selection = shard_sets["mixed"].select("train")
-    options = {"batch_size": 8, "resolution": 32, "train": train, "seed": 7}
-    whole = batches(Loader(selection, engine="native", **options))
-    stopped, resumed = (Loader(selection, engine=engine, **options) for _ in range(2))
-    running = iter(stopped)
-    for _ in range(3):
-        next(running)
-    state = stopped.state_dict()
-    running.close()
-    for loader in (resumed, stopped):
-        loader.load_state_dict(state)
-        assert_parity(whole[3:], batches(loader))
-
-
-@pytest.mark.parametrize("engine", ENGINES)
 def test_batches_stay_valid_when_kept(shard_sets, engine):
     loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=64, engine=engine)
     kept = [batch.images for batch in loader]
@@ -73,3 +46,47 @@ def test_batches_stay_valid_when_kept(shard_sets, engine):
     del loader
     gc.collect()
     assert all(map(torch.equal, kept, copies))
+
+
+@pytest.mark.parametrize("engine", ["native", "dali"])
+@pytest.mark.parametrize("kind", ["jpg", "mixed"])
+def test_threads_and_batches_ahead_change_nothing(shard_sets, engine, kind):
+    """Fewer threads get larger tasks."""
+    selection, found = shard_sets[kind].select("train"), []
+    for threads, prefetch in ((1, 1), (2, 5), (5, 2), (16, 2)):
+        options = {"batch_size": 20, "resolution": 40, "threads": threads, "prefetch": prefetch}
+        loader = Loader(selection, engine=engine, **options)
+        found.append(batches(loader))
+        loader.close()
+    assert all(equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["jpg", "raw"])
+def test_a_damaged_sample_is_named_after_the_batches_before_it(tmp_path, kind, engine):
+    folder = write_set(tmp_path / "set", kind, images=60)
+    name = flip_a_bit(folder, 21)
+    loader = Loader(ShardSet(folder).select("train"), batch_size=4, resolution=32, engine=engine, train=False)
+    for _ in range(2):  # a second time too: the engine is still of use
+        taken = []
+        with pytest.raises(DataError, match=f"{name}: damaged in .*shard-00000.tar") as error:
+            taken.extend(batch.samples for batch in loader)
+        assert type(error.value) is DataError and len(taken) == (0 if engine == "resident" else 21 // 4)
+    problems = dict(ShardSet(folder).verify())
+    assert len(problems["shard-00000.tar"]) == 2 and not problems["shard-00001.tar"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("native", "jpg"), ("native", "raw"), pytest.param("dali", "mixed", marks=pytest.mark.slow)]
+)
+def test_memory_stays_constant_over_epochs(shard_sets, engine, kind):
+    """Memory grows by no more than the batches ahead. A batch kept in each epoch would show as 15."""
+    options = {"batch_size": 8, "resolution": 160, "threads": 2, "prefetch": 2}
+    loader = Loader(shard_sets[kind].select("train"), engine=engine, **options)
+
+    def epoch(number: int) -> None:
+        loader.set_epoch(number)
+        for batch in loader:
+            assert len(batch.images) == 8
+
+    assert growth_bytes(epoch) <= (8 if engine == "dali" else 4) * 8 * 160 * 160 * 3

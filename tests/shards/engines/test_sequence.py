@@ -9,7 +9,7 @@ from collections import deque
 import pytest
 import torch
 
-from shards import Loader
+from shards import Loader, ShardSet
 from shards.engines import ENGINES
 
 EPOCHS, BATCH = 2, 12
@@ -115,3 +115,24 @@ def test_the_colours_are_on_every_batch_as_planned(shard_sets):
         order, plan = loader.plan()
         colours = torch.cat([batch.colour for batch in loader])
         assert torch.equal(colours, torch.from_numpy(plan.colour[order[: len(colours)]]))
+
+
+def test_resuming_reads_nothing_of_what_was_seen(tiny_shards):
+    """The engine is asked for the remaining batches alone, whatever the position; the state's size does not grow."""
+    selection, sizes = ShardSet(tiny_shards).select("train"), set()
+    whole = [b.samples.tolist() for b in Loader(selection, batch_size=8, resolution=32, seed=3)]
+    for stop in range(1, len(whole)):
+        loader, resumed = (Loader(selection, batch_size=8, resolution=32, seed=3) for _ in range(2))
+        running = iter(loader)
+        for _ in range(stop):
+            next(running)
+        state = loader.state_dict()
+        running.close()
+        sizes.add(len(state))
+        resumed._engine = Recorded(resumed._engine)
+        resumed.load_state_dict(state)
+        assert [b.samples.tolist() for b in resumed] == whole[stop:]
+        asked = [request.samples.tolist() for request in resumed._engine.requests]
+        ahead = len(asked) - len(whole[stop:])  # of the next epoch, under way already
+        assert asked[: len(whole[stop:])] == whole[stop:] and 0 <= ahead <= 3
+    assert len(sizes) == 1

@@ -4,13 +4,16 @@ import gc
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import click
 import numpy as np
 import pytest
 
+from shards.common import cli
 from shards.format import CLASSES, EncodeSpec
 from shards.jpeg import encode_jpeg
 from shards.shardset import ShardSet
@@ -29,6 +32,19 @@ def pytest_configure() -> None:
         return
     settings.register_profile("dermscale", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("dermscale")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command as its `__main__` does: its exit code, standard output and standard error."""
+
+    def run(main: click.Command, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -78,16 +94,28 @@ def write_set(out: Path, encoding: str = "jpg", images: int = 120, size: tuple[i
                 }
                 writer.add(PackedSample(payload, kind, height, width, split, metadata))
                 number += 1
-        writer.finish(
-            mean=(0.7, 0.55, 0.5),
-            std=(0.2, 0.2, 0.2),
-            split={"ratio": [60, 20, 20], "seed": 0, "unit": "lesion"},
-            source={"name": "test pictures"},
-            citation="none",
-            licence="none",
-            versions={},
-        )
+        finish(writer)
     return out
+
+
+def little_metadata(image_id: str, dx: str) -> dict[str, str | None]:
+    """The metadata of an image of which nothing else is known."""
+    return {"image_id": image_id, "dx": dx} | dict.fromkeys(
+        ("lesion_id", "dx_type", "age", "sex", "localization", "dataset")
+    )
+
+
+def finish(writer: ShardSetWriter) -> None:
+    """Finish a set with a made-up manifest."""
+    writer.finish(
+        mean=(0.7, 0.55, 0.5),
+        std=(0.2, 0.2, 0.2),
+        split={"ratio": [60, 20, 20], "seed": 0, "unit": "lesion"},
+        source={"name": "test pictures"},
+        citation="none",
+        licence="none",
+        versions={},
+    )
 
 
 def npy_bytes(image: np.ndarray) -> bytes:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -32,17 +31,10 @@ from tests.support.download_server import (
     items_of,
     picture,
     run,
-    serving,
     tree,
     zip_of,
 )
 from tests.support.rawdata import jpeg, rows, write_table
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving() as running:
-        yield running
 
 
 def test_everything_arrives_in_the_official_layout(server: Server, tmp_path: Path) -> None:
@@ -348,16 +340,6 @@ def test_test_labels_are_known_by_their_rows(server: Server, tmp_path: Path, kin
     with pytest.raises(DataError, match=reason):
         run(server, tmp_path)
     assert not list(tmp_path.glob("*GroundTruth*"))
-
-
-def test_labels_that_are_no_archive_are_fetched_again_next_time(server: Server, tmp_path: Path) -> None:
-    name = "ISIC2018_Task3_Test_GroundTruth.zip"
-    server.files[name] = b"<html>maintenance</html>"
-    with pytest.raises(DataError, match="not a zip archive"):
-        run(server, tmp_path)
-    server.files[name] = FILES[name]
-    run(server, tmp_path)
-    assert tree(tmp_path) == WHOLE + WHOLE_TEST
 
 
 def test_a_killed_unpacking_is_done_again(server: Server, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,7 @@ import pytest
 from preprocess import download as dl
 from preprocess import fetch as fe
 from shards.common.errors import DataError
-from tests.support.download_server import FILES, WHOLE, WHOLE_TEST, Server, run, serving, tree
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving() as running:
-        yield running
+from tests.support.download_server import FILES, WHOLE, WHOLE_TEST, Server, run, tree
 
 
 def remote_file(name: str, url: str, content: bytes, **changes: object) -> fe.RemoteFile:

@@ -98,7 +98,12 @@ def test_a_missing_column_is_named(raw, column):
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(b"", "is empty"), (b"\xff\xfe\x00", "not UTF-8"), (b'lesion_id,image_id\n"a', "has no column dx")],
+    [
+        (b"", "is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b'lesion_id,image_id\n"a', "has no column dx"),
+        (b"x" * 200_000 + b",dx\n", "line 1 cannot be read .field larger than field limit"),
+    ],
 )
 def test_a_file_that_is_no_table(raw, content, text):
     (raw / METADATA).write_bytes(content)

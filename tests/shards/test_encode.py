@@ -2,7 +2,6 @@
 
 import io
 import struct
-from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -43,15 +42,8 @@ def test_a_good_file_decodes_to_what_pillow_and_opencv_see():
     assert np.array_equal(rgb, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.999])
-def test_a_truncated_file_is_refused_where_opencv_takes_it(share):
-    data = jpeg(1, height=120, width=160)
-    with pytest.raises(BadImageError, match="is damaged"):
-        decode_strictly(data[: int(len(data) * share)])
-
-
-@given(st.integers(1, 400))
-@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400) | st.integers(1, len(jpeg(1)) - 1))
+@settings(max_examples=80, deadline=None)
 def test_no_missing_tail_goes_unseen(lost):
     data = jpeg(1)
     with pytest.raises(BadImageError):
@@ -216,10 +208,6 @@ def test_shrinking_keeps_the_shape_and_the_mean(height, width, limit):
     assert np.abs(small.mean((0, 1)) - image.mean((0, 1))).max() < 1.5
 
 
-def test_ham10000_becomes_400x300():
-    assert shrink(np.zeros((450, 600, 3), np.uint8), 400).shape == (300, 400, 3)
-
-
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
 def test_sums_are_exact(height, width, seed):
@@ -261,14 +249,6 @@ def test_raw_is_lossless_and_jpeg_is_near():
     error = simplejpeg.decode_jpeg(packed.payload, "RGB").astype(float) - pixels
     assert 10 * np.log10(255**2 / (error**2).mean()) > 35
     assert raw.sums == packed.sums == channel_sums(pixels)
-
-
-def test_threads_change_no_byte():
-    files = [jpeg(i) for i in range(40)]
-    spec = EncodeSpec(max_resolution=40)
-    alone = [encode_image(data, "a", spec).payload for data in files]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda data: encode_image(data, "a", spec).payload, files)) == alone
 
 
 def test_real_files_decode_and_shrink(real_images):

@@ -119,14 +119,7 @@ def runs_at_the_edges() -> None:
 def with_library(path: str) -> None:
     """All of it with a library built here instead of the installed one."""
     library = ctypes.CDLL(path)
-    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.dermscale_cut.restype = library.dermscale_scratch_bytes.restype = count
-    library.dermscale_cut.argtypes = [pointer, count, *[number] * 6, ctypes.c_double, pointer, pointer]
-    library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
-    library.dermscale_run_lengths.restype = count
-    library.dermscale_run_lengths.argtypes = [pointer, count, pointer, count]
-    library.dermscale_channel_sums.argtypes = [pointer, count, pointer]
-    library.dermscale_two_thirds.argtypes = [pointer, number, number, pointer, pointer]
+    kernels._declare(library)
     jpeg.compiled = resample.compiled = lambda: library
     cut_damaged_tables()
     runs_at_the_edges()

@@ -17,17 +17,12 @@ from shards.common.errors import DataError
 from shards.format import EncodeSpec
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter
-
-METADATA = dict.fromkeys(["lesion_id", "dx_type", "age", "sex", "localization", "dataset"])
+from tests.conftest import finish, little_metadata
 
 
 def add(writer: ShardSetWriter, images: int = 1) -> None:
     for number in range(images):
-        writer.add(PackedSample(b"x", "jpg", 1, 1, "train", {"image_id": f"A{number}", "dx": "nv"} | METADATA))
-
-
-def finish(writer: ShardSetWriter) -> None:
-    writer.finish(mean=(0, 0, 0), std=(1, 1, 1), split={}, source={}, citation="", licence="", versions={})
+        writer.add(PackedSample(b"x", "jpg", 1, 1, "train", little_metadata(f"A{number}", "nv")))
 
 
 def pack(out: Path, images: int = 1, overwrite: bool = False) -> Path:

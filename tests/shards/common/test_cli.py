@@ -13,14 +13,6 @@ from shards import __main__ as shards_command
 from shards.common import cli
 
 
-def ended(command: click.Command, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
-    """Runs a command as `__main__` does; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(command)
-    return stop.value.code
-
-
 def failing(error: OSError) -> click.Command:
     @click.command()
     def command() -> None:
@@ -42,9 +34,8 @@ def failing(error: OSError) -> click.Command:
         (errno.ENOSPC, None, "the disk is full: free some space and start again"),
     ],
 )
-def test_an_error_with_a_file_is_one_line(number, file, line, monkeypatch, capsys):
-    assert ended(failing(OSError(number, os.strerror(number), file)), monkeypatch) == 1
-    assert capsys.readouterr().err == f"error: {line}\n"
+def test_an_error_with_a_file_is_one_line(number, file, line, command):
+    assert command(failing(OSError(number, os.strerror(number), file))) == (1, "", f"error: {line}\n")
 
 
 def test_an_error_without_a_file_keeps_its_traceback(monkeypatch):
@@ -53,18 +44,17 @@ def test_an_error_without_a_file_keeps_its_traceback(monkeypatch):
         cli.run(failing(OSError(errno.EIO, os.strerror(errno.EIO))))
 
 
-def test_a_picture_that_cannot_be_written_is_one_line(tiny_shards: Path, tmp_path, monkeypatch, capsys):
+def test_a_picture_that_cannot_be_written_is_one_line(tiny_shards: Path, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     arguments = ("show", tiny_shards, "--images", 2, "--resolution", 32, "--out")
-    assert ended(shards_command.main, monkeypatch, *arguments, "missing/x.png") == 1
-    assert capsys.readouterr().err == "error: missing/x.png: No such file or directory; check the path\n"
-    assert ended(shards_command.main, monkeypatch, *arguments, ".") == 2
-    assert "'.' is a directory" in capsys.readouterr().err
+    line = "error: missing/x.png: No such file or directory; check the path\n"
+    assert command(shards_command.main, *arguments, "missing/x.png") == (1, "", line)
+    code, _, err = command(shards_command.main, *arguments, ".")
+    assert code == 2 and "'.' is a directory" in err
 
 
-def test_a_folder_below_a_file_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_folder_below_a_file_is_one_line(tmp_path, command):
     (tmp_path / "file").write_text("")
-    assert ended(synthetic.main, monkeypatch, "--out", tmp_path / "file" / "x", "--images", 40) == 1
-    errors = capsys.readouterr().err
-    assert errors.startswith(f"error: {tmp_path / 'file' / 'x'}: ") and "file is a file" in errors
-    assert errors.count("\n") == 1
+    code, _, err = command(synthetic.main, "--out", tmp_path / "file" / "x", "--images", 40)
+    assert code == 1 and err.startswith(f"error: {tmp_path / 'file' / 'x'}: ") and "file is a file" in err
+    assert err.count("\n") == 1

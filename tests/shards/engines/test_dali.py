@@ -19,7 +19,7 @@ from shards.engines.dali_feed import INPUTS, Reader
 from shards.engines.native import NativeEngine
 from shards.format import CLASSES, EncodeSpec
 from shards.writer import PackedSample, ShardSetWriter
-from tests.conftest import write_set
+from tests.conftest import finish, little_metadata, write_set
 from tests.support.benchdata import in_a_process_of_its_own
 from tests.support.parity import assert_parity, batches, requests_of
 
@@ -114,12 +114,9 @@ def test_a_sample_that_cannot_be_decoded_is_named(tmp_path):
     with ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20) as writer:
         for row in range(12):
             payload = bytes(rng.bytes(900)) if row == 7 else bytes(intact.read(row))
-            metadata = {"image_id": f"IMG_{row}", "lesion_id": f"LES_{row}", "dx": CLASSES[row % 7]}
-            metadata |= dict.fromkeys(("dx_type", "age", "sex", "localization", "dataset"))
+            metadata = little_metadata(f"IMG_{row}", CLASSES[row % 7])
             writer.add(PackedSample(payload, "jpg", 72, 96, "train", metadata))
-        writer.finish(
-            mean=(0.5,) * 3, std=(0.2,) * 3, split={}, source={}, citation="none", licence="none", versions={}
-        )
+        finish(writer)
     loader = Loader(ShardSet(tmp_path / "set").select("train"), batch_size=4, resolution=32, engine="dali", train=False)
     with pytest.raises(DataError, match=r"IMG_7: damaged.*does not decode"):
         batches(loader)

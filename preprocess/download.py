@@ -25,7 +25,7 @@ from pathlib import Path
 
 import click
 
-from preprocess.fetch import RemoteFile, fetch, open_session, part_of
+from preprocess.fetch import RemoteFile, fetch, open_session, part_of, size_of
 from preprocess.ham10000 import CITATION, HOME, LICENCE, read_source
 from preprocess.isic2018 import CITATION as TEST_CITATION
 from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT
@@ -41,15 +41,14 @@ _ISIC = "https://isic-challenge-data.s3.amazonaws.com/2018"
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Item(RemoteFile):
     """One official file and where it goes.
 
     target: the folder or file, within --out. images: number in the archive; 0 for a table. rows: images per class in
     the test labels, which are checked instead of a hash.
     """
 
-    remote: RemoteFile
-    target: str
+    target: str = ""
     images: int = 0
     rows: dict[str, int] | None = None
     test: bool = False
@@ -57,49 +56,45 @@ class Item:
 
 OFFICIAL = (
     Item(
-        RemoteFile(
-            "HAM10000_metadata.csv",
-            f"{_DATAVERSE}/4338392?format=original",
-            690_218,
-            "8f85fb1aa29d80a2797247e434deb79d",
-        ),
         "HAM10000_metadata.csv",
+        f"{_DATAVERSE}/4338392?format=original",
+        690_218,
+        "8f85fb1aa29d80a2797247e434deb79d",
+        target="HAM10000_metadata.csv",
     ),
     Item(
-        RemoteFile(
-            "HAM10000_images_part_1.zip", f"{_DATAVERSE}/3172585", 1_366_522_108, "4639bfa73ab251610530a97c898e6e46"
-        ),
-        "HAM10000_images_part_1",
+        "HAM10000_images_part_1.zip",
+        f"{_DATAVERSE}/3172585",
+        1_366_522_108,
+        "4639bfa73ab251610530a97c898e6e46",
+        target="HAM10000_images_part_1",
         images=5_000,
     ),
     Item(
-        RemoteFile(
-            "HAM10000_images_part_2.zip", f"{_DATAVERSE}/3172584", 1_403_566_547, "da43d6cc50f6613013be07e8986b384b"
-        ),
-        "HAM10000_images_part_2",
+        "HAM10000_images_part_2.zip",
+        f"{_DATAVERSE}/3172584",
+        1_403_566_547,
+        "da43d6cc50f6613013be07e8986b384b",
+        target="HAM10000_images_part_2",
         images=5_015,
     ),
     Item(
-        RemoteFile(
-            "ISIC2018_Task3_Test_Images.zip",
-            f"{_DATAVERSE}/3855824",
-            401_500_000,
-            "0488b6f65849e310857d9207daa55a21",
-            exact=False,
-        ),
-        f"{TEST_FOLDER}/ISIC2018_Task3_Test_Images",
+        "ISIC2018_Task3_Test_Images.zip",
+        f"{_DATAVERSE}/3855824",
+        401_500_000,
+        "0488b6f65849e310857d9207daa55a21",
+        exact=False,
+        target=f"{TEST_FOLDER}/ISIC2018_Task3_Test_Images",
         images=1_511,
         test=True,
     ),
     Item(
-        RemoteFile(
-            "ISIC2018_Task3_Test_GroundTruth.zip",
-            f"{_ISIC}/ISIC2018_Task3_Test_GroundTruth.zip",
-            50_000,
-            None,
-            exact=False,
-        ),
-        f"{TEST_FOLDER}/ISIC2018_Task3_Test_GroundTruth.csv",
+        "ISIC2018_Task3_Test_GroundTruth.zip",
+        f"{_ISIC}/ISIC2018_Task3_Test_GroundTruth.zip",
+        50_000,
+        None,
+        exact=False,
+        target=f"{TEST_FOLDER}/ISIC2018_Task3_Test_GroundTruth.csv",
         rows={"MEL": 171, "NV": 909, "BCC": 93, "AKIEC": 43, "BKL": 217, "DF": 44, "VASC": 35},
         test=True,
     ),
@@ -114,22 +109,21 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError)
 
 def is_done(item: Item, out: Path) -> bool:
     """Whether an item is complete already. Raises DataError if something else is in its place."""
-    target = out / item.target
-    if item.images and target.exists():
+    target, wrong = out / item.target, None
+    if not target.exists() or not (item.images or item.rows):
+        return False
+    if item.images:
         images = len(list_images(out, [target], [])) if target.is_dir() else 0
         if images != item.images:
-            raise DataError(
-                f"{target}: holds {images:,} images, and the official one {item.images:,}; move it away and start "
-                "again to get the official one"
-            )
-        return True
-    if item.rows is not None and target.exists():
+            wrong = f"{target}: holds {images:,} images, and the official one {item.images:,}"
+    elif item.rows:
         try:
             check_labels(target.read_bytes(), item.rows, str(target))
         except DataError as error:
-            raise DataError(f"{error}; move it away and start again to get the official one") from None
-        return True
-    return False
+            wrong = str(error)
+    if wrong:
+        raise DataError(f"{wrong}; move it away and start again to get the official one")
+    return True
 
 
 def check_labels(content: bytes, rows: dict[str, int], name: str) -> list[str]:
@@ -164,11 +158,9 @@ def check_space(items: Sequence[Item], out: Path) -> None:
 
     An archive hardly compresses JPEGs: unpacked they take its size, and up to a disk block of 4 KiB more each.
     """
-    unpacked = sum(item.remote.bytes + item.images * 4096 for item in items if not (out / item.target).exists())
+    unpacked = sum(item.bytes + item.images * 4096 for item in items if not (out / item.target).exists())
     to_fetch = [
-        item.remote.bytes - _size(part_of(out / item.remote.name)) - _size(out / item.remote.name)
-        for item in items
-        if item.images
+        item.bytes - size_of(part_of(out / item.name)) - size_of(out / item.name) for item in items if item.images
     ]
     needed, free = unpacked + max([0, *to_fetch]), shutil.disk_usage(out).free
     if free < needed:
@@ -176,10 +168,6 @@ def check_space(items: Sequence[Item], out: Path) -> None:
             f"{out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; free some space, or choose "
             "another --out"
         )
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def download(items: Sequence[Item], out: Path, base_url: str | None = None, pause_s: float = 1.0) -> None:
@@ -195,10 +183,8 @@ def download(items: Sequence[Item], out: Path, base_url: str | None = None, paus
                 if item not in missing:
                     click.echo(f"{item.target}: already there")
                     continue
-                remote = item.remote
-                if base_url is not None:
-                    remote = replace(remote, url=f"{base_url.rstrip('/')}/{remote.name}")
-                path = fetch(session, remote, out, pause_s)
+                url = item.url if base_url is None else f"{base_url.rstrip('/')}/{item.name}"
+                path = fetch(session, replace(item, url=url), out, pause_s)
                 if path != out / item.target:
                     _put_in_place(path, item, out)
                 click.echo(f"{item.target}: {f'{item.images:,} images' if item.images else 'checked'}")

@@ -129,17 +129,18 @@ def _problem(path: Path, remote: RemoteFile) -> str | None:
     return None if digest.hexdigest() == remote.md5 else f"MD5 {digest.hexdigest()}, and the official one {remote.md5}"
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _fetch_pieces(session: "requests.Session", remote: RemoteFile, part: Path, pause_s: float) -> bool:
     """Complete `part`, over as many connections as it takes; returns True if one was enough."""
-    started_with = _size(part)
+    started_with = size_of(part)
     connections = empty = 0
     with Progress(remote.name, remote.bytes, "bytes", done=started_with) as bar:
         while True:
-            before = _size(part)
+            before = size_of(part)
             if remote.exact and before == remote.bytes:
                 break
             if before > remote.most_bytes:  # it belongs to another file
@@ -154,7 +155,7 @@ def _fetch_pieces(session: "requests.Session", remote: RemoteFile, part: Path, p
                 if cut.useless:
                     part.unlink(missing_ok=True)
                     bar.advance(-before)
-                after = _size(part)
+                after = size_of(part)
                 empty = 0 if after > before else empty + 1
                 if empty >= _TRIES:
                     raise DataError(
@@ -172,7 +173,7 @@ def _fetch_piece(session: "requests.Session", remote: RemoteFile, part: Path, ba
     import requests
     import urllib3
 
-    have = _size(part)
+    have = size_of(part)
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
         with session.get(remote.url, headers=headers, stream=True, timeout=_TIMEOUT_S) as answer:

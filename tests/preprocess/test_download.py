@@ -17,7 +17,6 @@ from click.testing import CliRunner
 
 from preprocess import download as dl
 from preprocess import shard
-from preprocess.fetch import RemoteFile
 from preprocess.ham10000 import read_source
 from preprocess.isic2018 import read_test_source
 from shards import ShardSet
@@ -186,10 +185,8 @@ def test_downloading_and_packing_work_without_any_option(
     server.files = dict(zip(names, contents, strict=True))
     items = []
     for item, content in zip(dl.OFFICIAL, contents, strict=False):
-        remote = RemoteFile(
-            item.remote.name, f"{server.url}/{item.remote.name}", len(content), hashlib.md5(content).hexdigest()
-        )
-        items.append(replace(item, remote=remote, images=item.images and 30))
+        url, md5 = f"{server.url}/{item.name}", hashlib.md5(content).hexdigest()
+        items.append(replace(item, url=url, bytes=len(content), md5=md5, images=item.images and 30))
     monkeypatch.setattr(dl, "OFFICIAL", tuple(items))
     work = tmp_path / "work"
     work.mkdir()
@@ -217,7 +214,7 @@ def test_the_table_adds_up() -> None:
     images = next(item for item in dl.OFFICIAL if item.test and item.images)
     assert labels.rows is not None
     assert sum(labels.rows.values()) == images.images + 1 == 1_512
-    assert [item.remote.md5 is None for item in dl.OFFICIAL] == [False, False, False, False, True]
+    assert [item.md5 is None for item in dl.OFFICIAL] == [False, False, False, False, True]
 
 
 # ------------------------------------------------------------------ archives and test labels

@@ -150,7 +150,7 @@ def test_the_official_metadata_passes(server: Server, tmp_path: Path) -> None:
         pytest.skip("HAM10000_SAMPLE does not name the real files")
     name = "HAM10000_metadata.csv"
     server.files[name] = (Path(sample) / name).read_bytes()
-    official = dl.OFFICIAL[0].remote
+    official = dl.OFFICIAL[0]
     with fe.open_session(0) as session:
         remote = fe.RemoteFile(name, f"{server.url}/{name}", official.bytes, official.md5)
         assert fe.fetch(session, remote, tmp_path).read_bytes() == server.files[name]

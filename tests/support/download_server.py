@@ -7,6 +7,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
@@ -69,11 +70,10 @@ def items_of(files: dict[str, bytes]) -> tuple[dl.Item, ...]:
     images = {"HAM10000_images_part_1.zip": 3, "HAM10000_images_part_2.zip": 2, "ISIC2018_Task3_Test_Images.zip": 2}
     items = []
     for item in dl.OFFICIAL:
-        name = item.remote.name
-        md5 = hashlib.md5(files[name]).hexdigest() if item.remote.md5 else None
+        name = item.name
+        md5 = hashlib.md5(files[name]).hexdigest() if item.md5 else None
         rows = {"MEL": 1, "NV": 2, "BCC": 0, "AKIEC": 0, "BKL": 0, "DF": 0, "VASC": 0} if item.rows else None
-        remote = fe.RemoteFile(name, item.remote.url, len(files[name]), md5, item.remote.exact)
-        items.append(dl.Item(remote, item.target, images.get(name, 0), rows, item.test))
+        items.append(replace(item, bytes=len(files[name]), md5=md5, images=images.get(name, 0), rows=rows))
     return tuple(items)
 
 

@@ -26,7 +26,6 @@ from tests.support.download_server import (
     FILES,
     WHOLE,
     WHOLE_TEST,
-    Server,
     items_of,
     picture,
     run,
@@ -36,7 +35,7 @@ from tests.support.download_server import (
 from tests.support.rawdata import jpeg, rows, write_table
 
 
-def test_everything_arrives_in_the_official_layout(server: Server, tmp_path: Path) -> None:
+def test_everything_arrives_in_the_official_layout(server, tmp_path):
     run(server, tmp_path)
     assert tree(tmp_path) == WHOLE + WHOLE_TEST
     for i in range(5):
@@ -46,13 +45,13 @@ def test_everything_arrives_in_the_official_layout(server: Server, tmp_path: Pat
     assert (len(test.records), test.rejected) == (2, [])
 
 
-def test_without_the_option_the_test_set_is_not_asked_for(server: Server, tmp_path: Path) -> None:
+def test_without_the_option_the_test_set_is_not_asked_for(server, tmp_path):
     run(server, tmp_path, test_set=False)
     assert tree(tmp_path) == WHOLE
     assert not [path for path, _ in server.seen if "Test" in path]
 
 
-def test_what_is_finished_is_never_fetched_again(server: Server, tmp_path: Path) -> None:
+def test_what_is_finished_is_never_fetched_again(server, tmp_path):
     run(server, tmp_path)
     assert len(server.seen) == 5
     run(server, tmp_path)
@@ -62,7 +61,7 @@ def test_what_is_finished_is_never_fetched_again(server: Server, tmp_path: Path)
     assert [path for path, _ in server.seen[5:]] == ["/HAM10000_images_part_2.zip"]
 
 
-def test_an_archive_that_is_there_already_is_checked_and_used(server: Server, tmp_path: Path) -> None:
+def test_an_archive_that_is_there_already_is_checked_and_used(server, tmp_path):
     name = "HAM10000_images_part_1.zip"
     (tmp_path / name).write_bytes(FILES[name])
     run(server, tmp_path)
@@ -70,7 +69,7 @@ def test_an_archive_that_is_there_already_is_checked_and_used(server: Server, tm
     assert tree(tmp_path) == WHOLE + WHOLE_TEST
 
 
-def test_licence_and_citation_are_printed_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_licence_and_citation_are_printed_once(server, tmp_path, monkeypatch):
     monkeypatch.setattr(dl, "OFFICIAL", items_of(FILES))
     arguments = ["--out", str(tmp_path), "--base-url", server.url, "--test-set"]
     result = CliRunner().invoke(dl.main, arguments, catch_exceptions=False)
@@ -81,13 +80,13 @@ def test_licence_and_citation_are_printed_once(server: Server, tmp_path: Path, m
     assert f"--source {tmp_path} --test-source {tmp_path / dl.TEST_FOLDER}" in result.output
 
 
-def test_a_cut_download_of_everything_ends_whole(server: Server, tmp_path: Path) -> None:
+def test_a_cut_download_of_everything_ends_whole(server, tmp_path):
     server.script = ["cut:100", "status:503", "", "cut:5000", "ignore-range", "status:502", "cut:3", "status:503"]
     run(server, tmp_path)
     assert tree(tmp_path) == WHOLE + WHOLE_TEST
 
 
-def test_a_full_disk_is_foreseen(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_foreseen(server, tmp_path, monkeypatch):
     sizes = {name: len(content) for name, content in FILES.items()}
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=sum(sizes.values())))
@@ -110,7 +109,7 @@ def test_a_full_disk_is_foreseen(server: Server, tmp_path: Path, monkeypatch: py
         ("ISIC2018_Task3_Test/ISIC2018_Task3_Test_GroundTruth.csv", "first line"),
     ],
 )
-def test_what_stands_in_the_way_is_left_alone(server: Server, tmp_path: Path, place: str, reason: str) -> None:
+def test_what_stands_in_the_way_is_left_alone(server, tmp_path, place, reason):
     mine = tmp_path / place
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
@@ -119,7 +118,7 @@ def test_what_stands_in_the_way_is_left_alone(server: Server, tmp_path: Path, pl
     assert mine.read_text() == "mine"
 
 
-def test_an_image_that_the_metadata_does_not_list_is_noticed(server: Server, tmp_path: Path) -> None:
+def test_an_image_that_the_metadata_does_not_list_is_noticed(server, tmp_path):
     files = FILES | {
         "HAM10000_images_part_1.zip": zip_of({f"ISIC_{i}.jpg": picture(f"{i}") for i in (0, 1, 9)}),
     }
@@ -128,7 +127,7 @@ def test_an_image_that_the_metadata_does_not_list_is_noticed(server: Server, tmp
         run(server, tmp_path, files)
 
 
-def test_two_downloads_do_not_write_to_one_folder(server: Server, tmp_path: Path) -> None:
+def test_two_downloads_do_not_write_to_one_folder(server, tmp_path):
     with exclusive(tmp_path, "downloading"), pytest.raises(DataError, match="another process"):
         run(server, tmp_path)
 
@@ -142,7 +141,7 @@ download.download(items_of(FILES), Path({out!r}), {url!r}, pause_s=0)
 """
 
 
-def test_a_killed_download_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+def test_a_killed_download_goes_on_where_it_was(server, tmp_path):
     script = SCRIPT.format(out=str(tmp_path), url=server.url)
     server.script = ["", "stall:20480"]
     process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
@@ -162,7 +161,7 @@ def test_a_killed_download_goes_on_where_it_was(server: Server, tmp_path: Path) 
     assert tree(tmp_path) == WHOLE + WHOLE_TEST
 
 
-def test_the_command_ends_in_one_line(server: Server, tmp_path: Path) -> None:
+def test_the_command_ends_in_one_line(server, tmp_path):
     """The real table against a server that has other files."""
     command = [sys.executable, "-m", "preprocess.download", "--out", str(tmp_path / "out"), "--base-url", server.url]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
@@ -171,9 +170,7 @@ def test_the_command_ends_in_one_line(server: Server, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: HAM10000_metadata.csv: the server's file has ")
 
 
-def test_downloading_and_packing_work_without_any_option(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_downloading_and_packing_work_without_any_option(server, tmp_path, monkeypatch):
     """The official layout with real JPEGs, in an empty working folder."""
     table = rows(60)
     write_table(tmp_path / "table.csv", table)
@@ -202,12 +199,12 @@ def test_downloading_and_packing_work_without_any_option(
     assert len(ShardSet(work / "data" / "shards")) == 60
 
 
-def test_an_address_that_is_none_is_wrong_usage(tmp_path: Path) -> None:
+def test_an_address_that_is_none_is_wrong_usage(tmp_path):
     result = CliRunner().invoke(dl.main, ["--out", str(tmp_path), "--base-url", "ftp://x"])
     assert isinstance(result.exception, UsageError)
 
 
-def test_the_table_adds_up() -> None:
+def test_the_table_adds_up():
     """Against the counts of the publications: 10,015 images; 1,512 test labels, one of them without an image."""
     assert sum(item.images for item in dl.OFFICIAL if not item.test) == 10_015
     labels = next(item for item in dl.OFFICIAL if item.rows)
@@ -240,9 +237,7 @@ PART_1 = FILES["HAM10000_images_part_1.zip"]
     ],
     ids=["damaged", "no zip", "truncated", "too few", "empty"],
 )
-def test_a_wrong_archive_leaves_nothing_and_ends_in_one_line(
-    server: Server, tmp_path: Path, content: bytes, reason: str
-) -> None:
+def test_a_wrong_archive_leaves_nothing_and_ends_in_one_line(server, tmp_path, content, reason):
     """Although its hash is the published one."""
     files = FILES | {"HAM10000_images_part_1.zip": content}
     server.files = files
@@ -279,7 +274,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_an_archive_of_labels_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
+def test_an_archive_of_labels_that_cannot_be_read_is_one_line(tmp_path, kind):
     content, reason = UNREADABLE[kind]
     archive = tmp_path / "labels.zip"
     archive.write_bytes(content)
@@ -289,7 +284,7 @@ def test_an_archive_of_labels_that_cannot_be_read_is_one_line(tmp_path: Path, ki
     assert [path.name for path in tmp_path.iterdir()] == ["labels.zip"]
 
 
-def test_an_archive_that_ends_within_a_member_says_so(tmp_path: Path) -> None:
+def test_an_archive_that_ends_within_a_member_says_so(tmp_path):
     archive = tmp_path / "labels.zip"
     archive.write_bytes(packed())
     with (
@@ -299,7 +294,7 @@ def test_an_archive_that_ends_within_a_member_says_so(tmp_path: Path) -> None:
         dl.read_labels(archive)
 
 
-def test_an_error_that_is_not_the_archives_stays(tmp_path: Path) -> None:
+def test_an_error_that_is_not_the_archives_stays(tmp_path):
     with pytest.raises(FileNotFoundError):
         dl.read_labels(tmp_path / "absent.zip")
     archive = tmp_path / "labels.zip"
@@ -331,7 +326,7 @@ WRONG_LABELS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_LABELS)
-def test_test_labels_are_known_by_their_rows(server: Server, tmp_path: Path, kind: str) -> None:
+def test_test_labels_are_known_by_their_rows(server, tmp_path, kind):
     content, reason = WRONG_LABELS[kind]
     server.files["ISIC2018_Task3_Test_GroundTruth.zip"] = zip_of({"labels.csv": content})
     with pytest.raises(DataError, match=reason):
@@ -339,7 +334,7 @@ def test_test_labels_are_known_by_their_rows(server: Server, tmp_path: Path, kin
     assert not list(tmp_path.glob("*GroundTruth*"))
 
 
-def test_a_killed_unpacking_is_done_again(server: Server, tmp_path: Path) -> None:
+def test_a_killed_unpacking_is_done_again(server, tmp_path):
     left = tmp_path / ".HAM10000_images_part_1.partial"
     left.mkdir()
     (left / "ISIC_0.jpg").write_bytes(b"half")

@@ -25,7 +25,7 @@ def bring(server: Server, folder: Path, name: str = "HAM10000_images_part_1.zip"
         return fe.fetch(session, remote, folder, pause_s=0)
 
 
-def test_a_connection_that_is_cut_again_and_again_is_taken_up_where_it_ended(server: Server, tmp_path: Path) -> None:
+def test_a_connection_that_is_cut_again_and_again_is_taken_up_where_it_ended(server, tmp_path):
     server.script = ["cut:1000", "cut:20000", "cut:1", "cut:0", "cut:30000"]
     path = bring(server, tmp_path)
     assert path.read_bytes() == FILES[path.name]
@@ -36,7 +36,7 @@ def test_a_connection_that_is_cut_again_and_again_is_taken_up_where_it_ended(ser
     assert tree(tmp_path) == [path.name]
 
 
-def test_a_server_that_stalls_is_asked_again(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fe, "_TIMEOUT_S", (5, 2))
     server.script = ["stall:8192"]
     path = bring(server, tmp_path)
@@ -44,13 +44,13 @@ def test_a_server_that_stalls_is_asked_again(server: Server, tmp_path: Path, mon
     assert server.seen[1][1] == "bytes=8192-"
 
 
-def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_a_busy_server_is_asked_again(server, tmp_path):
     server.script = ["status:503", "status:503", "status:429", "status:500"]
     assert bring(server, tmp_path).read_bytes() == FILES["HAM10000_images_part_1.zip"]
     assert len(server.seen) == 5
 
 
-def test_no_server_may_make_anyone_wait_for_hours() -> None:
+def test_no_server_may_make_anyone_wait_for_hours():
     import urllib3
 
     with fe.open_session() as session:
@@ -61,7 +61,7 @@ def test_no_server_may_make_anyone_wait_for_hours() -> None:
         assert retry.get_retry_after(answer) == 7
 
 
-def test_a_server_that_stays_busy_ends_in_one_line_and_keeps_what_came(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_stays_busy_ends_in_one_line_and_keeps_what_came(server, tmp_path):
     server.script = ["cut:9000", *["status:503"] * 100]
     with pytest.raises(DataError, match=r"gave up.*503.*9,000 bytes that arrived are kept: start again") as caught:
         bring(server, tmp_path)
@@ -71,7 +71,7 @@ def test_a_server_that_stays_busy_ends_in_one_line_and_keeps_what_came(server: S
     assert [wanted for _, wanted in server.seen] == ["bytes=9000-"]
 
 
-def test_no_server_at_all_ends_in_one_line(tmp_path: Path) -> None:
+def test_no_server_at_all_ends_in_one_line(tmp_path):
     with Server({}) as gone:
         url = gone.url
     remote = remote_file("a.zip", f"{url}/a.zip", b"abc")
@@ -80,7 +80,7 @@ def test_no_server_at_all_ends_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_bytes_are_never_unpacked(server: Server, tmp_path: Path) -> None:
+def test_wrong_bytes_are_never_unpacked(server, tmp_path):
     server.script = ["", "wrong"]
     with pytest.raises(DataError, match=r"part_1\.zip: .*MD5 .*nothing was unpacked"):
         run(server, tmp_path)
@@ -90,26 +90,26 @@ def test_wrong_bytes_are_never_unpacked(server: Server, tmp_path: Path) -> None:
     assert tree(tmp_path) == WHOLE + WHOLE_TEST
 
 
-def test_pieces_of_two_files_are_noticed_and_fetched_again(server: Server, tmp_path: Path) -> None:
+def test_pieces_of_two_files_are_noticed_and_fetched_again(server, tmp_path):
     server.script = ["wrong", "cut:40000"]
     (tmp_path / ".HAM10000_images_part_1.zip.part").write_bytes(b"of an older version")
     assert bring(server, tmp_path).read_bytes() == FILES["HAM10000_images_part_1.zip"]
 
 
-def test_pieces_that_never_fit_end_in_one_line(server: Server, tmp_path: Path) -> None:
+def test_pieces_that_never_fit_end_in_one_line(server, tmp_path):
     server.script = ["cut:50", "wrong", "cut:50", "wrong"]
     with pytest.raises(DataError, match="MD5"):
         bring(server, tmp_path)
     assert tree(tmp_path) == []
 
 
-def test_a_server_that_ignores_range_sends_it_all_again(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_ignores_range_sends_it_all_again(server, tmp_path):
     server.script = ["cut:30000", "ignore-range"]
     assert bring(server, tmp_path).read_bytes() == FILES["HAM10000_images_part_1.zip"]
     assert server.seen[1][1] == "bytes=30000-"
 
 
-def test_a_server_that_sends_another_range_is_asked_for_all(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_sends_another_range_is_asked_for_all(server, tmp_path):
     server.script = ["cut:30000", "foreign-range"]
     assert bring(server, tmp_path).read_bytes() == FILES["HAM10000_images_part_1.zip"]
     assert [wanted for _, wanted in server.seen] == [None, "bytes=30000-", None]
@@ -117,34 +117,34 @@ def test_a_server_that_sends_another_range_is_asked_for_all(server: Server, tmp_
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("extra", [0, 5, 3_000_000])
-def test_a_left_part_as_long_as_the_file_or_longer(server: Server, tmp_path: Path, extra: int, exact: bool) -> None:
+def test_a_left_part_as_long_as_the_file_or_longer(server, tmp_path, extra, exact):
     name = "HAM10000_images_part_1.zip"
     (tmp_path / f".{name}.part").write_bytes(FILES[name] + b"x" * extra)
     assert bring(server, tmp_path, exact=exact).read_bytes() == FILES[name]
     assert [wanted for _, wanted in server.seen if not wanted] == ([None] if extra else [])
 
 
-def test_a_file_of_another_size_is_refused_before_it_is_fetched(server: Server, tmp_path: Path) -> None:
+def test_a_file_of_another_size_is_refused_before_it_is_fetched(server, tmp_path):
     with pytest.raises(DataError, match="the official one 200"):
         bring(server, tmp_path, bytes=200)
     assert tree(tmp_path) == []
 
 
-def test_a_server_that_never_ends_is_cut_off(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_never_ends_is_cut_off(server, tmp_path):
     server.script = ["endless"]
     with pytest.raises(DataError, match="sends more than"):
         bring(server, tmp_path, exact=False, md5=None)
 
 
 @pytest.mark.parametrize("status", [403, 404, 410])
-def test_a_refusal_is_not_repeated(server: Server, tmp_path: Path, status: int) -> None:
+def test_a_refusal_is_not_repeated(server, tmp_path, status):
     server.script = [f"status:{status}"]
     with pytest.raises(DataError, match=f"answers {status}"):
         bring(server, tmp_path)
     assert len(server.seen) == 1
 
 
-def test_the_official_metadata_passes(server: Server, tmp_path: Path) -> None:
+def test_the_official_metadata_passes(server, tmp_path):
     sample = os.environ.get("HAM10000_SAMPLE")
     if not sample:
         pytest.skip("HAM10000_SAMPLE does not name the real files")

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(images=st.integers(synthetic.LEAST_IMAGES, 20_000))
 @settings(max_examples=60, deadline=None)
-def test_counts_add_up_and_every_class_can_be_split(images: int) -> None:
+def test_counts_add_up_and_every_class_can_be_split(images):
     counts = synthetic.class_counts(images)
     assert tuple(counts) == CLASSES
     assert sum(count for _, count in counts.values()) == images
@@ -53,7 +53,7 @@ def test_counts_add_up_and_every_class_can_be_split(images: int) -> None:
     assert max(counts, key=lambda dx: counts[dx][1]) == "nv"
 
 
-def test_large_folders_have_the_imbalance_of_ham10000() -> None:
+def test_large_folders_have_the_imbalance_of_ham10000():
     counts = synthetic.class_counts(10_015)
     official = {"akiec": 327, "bcc": 514, "bkl": 1099, "df": 115, "mel": 1113, "nv": 6705, "vasc": 142}
     assert {dx: images for dx, (_, images) in counts.items()} == official
@@ -62,7 +62,7 @@ def test_large_folders_have_the_imbalance_of_ham10000() -> None:
 
 @given(images=st.integers(synthetic.LEAST_IMAGES, 3_000), seed=st.integers(0, 2**70))
 @settings(max_examples=25, deadline=None)
-def test_the_plan_names_every_image_once_and_keeps_lesions_of_one_class(images: int, seed: int) -> None:
+def test_the_plan_names_every_image_once_and_keeps_lesions_of_one_class(images, seed):
     lesions = synthetic.unpainted_lesions(images, seed)
     rows = [row for lesion in lesions for row in lesion.rows]
     assert len({row["image_id"] for row in rows}) == len(rows) == images
@@ -74,12 +74,12 @@ def test_the_plan_names_every_image_once_and_keeps_lesions_of_one_class(images: 
     assert lesions == synthetic.unpainted_lesions(images, seed)
 
 
-def test_several_views_are_as_frequent_as_in_ham10000() -> None:
+def test_several_views_are_as_frequent_as_in_ham10000():
     views = Counter(len(lesion.rows) for lesion in synthetic.unpainted_lesions(10_015, 0))
     assert sum(n for v, n in views.items() if v > 1) == pytest.approx(1_956, rel=0.12)
 
 
-def test_the_folder_is_in_the_official_layout(folder: Path) -> None:
+def test_the_folder_is_in_the_official_layout(folder):
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["HAM10000_images_part_1", "HAM10000_images_part_2", "HAM10000_metadata.csv"]
     rows = rows_of(folder)
@@ -93,17 +93,12 @@ def test_the_folder_is_in_the_official_layout(folder: Path) -> None:
         content = path.read_bytes()
         assert simplejpeg.decode_jpeg_header(content)[:3] == (450, 600, "YCbCr")
         assert simplejpeg.decode_jpeg(content, strict=True).std() > 5
-
-
-def test_the_reader_of_ham10000_takes_it_without_a_remark(folder: Path) -> None:
     source = read_source(folder)
-    assert len(source.records) == 60
-    assert not source.rejected
-    assert not source.warnings
+    assert len(source.records) == 60 and not source.rejected and not source.warnings
     assert source.about["dataset"] == "synthetic"
 
 
-def test_files_do_not_depend_on_the_number_of_workers_and_do_on_the_seed(folder: Path, tmp_path: Path) -> None:
+def test_files_do_not_depend_on_the_number_of_workers_and_do_on_the_seed(folder, tmp_path):
     alone, other = tmp_path / "alone", tmp_path / "other"
     synthetic.write_folder(alone, images=60, seed=3, difficulty=0.5, workers=1)
     assert files_of(alone) == files_of(folder)
@@ -112,14 +107,14 @@ def test_files_do_not_depend_on_the_number_of_workers_and_do_on_the_seed(folder:
     assert all(first[name] != second[name] for name in first)
 
 
-def test_opencv_keeps_its_number_of_threads(tmp_path: Path) -> None:
+def test_opencv_keeps_its_number_of_threads(tmp_path):
     before = cv2.getNumThreads()
     synthetic.write_folder(tmp_path / "out", images=40, seed=0, difficulty=0, workers=1)
     assert cv2.getNumThreads() == before
 
 
 @pytest.mark.parametrize("dx", CLASSES)
-def test_views_show_one_lesion_and_lesions_differ(dx: str) -> None:
+def test_views_show_one_lesion_and_lesions_differ(dx):
     """The colours about the middle, free of pose: closer between two views of a lesion than between two lesions."""
 
     def colours(picture: np.ndarray) -> np.ndarray:
@@ -137,7 +132,7 @@ def test_views_show_one_lesion_and_lesions_differ(dx: str) -> None:
     assert np.mean(gaps) < 0.8 * np.mean(between)
 
 
-def test_every_class_looks_like_itself_when_nothing_is_difficult() -> None:
+def test_every_class_looks_like_itself_when_nothing_is_difficult():
     """Bright magenta for vasc, dark and blue-grey for mel: the colour model must not wash the signs out."""
 
     def middle(dx: str) -> np.ndarray:
@@ -180,7 +175,7 @@ def balanced_accuracy(difficulty: float, lesions_per_class: int) -> float:
 
 
 @pytest.mark.slow
-def test_it_can_be_learned_and_difficulty_makes_it_harder() -> None:
+def test_it_can_be_learned_and_difficulty_makes_it_harder():
     easy, middle, hard = (balanced_accuracy(difficulty, 25) for difficulty in (0.0, 0.5, 1.0))
     chance = 1 / len(CLASSES)
     assert easy > middle + 0.05, (easy, middle, hard)
@@ -189,7 +184,7 @@ def test_it_can_be_learned_and_difficulty_makes_it_harder() -> None:
     assert easy < 0.97, (easy, middle, hard)  # and colour alone does not solve it, even when easy
 
 
-def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine").write_text("keep")
     result = CliRunner().invoke(synthetic.main, ["--out", str(tmp_path)])
     assert isinstance(result.exception, DataError)
@@ -197,7 +192,7 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     result = CliRunner().invoke(synthetic.main, ["--out", str(out), "--images", "40"], catch_exceptions=False)
@@ -207,13 +202,13 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_too_few_images_are_wrong_usage(tmp_path: Path) -> None:
+def test_too_few_images_are_wrong_usage(tmp_path):
     with pytest.raises(UsageError, match="at least 40"):
         synthetic.write_folder(tmp_path / "out", images=39, seed=0, difficulty=0.5, workers=1)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -223,7 +218,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not any(tmp_path.iterdir())
 
 
-def test_what_a_killed_run_left_is_not_mixed_in(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_not_mixed_in(tmp_path):
     left = tmp_path / ".out.partial" / "HAM10000_images_part_1"
     left.mkdir(parents=True)
     (left / "SYN_9999999.jpg").write_bytes(b"half")
@@ -232,6 +227,6 @@ def test_what_a_killed_run_left_is_not_mixed_in(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with exclusive(tmp_path / ".out.partial", "writing"), pytest.raises(DataError, match="another process"):
         synthetic.write_folder(tmp_path / "out", images=40, seed=0, difficulty=0.5, workers=1)

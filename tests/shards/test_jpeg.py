@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import jpeg
 from shards.jpeg import TAG, RegionCutter, _cut, encode_jpeg, restart_interval
 from shards.kernels.load import compiled
 from tests.conftest import picture
@@ -53,13 +52,9 @@ def test_a_small_box_is_cut_small():
     assert cut_region(memoryview(encoded), 300, 400, 0, 0, 300, 400) is None
 
 
-@pytest.mark.parametrize("built", [True, False])
-def test_a_table_that_does_not_fit_its_file_is_not_followed(built, monkeypatch):
+@pytest.mark.usefixtures("built")
+def test_a_table_that_does_not_fit_its_file_is_not_followed():
     """Neither cut trusts a length: a file that ends early, or whose runs are said to be longer, is left whole."""
-    if built and compiled() is None:
-        pytest.skip("the kernels are not built")
-    if not built:
-        monkeypatch.setattr(jpeg, "compiled", lambda: None)
     encoded = encode_jpeg(picture(np.random.default_rng(0), 1, 300, 400))
     box = (300, 400, 100, 100, 60, 60)
     assert cut_region(memoryview(encoded), *box) is not None
@@ -74,9 +69,8 @@ def test_a_table_that_does_not_fit_its_file_is_not_followed(built, monkeypatch):
             cut_region(memoryview(changed), *box)  # whatever comes out: nothing outside the file was read
 
 
+@pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
 def test_both_cuts_make_the_same_of_damaged_tables():
-    if compiled() is None:
-        pytest.skip("the kernels are not built")
     rng = np.random.default_rng(0)
     encoded = encode_jpeg(picture(rng, 1, 120, 160))
     start = encoded.index(TAG) + len(TAG)

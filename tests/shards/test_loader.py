@@ -69,14 +69,6 @@ def test_a_set_closed_or_mapped_by_many_threads_at_once_keeps_its_bytes(tiny_sha
         assert equal(expected, found)
 
 
-def test_an_epoch_is_a_permutation_and_epochs_differ(tiny_shards):
-    selection = ShardSet(tiny_shards).select("train")
-    loader = Loader(selection, batch_size=8, resolution=32)
-    first, second = (torch.cat([b.samples for b in loader]) for _ in range(2))
-    assert sorted(first.tolist()) == sorted(second.tolist()) == selection.samples.tolist()
-    assert first.tolist() != second.tolist()
-
-
 def test_epochs_run_into_each_other_unseen(tiny_shards):
     """The next epoch's batches are under way when one ends; whatever is asked for next, the right ones come."""
 

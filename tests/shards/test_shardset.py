@@ -25,17 +25,6 @@ def digest(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
 
 
-def test_two_packs_are_equal_byte_for_byte(tiny_shards, tmp_path):
-    again = write_set(tmp_path / "again")
-    assert digest(tiny_shards) == digest(again)
-    assert {f.name for f in tiny_shards.iterdir()} >= {
-        "manifest.json",
-        "index.parquet",
-        "shard-00000.tar",
-        "shard-00000.idx",
-    }
-
-
 @pytest.mark.parametrize("kind", ["jpg", "raw", "mixed"])
 def test_plain_tar_reads_every_sample(shard_sets, kind):
     data = shard_sets[kind]
@@ -241,20 +230,11 @@ def test_the_format_page_lists_the_real_columns():
     assert dict(listed[: len(INDEX_TYPES)]) == INDEX_TYPES
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"write_mode": "png"},
-        {"jpeg_quality": 0},
-        {"max_resolution": 4},
-        {"compress_probability": 2},
-        {"smart_threshold": -1},
-        {"subsampling": "411"},
-    ],
-)
-def test_encode_settings_outside_their_range_are_refused(values):
-    with pytest.raises(UsageError):
-        EncodeSpec(**values)
+def test_encode_settings_outside_their_range_are_refused():
+    wrong = {"write_mode": "png", "jpeg_quality": 0, "max_resolution": 4, "compress_probability": 2}
+    for name, value in (wrong | {"smart_threshold": -1, "subsampling": "411"}).items():
+        with pytest.raises(UsageError, match=f"^{name.replace('_', ' ')} "):
+            EncodeSpec(**{name: value})
 
 
 def test_info_and_verify_answer(tmp_path, command):

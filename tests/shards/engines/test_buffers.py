@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from shards import Loader, ShardSet, decode
-from shards.engines import Request, dali, native, transfer
+from shards.engines import dali, native, transfer
 from shards.engines.native import NativeEngine
-from shards.plan import Augment, training_plan
+from tests.support.parity import requests_of
 
 
 def test_no_row_of_a_decoded_jpeg_is_written_past_the_caches(tiny_shards, monkeypatch):
@@ -124,11 +124,8 @@ def test_dali_gets_a_batch_back_when_its_copy_is_done(copies, monkeypatch):
 
 
 def test_a_closed_engine_gives_its_buffers_back_and_batches_stay_valid(shard_sets):
-    data = shard_sets["jpg"]
-    samples = data.select("train").samples[:6]
-    plan = training_plan(0, 0, samples, data.column("height")[samples], data.column("width")[samples], Augment())
-    engine = NativeEngine(data, threads=1)
-    batch, *others = list(engine.run([Request(samples, plan.boxes, plan.symmetry)] * 3, 32))
+    engine = NativeEngine(shard_sets["jpg"], threads=1)
+    batch, *others = list(engine.run(requests_of(shard_sets["jpg"], [6, 6, 6]), 32))
     before = batch.clone()
     held = [weakref.ref(buffer) for buffer in engine._buffers._held]
     del others

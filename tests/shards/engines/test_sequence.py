@@ -92,6 +92,7 @@ def test_the_sequence_hangs_on_neither_engine_nor_ranks_nor_restarts(shard_sets,
     expected, _ = sequence(ranks(selection, "native", 1, train))
     per_epoch = len(selection) // BATCH * BATCH if train else -(-len(selection) // BATCH) * BATCH
     assert len(expected) == EPOCHS * per_epoch
+    assert len({entry[:2] for entry in expected if entry[-1]}) == EPOCHS * len(selection)  # each sample once an epoch
     if train:
         assert len({entry[6] for entry in expected}) == 8  # all symmetries occur
         assert len({entry[1:] for entry in expected}) == len(expected)  # and no sample is drawn alike twice

@@ -245,13 +245,13 @@ static int32_t load_or_lose(const struct engine *engine, struct scratch *scratch
     return status;
 }
 
-/* Ask the system to read the payloads of a batch now: it then reads many at once, and not one after the other as the
- * threads come to them. */
-static void ask_for_pages(const struct engine *engine, const struct batch *batch)
+/* Ask the system to read the payloads of `count` samples now: it then reads many at once, and not one after the other as
+ * the threads come to them. */
+static void ask_for_pages(const struct engine *engine, const int64_t *samples, int64_t count)
 {
-    for (int64_t place = 0; place < batch->count; place++) {
+    for (int64_t place = 0; place < count; place++) {
         const uint8_t *payload;
-        const struct row *row = row_of(engine, batch->samples[place], &payload);
+        const struct row *row = row_of(engine, samples[place], &payload);
         if (!row)
             continue;
         const intptr_t first = (intptr_t)payload & -(intptr_t)engine->page;
@@ -278,14 +278,15 @@ static void *run(void *argument)
             pthread_cond_wait(&engine->work, &engine->lock);
         if (!batch)
             break;
-        const int64_t from = batch->taken, left = batch->count - from, some = left < TOGETHER ? left : TOGETHER;
+        const int64_t from = batch->taken, count = batch->count;
+        const int64_t some = count - from < TOGETHER ? count - from : TOGETHER;
         batch->taken += some;
         if (batch->taken == batch->count && !(engine->first = batch->next))
             engine->last = NULL;
         const int32_t cold = from == 0 && engine->cold > 0 && engine->cold--;
         pthread_mutex_unlock(&engine->lock);
         if (cold)
-            ask_for_pages(engine, batch);
+            ask_for_pages(engine, batch->samples, count); /* batch->count may change once the lock is free */
         for (int64_t place = from; place < from + some; place++)
             batch->status[place] = load_or_lose(engine, &scratch, batch, place);
         const long now_awaited = pages_awaited();

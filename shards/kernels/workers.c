@@ -70,7 +70,7 @@ struct engine {
 /* A mapped file that was truncated since has pages that cannot be read: the system sends SIGBUS to the thread that tries.
  * While this library reads a payload, the signal leads back to where it began; at any other time it goes where it went
  * before. */
-static __thread sigjmp_buf *way_back;
+static __thread sigjmp_buf *volatile way_back;
 static struct sigaction handled_before;
 
 static void on_bus_error(int number, siginfo_t *info, void *context)

@@ -94,6 +94,7 @@ class Loading:
         `places` (n,) on. boxes: (n, 4) y, x, h, w; default, whole images. symmetry: (n,), for CROPS. worth, and found
         (n, 3) int64, which is filled: for PAYLOADS.
         """
+        self._at: int | None = None  # the batch's handle until it is freed
         self._workers = workers
         self.status = np.zeros(len(samples), np.int32)
         given = (
@@ -105,7 +106,6 @@ class Loading:
             found,
             self.status,
         )
-        self._at: int | None = None
         self._at = workers.submit(given, result, out.shape[1] if result == CROPS else 0, worth)
 
     def result(self) -> np.ndarray:

@@ -48,7 +48,7 @@ def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data:
         for chart in drawn:
             for picture in chart.pictures:
                 name = picture.name if len(chart.pictures) > 1 else chart.name
-                for kind, content in picture.files(chart.legend).items():
+                for kind, content in picture.files().items():
                     write_durably(pictures / f"{name}.{kind}", content)
     click.echo(f"{target}: {len(read_study.runs)} runs, {len(drawn)} charts, {len(page) / 1e6:.1f} MB")
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,38 +18,66 @@ METRICS = ("balanced_accuracy", "macro_auc")
 """The metrics with learning curves, differences and variance shares; the first leads."""
 
 
+class Score(NamedTuple):
+    """A quantity of several runs: mean, lowest and highest."""
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Size:
-    """One model's runs of one fraction: their number, and the mean, lowest and highest of their scores."""
+    """One model's runs of one fraction."""
 
     model: str
     fraction: float
-    n: float
-    runs: int
-    mean: dict[str, float | None]
-    low: dict[str, float | None]
-    high: dict[str, float | None]
-    train_s: float
-    training_flops: float
+    runs: list[Run]
+
+    @property
+    def n(self) -> float:
+        """Mean number of training images: subsets of one fraction differ by a few."""
+        return float(np.mean([run.row["n_train"] for run in self.runs]))
+
+    @property
+    def training_flops(self) -> float:
+        """Mean floating point operations of a run's training."""
+        return float(np.mean([training_flops(run) for run in self.runs]))
+
+    def score(self, column: str) -> Score | None:
+        """A column of results.csv over the runs that have it; None if no run has it."""
+        known = [run.row[column] for run in self.runs if run.row.get(column) is not None]
+        return Score(float(np.mean(known)), min(known), max(known)) if known else None
 
 
 @dataclass
 class Analysis:
     """The numbers of a report. By metric, by model, or both; what could not be computed is missing and has a reason.
 
-    curves[metric][model]: `curves.learning_curve`. differences: `differences.model_differences` at `compared_at`, with
-    `p_holm` beside each p. variance[metric]: `variance.variance_shares`, or the reason for none as text. sizes: by
-    model and rising fraction. leakage: what `train.leakage` measured in the study's folder `leakage`.
+    sizes: by model and rising fraction. curves[metric][model]: `curves.learning_curve`. differences:
+    `differences.model_differences` at the fraction `compared_at`, with `p_holm` beside each p. variance[metric]:
+    `variance.variance_shares`, or the reason for none as text. leakage: what `train.leakage` measured in the study's
+    folder `leakage`.
     """
 
     study: Study
+    sizes: dict[str, list[Size]]
     curves: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     differences: list[dict[str, Any]] = field(default_factory=list)
     compared_at: float | None = None
     no_differences: str = ""
     variance: dict[str, dict[str, Any] | str] = field(default_factory=dict)
-    sizes: dict[str, list[Size]] = field(default_factory=dict)
     leakage: dict[str, Any] | None = None
+
+    @property
+    def best(self) -> Size:
+        """The model with the highest mean at its largest fraction."""
+        largest = [sizes[-1] for sizes in self.sizes.values()]
+        return max(largest, key=lambda size: score.value if (score := size.score(METRICS[0])) else 0.0)
+
+    def scores(self, model: str, column: str) -> list[tuple[Size, Score]]:
+        """The sizes of a model that have a column of results.csv, with its mean, lowest and highest value."""
+        return [(size, score) for size in self.sizes[model] if (score := size.score(column))]
 
 
 def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int], None] = lambda *_: None) -> Analysis:
@@ -56,7 +85,9 @@ def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int]
     from train.study.curves import learning_curves
     from train.study.variance import variance_shares
 
-    found = Analysis(study)
+    found = Analysis(study, {model: [] for model in study.models})
+    for (model, fraction), runs in groupby(study.runs, key=lambda run: (run.row["model"], run.row["fraction"])):
+        found.sizes[model].append(Size(model, fraction, list(runs)))
     steps = 2 * len(METRICS) + 1
     for number, metric in enumerate(METRICS):
         at("learning curves", 2 * number, steps)
@@ -69,7 +100,6 @@ def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int]
             found.variance[metric] = str(error)
     at("differences between models", steps - 1, steps)
     _compare(found, resamples)
-    found.sizes = {model: _sizes(study, model) for model in study.models}
     leakage = study.folder / LEAKAGE / RESULT
     found.leakage = read_json(leakage) if leakage.exists() else None
     return found
@@ -81,18 +111,16 @@ def _compare(found: Analysis, resamples: int) -> None:
 
     from train.metrics.differences import model_differences
 
-    study = found.study
-    by_fraction: dict[float, dict[str, dict[tuple[int, int], Run]]] = {}
-    for run in study.runs:
-        by_fraction.setdefault(run.row["fraction"], {}).setdefault(run.row["model"], {})[run.key] = run
-    if len(study.models) < 2:
+    if len(found.sizes) < 2:
         found.no_differences = "the study has one model"
         return
-    fraction = max(by_fraction, key=lambda f: (len(by_fraction[f]), f))
-    chosen = by_fraction[fraction]
-    tested = {m: {k: r.tested() for k, r in chosen[m].items()} for m in study.models if m in chosen}
+    by_fraction: dict[float, list[Size]] = {}
+    for sizes in found.sizes.values():
+        for size in sizes:
+            by_fraction.setdefault(size.fraction, []).append(size)
+    found.compared_at = max(by_fraction, key=lambda fraction: (len(by_fraction[fraction]), fraction))
+    tested = {size.model: {run.key: run.tested() for run in size.runs} for size in by_fraction[found.compared_at]}
     found.differences = model_differences(tested, metrics=METRICS, resamples=resamples)
-    found.compared_at = fraction
     if not found.differences:
         found.no_differences = "no two models were trained with the same seed on the same fraction"
     for metric in METRICS:
@@ -103,26 +131,10 @@ def _compare(found: Analysis, resamples: int) -> None:
                 cell["p_holm"] = p
 
 
-def _sizes(study: Study, model: str) -> list[Size]:
-    sizes = []
-    for fraction in sorted({run.row["fraction"] for run in study.of(model)}):
-        runs = study.of(model, fraction)
-        rows = [run.row for run in runs]
-        known = {m: [row[m] for row in rows if row[m] is not None] for m in METRICS}
-        sizes.append(
-            Size(
-                model=model,
-                fraction=fraction,
-                n=float(np.mean([row["n_train"] for row in rows])),
-                runs=len(rows),
-                mean={m: float(np.mean(v)) if v else None for m, v in known.items()},
-                low={m: min(v) if v else None for m, v in known.items()},
-                high={m: max(v) if v else None for m, v in known.items()},
-                train_s=float(np.mean([row["train_s"] for row in rows])),
-                training_flops=float(np.mean([training_flops(run) for run in runs])),
-            )
-        )
-    return sizes
+def significant(cell: dict[str, Any]) -> bool:
+    """Whether a difference is clear among all that were tested: p under 0.05 after Holm's correction."""
+    p = cell.get("p_holm")
+    return p is not None and p < 0.05
 
 
 def training_flops(run: Run) -> float:
@@ -169,42 +181,21 @@ def reliability(runs: list[Run], *, scaled: bool) -> list[dict[str, float]]:
     return found
 
 
-def recalls(study: Study, model: str, name: str) -> list[tuple[float, float, float, float]]:
-    """(training images, mean, lowest, highest recall of a class over the seeds) for each fraction of a model."""
-    found = []
-    for fraction in sorted({run.row["fraction"] for run in study.of(model)}):
-        runs = study.of(model, fraction)
-        values = [run.result["test"]["per_class"][name]["recall"]["value"] for run in runs]
-        values = [value for value in values if value is not None]
-        if values:
-            n = float(np.mean([run.row["n_train"] for run in runs]))
-            found.append((n, float(np.mean(values)), min(values), max(values)))
-    return found
-
-
-def best_model(found: Analysis, metric: str = METRICS[0]) -> str:
-    """The model with the highest mean at its largest fraction."""
-    return max(found.study.models, key=lambda model: found.sizes[model][-1].mean[metric] or 0.0)
-
-
 def mistakes(run: Run, count: int) -> list[dict[str, Any]]:
     """The wrong answers of a run on test images, most certain first: {"image_id", "true", "called", "probability"}."""
+    import pandas as pd
+
     table = run.predictions()
     test = table.loc[table["split"] == "test"]
-    classes = list(run.result["training_images_per_class"])
+    classes = np.array(list(run.result["training_images_per_class"]))
     shares = test[[f"prob_{name}" for name in classes]].to_numpy(dtype=np.float64)
-    labels = test["label"].to_numpy(dtype=np.int64)
-    called = shares.argmax(axis=1)
-    certainty = np.where(called == labels, -1.0, shares.max(axis=1))
-    order = np.argsort(-certainty, kind="stable")[:count]
-    ids = test["image_id"].tolist()
-    return [
+    found = pd.DataFrame(
         {
-            "image_id": ids[i],
-            "true": classes[labels[i]],
-            "called": classes[called[i]],
-            "probability": float(certainty[i]),
+            "image_id": test["image_id"].to_numpy(),
+            "true": classes[test["label"].to_numpy(dtype=np.int64)],
+            "called": classes[shares.argmax(axis=1)],
+            "probability": shares.max(axis=1),
         }
-        for i in order
-        if certainty[i] >= 0
-    ]
+    )
+    wrong = found.loc[found["true"] != found["called"]].sort_values(by="probability", ascending=False, kind="stable")
+    return wrong.head(count).to_dict("records")

@@ -1,5 +1,6 @@
 """How scores, differences and their intervals are written in texts, tables and charts."""
 
+from collections.abc import Callable
 from typing import Any
 
 NAMES = {
@@ -27,11 +28,15 @@ def points(metric: str, value: float | None) -> str:
     return f"{value:+.3f}" if "auc" in metric else f"{100 * value:+.1f} points"
 
 
-def between(metric: str, cell: dict[str, Any]) -> str:
-    """`61.2 % (58.0 % to 64.1 %)`, or without the interval where there is none."""
-    if cell["low"] is None or cell["high"] is None:
-        return score(metric, cell["value"])
-    return f"{score(metric, cell['value'])} ({score(metric, cell['low'])} to {score(metric, cell['high'])})"
+def between(metric: str, cell: dict[str, Any], *more: str, write: Callable[[str, float | None], str] = score) -> str:
+    """`61.2 % (58.0 % to 64.1 %)`; without the interval where there is none. write: `score` or `points`.
+
+    more: follows the interval in the parentheses, such as a p value.
+    """
+    known = cell["low"] is not None and cell["high"] is not None
+    ends = [f"{write(metric, cell['low'])} to {write(metric, cell['high'])}"] if known else []
+    inside = ", ".join([*ends, *more])
+    return write(metric, cell["value"]) + (f" ({inside})" if inside else "")
 
 
 def p_value(p: float | None) -> str:

@@ -88,14 +88,6 @@ class Study:
         others = [name for name in self.models if name not in EIGHT]
         return EIGHT.index(model) if model in EIGHT else len(EIGHT) + others.index(model)
 
-    def of(self, model: str, fraction: float | None = None) -> list[Run]:
-        """The runs of a model, of one fraction if given."""
-        return [r for r in self.runs if r.row["model"] == model and fraction in (None, r.row["fraction"])]
-
-    def largest(self, model: str) -> float:
-        """The largest fraction that a model was trained on."""
-        return max(run.row["fraction"] for run in self.of(model))
-
 
 def read(folder: Path) -> Study:
     """The study, the folder of run folders, or the single run in `folder`.

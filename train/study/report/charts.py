@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from train.study.analysis import METRICS, Analysis, Size, confusion, recalls, reliability
+from train.study.analysis import METRICS, Analysis, Score, Size, confusion, reliability, significant
 from train.study.numbers import NAMES, between, p_value, percent, points, score
 from train.study.report.picture import (
     LETTER,
@@ -16,19 +16,16 @@ from train.study.report.picture import (
     seconds,
     shares,
     short,
-    signed,
     styled,
 )
-from train.study.runs import Run
 
 TOGETHER = 3
 """Up to so many models share one learning-curve picture with bands; of more, each gets a picture of its own."""
 
-SMALL_PICTURE = {"size": (248.0, 186.0), "margins": (46.0, 10.0, 22.0, 34.0)}
+SMALL_PICTURE = (248.0, 186.0)
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The numbers behind a chart, for those who want them exactly or cannot see it."""
 
     head: Sequence[str]
@@ -37,9 +34,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the report. pictures: one or several beside each other. caption: what lines and markers mean.
+    """A chart of the report: one or several pictures beside each other, and their numbers.
 
-    legend: series and name of each, where the pictures do not name them. more: a second table.
+    caption: what lines and markers mean. more: a second table.
     """
 
     name: str
@@ -47,7 +44,6 @@ class Chart:
     pictures: Sequence[Picture]
     caption: str
     table: Table
-    legend: Sequence[tuple[int, str]] = ()
     more: Table | None = None
 
 
@@ -66,14 +62,27 @@ def _label(metric: str) -> Callable[[float], str]:
     return plain if "auc" in metric else shares
 
 
-def _models(found: Analysis) -> list[tuple[int, str]]:
-    """Series and name of each model; nothing to tell apart with one."""
-    models = found.study.models
-    return [(found.study.series(model), model) for model in models] if len(models) > 1 else []
-
-
 def _images(n: float) -> str:
     return f"{n:,.0f}"
+
+
+def _legend(one: Picture, found: Analysis, models: Sequence[str]) -> None:
+    """The names of the models; nothing to tell apart with one."""
+    if len(models) > 1:
+        one.legend([(found.study.series(model), model) for model in models])
+
+
+def _means(
+    one: Picture, found: Analysis, model: str, column: str, x: Callable[[Size], float], *, bars: bool = True
+) -> list[tuple[Size, Score]]:
+    """Draw a model's means of a column over its sizes: a line, markers, and bars that span the seeds. Returns them."""
+    series, known = found.study.series(model), found.scores(model, column)
+    one.line([x(size) for size, _ in known], [of.value for _, of in known], series, linewidth=1.2)
+    for size, of in known:
+        if bars and of.high > of.low:
+            one.interval(of.low, of.high, x(size), colour(series))
+        one.point(x(size), of.value, series, f"{model}, {_images(size.n)} images: {score(column, of.value)}", size=4)
+    return known
 
 
 # ------------------------------------------------------------------ learning curves
@@ -81,57 +90,44 @@ def _images(n: float) -> str:
 
 def learning_curves(found: Analysis, metric: str) -> Chart:
     """Score against training images: every run a point, the fitted curve a line, its 95 % interval a band."""
-    study, curves = found.study, found.curves[metric]
-    models = [model for model in study.models if model in curves]
-    single = all(size.runs == 1 for model in models for size in found.sizes[model])
+    curves, name = found.curves[metric], NAMES[metric]
+    models = [model for model in found.study.models if model in curves]
+    single = all(len(size.runs) == 1 for model in models for size in found.sizes[model])
     alone = len(models) > TOGETHER
-    name = NAMES[metric]
     drawn = []
     if alone:
-        room: dict[str, Any] = {"size": (320, 230), "margins": (46, _beside(models), 22, 34)}
-        one = Picture(f"curve-{metric}", f"{name} of all models by training images", **room, wide=True)
-        _curve_axes(one, found, metric, models, single=single, narrow=True)
-        one.heading("means of all models")
-        drawn.append(one)
+        one = _curve_picture(found, metric, f"curve-{metric}", models, single=single, size=(330, 230), wide=True)
+        one.axes.set_title("means of all models")
         for model in models:
-            _means(one, found, metric, model)
-        _names_at_end(one, found, metric, models)
-        one.alt = " ".join(_curve_words(found, metric, model) for model in models)
+            _means(one, found, model, metric, lambda size: size.n, bars=False)
+        _legend(one, found, models)
+        drawn.append(one)
     for group in [[model] for model in models] if alone else [models]:
-        more: dict[str, Any] = SMALL_PICTURE if alone else {}
-        if len(group) > 1:
-            more = {"size": (320, 220), "margins": (46, _beside(group), 12, 34)}
-        one = Picture(f"curve-{metric}-{group[0]}", f"{name} of {', '.join(group)} by training images", **more)
-        _curve_axes(one, found, metric, models, single=single, narrow=alone)
+        size = SMALL_PICTURE if alone else (330.0, 225.0)
+        one = _curve_picture(found, metric, f"curve-{metric}-{group[0]}", group, single=single, size=size)
+        if alone:
+            one.axes.set_title(group[0])
         if any(curves[model]["band"] and not curves[model]["doubts"] for model in group):
             measured = max(curves[model]["curve"]["n_max"] for model in group)
             style = {"color": LIGHT["line"], "alpha": 0.4, "linewidth": 0, "clip_on": False}
             one.axes.axvspan(measured, one.axes.get_xlim()[1], gid=one.mark("beyond"), **style)
-        for other in models if alone else []:
-            if other not in group:
-                _means(one, found, metric, other, color=LIGHT["muted"], alpha=0.35, linewidth=0.8, linestyle="-")
+        for other in [model for model in models if model not in group]:
+            known = found.scores(other, metric)
+            style = {"color": LIGHT["muted"], "alpha": 0.35, "linewidth": 0.8, "linestyle": "-"}
+            one.line([size.n for size, _ in known], [mean.value for _, mean in known], 0, **style)
         for model in group:
             _curve(one, found, metric, model, patients=len(group) == 1, bars=single)
-        if len(group) > 1:
-            _names_at_end(one, found, metric, group)
-        elif alone:
-            one.heading(group[0])
-        one.alt = " ".join(_curve_words(found, metric, model) for model in group)
+        _legend(one, found, group)
         drawn.append(one)
     rows = [
-        [model, _images(size.n), str(size.runs), *(score(metric, v[metric]) for v in (size.mean, size.low, size.high))]
+        [model, _images(size.n), str(len(size.runs)), *(score(metric, v) for v in size.score(metric) or [None] * 3)]
         for model in models
         for size in found.sizes[model]
     ]
     table = Table(("model", "training images", "runs", "mean", "lowest", "highest"), rows)
-    return Chart(
-        f"curves-{metric}",
-        f"{name[0].upper()}{name[1:]} against training images",
-        drawn,
-        _curve_caption([curves[model] for model in models], alone=alone, single=single),
-        table,
-        more=_curve_table(found, metric, models),
-    )
+    caption = _curve_caption([curves[model] for model in models], alone=alone, single=single)
+    title = f"{name[0].upper()}{name[1:]} against training images"
+    return Chart(f"curves-{metric}", title, drawn, caption, table, _curve_table(found, metric, models))
 
 
 def _curve_caption(curves: Sequence[dict[str, Any]], *, alone: bool, single: bool) -> str:
@@ -154,17 +150,16 @@ def _curve_caption(curves: Sequence[dict[str, Any]], *, alone: bool, single: boo
     return " ".join(lines)
 
 
-def _curve_axes(
-    one: Picture, found: Analysis, metric: str, models: Sequence[str], *, single: bool, narrow: bool = False
-) -> None:
-    """The axes of a learning curve, the same for all pictures of a metric."""
-    curves = [found.curves[metric][model] for model in models]
+def _curve_picture(
+    found: Analysis, metric: str, name: str, group: Sequence[str], *, single: bool, **more: Any
+) -> Picture:
+    """A picture of these models' scores, with words and axes; the axes are the same for all pictures of a metric."""
+    one = Picture(name, f"{NAMES[metric]} of {', '.join(group)} by training images", **more)
+    curves = found.curves[metric].values()
     values = [p["value"] for curve in curves for p in curve["points"]]
     if single:
-        rows = [row for row in found.study.table.to_dict("records") if row[metric] == row[metric]]
-        values += [
-            row[f"{metric}_{end}"] for row in rows for end in ("low", "high") if row[f"{metric}_{end}"] is not None
-        ]
+        ends = [run.row[f"{metric}_{end}"] for run in found.study.runs for end in ("low", "high")]
+        values += [end for end in ends if end is not None]
     bands = [b for curve in curves for b in curve["band"]]
     ends = [b[key] for b in bands for key in ("low", "high") if b["high"] - b["low"] < 0.5]
     # A band may be very wide where little is known; the points must stay readable.
@@ -172,32 +167,15 @@ def _curve_axes(
     low = max(min(values) - spread, min([*values, *ends]))
     high = min(max(values) + spread, max([*values, *ends]))
     one.linear("y", low, high, _label(metric), limits=(0.0, 1.0))
-    sizes = sorted({size.n for model in models for size in found.sizes[model]})
-    one.logarithmic(min(sizes), max([*sizes, *(b["n"] for b in bands)]), _images, at=_ticks(sizes, narrow))
-    one.labels("training images", NAMES[metric])
-
-
-def _ticks(sizes: Sequence[float], narrow: bool) -> list[float]:
-    """One tick a size, sizes that nearly agree taken as one; every other one, or none, where there are too many."""
-    found: list[float] = []
-    for size in sizes:
-        if not found or size > 1.3 * found[-1]:
-            found.append(size)
-    found = found[::-1][::2][::-1] if len(found) > (4 if narrow else 7) else found
-    return found if len(found) <= 8 else []
-
-
-def _known(found: Analysis, metric: str, model: str) -> list[Size]:
-    return [size for size in found.sizes[model] if size.mean[metric] is not None]
-
-
-def _means(one: Picture, found: Analysis, metric: str, model: str, **more: Any) -> None:
-    known = _known(found, metric, model)
-    means = [size.mean[metric] or 0.0 for size in known]
-    series = found.study.series(model)
-    one.line([size.n for size in known], means, series, **more)
-    for size, mean in zip(known, means, strict=True) if not more else []:
-        one.point(size.n, mean, series, f"{model}, {_images(size.n)} images: {score(metric, mean)}", size=4)
+    sizes = [size.n for model in found.curves[metric] for size in found.sizes[model]]
+    one.logarithmic(min(sizes), max([*sizes, *(b["n"] for b in bands)]))
+    one.axes.set(xlabel="training images", ylabel=NAMES[metric])
+    for model in group:
+        known = [
+            f"{score(metric, mean.value)} with {_images(size.n)} images" for size, mean in found.scores(model, metric)
+        ]
+        one.said.append(f"{model}: from {known[0]} to {known[-1]}." if len(known) > 1 else f"{model}: {known[0]}.")
+    return one
 
 
 def _curve(one: Picture, found: Analysis, metric: str, model: str, *, patients: bool, bars: bool) -> None:
@@ -210,43 +188,15 @@ def _curve(one: Picture, found: Analysis, metric: str, model: str, *, patients: 
         one.band(n, [b["low"] for b in band], [b["high"] for b in band], series, 0.22)
         one.line(n, [b["value"] for b in band], series)
     else:
-        known = _known(found, metric, model)
-        one.line([size.n for size in known], [size.mean[metric] or 0.0 for size in known], series)
-    for run in found.study.of(model) if bars else []:
+        known = found.scores(model, metric)
+        one.line([size.n for size, _ in known], [mean.value for _, mean in known], series)
+    for run in found.study.runs if bars else []:
         row = run.row
-        if row[metric] is not None and row[f"{metric}_low"] is not None:
+        if row["model"] == model and row[metric] is not None and row[f"{metric}_low"] is not None:
             one.interval(row[f"{metric}_low"], row[f"{metric}_high"], row["n_train"], colour(series))
     for p in curve["points"]:
         words = f"{model}, {_images(p['n'])} images, seed {p['seed']}: {score(metric, p['value'])}"
         one.point(p["n"], p["value"], series, words, size=4.5)
-
-
-def _beside(names: Sequence[str]) -> float:
-    """Room for names right of the axes, points."""
-    return 14 + LETTER * max(map(len, names))
-
-
-def _names_at_end(one: Picture, found: Analysis, metric: str, models: Sequence[str]) -> None:
-    """The models' names beside the ends of their lines."""
-    ends = []
-    for model in models:
-        curve, known = found.curves[metric][model], _known(found, metric, model)
-        band = curve["band"] if len(models) <= TOGETHER else []
-        ends.append((model, band[-1]["value"] if band else known[-1].mean[metric], found.study.series(model)))
-    one.at_end(ends)
-
-
-def _curve_words(found: Analysis, metric: str, model: str) -> str:
-    known = _known(found, metric, model)
-    if not known:
-        return f"{model}: undefined."
-    first, last = known[0], known[-1]
-    if len(known) == 1:
-        return f"{model}: {score(metric, last.mean[metric])} with {_images(last.n)} images."
-    return (
-        f"{model}: from {score(metric, first.mean[metric])} with {_images(first.n)} images "
-        f"to {score(metric, last.mean[metric])} with {_images(last.n)}."
-    )
 
 
 def _curve_table(found: Analysis, metric: str, models: Sequence[str]) -> Table:
@@ -277,87 +227,52 @@ def _curve_table(found: Analysis, metric: str, models: Sequence[str]) -> Table:
 
 def cost(found: Analysis, metric: str = METRICS[0]) -> Chart | None:
     """Score against training time and against the arithmetic of training, one marker a model and fraction."""
-    if not any(_known(found, metric, model) for model in found.sizes):
+    known = [scored for model in found.sizes for scored in found.scores(model, metric)]
+    if not known:
         return None
-    drawn = [
-        _cost(found, metric, "cost-time", "training time of one run", seconds, lambda size: size.train_s),
-        _cost(found, metric, "cost-flops", "training FLOPs of one run", short, lambda size: size.training_flops),
-    ]
+    drawn = []
+    for name, what, unit, write, of in (
+        ("cost-time", "training time of one run", ", seconds", seconds, _train_s),
+        ("cost-flops", "training FLOPs of one run", "", short, lambda size: size.training_flops),
+    ):
+        one = Picture(name, f"{NAMES[metric]} against {what}")
+        one.linear("y", min(s.low for _, s in known), max(s.high for _, s in known), _label(metric), limits=(0.0, 1.0))
+        one.logarithmic(min(of(size) for size, _ in known), max(of(size) for size, _ in known))
+        one.axes.set(xlabel=what + unit, ylabel=NAMES[metric])
+        for model in found.sizes:
+            for size, mean in _means(one, found, model, metric, of)[-1:]:
+                one.said.append(f"{model}: {score(metric, mean.value)} for {write(of(size))}.")
+        _legend(one, found, found.study.models)
+        drawn.append(one)
     caption = (
         "Each marker is the mean of one model's runs on one fraction. Bars span the seeds. Lines join the fractions of "
         "a model from small to large. Times are measured. FLOPs are three forward passes for each image seen, at the "
         "size it was seen at; they do not depend on the machine. Better is up and to the left."
     )
     rows = [
-        [s.model, _images(s.n), score(metric, s.mean[metric]), seconds(s.train_s), short(s.training_flops)]
-        for model in found.sizes
-        for s in _known(found, metric, model)
+        [size.model, _images(size.n), score(metric, mean.value), seconds(_train_s(size)), short(size.training_flops)]
+        for size, mean in known
     ]
     table = Table(("model", "training images", "mean", "training time", "training FLOPs"), rows)
-    return Chart("cost", "Accuracy against cost", drawn, caption, table, _models(found))
+    return Chart("cost", "Accuracy against cost", drawn, caption, table)
 
 
-TIMES = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000)
-"""Round durations for an axis, seconds."""
-
-
-def _cost(
-    found: Analysis, metric: str, name: str, what: str, label: Callable[[float], str], of: Callable[[Size], float]
-) -> Picture:
-    sizes = [size for model in found.sizes for size in _known(found, metric, model)]
-    costs = [max(of(size), 1e-9) for size in sizes]
-    one = Picture(name, f"{NAMES[metric]} against {what}")
-    low, high = min(size.low[metric] or 0.0 for size in sizes), max(size.high[metric] or 0.0 for size in sizes)
-    one.linear("y", low, high, _label(metric), limits=(0.0, 1.0))
-    round_times = [t for t in TIMES if min(costs) <= t <= max(costs)] if label is seconds else []
-    one.logarithmic(min(costs), max(costs), label, at=round_times if len(round_times) > 1 else [])
-    one.labels(what, NAMES[metric])
-    words = []
-    for model in found.sizes:
-        series, known = found.study.series(model), _known(found, metric, model)
-        if not known:
-            continue
-        at = [max(of(size), 1e-9) for size in known]
-        one.line(at, [size.mean[metric] or 0.0 for size in known], series, linewidth=1.2)
-        for x, size in zip(at, known, strict=True):
-            mean = size.mean[metric] or 0.0
-            if size.runs > 1:
-                one.interval(size.low[metric] or 0.0, size.high[metric] or 0.0, x, colour(series))
-            one.point(x, mean, series, f"{model}, {_images(size.n)} images: {score(metric, mean)}")
-        words.append(f"{model}: {score(metric, known[-1].mean[metric])} for {label(of(known[-1]))}.")
-    one.alt = " ".join(words)
-    return one
+def _train_s(size: Size) -> float:
+    """Mean training time; above 0, for a logarithmic axis."""
+    spent = size.score("train_s")
+    return max(spent.value if spent else 0.0, 1e-9)
 
 
 # ------------------------------------------------------------------ rows: differences, shares, leakage, speed
 
 
-def _rows(
-    name: str, title: str, labels: Sequence[str], what: str, *, step: float = 17.0, right: float = 16.0
-) -> Picture:
+def _rows(name: str, title: str, labels: Sequence[str], what: str, *, step: float = 24.0) -> Picture:
     """A picture of one row a label, with a grid along x alone. The axis of x is set by the caller."""
-    left = 12 + LETTER * max(len(label) for label in labels)
-    size = (left + max(330 - left, 215), step * len(labels) + 46)
-    one = Picture(name, title, size=size, margins=(left, right, 8, 38))
+    size = (max(330, 227 + LETTER * max(len(label) for label in labels)), step * len(labels) + 46)
+    one = Picture(name, title, size=size)
     one.rows(labels)
-    one.labels(what)
+    one.axes.set_xlabel(what)
     return one
-
-
-def _gap(one: Picture, metric: str, row: int, name: str, gap: dict[str, Any], **more: Any) -> str:
-    """Draw a difference with its interval in a row; the difference in words."""
-    words = points(metric, gap["value"])
-    if gap["low"] is not None and gap["high"] is not None:
-        words += f" ({points(metric, gap['low'])} to {points(metric, gap['high'])})"
-        one.interval(gap["low"], gap["high"], row, more.get("markeredgecolor", colour(0)), across=True)
-    one.point(gap["value"], row, 0, f"{name}: {words}", **more)
-    return words
-
-
-def _gap_axis(one: Picture, metric: str, gaps: Sequence[dict[str, Any]]) -> None:
-    ends = [0.0, *(v for gap in gaps for v in gap.values() if v is not None)]
-    one.linear("x", min(ends), max(ends), lambda v: signed(v if "auc" in metric else 100 * v))
-    one.axes.axvline(0.0, color=LIGHT["muted"], linewidth=1.0, clip_on=False)
 
 
 OPEN = {
@@ -366,37 +281,48 @@ OPEN = {
 """The marker of a difference that is not clear."""
 
 
-def significant(cell: dict[str, Any]) -> bool:
-    """Whether a difference is clear among all that were tested: p under 0.05 after Holm's correction."""
-    p = cell.get("p_holm")
-    return p is not None and p < 0.05
+def _gaps(
+    name: str, title: str, what: str, metric: str, rows: Sequence[tuple[str, dict[str, Any], str, dict[str, Any]]]
+) -> Picture:
+    """Differences with their intervals, a row each: (name, difference, p in words or nothing, style of the marker)."""
+    one = _rows(name, title, [row[0] for row in rows], what if "auc" in metric else f"{what}, points", step=18)
+    ends = [0.0, *(v for _, gap, *_ in rows for v in gap.values() if v is not None)]
+    one.linear("x", min(ends), max(ends), plain if "auc" in metric else lambda v: plain(100 * v))
+    one.axes.axvline(0.0, color=LIGHT["muted"], linewidth=1.0, clip_on=False)
+    for at, (label, gap, p, style) in enumerate(rows):
+        words = f"{label}: {between(metric, gap, write=points)}"
+        if gap["low"] is not None and gap["high"] is not None:
+            one.interval(gap["low"], gap["high"], at, style.get("markeredgecolor", colour(0)), across=True)
+        one.point(gap["value"], at, 0, words, **style)
+        one.said.append(f"{words}{p}.")
+    return one
 
 
 def differences(found: Analysis, metric: str) -> Chart | None:
     """Differences between every two models with their intervals, a row each; None where there are none."""
-    pairs = [p for p in found.differences if p["metrics"][metric]["difference"]["value"] is not None]
-    if not pairs:
+    known = [
+        (f"{pair['first']} − {pair['second']}", pair["metrics"][metric])
+        for pair in found.differences
+        if pair["metrics"][metric]["difference"]["value"] is not None
+    ]
+    if not known:
         return None
-    cells = [pair["metrics"][metric] for pair in pairs]
-    names = [f"{pair['first']} − {pair['second']}" for pair in pairs]
-    unit = "" if "auc" in metric else ", points"
+    cells = [cell for _, cell in known]
     title = f"Differences in {NAMES[metric]}"
-    one = _rows(f"forest-{metric}", f"{title} between models", names, f"difference in {NAMES[metric]}{unit}")
-    _gap_axis(one, metric, [cell["difference"] for cell in cells])
-    words, rows = [], []
-    for row, (name, cell) in enumerate(zip(names, cells, strict=True)):
-        clear = significant(cell)
-        gap = _gap(one, metric, row, name, cell["difference"], **({"marker": "s"} if clear else OPEN))
-        words.append(f"{name}: {gap}, p {p_value(cell.get('p_holm'))}.")
-        rows.append([name, gap, p_value(cell["p"]), p_value(cell.get("p_holm")), str(cell["runs"])])
-    one.alt = " ".join(words)
+    gaps, rows = [], []
+    for name, cell in known:
+        p, gap = p_value(cell.get("p_holm")), cell["difference"]
+        gaps.append((name, gap, f", p {p}", {"marker": "s"} if significant(cell) else OPEN))
+        rows.append([name, between(metric, gap, write=points), p_value(cell["p"]), p, str(cell["runs"])])
+    one = _gaps(f"forest-{metric}", f"{title} between models", f"difference in {NAMES[metric]}", metric, gaps)
+    seeds = all(cell["includes_seeds"] for cell in cells)
     lines = [
         f"First model minus second on the same test lesions, with {100 * (found.compared_at or 1.0):.3g} % of the "
-        "training lesions. Bars are 95 % intervals from a paired bootstrap over lesions"
-        + (", with the spread of the seeds." if all(cell["includes_seeds"] for cell in cells) else "."),
+        f"training lesions. Bars are 95 % intervals from a paired bootstrap over lesions"
+        f"{', with the spread of the seeds' if seeds else ''}.",
         "Filled squares: p under 0.05 after Holm's correction for all pairs. Open circles: no clear difference.",
     ]
-    if not all(cell["includes_seeds"] for cell in cells):
+    if not seeds:
         lines.append("With one seed the intervals are for these trained networks only.")
     lines += [f"Note: {note}." for note in dict.fromkeys(cell["note"] for cell in cells) if note]
     table = Table(("models", "difference (95 %)", "p", "p, Holm", "pairs of runs"), rows)
@@ -411,22 +337,21 @@ def variance(found: Analysis) -> Chart | None:
     drawn, rows, notes = [], [], []
     for metric, parts in known.items():
         cells = {source: cell for source, cell in parts["shares"].items() if cell["value"] is not None}
-        one = _rows(
-            f"variance-{metric}", f"What {NAMES[metric]} depends on", list(cells),
-            f"share of the variance of {NAMES[metric]}", step=24, right=40,
-        )  # fmt: skip
+        what = f"share of the variance of {NAMES[metric]}"
+        one = _rows(f"variance-{metric}", f"What {NAMES[metric]} depends on", list(cells), what)
         one.linear("x", 0.0, 1.0, shares, limits=(0.0, 1.0))
         for row, (source, cell) in enumerate(cells.items()):
+            words = between("share", cell)
             style = {"color": colour(0), "alpha": 0.5, "clip_on": False}
-            one.axes.barh(row, cell["value"], 0.62, gid=one.mark("box", f"{source}: {between('share', cell)}"), **style)
+            one.axes.barh(row, cell["value"], 0.62, gid=one.mark("box", f"{source}: {words}"), **style)
             if cell["low"] is not None:
                 one.interval(cell["low"], cell["high"], row, LIGHT["ink"], across=True)
             end = max(cell["value"], cell["high"] or 0.0)
             one.axes.annotate(
                 percent(cell["value"], 0), (end, row), (5, 0), textcoords="offset points", va="center", fontsize=SMALL
             )
-            rows.append([NAMES[metric], source, between("share", cell)])
-        one.alt = "; ".join(f"{source} {between('share', cell)}" for source, cell in cells.items()) + "."
+            rows.append([NAMES[metric], source, words])
+            one.said.append(f"{source}: {words}.")
         notes += [f"{NAMES[metric]}: {note}" for note in parts["notes"]]
         drawn.append(one)
     caption = (
@@ -447,26 +372,20 @@ def leakage(found: Analysis) -> Chart | None:
     result = found.leakage
     if result is None:
         return None
-    groups = {name: words for name, words in GROUPS.items() if result[name] is not None}
     drawn, rows = [], []
     for metric in ("balanced_accuracy", "accuracy"):
-        cells = [result[name][metric] for name in groups]
         what = NAMES.get(metric, metric)
-        one = _rows(
-            f"leakage-{metric}", f"Gain in {what} from a split by image", list(groups.values()),
-            f"gain in {what}, points", step=24,
-        )  # fmt: skip
-        _gap_axis(one, metric, [cell["difference"] for cell in cells])
-        words = []
-        for row, ((group, name), cell) in enumerate(zip(groups.items(), cells, strict=True)):
-            if cell["difference"]["value"] is None:
-                continue
-            gap = _gap(one, metric, row, name, cell["difference"])
-            words.append(f"{name}: {gap}.")
+        cells = {group: result[group][metric] for group in GROUPS if result[group] is not None}
+        cells = {group: cell for group, cell in cells.items() if cell["difference"]["value"] is not None}
+        if not cells:
+            continue
+        gaps = [(GROUPS[group], cell["difference"], "", {}) for group, cell in cells.items()]
+        title = f"Gain in {what} from a split by image"
+        drawn.append(_gaps(f"leakage-{metric}", title, f"gain in {what}", metric, gaps))
+        for group, cell in cells.items():
             sides = [percent(cell["first"]), percent(cell["second"])]
-            rows.append([name, what, str(result["test_images"][group]), *sides, gap])
-        one.alt = " ".join(words) or "Undefined."
-        drawn.append(one)
+            gap = between(metric, cell["difference"], write=points)
+            rows.append([GROUPS[group], what, str(result["test_images"][group]), *sides, gap])
     lesions = result["training_lesions"]
     caption = (
         f"{result['model']} was trained {len(result['seeds'])} × on each of two sets of {result['training_images']:,} "
@@ -477,34 +396,29 @@ def leakage(found: Analysis) -> Chart | None:
         "difference there comes from the networks."
     )
     head = ("test images", "metric", "images", "with views", "without", "gain (95 %)")
-    return Chart("leakage", "What a split by image gains falsely", drawn, caption, Table(head, rows))
+    return Chart("leakage", "What a split by image gains falsely", drawn, caption, Table(head, rows)) if drawn else None
 
 
 def speed(found: Analysis) -> Chart:
     """Images per second and the share of time spent waiting for data, one marker a cell, a row a model."""
-    study = found.study
-    rows = [run.row for run in study.runs]
-    rates = [max(row["img_per_s"], 1e-9) for row in rows]
-    rate = _rows("speed-rate", "Training speed of each cell", study.models, "images per second in training", step=24)
-    rate.logarithmic(min(rates), max(rates), short)
-    what = "training time spent waiting for data"
-    wait = _rows("speed-wait", "Share of training time spent waiting for data", study.models, what, step=24)
+    models, rows = found.study.models, [run.row for run in found.study.runs]
+    waiting = "training time spent waiting for data"
+    rate = _rows("speed-rate", "Training speed of each cell", models, "images per second in training")
+    rate.logarithmic(*(max(end(row["img_per_s"] for row in rows), 1e-9) for end in (min, max)))
+    wait = _rows("speed-wait", f"Share of {waiting}", models, waiting)
     wait.linear("x", 0.0, max(0.02, *(row["data_wait_fraction"] for row in rows)), shares, limits=(0.0, 1.0))
-    words: dict[str, list[str]] = {"rate": [], "wait": []}
-    for line, model in enumerate(study.models):
-        mine = [row for row in rows if row["model"] == model]
-        for i, row in enumerate(mine):
-            at = line + (((i * 0.618) % 1.0) - 0.5) * 0.5  # spread, so that equal values stay apart
-            name = f"{model}, {row['n_train']:,} images, seed {row['seed']}"
-            for one, value, text in (
-                (rate, max(row["img_per_s"], 1e-9), f"{row['img_per_s']:.1f} img/s"),
-                (wait, row["data_wait_fraction"], percent(row["data_wait_fraction"])),
-            ):
-                one.point(value, at, study.series(model), f"{name}: {text}", size=4, alpha=0.8)
-        speeds, waits = [row["img_per_s"] for row in mine], [row["data_wait_fraction"] for row in mine]
-        words["rate"].append(f"{model}: {min(speeds):.0f} to {max(speeds):.0f} images per second.")
-        words["wait"].append(f"{model}: {percent(min(waits))} to {percent(max(waits))}.")
-    rate.alt, wait.alt = " ".join(words["rate"]), " ".join(words["wait"])
+    for one, key, write in (
+        (rate, "img_per_s", lambda value: f"{value:.1f} img/s"),
+        (wait, "data_wait_fraction", percent),
+    ):
+        for line, model in enumerate(models):
+            mine = [row for row in rows if row["model"] == model]
+            for i, row in enumerate(mine):
+                at = line + (((i * 0.618) % 1.0) - 0.5) * 0.5  # spread, so that equal values stay apart
+                words = f"{model}, {row['n_train']:,} images, seed {row['seed']}: {write(row[key])}"
+                one.point(max(row[key], 1e-9), at, found.study.series(model), words, size=4, alpha=0.8)
+            values = [row[key] for row in mine]
+            one.said.append(f"{model}: {write(min(values))} to {write(max(values))}.")
     caption = (
         "One marker is one cell. Speed is that of training alone, without compiling and evaluation. Waiting is time in "
         "which the training loop had no batch to work on."
@@ -533,21 +447,16 @@ def speed(found: Analysis) -> Chart:
 def confusions(found: Analysis) -> Chart:
     """One matrix a model at its largest fraction, rows true classes, shares of the row written in the cells."""
     drawn, rows = [], []
-    for model in found.study.models:
-        fraction = found.study.largest(model)
-        classes, counts = confusion(found.study.of(model, fraction))
+    for model, sizes in found.sizes.items():
+        classes, counts = confusion(sizes[-1].runs)
         side = 25.0 * len(classes)
-        left = 18 + LETTER * max(map(len, classes))
-        title = f"{model}: true and predicted classes, {100 * fraction:.3g} % of the training lesions"
-        one = Picture(f"confusion-{model}", title, size=(left + side + 8, side + 46), margins=(left, 8, 40, 6))
-        ticks = [i + 0.5 for i in range(len(classes))]
-        one.axes.set(xlim=(0, len(classes)), ylim=(len(classes), 0))
-        one.axes.set_xticks(ticks, classes, color=LIGHT["ink"])
-        one.axes.set_yticks(ticks, classes, color=LIGHT["ink"])
+        title = f"{model}: true and predicted classes, {100 * sizes[-1].fraction:.3g} % of the training lesions"
+        one = Picture(f"confusion-{model}", title, size=(side + 53, side + 46))
+        one.axes.set(xlim=(-0.5, len(classes) - 0.5), title=model)
+        one.rows(classes)
+        one.axes.set_xticks(range(len(classes)), classes, color=LIGHT["ink"])
         one.axes.xaxis.tick_top()
         one.axes.spines["bottom"].set_visible(False)
-        one.heading(model, pad=18)
-        words = []
         for i, true in enumerate(classes):
             total = counts[i].sum()
             for j, predicted in enumerate(classes):
@@ -556,8 +465,7 @@ def confusions(found: Analysis) -> Chart:
                 if counts[i, j]:
                     _confusion_cell(one, i, j, share, f"{true} classified as {predicted}: {counts[i, j]} of {total}")
             if total:
-                words.append(f"{true} {100 * counts[i, i] / total:.0f} % right")
-        one.alt = ", ".join(words) + "."
+                one.said.append(f"{true}: {100 * counts[i, i] / total:.0f} % right.")
         drawn.append(one)
     caption = (
         "Rows are the true classes, columns the predicted ones. Numbers are percent of the row, summed over the seeds, "
@@ -568,12 +476,10 @@ def confusions(found: Analysis) -> Chart:
 
 
 def _confusion_cell(one: Picture, i: int, j: int, share: float, words: str) -> None:
-    gid = one.mark("heat", words)
-    one.axes.barh(
-        i + 0.5, 0.96, 0.96, left=j + 0.02, color=colour(0), alpha=round(share, 3), linewidth=0, gid=gid, clip_on=False
-    )
+    style: dict[str, Any] = {"color": colour(0), "alpha": round(share, 3), "linewidth": 0, "clip_on": False}
+    one.axes.barh(i, 0.96, 0.96, left=j - 0.48, gid=one.mark("heat", words), **style)
     ink = LIGHT["page"] if share > 0.5 else LIGHT["ink"] if i == j or share > 0.2 else LIGHT["muted"]
-    one.axes.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", color=ink, ha="center", va="center", fontsize=SMALL)
+    one.axes.text(j, i, f"{100 * share:.0f}", color=ink, ha="center", va="center", fontsize=SMALL)
 
 
 def class_recalls(found: Analysis) -> Chart:
@@ -584,31 +490,25 @@ def class_recalls(found: Analysis) -> Chart:
     for name, cell in study.runs[0].result["test"]["per_class"].items():
         if not cell["images"]:
             continue
-        one = Picture(f"recall-{name}", f"Recall of {name} by training images", **SMALL_PICTURE)
-        one.linear("y", 0.0, 1.0, shares, limits=(0.0, 1.0), ticks=4)
-        one.logarithmic(min(sizes), max(sizes), short)
-        one.labels("training images", f"recall of {name}")
+        one = Picture(f"recall-{name}", f"Recall of {name} by training images", size=SMALL_PICTURE)
+        one.linear("y", 0.0, 1.0, shares, limits=(0.0, 1.0))
+        one.logarithmic(min(sizes), max(sizes))
         lesions = "" if cell["lesions"] is None else f", {cell['lesions']} lesions"
-        one.heading(f"{name}: {cell['images']} test images{lesions}")
-        words = []
+        title = f"{name}: {cell['images']} test images{lesions}"
+        one.axes.set(xlabel="training images", ylabel=f"recall of {name}", title=title)
         for model in study.models:
-            series, known = study.series(model), recalls(study, model, name)
-            if known:
-                one.line([n for n, *_ in known], [mean for _, mean, *_ in known], series, linewidth=1.2)
-                words.append(f"{model}: {percent(known[-1][1])} with {_images(known[-1][0])} images.")
-            for n, mean, low, high in known:
-                if high > low:
-                    one.interval(low, high, n, colour(series))
-                one.point(n, mean, series, f"{model}, {_images(n)} images: {percent(mean)}", size=4)
-                rows.append([name, model, _images(n), percent(mean), percent(low), percent(high)])
-        one.alt = " ".join(words) or "Undefined."
+            known = _means(one, found, model, f"recall_{name}", lambda size: size.n)
+            rows += [[name, model, _images(size.n), *map(percent, recall)] for size, recall in known]
+            for size, recall in known[-1:]:
+                one.said.append(f"{model}: {percent(recall.value)} with {_images(size.n)} images.")
+        _legend(one, found, study.models)
         drawn.append(one)
     caption = (
         "Means over the seeds; bars span the seeds. The recall of a class with few test lesions moves in large steps. "
         "Its intervals are in results.csv."
     )
     table = Table(("class", "model", "training images", "mean recall", "lowest", "highest"), rows)
-    return Chart("recall", "Recall of each class by fraction", drawn, caption, table, _models(found))
+    return Chart("recall", "Recall of each class by fraction", drawn, caption, table)
 
 
 SCALED = ("as trained", "after temperature scaling")
@@ -617,19 +517,17 @@ SCALED = ("as trained", "after temperature scaling")
 def calibration(found: Analysis) -> Chart | None:
     """Accuracy against confidence for each model's largest fraction, before and after temperature scaling."""
     drawn, rows = [], []
-    for model in found.study.models:
-        runs = found.study.of(model, found.study.largest(model))
-        tables = [reliability(runs, scaled=False), reliability(runs, scaled=True)]
+    for model, sizes in found.sizes.items():
+        tables = [reliability(sizes[-1].runs, scaled=scaled) for scaled in (False, True)]
         if not tables[0]:
             continue
-        before = [run.row["expected_calibration_error"] for run in runs]
-        after = [run.row.get("expected_calibration_error_scaled") for run in runs]
-        one = Picture(f"reliability-{model}", f"Reliability of {model}", size=(252, 230), margins=(46, 18, 22, 34))
-        one.alt = f"Calibration error {_mean(before)}, after temperature scaling {_mean(after)}."
+        one = Picture(f"reliability-{model}", f"Reliability of {model}", size=(252, 236))
+        errors = [sizes[-1].score(f"expected_calibration_error{end}") for end in ("", "_scaled")]
+        before, after = (percent(error.value if error else None) for error in errors)
+        one.said.append(f"Calibration error {before}, after temperature scaling {after}.")
         for axis in "xy":
             one.linear(axis, 0.0, 1.0, shares, limits=(0.0, 1.0))
-        one.labels("confidence", "accuracy")
-        one.heading(model)
+        one.axes.set(xlabel="confidence", ylabel="accuracy", title=model)
         one.axes.plot([0, 1], [0, 1], color=LIGHT["muted"], linewidth=0.8, linestyle=(0, (2, 3)), clip_on=False)
         for series, bins in enumerate(tables):
             one.line([b["confidence"] for b in bins], [b["accuracy"] for b in bins], series)
@@ -640,6 +538,7 @@ def calibration(found: Analysis) -> Chart | None:
                 words = "confidence {}, accuracy {}, {} of images".format(*numbers)
                 one.point(b["confidence"], b["accuracy"], series, words, size=3.2 + 7 * b["share"] ** 0.5)
                 rows.append([model, SCALED[series], *numbers])
+        one.legend(list(enumerate(SCALED)))
         drawn.append(one)
     if not drawn:
         return None
@@ -651,12 +550,7 @@ def calibration(found: Analysis) -> Chart | None:
         "fitted on the validation split."
     )
     table = Table(("model", "probabilities", "confidence", "accuracy", "share of images"), rows)
-    return Chart("reliability", "How far probabilities can be trusted", drawn, caption, table, list(enumerate(SCALED)))
-
-
-def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return percent(sum(known) / len(known)) if known else "–"
+    return Chart("reliability", "How far probabilities can be trusted", drawn, caption, table)
 
 
 # ------------------------------------------------------------------ the table above all charts
@@ -675,18 +569,17 @@ def results_table(found: Analysis) -> Table:
     prior = found.study.runs[0].result["test"]["prior"]
     head = (f"model (predictions for the {prior} prior)", "parameters", "training images", "runs", *keys.values())
     rows = []
-    for model in found.study.models:
-        runs = found.study.of(model, found.study.largest(model))
-        cells = [_result(runs, key) for key in keys]
-        rows.append([model, f"{runs[0].row['parameters']:,}", _images(runs[0].row["n_train"]), str(len(runs)), *cells])
+    for model, sizes in found.sizes.items():
+        largest = sizes[-1]
+        cells = [_result(largest, key) for key in keys]
+        parameters = f"{largest.runs[0].row['parameters']:,}"
+        rows.append([model, parameters, _images(largest.n), str(len(largest.runs)), *cells])
     return Table(head, rows)
 
 
-def _result(runs: Sequence[Run], key: str) -> str:
+def _result(size: Size, key: str) -> str:
     """A metric averaged over runs; of a single run with its interval."""
     metric = "auc" if "auc" in key or key == "macro_f1" else key  # areas and F1 are written as 0.912
-    known = [run.row[key] for run in runs if run.row[key] is not None]
-    cell = {"value": sum(known) / len(known) if known else None, "low": None, "high": None}
-    if len(runs) == 1 and known:
-        cell |= {end: runs[0].row[f"{key}_{end}"] for end in ("low", "high")}
-    return between(metric, cell)
+    mean, row = size.score(key), size.runs[0].row
+    ends = {end: row[f"{key}_{end}"] if mean and len(size.runs) == 1 else None for end in ("low", "high")}
+    return between(metric, {"value": mean.value if mean else None, **ends})

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from train.study import leakage
-from train.study.analysis import METRICS, Analysis, best_model
+from train.study.analysis import METRICS, Analysis, significant
 from train.study.numbers import between, p_value, percent, points, score
-from train.study.report.charts import significant
 from train.study.runs import Run, Study
 
 FEW = 3
@@ -76,17 +75,6 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _best_runs(found: Analysis) -> tuple[str, list[Run]]:
-    """The best model and its runs of the largest fraction."""
-    best = best_model(found)
-    return best, found.study.of(best, found.study.largest(best))
-
-
 # ------------------------------------------------------------------ what was done, and what came out
 
 
@@ -111,8 +99,6 @@ def _done(found: Analysis) -> Iterator[str]:
             "Every fraction was trained for the same number of optimizer steps, so a smaller one saw each image more "
             "often: the difference between fractions comes from the data, not from the length of training."
         )
-    if study.failed:
-        yield f"{count(len(study.failed), 'cell')} failed; the end of the page gives the reasons."
 
 
 def _seeds(runs: list[Run]) -> str:
@@ -124,29 +110,27 @@ def _seeds(runs: list[Run]) -> str:
 
 
 def _best(found: Analysis) -> Iterator[str]:
-    metric = METRICS[0]
-    best, runs = _best_runs(found)
-    size = found.sizes[best][-1]
-    if size.mean[metric] is None:
+    metric, best = METRICS[0], found.best
+    reached = best.score(metric)
+    if reached is None:
         return
-    cells = [run.result["test"][metric] for run in runs]
-    low, high = (_mean([cell[end] for cell in cells]) for end in ("low", "high"))
-    if len(runs) == 1:
-        yield f"{best} reaches a balanced accuracy of {between(metric, cells[0])} with {size.n:,.0f} images."
+    cells = [run.result["test"][metric] for run in best.runs]
+    if len(cells) == 1:
+        yield f"{best.model} reaches a balanced accuracy of {between(metric, cells[0])} with {best.n:,.0f} images."
         yield "The 95 % interval shows how much other test lesions could change this score."
     else:
         yield (
-            f"{best} reaches a mean balanced accuracy of {score(metric, size.mean[metric])} with {size.n:,.0f} images "
-            f"({_seeds(runs)}: {score(metric, size.low[metric])} to {score(metric, size.high[metric])})."
+            f"{best.model} reaches a mean balanced accuracy of {score(metric, reached.value)} with {best.n:,.0f} "
+            f"images ({_seeds(best.runs)}: {score(metric, reached.low)} to {score(metric, reached.high)})."
         )
-        if low is not None:
-            yield (
-                f"With other test lesions a run would reach about {score(metric, low)} to {score(metric, high)} (95 %)."
-            )
-    guessing = 1 / len(runs[0].result["training_images_per_class"])
+        low, high = (best.score(f"{metric}_{end}") for end in ("low", "high"))
+        if low and high:
+            span = f"{score(metric, low.value)} to {score(metric, high.value)}"
+            yield f"With other test lesions a run would reach about {span} (95 %)."
+    guessing = 1 / len(best.runs[0].result["training_images_per_class"])
     if any(cell["low"] is not None and cell["low"] <= guessing for cell in cells):
         yield f"This is not clearly better than guessing ({percent(guessing)}): train longer or on more images."
-    yield from _against_the_others(found, best)
+    yield from _against_the_others(found, best.model)
 
 
 def _against_the_others(found: Analysis, best: str) -> Iterator[str]:
@@ -155,51 +139,52 @@ def _against_the_others(found: Analysis, best: str) -> Iterator[str]:
     seeds = True
     for pair in found.differences:
         cell = pair["metrics"][metric]
-        if best not in (pair["first"], pair["second"]) or cell["difference"]["value"] is None:
+        gap = cell["difference"]
+        if best not in (pair["first"], pair["second"]) or gap["value"] is None:
             continue
         seeds = seeds and cell["includes_seeds"]
-        other, sign = (pair["second"], 1) if pair["first"] == best else (pair["first"], -1)
-        gap = sign * cell["difference"]["value"]
-        ends = sorted(sign * v for v in (cell["difference"]["low"], cell["difference"]["high"]) if v is not None)
-        words = f"{other} ({points(metric, gap)}"
-        words += f", {points(metric, ends[0])} to {points(metric, ends[1])}" if len(ends) == 2 else ""
-        words += f", p {p_value(cell.get('p_holm'))})"
-        others["same" if not significant(cell) else "better" if gap > 0 else "worse"].append((abs(gap), words))
-    lists = {key: [words for _, words in sorted(value)] for key, value in others.items()}
-    if lists["better"]:
-        yield f"On the same test lesions, corrected for all pairs, it is better than {_some(lists['better'])}."
-    if lists["same"]:
-        yield f"There is no clear difference from {_listed(lists['same'])}: this needs more seeds or more test lesions."
-    if lists["worse"]:
-        yield f"On the fraction that all models share, it is worse than {_listed(lists['worse'])}."
-    if any(lists.values()) and not seeds:
+        value, low, high, other = gap["value"], gap["low"], gap["high"], pair["second"]
+        if other == best:
+            value, low, high, other = (
+                -value,
+                None if high is None else -high,
+                None if low is None else -low,
+                pair["first"],
+            )
+        p = p_value(cell.get("p_holm"))
+        words = f"{other}: {between(metric, {'value': value, 'low': low, 'high': high}, f'p {p}', write=points)}"
+        kind = "same" if not significant(cell) else "better" if value > 0 else "worse"
+        others[kind].append((abs(value), words))
+    better, same, worse = ([words for _, words in sorted(others[key])] for key in ("better", "same", "worse"))
+    if better:
+        closest = better if len(better) <= FEW else [better[0], f"and by more than {len(better) - 1} others"]
+        yield f"On the same test lesions, corrected for all pairs, it is better than {'; '.join(closest)}."
+    if same:
+        yield f"There is no clear difference from {'; '.join(same)}. This needs more seeds or more test lesions."
+    if worse:
+        yield f"On the fraction that all models share, it is worse than {'; '.join(worse)}."
+    if (better or same or worse) and not seeds:
         yield "With one seed these are differences between these trained networks; other seeds may change the order."
 
 
-def _some(others: list[str]) -> str:
-    """All of them where they are few, else the closest and how many more."""
-    return _listed(others) if len(others) <= FEW else f"{others[0]} and, by more, than {len(others) - 1} others"
-
-
 def _data(found: Analysis) -> Iterator[str]:
-    metric = METRICS[0]
-    curves = found.curves.get(metric, {})
-    sizes = {model: [size for size in found.sizes[model] if size.mean[metric] is not None] for model in curves}
-    sizes = {model: known for model, known in sizes.items() if len(known) >= 2}
-    gains = {model: (known[-1].mean[metric] or 0.0) - (known[0].mean[metric] or 0.0) for model, known in sizes.items()}
+    metric, curves = METRICS[0], found.curves[METRICS[0]]
+    known = {model: found.scores(model, metric) for model in curves}
+    known = {model: scores for model, scores in known.items() if len(scores) >= 2}
+    gains = {model: scores[-1][1].value - scores[0][1].value for model, scores in known.items()}
     if not gains:
         return
-    best = best_model(found)
     if len(gains) > FEW:
         low, high = min(gains, key=lambda m: gains[m]), max(gains, key=lambda m: gains[m])
         yield (
             f"From the smallest to the largest fraction, {low} gains least ({points(metric, gains[low])}) and {high} "
             f"gains most ({points(metric, gains[high])})."
         )
+    best = found.best.model
     for model in [best] if len(gains) > FEW and best in gains else list(gains):
-        first, last = sizes[model][0], sizes[model][-1]
+        first, last = known[model][0][0].n, known[model][-1][0].n
         gained = (
-            f"{model}: {last.n / first.n:.0f} times the images ({first.n:,.0f} to {last.n:,.0f}) changed balanced "
+            f"{model}: {last / first:.0f} times the images ({first:,.0f} to {last:,.0f}) changed balanced "
             f"accuracy by {points(metric, gains[model])}."
         )
         yield " ".join([gained, *curve(curves[model], metric)])
@@ -212,7 +197,7 @@ def _data(found: Analysis) -> Iterator[str]:
 
 
 def curve(fitted: dict[str, Any], metric: str) -> Iterator[str]:
-    """What a learning curve (`learning.learning_curve`) predicts, or why it predicts nothing."""
+    """What a learning curve (`curves.learning_curve`) predicts, or why it predicts nothing."""
     parameters, band, check = fitted["curve"], fitted["band"], fitted["hold_out"]
     if not band:
         yield f"No curve was fitted: {'; '.join(parameters['reasons'])}."
@@ -261,13 +246,12 @@ def _shares(found: Analysis) -> Iterator[str]:
 
 def _cost(found: Analysis) -> Iterator[str]:
     metric = METRICS[0]
-    sizes = [s for by_model in found.sizes.values() for s in by_model if s.mean[metric] is not None]
-    if len(sizes) < 2:
+    scores = [(size, mean.value) for model in found.sizes for size, mean in found.scores(model, metric)]
+    if len(scores) < 2:
         return
-    best = max(sizes, key=lambda s: s.mean[metric] or 0.0)
-    top = best.mean[metric] or 0.0
-    near = min((s for s in sizes if top - (s.mean[metric] or 0.0) <= 0.01), key=lambda s: s.training_flops)
-    if near is not best and near.training_flops < best.training_flops:
+    best, top = max(scores, key=lambda scored: scored[1])
+    near = min((size for size, value in scores if top - value <= 0.01), key=lambda size: size.training_flops)
+    if near.training_flops < best.training_flops:
         yield (
             f"Within one point of the best mean ({score(metric, top)}), {near.model} on {near.n:,.0f} images needs the "
             f"least computation: {best.training_flops / near.training_flops:.1f} times less than {best.model} on "
@@ -284,19 +268,16 @@ def _cost(found: Analysis) -> Iterator[str]:
 
 
 def _classes(found: Analysis) -> Iterator[str]:
-    best, runs = _best_runs(found)
-    per_class = runs[0].result["test"]["per_class"]
-    recalls = {
-        name: _mean([r.result["test"]["per_class"][name]["recall"]["value"] for r in runs]) for name in per_class
-    }
-    means = {name: mean for name, mean in recalls.items() if mean is not None}
-    if len(means) < 2:
+    best = found.best
+    per_class = best.runs[0].result["test"]["per_class"]
+    recalls = {name: recall.value for name in per_class if (recall := best.score(f"recall_{name}"))}
+    if len(recalls) < 2:
         return
-    worst, good = min(means, key=lambda n: means[n]), max(means, key=lambda n: means[n])
-    yield f"{best} finds {percent(means[good], 0)} of {good} and only {percent(means[worst], 0)} of {worst}."
-    melanoma = _mean([run.row["melanoma_sensitivity_at_90_specificity"] for run in runs])
+    worst, good = min(recalls, key=lambda n: recalls[n]), max(recalls, key=lambda n: recalls[n])
+    yield f"{best.model} finds {percent(recalls[good], 0)} of {good} and only {percent(recalls[worst], 0)} of {worst}."
+    melanoma = best.score("melanoma_sensitivity_at_90_specificity")
     if melanoma is not None:
-        yield f"At a specificity of 90 % it finds {percent(melanoma, 0)} of the melanoma images."
+        yield f"At a specificity of 90 % it finds {percent(melanoma.value, 0)} of the melanoma images."
     lesions = {name: cell["lesions"] for name, cell in per_class.items() if cell["lesions"]}
     rough = [f"{name} ({number})" for name, number in lesions.items() if number < FEW_LESIONS]
     if rough:
@@ -304,14 +285,14 @@ def _classes(found: Analysis) -> Iterator[str]:
 
 
 def _calibration(found: Analysis) -> Iterator[str]:
-    best, runs = _best_runs(found)
-    test = runs[0].result["test"]
+    run = found.best.runs[0]
+    test = run.result["test"]
     key = "expected_calibration_error"
     if test[key]["value"] is None:
         return
     yield (
-        f"The confidence and the accuracy of {best} differ by {between(key, test[key])} on average (its run with seed "
-        f"{runs[0].row['seed']})."
+        f"The confidence and the accuracy of {found.best.model} differ by {between(key, test[key])} on average (its "
+        f"run with seed {run.row['seed']})."
     )
     chance = test.get("calibration_error_of_chance")
     if chance is not None:
@@ -338,15 +319,13 @@ def _waits(found: Analysis) -> Iterator[str]:
 
 def _caveats(found: Analysis) -> Iterator[str]:
     study = found.study
-    runs = min(size.runs for by_model in found.sizes.values() for size in by_model)
+    runs = min(len(size.runs) for sizes in found.sizes.values() for size in sizes)
     test = study.runs[0].result["test"]
     if runs < 3:
         yield f"Some cells have {count(runs, 'run')}: how much seeds change a result is hardly known."
     yield f"Intervals of single runs come from {test['resamples']:,} resamples of the {test['resampled']}s tested."
     if test["resampled"] == "image":
         yield "The test set names no lesions: views of one lesion count as independent, so intervals are too narrow."
-    if study.runs[0].environment.get("shard_set", {}).get("split", {}).get("unit") == "image":
-        yield "THE SHARD SET IS SPLIT BY IMAGE: training holds views of the test lesions, so every score is too high."
     notes = [run.row["note"] for run in study.runs if run.row["note"]]
     if notes:
         yield f"{count(len(notes), 'cell')} used a smaller batch, because the fraction is smaller than the batch."

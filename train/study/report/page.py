@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards.common.errors import UsageError
-from train.study.analysis import Analysis, best_model, mistakes
+from train.study.analysis import Analysis, mistakes
 from train.study.report.charts import Chart, Table, results_table
 from train.study.report.findings import count, findings, missing, warnings
-from train.study.report.picture import DARK, FONTS, LIGHT, swatch
+from train.study.report.picture import DARK, FONTS, LIGHT
 from train.study.runs import Study
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -44,7 +44,7 @@ def compose(found: Analysis, charts: Sequence[Chart], *, tiles: int = 0, data: P
     reasons = missing(found)
     if reasons:
         sections.append(Section("missing", "What is not shown, and why", _paragraphs(reasons)))
-    rows = [[name, ", ".join(map(str, values))] for values_of in settings(study) for name, values in values_of.items()]
+    rows = [[name, ", ".join(map(str, values))] for name, values in settings(study).items()]
     sections.append(Section("settings", "Settings and versions", _table(Table(("what", "value"), rows), text=(0, 1))))
     source = study.runs[0].environment["shard_set"]["source"]
     data_set = source.get("dataset", "skin lesions") if isinstance(source, dict) else "skin lesions"
@@ -94,9 +94,7 @@ def _paragraphs(lines: Sequence[str]) -> str:
 def _chart(one: Chart) -> str:
     """The pictures of a chart, what they show, and the numbers behind them."""
     kind = "one" if len(one.pictures) == 1 else "small" if len(one.pictures) > 2 else ""
-    items = "".join(f"<span>{swatch(f'{one.name}-legend', series)}{escape(name)}</span>" for series, name in one.legend)
-    body = f'<p class="legend">{items}</p>' if items else ""
-    body += f'<div class="charts {kind}">{"".join(picture.svg() for picture in one.pictures)}</div>'
+    body = f'<div class="charts {kind}">{"".join(picture.svg() for picture in one.pictures)}</div>'
     body += f'<p class="caption">{escape(one.caption)}</p>'
     body += f"<details><summary>The numbers</summary>{_table(one.table)}</details>"
     if one.more is not None:
@@ -120,16 +118,15 @@ def _table(one: Table, *, text: Sequence[int] = ()) -> str:
     )
 
 
-def settings(study: Study) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-    """What all runs share and what differs between them, the values by name: settings, machine, versions, data."""
+def settings(study: Study) -> dict[str, list[Any]]:
+    """Settings, machine, versions and data by name, each with its values in the runs; first what all runs share."""
     values: dict[str, list[Any]] = {"budget": [study.settings["budget"]]} if study.settings else {}
     for run in study.runs:
         for key, value in _settings(run.config, run.environment):
             known = values.setdefault(key, [])
             if value not in known:
                 known.append(value)
-    shared = {key: known for key, known in values.items() if len(known) == 1 and known[0] is not None}
-    return shared, {key: known for key, known in values.items() if len(known) > 1}
+    return dict(sorted(((k, known) for k, known in values.items() if known != [None]), key=lambda one: len(one[1]) > 1))
 
 
 def _settings(config: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -149,8 +146,7 @@ def _tiles(found: Analysis, number: int, data: Path | None) -> str:
     """The images that the best model's first run was most confident about and wrong, as HTML."""
     from shards.shardset import ShardSet
 
-    model = best_model(found)
-    run = found.study.of(model, found.study.largest(model))[0]
+    model, run = found.best.model, found.best.runs[0]
     folder = data or Path(run.config["data"])
     items = []
     with ShardSet(folder) as shards:

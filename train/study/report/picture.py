@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager
 from html import escape
 from typing import Any
 
+import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 LIGHT = {
     "page": "#ffffff", "ink": "#1c2128", "muted": "#57606a", "line": "#d0d7de", "soft": "#f4f6f8",
@@ -51,7 +52,6 @@ FONTS = "system-ui,'DejaVu Sans',Verdana,sans-serif"
 STYLE: dict[str, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
-    "svg.hashsalt": "dermscale",
     "pdf.fonttype": 42,
     "font.size": TEXT,
     "text.color": LIGHT["ink"],
@@ -74,6 +74,10 @@ STYLE: dict[str, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "lines.solid_capstyle": "butt",
+    "legend.frameon": False,
+    "legend.fontsize": SMALL,
+    "legend.handlelength": 2.6,
+    "legend.columnspacing": 1.2,
 }
 
 
@@ -129,14 +133,9 @@ def shares(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
-def signed(value: float) -> str:
-    """A difference: `+5`, `−2.5`, `0`."""
-    return f"{value:+.3g}".replace("-", "−") if round(value, 9) else "0"
-
-
 def plain(value: float) -> str:
     """Three digits: `0.85`."""
-    return f"{value:.3g}"
+    return f"{round(value, 9) + 0.0:.3g}"  # no `-0`
 
 
 # ------------------------------------------------------------------ a picture
@@ -145,32 +144,23 @@ def plain(value: float) -> str:
 class Picture:
     """One chart with two axes. What is drawn can be named for the page: a class, and words for the mouse.
 
-    name: unique in a page, letters, digits and dashes. title: what is shown. alt: the same with its main numbers, for
-    those who do not see it. size: width and height, margins: left, right, top and bottom of the axes, points. wide: it
-    has a row of the page for itself.
+    name: unique in a page, letters, digits and dashes. title: what is shown. size: width and height, points. wide: it
+    has a row of the page for itself. said: sentences with the main numbers, for those who do not see the chart.
     """
 
     def __init__(
-        self,
-        name: str,
-        title: str,
-        *,
-        size: tuple[float, float] = (330.0, 225.0),
-        margins: tuple[float, float, float, float] = (46.0, 14.0, 12.0, 34.0),
-        wide: bool = False,
+        self, name: str, title: str, *, size: tuple[float, float] = (330.0, 225.0), wide: bool = False
     ) -> None:
-        self.name, self.title, self.alt = name, title, ""
-        self.size, self.margins, self.wide = size, margins, wide
+        self.name, self.title, self.size, self.wide = name, title, size, wide
+        self.said: list[str] = []
         self.words: list[str] = []
-        with styled():
-            self.figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
-            self.axes = self.figure.add_axes(self._place())
+        self.figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
+        self.axes = self.figure.add_subplot()
 
-    def _place(self, below: float = 0.0) -> tuple[float, float, float, float]:
-        """Where the axes are, in shares of the figure, with `below` more points beneath them."""
-        left, right, top, bottom = self.margins
-        width, height = self.size[0], self.size[1] + below
-        return left / width, (bottom + below) / height, 1 - (left + right) / width, 1 - (top + bottom + below) / height
+    @property
+    def alt(self) -> str:
+        """The chart in words."""
+        return " ".join(self.said) or "Undefined."
 
     def mark(self, kind: str, words: str = "") -> str:
         """The gid of something drawn: its CSS class, and words shown when the mouse rests on it."""
@@ -178,19 +168,6 @@ class Picture:
         return f"{kind}~{len(self.words) - 1}"
 
     # ------------------------------------------------------------------ axes
-
-    def heading(self, text: str, *, pad: float = 7) -> None:
-        """A bold line above the axes, from their left end, `pad` points higher."""
-        self.axes.set_title(text, pad=pad)
-
-    def labels(self, x: str, y: str = "") -> None:
-        """What the axes show."""
-        self.axes.set_xlabel(x, labelpad=4)
-        if y:
-            self.axes.text(
-                10 / self.size[0], 0.5 * (1 + (self.margins[3] - self.margins[2]) / self.size[1]), y, rotation=90,
-                rotation_mode="anchor", ha="center", va="center", transform=self.figure.transFigure,
-            )  # fmt: skip
 
     def linear(
         self,
@@ -200,7 +177,6 @@ class Picture:
         label: Callable[[float], str],
         *,
         limits: tuple[float, float] | None = None,
-        ticks: int = 5,
     ) -> None:
         """A linear axis ("x" or "y") with a little room around low to high, within `limits`, with grid lines."""
         if not high > low:
@@ -210,28 +186,22 @@ class Picture:
         if limits is not None:
             low, high = max(low, limits[0]), min(high, limits[1])
         (self.axes.set_xlim if axis == "x" else self.axes.set_ylim)(low, high)
-        where = self.axes.xaxis if axis == "x" else self.axes.yaxis
-        where.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
-        self._ticks(where, label)
+        ticks = MaxNLocator(4 if self.size[1] < 200 else 5, steps=[1, 2, 2.5, 5, 10])
+        self._ticks(self.axes.xaxis if axis == "x" else self.axes.yaxis, ticks, label)
 
-    def logarithmic(self, low: float, high: float, label: Callable[[float], str], *, at: Sequence[float] = ()) -> None:
-        """A logarithmic x axis from low to high with a little room; ticks at the given values, else at 1, 2, 5."""
+    def logarithmic(self, low: float, high: float, label: Callable[[float], str] = short) -> None:
+        """A logarithmic x axis from low to high with a little room."""
         room = max((high / low) ** 0.04, 1.06)
-        low, high = low / room, high * room
-        if not at:
-            decades = 10.0 ** np.arange(np.floor(np.log10(low)) - 1, np.ceil(np.log10(high)) + 1)
-            for steps in ((1, 2, 5), (1, 3), (1,)):
-                at = [float(s * d) for d in decades for s in steps if low <= s * d <= high]
-                if len(at) <= 6:
-                    break
-            at = at[:: 1 + len(at) // 7] or [float(np.sqrt(low * high))]
         self.axes.set_xscale("log")
-        self.axes.set_xlim(low, high)
-        self.axes.xaxis.set_major_locator(FixedLocator(list(at)))
+        self.axes.set_xlim(low / room, high * room)
+        ratio = high / low
+        steps = (1, 2, 5) if ratio < 20 else (1, 3) if ratio < 1000 else (1,)
+        ticks = MaxNLocator(3) if ratio < 4 else LogLocator(subs=steps)
         self.axes.xaxis.set_minor_locator(NullLocator())
-        self._ticks(self.axes.xaxis, label)
+        self._ticks(self.axes.xaxis, ticks, label)
 
-    def _ticks(self, axis: Any, label: Callable[[float], str]) -> None:
+    def _ticks(self, axis: Any, ticks: Locator, label: Callable[[float], str]) -> None:
+        axis.set_major_locator(ticks)
         axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
         axis.grid(True, color=LIGHT["line"], linewidth=0.6, clip_on=False)
 
@@ -239,6 +209,15 @@ class Picture:
         """A y axis of named rows: 0 for the first, at the top."""
         self.axes.set_ylim(len(names) - 0.5, -0.5)
         self.axes.set_yticks(range(len(names)), names, color=LIGHT["ink"])
+
+    def legend(self, names: Sequence[tuple[int, str]]) -> None:
+        """A legend below the axes: series and name of each. The picture becomes higher by it."""
+        width, height = self.size
+        columns = max(1, min(len(names), int(width / (34 + LETTER * max(len(name) for _, name in names)))))
+        self.size = width, height + 14.0 * -(-len(names) // columns)
+        self.figure.set_size_inches(width / 72, self.size[1] / 72)
+        handles = [Line2D([], [], label=name, **look(series)) for series, name in names]
+        self.figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
     # ------------------------------------------------------------------ marks; `series` chooses colour, marker, dashes
 
@@ -261,47 +240,21 @@ class Picture:
 
     def interval(self, low: float, high: float, at: float, colour: str, *, across: bool = False) -> None:
         """An error bar from low to high, upright or across."""
-        ends, same = [low, high], [at, at]
-        caps = {
-            "marker": "_" if not across else "|",
-            "markersize": 5,
-            "markeredgewidth": 1.0,
-            "markeredgecolor": colour,
-        }
-        style = {"color": colour, "linewidth": 1.0, "clip_on": False, **caps}
-        self.axes.plot(*((ends, same) if across else (same, ends)), gid=self.mark("bar"), **style)
-
-    def at_end(self, names: Sequence[tuple[str, float, int]]) -> None:
-        """Names right of the axes: (name, y where its line ends, series), moved apart where they are close."""
-        low, high = self.axes.get_ylim()
-        height = self.size[1] - self.margins[2] - self.margins[3]
-        order = sorted(names, key=lambda one: one[1])
-        places = [height * (y - low) / (high - low) for _, y, _ in order]
-        for _ in range(200):  # each round moves close neighbours apart; as many as fit beside the axes come to rest
-            for i in range(len(places) - 1):
-                lack = 10.5 - (places[i + 1] - places[i])
-                if lack > 0.01:
-                    places[i], places[i + 1] = places[i] - lack / 2, places[i + 1] + lack / 2
-            move = max(0.0, -places[0]) - max(0.0, places[-1] - height)
-            places = [place + (move if abs(move) > 0.01 else 0.0) for place in places]
-        for (name, _, series), place in zip(order, places, strict=True):
-            where = ((self.size[0] - self.margins[1] + 5) / self.size[0], (place + self.margins[3]) / self.size[1])
-            self.axes.text(
-                *where, name, color=colour(series), va="center", fontsize=SMALL, transform=self.figure.transFigure
-            )
+        x, y = ([low, high], [at, at]) if across else ([at, at], [low, high])
+        caps = {"marker": "|" if across else "_", "markersize": 5, "markeredgewidth": 1.0, "markeredgecolor": colour}
+        self.axes.plot(x, y, gid=self.mark("bar"), color=colour, linewidth=1.0, clip_on=False, **caps)
 
     # ------------------------------------------------------------------ as text and files
 
     def svg(self) -> str:
         """The `<svg>` element for a page, its colours CSS variables of the names in LIGHT."""
-        text = self._drawn(lambda tag: re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda m: f"var(--{_NAMES[m[0]]})", tag))
+        names = {value: name for name, value in LIGHT.items()}
+        text = self._drawn(lambda tag: re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda m: f"var(--{names[m[0]]})", tag))
         most = f"{LARGEST * self.size[0] * 4 / 3:.0f}px"
         return text.replace(' role="img"', f' style="max-width:{most}" role="img"', 1)
 
-    def files(self, legend: Sequence[tuple[int, str]] = ()) -> dict[str, bytes]:
-        """SVG, PDF and PNG (300 dpi) by suffix. legend: series and name of what is drawn, added below the axes."""
-        if legend:
-            self._legend(legend)
+    def files(self) -> dict[str, bytes]:
+        """SVG, PDF and PNG (300 dpi) by suffix."""
         written = {"svg": self._standalone().encode()}
         for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()
@@ -310,34 +263,18 @@ class Picture:
             written[kind] = buffer.getvalue()
         return written
 
-    def _legend(self, names: Sequence[tuple[int, str]]) -> None:
-        """Make the figure higher and put a legend below the axes."""
-        wide = 34 + LETTER * max(len(name) for _, name in names)
-        columns = max(1, min(len(names), int(self.size[0] / wide)))
-        below = 14.0 * -(-len(names) // columns) + 2
-        with styled():
-            self.figure.set_size_inches(self.size[0] / 72, (self.size[1] + below) / 72)
-            self.axes.set_position(self._place(below))
-            handles = [Line2D([], [], **look(series)) for series, _ in names]
-            self.figure.legend(
-                handles, [name for _, name in names], loc="lower center", ncols=columns, frameon=False,
-                fontsize=SMALL, handlelength=2.6, columnspacing=1.2, borderpad=0.2, labelspacing=0.4,
-            )  # fmt: skip
-
     def _standalone(self) -> str:
         dark = "".join(
             f'[style*="{part}: {LIGHT[name]}"]{{{part}:{DARK[name]}!important}}'
             for name in LIGHT for part in ("fill", "stroke")
         )  # fmt: skip
         rules = f"text{{font-family:{FONTS}}}*{{stroke-linejoin:round}}@media(prefers-color-scheme:dark){{{dark}}}"
-        width, height = (72 * side for side in self.figure.get_size_inches())
         spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        head = f'<svg {spaces} width="{width:g}pt" height="{height:g}pt" '
+        head = f'<svg {spaces} width="{self.size[0]:g}pt" height="{self.size[1]:g}pt" '
         return self._drawn(str).replace("<svg ", head, 1).replace("</desc>", f"</desc><style>{rules}</style>", 1) + "\n"
 
     def _drawn(self, paint: Callable[[str], str]) -> str:
         """The SVG text, shortened, with its title, description and words. paint: changes the colours of a tag."""
-        ids: dict[str, str] = {}
 
         def tag(match: re.Match[str]) -> str:
             text = re.sub(r"\s+", " ", paint(match.group()))
@@ -348,41 +285,21 @@ class Picture:
                 title = f"<title>{escape(words)}</title>" if words else ""
                 return "" if group[2] else f'<g class="{kind}">{title}' if number else "<g>"
             text = re.sub(r"(\.\d\d)\d+", r"\1", text)
-            text = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", text)
-            return re.sub(
-                r'(id="|href="#)(m[0-9a-f]{10})',
-                lambda m: m[1] + ids.setdefault(m[2], f"{self.name}-{len(ids)}"),
-                text,
-            )
+            return re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", text)
 
         buffer = io.StringIO()
-        with styled():
-            none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            self.figure.savefig(buffer, format="svg", metadata=none)
+        with styled(), matplotlib.rc_context({"svg.hashsalt": self.name}):  # names of markers are unique in a page
+            self.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         drawn = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", buffer.getvalue(), flags=re.S)
         drawn = drawn[drawn.index("<svg") :]
         drawn = re.sub(r"<[^>]+>", tag, drawn)
         drawn = re.sub(r">\s+<", "><", drawn)
         while "<g></g>" in drawn:
             drawn = drawn.replace("<g></g>", "")
-        width, height = (72 * side for side in self.figure.get_size_inches())
         name, kind = self.name, "chart wide" if self.wide else "chart"
         return (
-            f'<svg class="{kind}" id="{name}" viewBox="0 0 {width:g} {height:g}" role="img" '
+            f'<svg class="{kind}" id="{name}" viewBox="0 0 {self.size[0]:g} {self.size[1]:g}" role="img" '
             f'aria-labelledby="{name}-t {name}-d">'
             f'<title id="{name}-t">{escape(self.title)}</title><desc id="{name}-d">{escape(self.alt)}</desc>'
             f"{drawn[drawn.index('>') + 1 :].strip()}"
         )
-
-
-_NAMES = {value: name for name, value in LIGHT.items()}
-
-
-def swatch(name: str, series: int) -> str:
-    """A piece of a series' line with its marker, as an `<svg>` element for the legend `name` of the page."""
-    one = Picture(f"{name}-{series}", "", size=(26.0, 10.0), margins=(0, 0, 0, 0))
-    one.axes.remove()
-    style: Any = look(series) | {"markevery": [1]}
-    one.figure.add_artist(Line2D([0.04, 0.5, 0.96], [0.5, 0.5, 0.5], **style))
-    drawn = re.sub(r"<title.*?</desc>", "", one.svg())
-    return re.sub(r"<svg .*?>", '<svg viewBox="0 0 26 10" width="35" height="13" aria-hidden="true">', drawn, count=1)

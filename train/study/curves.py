@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DataError, UsageError
 from train.study.numbers import p_value
-from train.study.powerlaw import C_MAX, C_MIN, PowerLawFit, size_groups
+from train.study.powerlaw import C_MAX, C_MIN, CEILING, PowerLawFit, size_groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,13 +75,13 @@ class LearningCurve:
         value, low, high = self.fit.value_at(float(n))
         return {"n": float(n), "value": value, "low": low, "high": high}
 
-    def band(self, points: int = 40, *, beyond: bool = True) -> list[dict[str, float]]:
-        """`at` for sizes evenly spaced in log n, from the smallest to twice the largest, or to the largest where not
+    def band(self, *, beyond: bool = True) -> list[dict[str, float]]:
+        """`at` for 40 sizes evenly spaced in log n, from the smallest to twice the largest, or to the largest where not
         beyond the data. Empty without a fit."""
         if self.fit is None:
             return []
         end = self.n_max * (EXTRAPOLATION if beyond else 1.0)
-        return [self.at(float(n)) for n in np.geomspace(self.n_min, end, points)]
+        return [self.at(float(n)) for n in np.geomspace(self.n_min, end, 40)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the fit itself, for JSON."""
@@ -112,11 +112,10 @@ def fit_curve(
     n_train: Sequence[float] | NDArray[Any],
     scores: Sequence[float] | NDArray[Any],
     *,
-    ceiling: float = 1.0,
     resamples: int = 1000,
     seed: int = 0,
 ) -> LearningCurve:
-    """Fit `score = a − b·n^−c`, a ≤ ceiling, b ≥ 0, C_MIN ≤ c ≤ C_MAX, to one score a run.
+    """Fit `score = a − b·n^−c`, a ≤ 1, b ≥ 0, C_MIN ≤ c ≤ C_MAX, to one score a run.
 
     n_train: (m,) training images; scores: (m,). Runs weigh by the inverse of a noise variance that falls as a power of
     n, estimated from the runs of each size. The point is the one of scipy's `curve_fit`. Intervals are profiles
@@ -128,7 +127,8 @@ def fit_curve(
     case of eight (`python -m tests.support.simulate_coverage --only curves`).
 
     Not identifiable (a, b, c then have open ends, None): fewer than MIN_SIZES sizes, equal scores, an interval of c
-    that reaches the end of its range, or one of a that reaches the ceiling. Raises DataError for unusable numbers.
+    that reaches the end of its range, or one of a that reaches the highest possible score, 1. Raises DataError for
+    unusable numbers.
     """
     n, y = _checked(n_train, scores)
     groups = size_groups(n)
@@ -150,7 +150,7 @@ def fit_curve(
             **common, a=nothing, b=nothing, c=nothing, identifiable=False, reasons=reasons,
             noise_sd=None, noise_power=None, lack_of_fit_p=None,
         )  # fmt: skip
-    fit = PowerLawFit(n, y, ceiling=ceiling, resamples=resamples, seed=seed)
+    fit = PowerLawFit(n, y, resamples=resamples, seed=seed)
     none = np.zeros_like(fit.grid)
     c_low, c_high = fit.exponent_interval()
     a_low, a_high = fit.interval(1.0, none, fit.a)
@@ -162,13 +162,13 @@ def fit_curve(
         )
     if c_high >= C_MAX:
         reasons.append(f"c may be {C_MAX} or more: only the smallest size shows a rise")
-    if a_high >= ceiling:
-        reasons.append(f"a may be the highest possible score, {ceiling:g}")
+    if a_high >= CEILING:
+        reasons.append(f"a may be the highest possible score, {CEILING:g}")
     if b_low <= 0:
         reasons.append("b may be 0: the score may not depend on the number of training images at all")
     return LearningCurve(
         **common,
-        a={"value": fit.a, "low": a_low if c_low > C_MIN else None, "high": a_high if a_high < ceiling else None},
+        a={"value": fit.a, "low": a_low if c_low > C_MIN else None, "high": a_high if a_high < CEILING else None},
         b={
             "value": fit.b * scale,
             "low": max(b_low, 0.0),
@@ -188,7 +188,6 @@ def hold_out_largest(
     n_train: Sequence[float] | NDArray[Any],
     scores: Sequence[float] | NDArray[Any],
     *,
-    ceiling: float = 1.0,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -204,7 +203,7 @@ def hold_out_largest(
     refused = {"predicted": None, "low": None, "high": None, "inside": None}
     if not (~last).any():
         return measured | refused | {"reason": "one size only"}
-    curve = fit_curve(n[~last], y[~last], ceiling=ceiling, resamples=resamples, seed=seed)
+    curve = fit_curve(n[~last], y[~last], resamples=resamples, seed=seed)
     if curve.fit is None:
         return measured | refused | {"reason": "without the largest size: " + "; ".join(curve.reasons)}
     try:
@@ -231,8 +230,8 @@ def learning_curve(runs: "pd.DataFrame", metric: str, *, resamples: int = 1000, 
 
     Where sizes have several runs of one subset seed, which share their training images, the curve is fitted to the
     means of those. low to high is for the test lesions as they are. The `_patients` ends add the sampling of the
-    lesions, from the runs' own intervals, because all runs share one test set and err together. They are None where the
-    table has no intervals.
+    lesions, from the runs' own intervals, because all runs share one test set and err together. They are None where no
+    run has an interval.
     """
     rows = runs.dropna(subset=[metric, "n_train"])
     if not len(rows):
@@ -253,8 +252,7 @@ def learning_curve(runs: "pd.DataFrame", metric: str, *, resamples: int = 1000, 
                 min(point["value"] + float(np.hypot(point["high"] - point["value"], shared)), 1.0),
             )
         point["low_patients"], point["high_patients"] = ends
-    seeds = rows["seed"].tolist() if "seed" in rows else [None] * len(rows)
-    points = zip(rows["n_train"].tolist(), rows[metric].tolist(), seeds, strict=True)
+    points = zip(rows["n_train"].tolist(), rows[metric].tolist(), rows["seed"].tolist(), strict=True)
     return {
         "curve": curve.to_dict(),
         "hold_out": check,
@@ -271,8 +269,6 @@ def _of_subsets(rows: "pd.DataFrame", metric: str) -> tuple["pd.DataFrame", list
     With crossed seeds nine runs of a size share three subsets. Counted as nine independent runs they would make the
     intervals narrower than three subsets allow.
     """
-    if "subset_seed" not in rows:
-        return rows, []
     sized = rows.assign(size=size_groups(rows["n_train"].to_numpy(dtype=np.float64)))
     means = sized.groupby(["size", "subset_seed"], sort=False).agg({"n_train": "mean", metric: "mean"}).reset_index()
     if len(means) == len(rows):
@@ -300,22 +296,20 @@ def _doubts(curve: LearningCurve, check: dict[str, Any]) -> list[str]:
 
 def _test_error(rows: "pd.DataFrame", metric: str) -> tuple[Floats, Floats] | None:
     """Rising log sizes and the standard errors of the test set there, from the widths of the runs' intervals."""
-    if f"{metric}_low" not in rows or f"{metric}_high" not in rows:
-        return None
     known = rows.dropna(subset=[f"{metric}_low", f"{metric}_high"])
     if not len(known):
         return None
     width = (known[f"{metric}_high"] - known[f"{metric}_low"]).to_numpy(dtype=np.float64) / (2 * 1.96)
     logs = np.log(known["n_train"].to_numpy(dtype=np.float64))
-    places = np.unique(logs)
-    return places, np.array([width[logs == place].mean() for place in places])
+    places, group = np.unique(logs, return_inverse=True)
+    return places, np.bincount(group, width) / np.bincount(group)
 
 
 def _shared_subsets(rows: "pd.DataFrame", curve: LearningCurve, n: Floats, y: Floats) -> list[str]:
     """A note where runs of one subset seed deviate from the curve together, which the intervals do not include."""
     from scipy.stats import f_oneway
 
-    if curve.fit is None or "subset_seed" not in rows:
+    if curve.fit is None:
         return []
     subset = rows["subset_seed"].to_numpy()
     away = y - np.array([curve.fit.value_at(float(size))[0] for size in n])
@@ -324,11 +318,9 @@ def _shared_subsets(rows: "pd.DataFrame", curve: LearningCurve, n: Floats, y: Fl
     if len(groups) < 2 or np.ptp(away) < 1e-12:
         return []
     p = float(f_oneway(*groups).pvalue)
-    return (
-        []
-        if p >= 0.05
-        else [f"runs of one subset seed deviate from the curve together (p {p_value(p)}): the intervals are too narrow"]
-    )
+    if p >= 0.05:
+        return []
+    return [f"runs of one subset seed deviate from the curve together (p {p_value(p)}): the intervals are too narrow"]
 
 
 def learning_curves(table: "pd.DataFrame", metric: str, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:

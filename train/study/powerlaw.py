@@ -24,6 +24,9 @@ GRID = 160
 C_MIN, C_MAX = 0.05, 3.0
 """The range of exponents. Below it a power law looks like a logarithm; above it only the smallest size differs."""
 
+CEILING = 1.0
+"""The highest possible score, and so the highest asymptote."""
+
 VARIANCE_POWERS = (-1.0, 2.0)
 
 Floats = NDArray[np.float64]
@@ -94,8 +97,8 @@ class Quantity:
 class Lines:
     """The best line for each c of a grid: (G, S) for G exponents and S data sets of m points."""
 
-    def __init__(self, n: Floats, y: Floats, weights: Floats, grid: Floats, ceiling: float):
-        """n: (m,) sizes; y: (m, S); weights: (m, S), positive; grid: (G,) rising; ceiling: the highest asymptote."""
+    def __init__(self, n: Floats, y: Floats, weights: Floats, grid: Floats):
+        """n: (m,) sizes; y: (m, S); weights: (m, S), positive; grid: (G,) rising."""
         x = (n / n.max())[None, :] ** -grid[:, None]
         self.mass = weights.sum(axis=0)
         centre = (weights * y).sum(axis=0) / self.mass
@@ -108,13 +111,13 @@ class Lines:
         asymptote = centre - slope * self.x_mean
         rss = whole - 2 * slope * joint + slope**2 * self.x_spread
         # Where the line would end above the ceiling, it starts there, and only its slope is free.
-        self.pinned = asymptote > ceiling
+        self.pinned = asymptote > CEILING
         self.x_square = self.x_spread + self.mass * self.x_mean**2
-        to_ceiling = joint + self.mass * self.x_mean * (centre - ceiling)
+        to_ceiling = joint + self.mass * self.x_mean * (centre - CEILING)
         pinned_slope = np.minimum(to_ceiling / self.x_square, 0.0)
-        above = whole + self.mass * (centre - ceiling) ** 2
+        above = whole + self.mass * (centre - CEILING) ** 2
         pinned_rss = above - 2 * pinned_slope * to_ceiling + pinned_slope**2 * self.x_square
-        self.asymptote = np.where(self.pinned, ceiling, asymptote)
+        self.asymptote = np.where(self.pinned, CEILING, asymptote)
         self.slope = np.where(self.pinned, pinned_slope, slope)
         self.rss = np.maximum(np.where(self.pinned, pinned_rss, rss), 0.0)
         self.best = self.rss.argmin(axis=0)
@@ -167,18 +170,18 @@ class PowerLawFit:
     The fits of the drawn sets show how far from the truth such a fit, with its estimated weights, may be.
     """
 
-    def __init__(self, n: Floats, y: Floats, *, ceiling: float, resamples: int, seed: int):
-        """n: (m,) sizes; y: (m,) scores; ceiling: the highest asymptote; resamples: sets drawn."""
-        self.n, self.ceiling = n, ceiling
+    def __init__(self, n: Floats, y: Floats, *, resamples: int, seed: int):
+        """n: (m,) sizes; y: (m,) scores; resamples: sets drawn."""
+        self.n = n
         self.groups = size_groups(n)
         powers, self.power_error = variance_power(n, y[:, None], self.groups)
         self.power = float(powers[0])
         self.weights = power_weights(n, np.array([self.power]))[:, 0]
         coarse = np.geomspace(C_MIN, C_MAX, 80)
-        self.grid = self._refined(coarse, Lines(n, y[:, None], self.weights[:, None], coarse, ceiling))
+        self.grid = self._refined(coarse, Lines(n, y[:, None], self.weights[:, None], coarse))
         self.a, self.b, self.c = self._least_squares(y)
         self.grid = np.unique(np.append(self.grid, self.c))
-        self.lines = Lines(n, y[:, None], self.weights[:, None], self.grid, ceiling)
+        self.lines = Lines(n, y[:, None], self.weights[:, None], self.grid)
         self.sd = math.sqrt(float(self.lines.variance[0]))
         # Each drawn set has weights of its own, estimated from it. The F distribution takes weights as known, and 95 %
         # intervals from it cover 91 %.
@@ -189,7 +192,7 @@ class PowerLawFit:
         drawn = expected[:, None] + noise * rng.normal(size=(n.size, resamples))
         self.drawn_power, _ = variance_power(n, drawn, self.groups)
         self.drawn_weights = power_weights(n, self.drawn_power)
-        self.drawn = Lines(n, drawn, self.drawn_weights, self.grid, ceiling)
+        self.drawn = Lines(n, drawn, self.drawn_weights, self.grid)
         self.luck = rng.normal(size=resamples)
 
     def _refined(self, coarse: Floats, lines: Lines) -> Floats:
@@ -201,10 +204,10 @@ class PowerLawFit:
         """a, b (for n in units of the largest) and c of least weighted squares, by scipy, from the best of the grid."""
         from scipy.optimize import curve_fit
 
-        lines = Lines(self.n, y[:, None], self.weights[:, None], self.grid, self.ceiling)
+        lines = Lines(self.n, y[:, None], self.weights[:, None], self.grid)
         i = int(lines.best[0])
         start = (float(lines.asymptote[i, 0]), max(-float(lines.slope[i, 0]), 1e-9), float(self.grid[i]))
-        bounds = ([-np.inf, 0.0, C_MIN], [self.ceiling, np.inf, C_MAX])
+        bounds = ([-np.inf, 0.0, C_MIN], [CEILING, np.inf, C_MAX])
         start = tuple(np.clip(start, np.array(bounds[0]) + 1e-12, np.array(bounds[1]) - 1e-12))
         found, _ = curve_fit(
             lambda x, a, b, c: a - b * x**-c,
@@ -239,21 +242,18 @@ class PowerLawFit:
         """Curve at n and its 95 % interval."""
         value = self.a - self.b * float(n / self.n.max()) ** -self.c
         low, high = self.interval(1.0, (n / self.n.max()) ** -self.grid, value)
-        return value, low, min(high, self.ceiling)
+        return value, low, min(high, CEILING)
 
     def new_mean_at(self, n: float, runs: int) -> tuple[float, float, float]:
         """Curve at n and the interval that holds the mean of so many new runs there in 95 % of cases."""
         x = n / self.n.max()
         last = int(self.n.argmax())
-
-        def noise(power: Floats, weights: Floats) -> Floats:
-            return 1 / (x**power * weights[last] * runs)
-
         q = x**-self.grid
-        mine = noise(np.array([self.power]), self.weights[:, None])
+        mine = 1 / (np.array([x**self.power]) * self.weights[last] * runs)
+        drawn = 1 / (x**self.drawn_power * self.drawn_weights[last] * runs)
         value = self.a - self.b * float(x) ** -self.c
         met = value + self.sd * math.sqrt(float(mine[0])) * self.luck
-        distances = self.drawn.distance(Quantity(1.0, q, noise(self.drawn_power, self.drawn_weights)), met)
+        distances = self.drawn.distance(Quantity(1.0, q, drawn), met)
         low, high = self.lines.limits(Quantity(1.0, q, mine), self._critical(distances))
         return value, low, high
 

@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DataError
 from train.metrics.bootstrap import estimate, ratio
-from train.study.powerlaw import size_groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +23,8 @@ Ints = NDArray[np.int64]
 class Design:
     """The two-way analysis of variance of many result vectors at once, with type II sums of squares.
 
-    The sums of the results themselves come from statsmodels' `ols`, which takes one vector a call: for four models,
-    seven sizes, three runs and 1,000 drawn sets its calls take 28 s, and `sums` takes 0.7 ms on the same core. The
-    tests compare both.
+    statsmodels' `ols` takes one vector a call: for four models, seven sizes, three runs and 1,000 drawn sets its calls
+    take 28 s, and `sums` takes 0.7 ms on the same core. The tests compare both.
     """
 
     def __init__(self, model: Ints, size: Ints, *, repeated: bool):
@@ -75,45 +73,34 @@ class Design:
 def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Shares of SOURCES in the variance of a metric over the runs, each {"value", "low", "high"}; they sum to 1.
 
-    table: one row a run with `model`, `n_train` (sizes within a fifth are one), optionally `fraction`, and the metric;
-    rows without it are left out. Sums of squares are of type II, differences of statsmodels' nested fits (`anova_lm`
-    itself is wrong where a cell of the grid has no run). A share is the unbiased part
-    (SS − df·MS of the seeds) / N over the sum of these (ω²; Olejnik & Algina 2003, Psychol. Methods 8:434–447): plain
-    SS shares credit every source with some of the noise. Seed is what runs of one model and size differ by, including
-    their training subset. Intervals are percentiles over `resamples` sets of runs drawn with the estimated effects and
-    noise. For four models, seven sizes and three runs they hold the truth in 94.2 to 95.0 % of 1,000 repeats
+    table: one row a run with `model`, `fraction` (the size), and the metric; rows without it are left out. Sums of
+    squares are of type II, differences of nested fits. A share is the unbiased part (SS − df·MS of the seeds) / N over
+    the sum of these (ω²; Olejnik & Algina 2003, Psychol. Methods 8:434–447): plain SS shares credit every source with
+    some of the noise. Seed is what runs of one model and size differ by, including their training subset. Intervals are
+    percentiles over `resamples` sets of runs drawn with the estimated effects and noise. For four models, seven sizes
+    and three runs they hold the truth in 94.2 to 95.0 % of 1,000 repeats
     (`python -m tests.support.simulate_coverage --only variance`).
 
     Without repeated runs the interaction cannot be separated from the seed: it is None, `seed` holds both, and `notes`
     says so. Raises DataError with fewer than two models or sizes, no spare run, or where every run has the same score.
     """
     import pandas as pd
-    from statsmodels.formula.api import ols
 
     runs = table.dropna(subset=[metric])
-    model, names = pd.factorize(runs["model"], sort=True)
-    if "fraction" in runs:
-        size = pd.factorize(runs["fraction"], sort=True)[0]
-    else:
-        size = size_groups(runs["n_train"].to_numpy(dtype=np.float64)) if len(runs) else np.zeros(0, dtype=np.int64)
-    if len(names) < 2 or len(set(size.tolist())) < 2:
-        raise DataError(
-            f"variance shares need at least two models and two sizes, and there are {len(names)} and {len(set(size))}"
-        )
+    model, size = (pd.factorize(runs[column], sort=True)[0].astype(np.int64) for column in ("model", "fraction"))
+    counts = pd.crosstab(model, size).to_numpy()
+    if min(counts.shape) < 2:
+        models, sizes = counts.shape
+        raise DataError(f"variance shares need at least two models and two sizes, and there are {models} and {sizes}")
     y = runs[metric].to_numpy(dtype=np.float64)
     if np.ptp(y) < LEAST_SPREAD:
         raise DataError(f"all {y.size} runs have the same {metric} ({y[0]:.3g}), so there is nothing to share out")
-    cells = len(set(zip(model.tolist(), size.tolist(), strict=True)))
+    cells = int((counts > 0).sum())
     repeated = cells < len(y)
-    design = Design(model.astype(np.int64), size.astype(np.int64), repeated=repeated)
+    design = Design(model, size, repeated=repeated)
     if design.freedom[3] < 1:
         raise DataError(f"variance shares need more runs than the {cells} cells of models and sizes")
-    frame = pd.DataFrame({"y": y, "model": model, "size": size, "cell": model * 1000 + size})
-    by_model, by_size, both, full = (
-        float(ols(f"y ~ {terms}", frame).fit().ssr)
-        for terms in ("C(model)", "C(size)", "C(model) + C(size)", "C(cell)" if repeated else "C(model) + C(size)")
-    )
-    sums = np.maximum([by_size - both, by_model - both, both - full, full], 0.0)
+    sums = design.sums(y[:, None])[:, 0]
     interaction = repeated and design.freedom[2] > 0
     rng = np.random.default_rng(seed)
     noise = np.sqrt(sums[3] / design.freedom[3])
@@ -126,10 +113,10 @@ def variance_shares(table: "pd.DataFrame", metric: str, *, resamples: int = 1000
         notes.append(
             "one run per model and size: the interaction cannot be separated from the seed, whose share holds both"
         )
-    if cells < len(names) * len(set(size.tolist())):
-        notes.append(f"{len(names) * len(set(size.tolist())) - cells} cells of the grid have no run")
-    if len({int(n) for n in np.unique(model * 1000 + size, return_counts=True)[1]}) > 1:
+    if cells < counts.size:
+        notes.append(f"{counts.size - cells} cells of the grid have no run")
+    if len(set(counts[counts > 0].tolist())) > 1:
         notes.append("cells have different numbers of runs: the shares weigh cells by their runs")
-    if "subset_seed" in runs and runs.assign(size=size).duplicated(["model", "size", "subset_seed"]).any():
+    if "subset_seed" in runs and runs.duplicated(["model", "fraction", "subset_seed"]).any():
         notes.append("runs of one model and size share subset seeds and count as independent: intervals are too narrow")
     return {"metric": metric, "runs": int(y.size), "shares": estimates, "notes": notes}

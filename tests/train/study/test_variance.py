@@ -51,15 +51,6 @@ def test_shares_sum_to_one_and_name_the_cause():
     assert variance_shares(alone, "score", resamples=100)["shares"]["seed"]["value"] > 0.7
 
 
-def test_sizes_are_grouped_without_a_fraction_column():
-    table = grid()
-    by_fraction = variance_shares(table, "score", resamples=20)
-    table["n_train"] += table["seed"]  # lesions are whole: other subsets have a few images more
-    by_size = variance_shares(table.drop(columns="fraction"), "score", resamples=20)
-    for name in SOURCES:
-        assert by_size["shares"][name]["value"] == pytest.approx(by_fraction["shares"][name]["value"])
-
-
 def test_without_repeats_the_interaction_is_not_made_up():
     found = variance_shares(grid(runs=1), "score", resamples=50)
     assert found["shares"]["interaction"] == {"value": None, "low": None, "high": None}

@@ -9,10 +9,9 @@ import numpy as np
 
 from shards.common.errors import DataError
 from train.config import FORWARD_AND_BACKWARD, Config, pixel_share
-from train.study.folder import LEAKAGE
+from train.study.folder import LEAKAGE, read_json
 from train.study.leakage import RESULT
 from train.study.runs import Run, Study
-from train.study.table import read_json
 
 METRICS = ("balanced_accuracy", "macro_auc")
 """The metrics with learning curves, differences and variance shares; the first leads."""

@@ -31,19 +31,26 @@ _TRAINED = ("result.json", "checkpoint.pt")
 def read_study(folder: Path) -> dict[str, Any]:
     """The settings of a study. Raises DataError if they are missing or damaged."""
     path = folder / STUDY
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; make a study with `python -m train.grid --out {folder}`")
-    try:
-        study = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{folder}: not a study (no {STUDY}); make one with `python -m train.grid --out {folder}`"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); start the study in another folder") from None
-    if not isinstance(study, dict) or study.get("version") != VERSION:
+    if not path.exists():
+        raise DataError(f"{folder}: not a study (no {STUDY}); make one with `python -m train.grid --out {folder}`")
+    study = read_json(path, "start the study in another folder")
+    if study.get("version") != VERSION:
         raise DataError(f"{path}: written by another release; start the study in another folder")
     return study
+
+
+def read_json(path: Path, advice: str = "") -> dict[str, Any]:
+    """A JSON object of a study. Raises DataError with what to do if it is missing or damaged."""
+    advice = advice or f"delete the folder {path.parent} and run the grid again"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; {advice}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); {advice}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: damaged (not a JSON object); {advice}")
+    return content
 
 
 def read_journal(folder: Path) -> dict[str, dict[str, Any]]:

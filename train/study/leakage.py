@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.common.errors import DataError
-from train.study.numbers import p_value, points
+from train.study.numbers import between, p_value, points
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,10 +93,9 @@ def measure(data: "ShardSet", rows: "dict[str, np.ndarray]", cells: list[Any], f
     None where a group has no image.
     """
     import numpy as np
-    import pandas as pd
 
-    from train.metrics.differences import model_difference, tested
-    from train.study.table import read_json
+    from train.metrics.differences import model_difference
+    from train.study.runs import read_run
 
     in_test = data.column("split") == "test"
     trained = set(data.lesion_names[rows["leaky"]].tolist())
@@ -112,24 +111,13 @@ def measure(data: "ShardSet", rows: "dict[str, np.ndarray]", cells: list[Any], f
         "epochs": cells[0].config.epochs,
         "resolution_px": cells[0].config.resolution,
     }
+    runs = {arm: [read_run(folder.cell(c.name)) for c in cells if c.prefix == f"{arm}_"] for arm in ARMS}
     for name, group in groups.items():
         if not len(group):
             found[name] = None
             continue
-        chosen = set(group.tolist())
-        sides: dict[str, list[Any]] = {arm: [] for arm in ARMS}
-        for cell in cells:
-            run = folder.cell(cell.name)
-            test = read_json(run / "result.json")
-            table = pd.read_parquet(run / "predictions.parquet")
-            side = tested(
-                table.loc[table["image_id"].isin(sorted(chosen))],
-                prior=test["test"]["prior"],
-                logits_prior=test["test"]["logits_prior"],
-                training_prior=list(test["training_images_per_class"].values()),
-            )
-            sides[cell.prefix.rstrip("_")].append(side)
-        found[name] = model_difference(sides["leaky"], sides["apart"])
+        leaky, apart = ([run.tested(group.tolist()) for run in runs[arm]] for arm in ARMS)
+        found[name] = model_difference(leaky, apart)
     return found
 
 
@@ -187,6 +175,4 @@ def _side_of_0(cell: dict[str, Any]) -> int:
 
 def _gap(cell: dict[str, Any], metric: str) -> str:
     """`+1.5 points (-2.4 points to +5.4 points, p = 0.442)`."""
-    gap = cell["difference"]
-    ends = f"{points(metric, gap['low'])} to {points(metric, gap['high'])}"
-    return f"{points(metric, gap['value'])} ({ends}, p {p_value(cell['p'])})"
+    return between(metric, cell["difference"], f"p {p_value(cell['p'])}", write=points)

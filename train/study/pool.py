@@ -7,51 +7,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from train.study.cells import Cell
 from train.study.folder import StudyFolder
-from train.study.worker import Ended, Job, Status, Warned, work
+from train.study.view import Lines
+from train.study.worker import Ended, Job, Slot, Status, Warned, work
 
 POLL_S = 0.25
 GRACE_S = 30.0
 """Seconds that a worker may take to write its checkpoint when it is stopped. Then it is killed."""
-
-
-class View(Protocol):
-    """Shows what happens."""
-
-    def started(self, slot: "Slot") -> None:
-        """A worker was given a cell."""
-        ...
-
-    def ended(self, cell: Cell, ended: Ended, wall_s: float) -> None:
-        """A cell is finished, stopped or failed."""
-        ...
-
-    def warn(self, text: str) -> None:
-        """A cell gave a warning."""
-        ...
-
-
-@dataclass
-class Slot:
-    """One device, its worker process, the model of that worker, and the cell that it trains."""
-
-    number: int
-    gpu: str | None
-    model: str = ""
-    process: SpawnProcess | None = None
-    pipe: Connection | None = None
-    cell: Cell | None = None
-    started: float = 0.0
-    status: Status = field(default_factory=lambda: Status("start", 0, 1))
-    log: Path = Path()
-    stopped_at: float | None = None
 
 
 @dataclass
@@ -63,7 +31,7 @@ class Pool:
     """
 
     folder: StudyFolder
-    view: View
+    view: Lines
     gpus: Sequence[str | None]
     recorded: Callable[[dict[str, Any]], None]
     unwanted: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
 """Reading a study: the finished runs of a folder, with a check that they can be compared."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from shards.common.errors import DataError, one_line
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT
 from train.study.cells import EIGHT
-from train.study.folder import CELLS, STUDY, read_journal, read_study
-from train.study.table import failed_row, finished_row, read_json
+from train.study.folder import CELLS, STUDY, read_journal, read_json, read_study
+from train.study.table import failed_row, finished_row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,17 +48,16 @@ class Run:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({one_line(error, 160)}); train this run again") from None
 
-    def tested(self) -> "Tested":
-        """Its predictions on the test split, ready for a comparison."""
+    def tested(self, images: Collection[str] | None = None) -> "Tested":
+        """Its predictions on the test split, ready for a comparison. images: names of those to use; None: all."""
         from train.metrics.differences import tested
 
-        test = self.result["test"]
-        counts = self.result["training_images_per_class"]
+        test, table = self.result["test"], self.predictions()
         return tested(
-            self.predictions(),
+            table if images is None else table.loc[table["image_id"].isin(list(images))],
             prior=test["prior"],
             logits_prior=test["logits_prior"],
-            training_prior=list(counts.values()),
+            training_prior=list(self.result["training_images_per_class"].values()),
         )
 
 
@@ -106,7 +106,7 @@ def read(folder: Path) -> Study:
         paths = [folder]
     else:
         paths = sorted(p.parent for p in folder.glob(f"*/{RESULT}"))
-    runs = [_run(path, journal.get(path.name)) for path in paths]
+    runs = [read_run(path, journal.get(path.name)) for path in paths]
     done = {run.row["cell"] for run in runs}
     lost = [
         failed_row(entry) for entry in journal.values() if entry["outcome"] == "failed" and entry["cell"] not in done
@@ -157,12 +157,11 @@ def _differences(one: Run, other: Run) -> list[str]:
     return [f"{key}: {first[key]}, and {second[key]}" for key in first if first[key] != second[key]]
 
 
-def _run(path: Path, entry: dict[str, Any] | None) -> Run:
+def read_run(path: Path, entry: dict[str, Any] | None = None) -> Run:
+    """A finished run. entry: the cell's last line of the journal. Raises DataError for a missing or damaged file."""
     config, result = read_json(path / CONFIG), read_json(path / RESULT)
     try:
-        row = finished_row(result, config, path.name)
+        row = finished_row(result, config, path.name, entry)
     except (KeyError, TypeError) as error:
         raise DataError(f"{path / RESULT}: written by another release (no {error}); train this run again") from None
-    if entry is not None:
-        row |= {"wall_s": entry.get("wall_s"), "note": entry.get("note", "")}
     return Run(path, config, result, read_json(path / ENVIRONMENT), row)

@@ -2,14 +2,12 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
-from shards.common.errors import DataError
 from shards.common.files import write_durably
 from train.record import CONFIG, read_result
-from train.study.folder import CELLS, read_journal
+from train.study.folder import CELLS, read_journal, read_json
 
 RESULTS = "results.csv"
 FIRST = ("cell", "status", "model", "fraction", "seed", "subset_seed", "n_train")
@@ -19,8 +17,10 @@ AT_TRAINING_PRIOR = ("accuracy", "macro_f1", "expected_calibration_error")
 """Metrics that the table also has at the training prior, which is that of plain cross-entropy."""
 
 
-def finished_row(result: dict[str, Any], config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The row of a finished cell from its result.json and config.json.
+def finished_row(
+    result: dict[str, Any], config: dict[str, Any], name: str, entry: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The row of a finished cell from its result.json and config.json, and its journal entry where a grid trained it.
 
     Every metric as `name`, `name_low`, `name_high` (95 %), per class as `recall_mel` …; `_s` seconds, `_bytes` bytes.
     `accuracy_training_prior` …: at the class frequencies of the training set, if the run's own prior is another one.
@@ -65,8 +65,8 @@ def finished_row(result: dict[str, Any], config: dict[str, Any], name: str) -> d
         "peak_memory_bytes": result["peak_memory_bytes"],
         "device": result["device"],
         **{key: decisions.get(key) for key in ("compile", "engine", "precision", "threads")},
-        "wall_s": None,
-        "note": "",
+        "wall_s": entry.get("wall_s") if entry else None,
+        "note": entry.get("note", "") if entry else "",
         "error": "",
     }
 
@@ -77,19 +77,6 @@ def failed_row(entry: dict[str, Any]) -> dict[str, Any]:
     return {"cell": entry["cell"], "status": "failed", **{key: entry.get(key) for key in known}}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a run folder. Raises DataError if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing; delete the folder {path.parent} and run the grid again") from None
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); delete the folder {path.parent} and run the grid again") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: damaged (not a JSON object); delete the folder {path.parent} and run the grid again")
-    return content
-
-
 def read_row(folder: Path, name: str, entry: dict[str, Any] | None) -> dict[str, Any] | None:
     """The row of one cell of the study in `folder`; None if it neither finished nor failed.
 
@@ -98,10 +85,7 @@ def read_row(folder: Path, name: str, entry: dict[str, Any] | None) -> dict[str,
     run = folder / CELLS / name
     result = read_result(run)
     if result is not None:
-        row = finished_row(result, read_json(run / CONFIG), name)
-        if entry is not None:
-            row |= {"wall_s": entry.get("wall_s"), "note": entry.get("note", "")}
-        return row
+        return finished_row(result, read_json(run / CONFIG), name, entry)
     if entry is not None and entry.get("outcome") == "failed":
         return failed_row(entry)
     return None
@@ -123,16 +107,9 @@ def write_table(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
-    table.writerows(
-        sorted(
-            rows.values(),
-            key=lambda row: (
-                str(row["model"]),
-                -(row["fraction"] or 0.0),
-                row["seed"] or 0,
-                row["subset_seed"] or 0,
-                row["cell"],
-            ),
-        )
-    )
+    keys = {
+        name: (str(row["model"]), -(row["fraction"] or 0.0), row["seed"] or 0, row["subset_seed"] or 0, name)
+        for name, row in rows.items()
+    }
+    table.writerows(rows[name] for name in sorted(rows, key=lambda name: keys[name]))
     write_durably(folder / RESULTS, text.getvalue().encode())

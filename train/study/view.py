@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from train.study.cells import Cell
-from train.study.pool import Slot
-from train.study.worker import Ended
+from train.study.worker import Ended, Slot
 
 
 def duration(seconds: float) -> str:

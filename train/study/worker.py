@@ -9,13 +9,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from shards.common.errors import one_line
 from train.config import Config
+from train.study.cells import Cell
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,22 @@ class Ended:
     outcome: str
     result: dict[str, Any] | None = None
     error: str = ""
+
+
+@dataclass
+class Slot:
+    """One device, its worker process, the model of that worker, and the cell that it trains."""
+
+    number: int
+    gpu: str | None
+    model: str = ""
+    process: SpawnProcess | None = None
+    pipe: Connection | None = None
+    cell: Cell | None = None
+    started: float = 0.0
+    status: Status = field(default_factory=lambda: Status("start", 0, 1))
+    log: Path = Path()
+    stopped_at: float | None = None
 
 
 class PipeConsole:
@@ -118,21 +136,14 @@ def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Cal
     from shards.common.errors import DermscaleError
 
     with importing():
-        from train.distributed import World
         from train.loop import Stopped, train_once
         from train.workspace import Workspace
 
-    world, workspace, begin = World(), Workspace(), started
-    prepared = False
-    while True:
-        job: Job | None = pipe.recv()
-        if job is None:
-            workspace.close()
-            return
-        begin = started if not prepared else time.perf_counter()
+    workspace, world = Workspace(), None
+    while (job := pipe.recv()) is not None:
+        begin = started if world is None else time.perf_counter()
         try:
-            if not prepared:
-                world, prepared = _world(job.config.device), True
+            world = world or _world(job.config.device)
             workspace.compilation.images_ahead = job.images_ahead
             result = train_once(
                 job.config,
@@ -155,6 +166,7 @@ def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Cal
             ended = Ended("failed", error=f"{type(error).__name__}: {one_line(error, 300)}")
         sys.stderr.flush()
         pipe.send(ended)
+    workspace.close()
 
 
 def _world(device_name: str) -> Any:

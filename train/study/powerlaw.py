@@ -255,7 +255,7 @@ class PowerLawFit:
         met = value + self.sd * math.sqrt(float(mine[0])) * self.luck
         distances = self.drawn.distance(Quantity(1.0, q, drawn), met)
         low, high = self.lines.limits(Quantity(1.0, q, mine), self._critical(distances))
-        return value, low, high
+        return value, low, min(high, CEILING)
 
     def lack_of_fit(self, y: Floats) -> float | None:
         """p of the F test of the size means against the curve; None without repeated sizes or spare sizes."""

@@ -135,13 +135,8 @@ def test_a_curve_that_is_not_identifiable_says_why(data, reason):
     curve = fit_curve(*data, resamples=100)
     assert not curve.identifiable
     assert any(reason in line for line in curve.reasons), curve.reasons
-    assert None in (
-        curve.a["low"],
-        curve.a["high"],
-        curve.c["low"],
-        curve.c["high"],
-        curve.b["high"],
-    ) or "b may be 0" in (" ".join(curve.reasons))
+    ends = [cell[end] for cell in (curve.a, curve.b, curve.c) for end in ("low", "high")]
+    assert None in ends or reason == "b may be 0"
     json.dumps(curve.to_dict(), allow_nan=False)
 
 
@@ -164,6 +159,9 @@ def test_the_largest_size_is_predicted_without_being_seen():
     assert not surprised["inside"]
     for key in ("predicted", "low", "high"):
         assert surprised[key] == found[key], "the held-out runs moved their own prediction"
+    n, y = runs(a=0.99, b=8.0, c=0.8, sd=0.05)
+    near_1 = hold_out_largest(n, np.minimum(y, 1.0), resamples=200)
+    assert near_1["high"] == 1.0  # no score is higher
 
 
 @pytest.mark.parametrize(
@@ -230,27 +228,25 @@ def test_subsets_that_move_all_sizes_together_are_noticed():
     assert any("the intervals are too narrow" in note for note in found["notes"])
 
 
-def largest_at(table, shift):
-    """The table with the scores of the largest size moved."""
-    moved = table["balanced_accuracy"] + np.where(table["fraction"] == 1.0, shift, 0.0)
-    return table.assign(balanced_accuracy=moved)
-
-
-def test_a_curve_whose_form_does_not_fit_ends_with_the_data():
+@pytest.mark.parametrize(
+    ("change", "inside", "doubts"),
+    [
+        (lambda n, y: np.where(n < 500, 0.3, 0.7) + (y - y.mean()) / 50, None, ["than chance explains (p < 0.001)"]),
+        (
+            lambda n, y: y - 0.06 * (n > 5000),
+            False,
+            ["does not predict", "is outside its 95 % interval there"],
+        ),
+    ],
+    ids=["a jump", "a largest size that falls off"],
+)
+def test_a_curve_whose_form_does_not_fit_ends_with_the_data_and_says_why(change, inside, doubts):
     table = study_table()
-    jump = np.where(table["n_train"] < 500, 0.3, 0.7) + 0.005 * np.random.default_rng(0).normal(size=len(table))
-    jumping = table.assign(balanced_accuracy=jump)
-    found = learning_curve(jumping[table["model"] == "alexnet"], "balanced_accuracy", resamples=50)
-    assert any("than chance explains (p < 0.001)" in doubt for doubt in found["doubts"])
-    assert found["band"][-1]["n"] == pytest.approx(found["curve"]["n_max"])
-
-
-def test_a_largest_size_that_falls_off_puts_the_curve_in_doubt():
-    table = largest_at(study_table(), -0.06)
+    table["balanced_accuracy"] = change(table["n_train"], table["balanced_accuracy"])
     found = learning_curve(table[table["model"] == "resnet18"], "balanced_accuracy", resamples=100)
-    assert found["hold_out"]["inside"] is False
-    assert any("does not predict" in doubt for doubt in found["doubts"])
-    assert any("is outside its 95 % interval there" in doubt for doubt in found["doubts"])
+    assert inside is None or found["hold_out"]["inside"] is inside
+    for doubt in doubts:
+        assert any(doubt in line for line in found["doubts"]), found["doubts"]
     assert found["band"][-1]["n"] == pytest.approx(found["curve"]["n_max"])
 
 

@@ -6,7 +6,6 @@ Writes runs/study/report.html: the findings in plain words, learning curves with
 calibration, differences between models, variance shares, speed, settings. A single run folder works too.
 """
 
-import sys
 from pathlib import Path
 
 import click
@@ -29,16 +28,18 @@ from shards.common.errors import UsageError
 def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data: Path | None, resamples: int) -> None:
     """Write the report of STUDY: a folder of train.grid, a folder of run folders, or one run folder."""
     from shards.common.files import write_durably
+    from shards.common.progress import Progress
     from train.study.analysis import analyse
     from train.study.report.charts import charts
     from train.study.report.page import compose
     from train.study.runs import read
 
-    read_study = read(study)
+    runs = read(study)
     target = out or study / "report.html"
     if target.is_dir():
         raise UsageError(f"--out {target}: is a folder; name the file to write, such as {target / 'report.html'}")
-    found = analyse(read_study, resamples=resamples, at=_at)
+    with Progress("report", lines=False, transient=True) as progress:
+        found = analyse(runs, resamples=resamples, at=progress.at)
     drawn = charts(found)
     page = compose(found, drawn, tiles=tiles, data=data)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,13 +51,7 @@ def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data:
                 name = picture.name if len(chart.pictures) > 1 else chart.name
                 for kind, content in picture.files().items():
                     write_durably(pictures / f"{name}.{kind}", content)
-    click.echo(f"{target}: {len(read_study.runs)} runs, {len(drawn)} charts, {len(page) / 1e6:.1f} MB")
-
-
-def _at(what: str, done: int, steps: int) -> None:
-    """Print one line a step: the whole takes seconds to a minute."""
-    if sys.stderr.isatty():
-        click.echo(f"{done + 1}/{steps} {what}", err=True)
+    click.echo(f"{target}: {len(runs.runs)} runs, {len(drawn)} charts, {len(page) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from train.config import DECIDES_NOTHING, Config
-from train.study.cells import EIGHT, Cell
+from train.study.cells import Cell
 from train.study.folder import UNWANTED, StudyFolder
 from train.study.pool import Pool, visible_gpus
 from train.study.table import RESULTS, read_row, read_rows, write_table
@@ -35,11 +35,6 @@ def check_settings(names: Sequence[str], base: Config) -> None:
     Raises UsageError for an unknown model, an impossible resolution, too small a batch, a missing device or a precision
     that it does not support, DataError for weights that cannot be read.
     """
-    any_size_does = base.resolution >= 64 and base.resolution % 32 == 0 and base.start_resolution is None
-    any_model_does = any_size_does and base.batch_size > 1 and all(name in EIGHT for name in names)
-    any_device_does = base.device in ("auto", "cpu") and base.precision in ("auto", "fp32")
-    if any_model_does and any_device_does and base.weights is None:
-        return  # without importing torch, which takes seconds
     from train import device as devices
     from train import models
     from train.config import check_batch
@@ -48,7 +43,8 @@ def check_settings(names: Sequence[str], base: Config) -> None:
     for name in names:
         models.check_resolution(name, base.resolution, base.start_resolution)
         check_batch(base.batch_size, models.family(name))
-    if not any_device_does:
+    # `auto` always fits; asking for it would start CUDA here, which takes memory of the GPU until the study ends.
+    if base.device not in ("auto", "cpu") or base.precision not in ("auto", "fp32"):
         devices.precision(devices.choose(base.device), base.precision)
     if base.weights is not None:
         read_weights(Path(base.weights))

@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import click
 
@@ -96,13 +95,11 @@ class Lines:
         self.count = Counts(cells, done, workers)
         self._running: list[Slot] = []
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> Self:
         """Enter the context."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         """Leave it."""
 
     def say(self, text: str) -> None:
@@ -139,7 +136,7 @@ class Lines:
 class LiveTable(Lines):
     """The lines, and below them a table that is redrawn: one row per model, and the status of each worker."""
 
-    def __enter__(self) -> "LiveTable":
+    def __enter__(self) -> Self:
         """Start drawing."""
         from rich.console import Console
         from rich.live import Live
@@ -155,9 +152,7 @@ class LiveTable(Lines):
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         """Remove the table."""
         self._live.stop()
 

@@ -81,20 +81,9 @@ def write_set(out: Path, encoding: str = "jpg", images: int = 120, size: tuple[i
                 height, width = size or (int(rng.integers(40, 120)), int(rng.integers(40, 120)))
                 image = picture(rng, label, height, width)
                 kind = encoding if encoding != "mixed" else ("jpg", "raw")[number % 2]
-                payload = encode_jpeg(image) if kind == "jpg" else npy_bytes(image)
-                metadata = {
-                    "image_id": f"IMG_{number:05d}",
-                    "lesion_id": f"LES_{split}_{i % 7}_{i // 21}",
-                    "dx": CLASSES[label],
-                    "dx_type": "histo",
-                    "age": None if number % 9 == 0 else float(20 + number % 60),
-                    "sex": "unknown",
-                    "localization": "back",
-                    "dataset": "test",
-                }
-                writer.add(PackedSample(payload, kind, height, width, split, metadata))
+                write_sample(writer, number, f"LES_{split}_{i % 7}_{i // 21}", label, split, image, kind)
                 number += 1
-        finish(writer)
+        finish_set(writer)
     return out
 
 
@@ -105,12 +94,30 @@ def little_metadata(image_id: str, dx: str) -> dict[str, str | None]:
     )
 
 
-def finish(writer: ShardSetWriter) -> None:
-    """Finish a set with a made-up manifest."""
+def write_sample(
+    writer: ShardSetWriter, number: int, lesion: str, label: int, split: str, image: np.ndarray, kind: str = "jpg"
+) -> None:
+    """Add one picture as image `number` of a lesion, with all metadata."""
+    metadata = {
+        "image_id": f"IMG_{number:05d}",
+        "lesion_id": lesion,
+        "dx": CLASSES[label],
+        "dx_type": "histo",
+        "age": None if number % 9 == 0 else float(20 + number % 60),
+        "sex": "unknown",
+        "localization": "back",
+        "dataset": "test",
+    }
+    payload = encode_jpeg(image) if kind == "jpg" else npy_bytes(image)
+    writer.add(PackedSample(payload, kind, *image.shape[:2], split, metadata))
+
+
+def finish_set(writer: ShardSetWriter, unit: str = "lesion") -> None:
+    """Finish a set of test pictures that was split by `unit`: lesion or image."""
     writer.finish(
         mean=(0.7, 0.55, 0.5),
         std=(0.2, 0.2, 0.2),
-        split={"ratio": [60, 20, 20], "seed": 0, "unit": "lesion"},
+        split={"ratio": [60, 20, 20], "seed": 0, "unit": unit},
         source={"name": "test pictures"},
         citation="none",
         licence="none",

@@ -17,7 +17,7 @@ from shards.common.errors import DataError
 from shards.format import EncodeSpec
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter
-from tests.conftest import finish, little_metadata
+from tests.conftest import finish_set, little_metadata
 
 
 def add(writer: ShardSetWriter, images: int = 1) -> None:
@@ -28,7 +28,7 @@ def add(writer: ShardSetWriter, images: int = 1) -> None:
 def pack(out: Path, images: int = 1, overwrite: bool = False) -> Path:
     with ShardSetWriter(out, EncodeSpec(), 1 << 20, overwrite) as writer:
         add(writer, images)
-        finish(writer)
+        finish_set(writer)
     return out
 
 
@@ -141,7 +141,7 @@ def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path, overwrite)
         add(writer)
         out.mkdir()
         (out / "thesis.txt").write_text("precious")
-        finish(writer)
+        finish_set(writer)
     assert (names(tmp_path), names(out)) == (["set"], ["thesis.txt"])
 
 

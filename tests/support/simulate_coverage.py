@@ -41,21 +41,27 @@ CURVES = {
 }
 
 
+def views(rng, lesions):
+    """Labels of lesions, and labels and lesion ids of their one to three images."""
+    label = np.repeat(np.arange(7), lesions)
+    images = rng.choice([1, 2, 3], label.size, p=[0.74, 0.2, 0.06])
+    return label, np.repeat(label, images), np.repeat(np.arange(label.size), images)
+
+
+def difficulty(rng, recalls):
+    """Chances of lesions of these recalls to be found."""
+    spread = (1 - WITHIN_LESION) / WITHIN_LESION
+    return rng.beta(recalls * spread, (1 - recalls) * spread)
+
+
 def lesions_and_answers(rng, recalls, lesions, models=1, gain=1.0):
     """Labels and lesion ids of images, and whether each model gets each image right, (N, models).
 
     The models are equally good and find the same lesions hard. A gain below 1 makes the first one better.
     """
-    label = np.repeat(np.arange(7), lesions)
-    views = rng.choice([1, 2, 3], label.size, p=[0.74, 0.2, 0.06])
-    spread = (1 - WITHIN_LESION) / WITHIN_LESION
-    chance = rng.beta(recalls[label] * spread, (1 - recalls[label]) * spread)
-    labels, ids = np.repeat(label, views), np.repeat(np.arange(label.size), views)
-    return (
-        labels,
-        ids,
-        rng.random((labels.size, models)) < chance[ids][:, None] ** np.array([gain] + [1.0] * (models - 1)),
-    )
+    label, labels, ids = views(rng, lesions)
+    chance = difficulty(rng, recalls[label])[ids][:, None] ** np.array([gain] + [1.0] * (models - 1))
+    return labels, ids, rng.random((labels.size, models)) < chance
 
 
 def recalls_of(labels, right, bootstrap):
@@ -113,8 +119,7 @@ def crossed_pairs(repeats, seed_sd=1.0, subset_sd=1.0, own_sd=1.0, seeds=3, subs
 def two_models(recalls, repeats, resamples=1000, seed=0, lesions=LESIONS, gain=1.0):
     """Share of repeats whose interval of the difference holds the true one (0 for gain 1), and of p below 0.05."""
     rng = np.random.default_rng(seed)
-    spread = (1 - WITHIN_LESION) / WITHIN_LESION
-    chances = [rng.beta(recall * spread, (1 - recall) * spread, size=400_000) for recall in recalls]
+    chances = [difficulty(rng, np.full(400_000, recall)) for recall in recalls]
     truth = float(np.mean([(chance**gain - chance).mean() for chance in chances]))
     held = small = 0
     for i in range(repeats):
@@ -138,10 +143,8 @@ def every_metric(repeats, prior="training", sharpness=1.0, resamples=1000, seed=
     centres = rng.normal(size=(7, 6))
 
     def draw(lesions):
-        label = np.repeat(np.arange(7), lesions)
-        views = rng.choice([1, 2, 3], label.size, p=[0.74, 0.2, 0.06])
+        label, labels, ids = views(rng, lesions)
         of_lesion = centres[label] + 0.8 * rng.normal(size=(label.size, 6))
-        labels, ids = np.repeat(label, views), np.repeat(np.arange(label.size), views)
         x = of_lesion[ids] + 0.6 * rng.normal(size=(labels.size, 6))
         return sharpness * -((x[:, None] - centres) ** 2).sum(axis=2) / 2, labels, ids
 
@@ -232,7 +235,7 @@ def variance(repeats, shares=(0.3, 0.5, 0.1, 0.1), resamples=1000, seed=0):
     sd = 0.05 * np.sqrt(shares)
     cells = sd[0] * effect(models)[:, None] + sd[1] * effect(sizes) + sd[2] * effect(models, sizes)
     index = np.array([(m, s) for m in range(models) for s in range(sizes) for _ in range(runs)])
-    table = pd.DataFrame({"model": [f"m{m}" for m, _ in index], "fraction": index[:, 1], "n_train": 1})
+    table = pd.DataFrame({"model": [f"m{m}" for m, _ in index], "fraction": index[:, 1]})
     held, mean = np.zeros(4), np.zeros(4)
     for i in range(repeats):
         table["score"] = 0.5 + cells[index[:, 0], index[:, 1]] + sd[3] * rng.normal(size=len(index))

@@ -242,7 +242,7 @@ class PowerLawFit:
         """Curve at n and its 95 % interval."""
         value = self.a - self.b * float(n / self.n.max()) ** -self.c
         low, high = self.interval(1.0, (n / self.n.max()) ** -self.grid, value)
-        return value, low, min(high, CEILING)
+        return value, max(low, 0.0), min(high, CEILING)
 
     def new_mean_at(self, n: float, runs: int) -> tuple[float, float, float]:
         """Curve at n and the interval that holds the mean of so many new runs there in 95 % of cases."""
@@ -255,7 +255,7 @@ class PowerLawFit:
         met = value + self.sd * math.sqrt(float(mine[0])) * self.luck
         distances = self.drawn.distance(Quantity(1.0, q, drawn), met)
         low, high = self.lines.limits(Quantity(1.0, q, mine), self._critical(distances))
-        return value, low, min(high, CEILING)
+        return value, max(low, 0.0), min(high, CEILING)
 
     def lack_of_fit(self, y: Floats) -> float | None:
         """p of the F test of the size means against the curve; None without repeated sizes or spare sizes."""

@@ -19,7 +19,7 @@ from shards.engines.dali_feed import INPUTS, Reader
 from shards.engines.native import NativeEngine
 from shards.format import CLASSES, EncodeSpec
 from shards.writer import PackedSample, ShardSetWriter
-from tests.conftest import finish, little_metadata, write_set
+from tests.conftest import finish_set, little_metadata, write_set
 from tests.support.benchdata import in_a_process_of_its_own
 from tests.support.parity import assert_parity, batches, requests_of
 
@@ -116,7 +116,7 @@ def test_a_sample_that_cannot_be_decoded_is_named(tmp_path):
             payload = bytes(rng.bytes(900)) if row == 7 else bytes(intact.read(row))
             metadata = little_metadata(f"IMG_{row}", CLASSES[row % 7])
             writer.add(PackedSample(payload, "jpg", 72, 96, "train", metadata))
-        finish(writer)
+        finish_set(writer)
     loader = Loader(ShardSet(tmp_path / "set").select("train"), batch_size=4, resolution=32, engine="dali", train=False)
     with pytest.raises(DataError, match=r"IMG_7: damaged.*does not decode"):
         batches(loader)

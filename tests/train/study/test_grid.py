@@ -123,18 +123,6 @@ def test_wrong_fractions_and_seeds_are_refused(text):
 # ------------------------------------------------------------------ the folder
 
 
-def test_changed_settings_are_refused_with_the_difference_and_the_same_go_on(tmp_path):
-    same = {"epochs": 4, "lr": None}
-    with StudyFolder(tmp_path / "study", same) as folder:
-        with pytest.raises(DataError, match="another grid is running"):
-            StudyFolder(tmp_path / "study", same)
-        leave(folder, "result.json")
-    with pytest.raises(UsageError, match="epochs: 4, now 5"):
-        StudyFolder(tmp_path / "study", {"epochs": 5, "lr": None})
-    with StudyFolder(tmp_path / "study", {"epochs": 4, "lr": None}):
-        pass
-
-
 def leave(folder: StudyFolder, name: str) -> None:
     """Write a file into a cell's run folder."""
     run = folder.cell(Cell(BASE, 1000, 10).name)

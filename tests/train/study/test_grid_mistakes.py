@@ -68,7 +68,8 @@ def test_a_study_that_trained_nothing_yet_takes_other_settings_and_forgets_its_f
         leave(folder, kept)
     with pytest.raises(UsageError, match="device: cpu, now cuda"):
         StudyFolder(out, {"device": "cuda"})
-    assert (folder.cell(cell.name) / kept).exists()
+    with StudyFolder(out, {"device": "cpu"}):
+        assert (folder.cell(cell.name) / kept).exists()
 
 
 def test_a_study_that_was_made_a_moment_ago_is_not_overwritten(tmp_path, monkeypatch):

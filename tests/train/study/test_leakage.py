@@ -13,9 +13,8 @@ import pytest
 from shards import ShardSet
 from shards.common.errors import DataError
 from shards.format import CLASSES, EncodeSpec
-from shards.jpeg import encode_jpeg
-from shards.writer import PackedSample, ShardSetWriter
-from tests.conftest import picture
+from shards.writer import ShardSetWriter
+from tests.conftest import finish_set, picture, write_sample
 from tests.support.made_study import made_leakage, write_leakage, write_run, write_study
 from train.config import Config
 from train.study import analysis
@@ -42,26 +41,8 @@ def by_image(tmp_path_factory) -> Path:
                 if lesion % 5 <= 1 and split != "train":  # two of five lesions are in training alone
                     continue
                 label = lesion % 7
-                metadata = {
-                    "image_id": f"IMG_{number:05d}",
-                    "lesion_id": f"LES_{lesion:03d}",
-                    "dx": CLASSES[label],
-                    "dx_type": "histo",
-                    "age": None if number % 9 == 0 else 50.0,
-                    "sex": "unknown",
-                    "localization": "back",
-                    "dataset": None,
-                }
-                writer.add(PackedSample(encode_jpeg(picture(rng, label, 40, 48)), "jpg", 40, 48, split, metadata))
-        writer.finish(
-            mean=(0.7, 0.55, 0.5),
-            std=(0.2, 0.2, 0.2),
-            split={"ratio": [50, 15, 35], "seed": 0, "unit": "image"},
-            source={"dataset": "test pictures"},
-            citation="none",
-            licence="none",
-            versions={},
-        )
+                write_sample(writer, number, f"LES_{lesion:03d}", label, split, picture(rng, label, 40, 48))
+        finish_set(writer, "image")
     return out
 
 
@@ -155,53 +136,34 @@ def test_the_gain_is_measured_in_pairs_and_shown_in_the_report(by_image, tmp_pat
         assert escape(sentence) in page
 
 
-FIRST = (
-    "Trained on as many images, but with views of the test lesions among them, resnet18 scores {} points ({} points to "
-    "{} points, p = 0.010) in balanced accuracy on the same 2,000 test images ({} seed{})."
+NO_CONTROL = made_leakage(every=-0.06) | {"seen": None, "unseen": None}
+
+
+@pytest.mark.parametrize(
+    ("result", "conclusion", "control"),
+    [
+        (made_leakage(), "This is how much a split by image inflates the score.", "-1.0 points (-4.0 points to"),
+        (made_leakage(every=0.015), "The interval contains 0, so this experiment cannot show a gain.", "-1.0 points"),
+        (made_leakage(unseen=0.04), None, "part of the difference comes from the networks and not from the leak."),
+        (NO_CONTROL, "It scores lower, so this experiment shows no gain.", "so there is no control."),
+    ],
+    ids=["a gain", "no clear gain", "a difference where nothing leaks", "a loss, and no control"],
 )
-SEEN = (
-    "On the 800 test images with views in training the difference is +12.0 points (+9.0 points to +16.0 points, "
-    "p = 0.010)."
-)
-UNSEEN = (
-    "On the 1,200 without any, where nothing can leak, it is {} points ({} points to {} points, p = 0.010)"
-).format
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_the_split_gains_is_concluded_from_the_interval_and_its_control(result, conclusion, control, seeds):
+    cell = result["all"]["balanced_accuracy"] | {"includes_seeds": seeds > 1}
+    lines = sentences(result | {"all": {"balanced_accuracy": cell}, "seeds": list(range(seeds))})
+    gap = cell["difference"]
+    ends = f"{100 * gap['low']:+.1f} points to {100 * gap['high']:+.1f} points"
+    assert f"{100 * gap['value']:+.1f} points ({ends}, p = 0.010)" in lines[0]
+    concluded = [line for line in lines if "this experiment" in line or "inflates" in line]
+    assert concluded == ([conclusion] if conclusion else [])
+    assert any("other seeds may give another" in line for line in lines) == (seeds == 1)
+    assert any("with views in training the difference is" in line for line in lines) == (result["seen"] is not None)
+    assert control in lines[-1]
 
 
-def test_a_clear_gain_with_a_control_of_none_is_what_the_split_gains():
-    assert sentences(made_leakage()) == [
-        FIRST.format("+5.0", "+2.0", "+9.0", 2, "s"),
-        "This is how much a split by image inflates the score.",
-        SEEN,
-        UNSEEN("-1.0", "-4.0", "+3.0") + ".",
-    ]
-
-
-def test_a_gain_whose_interval_contains_0_is_not_called_one():
-    assert sentences(made_leakage(every=0.015, seeds=1)) == [
-        FIRST.format("+1.5", "-1.5", "+5.5", 1, ""),
-        "The interval contains 0, so this experiment cannot show a gain.",
-        "This compares two trained networks; other seeds may give another difference.",
-        SEEN,
-        UNSEEN("-1.0", "-4.0", "+3.0") + ".",
-    ]
-
-
-def test_networks_that_differ_where_nothing_leaks_are_not_the_leak():
-    lines = sentences(made_leakage(unseen=0.04))
-    assert (
-        lines[-1]
-        == UNSEEN("+4.0", "+1.0", "+8.0") + ": part of the difference comes from the networks and not from the leak."
-    )
-    assert not any("inflates" in line for line in lines)
-
-
-def test_a_loss_is_no_gain_and_groups_without_images_are_named_or_left_out():
-    lines = sentences(made_leakage(every=-0.06) | {"seen": None, "unseen": None})
-    assert lines[1:] == [
-        "It scores lower, so this experiment shows no gain.",
-        "Every test image has views in training, so there is no control.",
-    ]
+def test_an_undefined_gain_says_nothing():
     nothing = made_leakage()
     nothing["all"]["balanced_accuracy"]["difference"] = {"value": None, "low": None, "high": None}
     assert sentences(nothing) == []

@@ -4,9 +4,10 @@ Each engine is compared with native's pixels on the CPU, alone and under load on
 for a few steps while the device is sampled. Nothing here is special to CUDA: the tests run the same checks on a CPU.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -218,13 +219,11 @@ class Tolerance:
     share: float
     mean: float
 
-    def holds(self, difference: Mapping[str, Any]) -> bool:
-        """Whether the numbers of `Difference.numbers` are within it."""
-        histogram = np.array(difference["histogram"])
-        near = histogram[: self.within + 1].sum()
-        return bool(
-            histogram.sum() > 0 and near >= self.share * histogram.sum() and difference["mean_difference"] < self.mean
-        )
+    def holds(self, histogram: np.ndarray) -> bool:
+        """Whether the differences with this histogram, (256,), are within it."""
+        count = histogram.sum()
+        near, total = histogram[: self.within + 1].sum(), histogram @ np.arange(256)
+        return bool(count > 0 and near >= self.share * count and total / count < self.mean)
 
 
 SAME = Tolerance(within=0, share=1.0, mean=0.25)
@@ -243,30 +242,29 @@ def tolerance(engine: str, contents: str, device: torch.device) -> Tolerance:
     return RAW if contents == "raw" else DECODED_ON_GPU
 
 
-class Difference:
-    """The absolute differences of many batches, as a histogram."""
+def judged(pairs: Iterable[tuple[Tensor, Tensor]], allowed: Tolerance, **about: Any) -> Found:
+    """Whether images are those expected, and by how much they differ: `about` and max_difference, mean_difference,
+    share_within_4, values, and the histogram of the differences up to its last entry.
 
-    def __init__(self) -> None:
-        self.histogram = np.zeros(256, np.int64)
-
-    def add(self, expected: Tensor, got: Tensor) -> None:
-        """Both (n, 3, S, S) uint8, compared on the device of `got`. Raises ValueError for another shape or type."""
+    pairs: expected and found batches, both (n, 3, S, S) uint8, compared on the device of the second. Raises ValueError
+    for another shape or type.
+    """
+    histogram = np.zeros(256, np.int64)
+    for expected, got in pairs:
         if expected.shape != got.shape or got.dtype != torch.uint8:
             raise ValueError(f"a batch is {tuple(got.shape)} {got.dtype}, and should be {tuple(expected.shape)} uint8")
         apart = (expected.to(got.device).int() - got.int()).abs().flatten()
-        self.histogram += torch.bincount(apart, minlength=256).cpu().numpy()
-
-    def numbers(self) -> dict[str, Any]:
-        """max_difference, mean_difference, share_within_4, values, and the histogram up to its last entry."""
-        values = int(self.histogram.sum())
-        largest = int(np.flatnonzero(self.histogram)[-1]) if values else 0
-        return {
-            "max_difference": largest,
-            "mean_difference": float(self.histogram @ np.arange(256)) / max(values, 1),
-            "share_within_4": float(self.histogram[:5].sum()) / max(values, 1),
-            "values": values,
-            "histogram": self.histogram[: largest + 1].tolist(),
-        }
+        histogram += torch.bincount(apart, minlength=256).cpu().numpy()
+    values = int(histogram.sum())
+    largest = int(np.flatnonzero(histogram)[-1]) if values else 0
+    numbers = {
+        "max_difference": largest,
+        "mean_difference": float(histogram @ np.arange(256)) / max(values, 1),
+        "share_within_4": float(histogram[:5].sum()) / max(values, 1),
+        "values": values,
+        "histogram": histogram[: largest + 1].tolist(),
+    }
+    return allowed.holds(histogram), about | {"allowed": asdict(allowed)} | numbers
 
 
 def requests_of(selection: Selection, *, train: bool, batch_size: int, batches: int) -> list[Request]:
@@ -297,17 +295,17 @@ def parity(
     expected: list[Tensor],
     resolution: int,
     allowed: Tolerance,
-) -> tuple[bool, dict[str, Any]]:
+) -> Found:
     """Whether an engine gives the expected images on `device`, and by how much they differ."""
-    difference, seen = Difference(), 0
-    for wanted, images in zip(expected, engine.run(iter(requests), resolution), strict=True):
-        if not images.is_contiguous(memory_format=torch.channels_last) or images.device != device:
-            raise ValueError(f"a batch is not channels-last on {device}")
-        difference.add(wanted, images)
-        seen += len(images)
-    numbers = {"images": seen, "batches": len(requests), "resolution_px": resolution, "allowed": asdict(allowed)}
-    found = difference.numbers()
-    return allowed.holds(found), numbers | found
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for wanted, images in zip(expected, engine.run(iter(requests), resolution), strict=True):
+            if not images.is_contiguous(memory_format=torch.channels_last) or images.device != device:
+                raise ValueError(f"a batch is not channels-last on {device}")
+            yield wanted, images
+
+    images = sum(len(batch) for batch in expected)
+    return judged(pairs(), allowed, images=images, batches=len(requests), resolution_px=resolution)
 
 
 def heavy_kernels(device: torch.device, side: int, repeats: int) -> Callable[[], None]:
@@ -331,7 +329,7 @@ def stress(
     allowed: Tolerance,
     load: Callable[[], None],
     consumer: AbstractContextManager[Any] | None = None,
-) -> tuple[bool, dict[str, Any]]:
+) -> Found:
     """Whether batches are complete for a consumer whose stream lags far behind the host.
 
     Heavy kernels are queued before each batch is read, and the batch is released before they have run. An engine that
@@ -347,12 +345,8 @@ def stress(
             del images  # from here on the engine may reuse the memory
     if kept:
         devices.synchronize(kept[0].device)  # the comparison is on another stream
-    difference = Difference()
-    for wanted, images in zip(expected, kept, strict=True):
-        difference.add(wanted, images)
-    numbers = {"batches": len(requests), "resolution_px": resolution, "allowed": asdict(allowed)}
-    found = difference.numbers()
-    return allowed.holds(found), numbers | found
+    pairs = zip(expected, kept, strict=True)
+    return judged(pairs, allowed, batches=len(requests), resolution_px=resolution)
 
 
 # ------------------------------------------------------------------ training
@@ -364,17 +358,8 @@ def _training_name(model: str, compiled: bool) -> str:
 
 def _train(contents: str, model: str, compiled: bool, context: Context) -> Found:
     """Training steps of a model; compiled, its losses are those of the uncompiled network, if that was trained."""
-    settings, sampler = context.settings, context.sampler
-    passed, numbers = training_steps(
-        context.sets[contents],
-        model,
-        context.device,
-        steps=settings.steps,
-        seconds=settings.seconds,
-        batch_size=settings.batch_size,
-        resolution=settings.resolution,
-        compiled=compiled,
-    )
+    sampler = context.sampler
+    passed, numbers = training_steps(context.sets[contents], model, context.device, context.settings, compiled)
     if compiled:
         eager = context.numbers.get(_training_name(model, False), {})
         numbers["eager_losses"] = [eager.get(name) for name in _LOSSES]
@@ -394,14 +379,8 @@ def _near(compiled: Mapping[str, Any], eager: Mapping[str, Any]) -> bool:
 def _whole_run(contents: str, context: Context) -> Found:
     """A run as `train.run` makes it: steps, checkpoint, evaluation of val and test, result.json."""
     settings = context.settings
-    config = Config(
-        model=settings.whole_run,
-        data=str(context.sets[contents]),
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        resolution=settings.resolution,
-        device=str(context.device),
-    )
+    data = context.sets[contents]
+    config = _config(data, settings.whole_run, context.device, settings, steps=settings.steps)
     result = train_once(config, context.scratch / "run", world=World(device=context.device))
     score = result["test"]["balanced_accuracy"]["value"]
     kept = ("img_per_s", "data_wait_fraction", "train_loss", "seconds", "peak_memory_bytes", "decisions", "steps")
@@ -431,37 +410,19 @@ _SCHEDULE = 1000
 """Further steps of the learning rate's schedule: a fast device makes many in the minimum time."""
 
 
-def training_steps(
-    data: Path,
-    model: str,
-    device: torch.device,
-    *,
-    steps: int,
-    seconds: float,
-    batch_size: int,
-    resolution: int,
-    compiled: bool,
-) -> tuple[bool, dict[str, Any]]:
-    """Training steps on loaded batches, then on one cached batch, at least `steps` each; the losses must be numbers.
+def training_steps(data: Path, model: str, device: torch.device, settings: Settings, compiled: bool) -> Found:
+    """Training steps on loaded batches, then on one cached batch, at least `settings.steps` each, for at least
+    `settings.seconds`; the losses must be numbers.
 
-    seconds: minimum length of both. img_per_s: with loaded batches; cached_img_per_s: with the cached one, the most
-    that the model could take. last_loss: of step WARM_UP + `steps`, also if more follow. data_wait_share: share of the
-    time of further steps on loaded batches in which the device waited for one, 0 to 1. span: start and end of the
-    timed steps on loaded batches, by `time.perf_counter()`.
+    img_per_s: with loaded batches; cached_img_per_s: with the cached one, the most that the model could take.
+    last_loss: of step WARM_UP + `settings.steps`, also if more follow. data_wait_share: share of the time of further
+    steps on loaded batches in which the device waited for one, 0 to 1. span: start and end of the timed steps on
+    loaded batches, by `time.perf_counter()`.
     """
-    watched = min(steps, WATCHED)
-    total = _SCHEDULE + steps
+    steps, watched, total = settings.steps, min(settings.steps, WATCHED), _SCHEDULE + settings.steps
     family = models.family(model)
-    config = Config(
-        model=model,
-        data=str(data),
-        steps=total,
-        batch_size=batch_size,
-        resolution=resolution,
-        device=str(device),
-        compile="on" if compiled else "off",
-    )
-    config = resolved(config, family)
+    compile = "on" if compiled else "off"
+    config = resolved(_config(data, model, device, settings, steps=total, compile=compile), family)
     world, workspace = World(device=device), Workspace()
     devices.reset_peak_memory(device)
     with ExitStack() as stack:
@@ -474,24 +435,18 @@ def training_steps(
         losses: list[Tensor] = []
 
         def step(batch: Batch) -> None:
-            losses.append(
-                run.step(
-                    batch.images,
-                    batch.colour,
-                    batch.labels,
-                    learning_rate(config, min(run.step.done, total - 1), total),
-                )
-            )
+            rate = learning_rate(config, min(run.step.done, total - 1), total)
+            losses.append(run.step(batch.images, batch.colour, batch.labels, rate))
 
-        def timed(source: Callable[[], Batch]) -> tuple[float, float, int]:
+        def timed(source: Iterator[Batch]) -> tuple[float, float, int]:
             """Start and end of the steps, by `time.perf_counter()`, and how many they were."""
             for _ in range(WARM_UP):
-                step(source())
+                step(next(source))
             devices.synchronize(device)
             began, count = time.perf_counter(), 0
-            while not count or time.perf_counter() - began < seconds:
+            while not count or time.perf_counter() - began < settings.seconds:
                 for _ in range(steps):  # synchronized once in so many
-                    step(source())
+                    step(next(source))
                 devices.synchronize(device)
                 count += steps
             return began, time.perf_counter(), count
@@ -499,26 +454,20 @@ def training_steps(
         def waiting() -> float:
             """Share of the time of `watched` steps that was spent waiting for batches."""
             for _ in range(WARM_UP):  # with the batches that were prepared while the cached one was timed
-                step(loaded())
+                step(next(batches))
             devices.synchronize(device)
             waited, began = 0.0, time.perf_counter()
             for _ in range(watched):
                 asked = time.perf_counter()
-                batch = loaded()
+                batch = next(batches)
                 waited += time.perf_counter() - asked
                 step(batch)
-                devices.synchronize(
-                    device
-                )  # otherwise the host runs ahead and waits for batches that are not needed yet
+                devices.synchronize(device)  # otherwise the host waits for batches that are not needed yet
             return waited / (time.perf_counter() - began)
 
-        def loaded() -> Batch:
-            return next(batches)
-
-        began, ended, count = timed(loaded)
-        cached = loaded()
-        cached_began, cached_ended, cached_count = timed(lambda: cached)
-        step_s, cached_step_s = (ended - began) / count, (cached_ended - cached_began) / cached_count
+        began, ended, count = timed(batches)
+        cached_began, cached_ended, cached_count = timed(itertools.repeat(next(batches)))
+        step_s = (ended - began) / count
         data_wait_share = waiting()
         values = torch.stack(losses).float().cpu()
         if compiled and run.compilation.decision.value != "on":
@@ -526,11 +475,11 @@ def training_steps(
         return bool(values.isfinite().all()), {
             "span": (began, ended),
             "steps": count,
-            "batch_size": batch_size,
-            "resolution_px": resolution,
+            "batch_size": settings.batch_size,
+            "resolution_px": settings.resolution,
             "step_s": step_s,
-            "img_per_s": batch_size / step_s,
-            "cached_img_per_s": batch_size / cached_step_s,
+            "img_per_s": settings.batch_size / step_s,
+            "cached_img_per_s": settings.batch_size * cached_count / (cached_ended - cached_began),
             "data_wait_share": data_wait_share,
             "compile_s": progress.seconds["compile"],
             "first_loss": float(values[0]),
@@ -540,7 +489,13 @@ def training_steps(
         }
 
 
-def _endless(loader: Loader) -> Generator[Any, None, None]:
+def _config(data: Path, model: str, device: torch.device, settings: Settings, **more: Any) -> Config:
+    """The configuration of a training. more: its other fields."""
+    more |= {"batch_size": settings.batch_size, "resolution": settings.resolution}
+    return Config(model=model, data=str(data), device=str(device), **more)
+
+
+def _endless(loader: Loader) -> Generator[Batch, None, None]:
     """Batches of one epoch after the other."""
     while True:
         yield from loader

@@ -123,37 +123,34 @@ def tables(folder: Path, page: Path = PAGE) -> str:
     if not files:
         return NOTHING
     found = [(path, read_evidence(path)) for path in files]
-    runs = []
+    runs, trainings = [], ""
     for path, one in found:
-        passed = sum(check["result"] == "pass" for check in one["checks"])
-        others = [check["name"] for check in one["checks"] if check["result"] != "pass"]
-        machine, auto = one["environment"], _numbers(one, "choice of auto")
+        machine, checks = one["environment"], one["checks"]
+        others = [check["name"] for check in checks if check["result"] != "pass"]
+        engine = next((c["numbers"].get("engine") for c in checks if c["name"].startswith("choice of auto")), None)
         runs.append(
             [
                 one["name"],
                 f"driver {machine['gpu_driver']}; {_versions(machine['versions'])}",
                 f"{machine['date'][:10]}, {machine['commit'] or 'commit unknown'}",
-                f"{passed} of {len(one['checks'])} passed{'' if one['finished'] else ', unfinished'}",
+                f"{len(checks) - len(others)} of {len(checks)} passed{'' if one['finished'] else ', unfinished'}",
                 "; ".join(others) or "none",
-                auto.get("engine", "not found out"),
+                engine or "not found out",
                 f"[{path.name}]({Path(os.path.relpath(path, page.parent)).as_posix()})",
             ]
         )
-    header = ["GPU", "software", "date, commit", "checks", "failed or not run", "engine that auto takes", "evidence"]
-    text = table(header, runs)
-    for _, one in found:
-        trained = {c["name"]: c["numbers"] for c in one["checks"] if c["name"].startswith("training of ")}
+        trained = {c["name"]: c["numbers"] for c in checks if c["name"].startswith("training of ")}
         if any(trained.values()):
             rows = [[name.removeprefix("training of "), *_trained(numbers)] for name, numbers in trained.items()]
-            header = ["model", "img/s", "cached batch", "data wait", *_COUNTED.values()]
-            text += (
-                f"\nTraining on {one['name']}, {_settings(one)}: img/s with the loader that `auto` takes, and with "
-                "one cached batch, which is the most that the model could take; the share of the time that was spent "
-                "waiting for data, in steps that end before the next one begins; and the GPU's own counters (GPM), "
-                "with the loader:\n\n"
-                + table(["model", "img/s", "cached batch", "data wait", *_COUNTED.values()], rows)
-            )
-    return text
+            settings = one["settings"]
+            trainings += (
+                f"\nTraining on {one['name']}, {machine['cores']} cores, batches of {settings['batch_size']} at "
+                f"{settings['resolution']} px: img/s with the loader that `auto` takes, and with one cached batch, "
+                "which is the most that the model could take; the share of the time that was spent waiting for data, "
+                "in steps that end before the next one begins; and the GPU's own counters (GPM), with the loader:\n\n"
+            ) + table(["model", "img/s", "cached batch", "data wait", *_COUNTED.values()], rows)
+    header = ["GPU", "software", "date, commit", "checks", "failed or not run", "engine that auto takes", "evidence"]
+    return table(header, runs) + trainings
 
 
 _COUNTED = {
@@ -178,35 +175,18 @@ def _trained(numbers: Mapping[str, Any]) -> list[str]:
     return cells + [f"{read[name]['mean']:.1f} %" if name in read else "" for name in _COUNTED]
 
 
-def _settings(one: Mapping[str, Any]) -> str:
-    """The settings of the trainings, in words."""
-    settings = one["settings"]
-    return f"{one['environment']['cores']} cores, batches of {settings['batch_size']} at {settings['resolution']} px"
-
-
-def _numbers(one: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Numbers of the first check whose name begins with `name`; none if it was not run."""
-    for check in one["checks"]:
-        if check["name"].startswith(name):
-            return check["numbers"]
-    return {}
-
-
 def _versions(text: str) -> str:
     """The versions, of those in an environment, that decide what runs on the GPU."""
     wanted = ("torch ", "nvidia-dali")
     return ", ".join(part for part in text.split("; ") if part.startswith(wanted))
 
 
-def block_of(text: str, name: str) -> re.Match[str]:
-    """The text between the two marks of a page. Raises DataError if there are not two."""
+def renewed(text: str, tables: str, name: str) -> str:
+    """The text of a page with other tables between its two marks. Raises DataError if there are not two."""
     marks = list(MARK.finditer(text))
     if len(marks) != 2:
         raise DataError(f"{name}: {len(marks)} marks like <!-- gpu evidence -->, but there must be two")
-    inner = re.compile(r"(?s).*").fullmatch(text, marks[0].end(), marks[1].start())
-    if inner is None:
-        raise DataError(f"{name}: the marks cannot be read")
-    return inner
+    return f"{text[: marks[0].end()]}\n{tables}{text[marks[1].start() :]}"
 
 
 @click.command()
@@ -231,9 +211,7 @@ def main(page: Path | None, folder: Path) -> None:
         return
     from shards.common.files import write_durably
 
-    old = page.read_text(encoding="utf-8")
-    block = block_of(old, str(page))
-    write_durably(page, f"{old[: block.start()]}\n{text}{old[block.end() :]}".encode())
+    write_durably(page, renewed(page.read_text(encoding="utf-8"), text, str(page)).encode())
     click.echo(f"{page}: written from {len(list(folder.glob('*.json')))} evidence files")
 
 

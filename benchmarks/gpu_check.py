@@ -8,8 +8,6 @@ on. `benchmarks/evidence.py` makes the tables of docs/gpu.md from the files that
 """
 
 import re
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmarks.evidence import CPU_NOTE, FOLDER, FORMAT, Evidence
+from benchmarks.options import command_line
 from shards.common import cli
 from shards.common.errors import DataError
 
@@ -109,8 +108,7 @@ def main(out: Path | None, data: Path | None, device_name: str) -> int:
     if data is not None:
         with ShardSet(data) as opened:
             sets = {contents(opened, opened.select("train").samples): data}
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    command = shlex.join(["python", "-m", "benchmarks.gpu_check", *words])
+    command = command_line("benchmarks.gpu_check")
     evidence = run_checks(device, out, Settings(), sets, command=command, announce=click.echo)
     total = len(evidence.checks)
     click.echo(f"{total - len(evidence.failed)} of {total} checks passed; evidence in {out}")

@@ -1,68 +1,43 @@
 """The `grid` benchmark: a study whose cells share a worker process, beside one with a process per cell."""
 
+import itertools
 import json
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.datasets import Job, originals_in, prepared, sized
-from benchmarks.machine import Environment
-from benchmarks.measure import Row, ratio_row, series_rows, summary_row
-from benchmarks.options import advance, check_models, common, measured_on, publish, rounds_option, training_options
+from benchmarks.datasets import Job, prepared
+from benchmarks.measure import Measurement, Row, ratio_row, series_row, summary_row
+from benchmarks.options import Settings, benchmark, quick_option, training_options
+from benchmarks.pages import Page, ratios
 from benchmarks.peers.ours import SHARDS_SPLIT
-from benchmarks.tables import busy_text, cell, machine_text, notes, pivot, table
-from benchmarks.targets import targets_text
-from benchmarks.worker import SET_UP_LIMIT_S, Announce, Running, take_turns
-from shards.common.errors import last_line
+from benchmarks.tables import pivot
+from benchmarks.worker import SET_UP_LIMIT_S, Running, SystemFailedError, run_module, take_turns
 
 SHARED, ALONE = "one grid, shared worker", "one process per cell"
+_FRACTIONS = "1/8,1/4,1/2,1"
 
 
-class CellFailedError(Exception):
-    """A run of the study failed; the text is its last line."""
-
-
-@click.command("grid")
-@common
-@rounds_option(6, quick=5)
-@training_options(["resnet18"], resolution=64)
-@click.option("--epochs", type=click.IntRange(1), help="Epochs of every cell.  [default: 20, quick 1]")
-@click.option("--fractions", help="Fractions of every model and seed.  [default: 1/8,1/4,1/2,1, quick 1]")
-@click.option("--compile", type=click.Choice(["on", "off"]), help="torch.compile.  [default: on, quick off]")
-def command(
-    quick: bool,
-    out: Path,
-    cache: Path,
-    source: Path,
-    rounds: int,
-    models: tuple[str, ...],
-    resolution: int,
-    batch_size: int,
-    epochs: int | None,
-    fractions: str | None,
-    compile: str | None,
-    device: str,
-) -> None:
+@benchmark("grid", *training_options(["resnet18"], resolution=64), rounds=(6, 5))
+@quick_option("--epochs", kind=click.IntRange(1), text="Epochs of every cell.", default=20, quick=1)
+@quick_option("--fractions", kind=str, text="Fractions of every model and seed.", default=_FRACTIONS, quick="1")
+@quick_option("--compile", kind=click.Choice(["on", "off"]), text="torch.compile.", default="on", quick="off")
+def command(settings: Settings, epochs: int, fractions: str, compile: str) -> None:
     """A study whose cells share a worker process, beside one with a process per cell."""
-    from shards.common.progress import Progress
     from train.study.cells import parse_fractions
 
-    check_models(models, resolution)
-    shares = tuple(parse_fractions(fractions or ("1" if quick else "1/8,1/4,1/2,1")))
-    images = sized(Job(originals_in(source), cache, 200, resolution, batch_size), 96 if quick else 312)
-    epochs = epochs or (1 if quick else 20)
-    job = GridJob(images, tuple(models), shares, (0, 1), epochs, compile or ("off" if quick else "on"), device)
-    machine = measured_on(images, device)
-    with Progress("grid", 2 * (2 + rounds), "studies") as bar:
-        rows = measure_grid(job, machine, rounds=rounds, announce=advance(bar))
-    publish(out, "grid-quick" if quick else "grid", rows, grid_text)
+    settings.check_models()
+    shares = tuple(parse_fractions(fractions))
+    images = settings.job(200, 312, quick=96)
+    job = GridJob(images, settings.models, shares, (0, 1), epochs, compile, settings.device)
+    with settings.measurement(images, 2 * (2 + settings.rounds)) as measurement:
+        rows = measure_grid(job, measurement)
+    settings.publish(PAGE, rows)
 
 
 @dataclass(frozen=True)
@@ -83,13 +58,6 @@ class GridJob:
         return len(self.models) * len(self.fractions) * len(self.seeds)
 
 
-def _run(arguments: Sequence[str]) -> None:
-    """Run a module of this project. Raises CellFailedError with its last line where it fails."""
-    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CellFailedError(last_line(done.stderr))
-
-
 def set_up(name: str, job: GridJob) -> Running:
     """Pack the images, and train the largest cell of the study."""
     from shards import ShardSet
@@ -98,10 +66,9 @@ def set_up(name: str, job: GridJob) -> Running:
     images = job.images
     data = prepared(SHARDS_SPLIT, images) / "set"
     home = _home(name, job)
-    options = {"--data": data, "--epochs": job.epochs, "--resolution": images.resolution_px}
-    options |= {"--compile": job.compile, "--device": job.device}
-    alike = [str(word) for pair in options.items() for word in pair]
-    turn = iter(range(1_000_000))
+    alike = {"--data": data, "--epochs": job.epochs, "--resolution": images.resolution_px}
+    alike |= {"--compile": job.compile, "--device": job.device}
+    turn = itertools.count()
 
     def clean() -> None:
         shutil.rmtree(home, ignore_errors=True)
@@ -109,19 +76,17 @@ def set_up(name: str, job: GridJob) -> Running:
 
     def one_grid(job: GridJob, out: Path) -> None:
         lists = {"--models": job.models, "--fractions": job.fractions, "--seeds": job.seeds}
-        options = [text for option, values in lists.items() for text in (option, ",".join(map(str, values)))]
-        _run(["train.grid", *options, "--batch-size", str(images.batch_size), "--out", str(out), *alike])
+        options = {option: ",".join(map(str, values)) for option, values in lists.items()}
+        run_module("train.grid", options | {"--batch-size": images.batch_size, "--out": out} | alike)
 
     def one_by_one(job: GridJob, out: Path) -> None:
         packed = ShardSet(data)
-        for model in job.models:
-            for fraction in job.fractions:
-                for seed in job.seeds:  # as in the grid by default, the choice of lesions changes with the seed
-                    cell_options = ["--model", model, "--fraction", str(fraction), "--seed", str(seed)]
-                    cell_options += ["--subset-seed", str(seed), "--out", str(out / f"{model}-{fraction}-{seed}")]
-                    batch = fitting_batch(images.batch_size, len(packed.select("train", fraction, seed)))
-                    cell_options += ["--batch-size", str(batch)]
-                    _run(["train.run", *cell_options, *alike])
+        for model, fraction, seed in itertools.product(job.models, job.fractions, job.seeds):
+            batch = fitting_batch(images.batch_size, len(packed.select("train", fraction, seed)))
+            own = {"--model": model, "--fraction": fraction, "--seed": seed, "--batch-size": batch}
+            # as in the grid by default, the choice of lesions changes with the seed
+            own |= {"--subset-seed": seed, "--out": out / f"{model}-{fraction}-{seed}"}
+            run_module("train.run", own | alike)
 
     def study(job: GridJob) -> int:
         out = home / str(next(turn))
@@ -130,7 +95,7 @@ def set_up(name: str, job: GridJob) -> Running:
         wall_s = time.perf_counter() - started
         results = [json.loads(path.read_text(encoding="utf-8")) for path in out.rglob("result.json")]
         if len(results) != job.cells:
-            raise CellFailedError(f"{len(results)} of {job.cells} cells have a result")
+            raise SystemFailedError(f"{len(results)} of {job.cells} cells have a result")
         busy_s = sum(result["seconds"]["train"] + result["seconds"]["eval"] for result in results)
         found = {"overhead_share": 1 - busy_s / wall_s}
         if name == SHARED:
@@ -170,60 +135,45 @@ def _overheads(name: str, job: GridJob) -> Path:
     return _home(name, job).with_suffix(".overhead")
 
 
-def measure_grid(job: GridJob, environment: Environment, *, rounds: int, announce: Announce) -> list[Row]:
+def measure_grid(job: GridJob, measurement: Measurement) -> list[Row]:
     """Time whole studies with their start-up, in turn; a round is one study."""
-    series, _ = take_turns(
-        set_up,
-        [SHARED, ALONE],
-        job,
-        job.images.cache / "logs",
-        rounds=rounds,
-        seconds=0.0,
-        announce=announce,
-        limit_s=SET_UP_LIMIT_S * job.cells,
-    )
-    overheads = {
-        name: [json.loads(line) for line in _overheads(name, job).read_text(encoding="utf-8").splitlines()[-rounds:]]
-        for name in (SHARED, ALONE)
-        if not series[name].failed
-    }
-    shutil.rmtree(job.images.cache / "grid", ignore_errors=True)
-    columns: dict[str, Any] = {
-        "benchmark": "grid",
-        "model": " ".join(job.models),
-        "resolution_px": job.images.resolution_px,
-        "batch_size": job.images.batch_size,
-        "page_cache": "warm",
-        "environment": environment,
-    }
+    systems, logs = [SHARED, ALONE], job.images.cache / "logs"
+    series, _ = take_turns(set_up, systems, job, logs, measurement, limit_s=SET_UP_LIMIT_S * job.cells)
     note = f"{job.cells} cells of {job.epochs} epoch(s), torch.compile {job.compile}"
+    models = " ".join(job.models)
+    columns: dict[str, Any] = measurement.columns("grid", job.images, model=models, workers=None, page_cache="warm")
     rows: list[Row] = []
-    for name in (SHARED, ALONE):
-        speed, cpu = series_rows(series[name], system=name, note=note if name == SHARED else "", **columns)
-        rows += [_renamed(speed, "cells_per_s", "cells/s"), _renamed(cpu, "cpu_s_per_1000_cells", "s")]
-        failed = series[name].failed
+    for name in systems:
+        own = columns | {"system": name, "note": note if name == SHARED else ""}
+        done = series[name]
+        rows.append(series_row(done, lambda study: study.per_s, metric="cells_per_s", unit="cells/s", **own))
+        rows.append(
+            series_row(done, lambda study: study.cpu_s_per_1000, metric="cpu_s_per_1000_cells", unit="s", **own)
+        )
+        overheads = [] if done.failed else _overheads(name, job).read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in overheads[-measurement.rounds :]]
         for metric, unit in (("overhead_share", "1"), ("later_cell_s", "s")):
-            values = [found[metric] for found in overheads.get(name, []) if metric in found]
-            if values or (failed and metric == "overhead_share"):
-                noted = columns | {"note": note if name == SHARED else ""}
-                rows.append(summary_row(values, failed, system=name, metric=metric, unit=unit, **noted))
-    ratio = ratio_row(series[SHARED], series[ALONE], system=SHARED, beside=ALONE, **columns)
-    return [*rows, _renamed(ratio, "cells_per_s ratio", ratio.unit)]
+            values = [study[metric] for study in found if metric in study]
+            if values or (done.failed and metric == "overhead_share"):
+                rows.append(summary_row(values, done.failed, metric=metric, unit=unit, **own))
+    shutil.rmtree(job.images.cache / "grid", ignore_errors=True)
+    ratio = {"system": SHARED, "beside": ALONE, "metric": "cells_per_s ratio"}
+    return [*rows, ratio_row(series[SHARED], series[ALONE], **ratio, **columns)]
 
 
-def _renamed(row: Row, metric: str, unit: str) -> Row:
-    return replace(row, metric=metric, unit=unit)
+def tables(rows: Sequence[Row]) -> list[str]:
+    """Speed and overhead of both ways, and the ratio of their speeds."""
+    across = [
+        ("cells / s", _is("cells_per_s")),
+        ("overhead, share of the wall time", _is("overhead_share")),
+        ("overhead of the slowest later cell, s", _is("later_cell_s")),
+        ("CPU s / 1,000 cells", _is("cpu_s_per_1000_cells")),
+    ]
+    return [pivot([row for row in rows if not row.beside], across), *ratios(rows, [("cells/s", lambda row: True)])]
 
 
-def grid_text(rows: Sequence[Row]) -> str:
-    """The rows as Markdown."""
-    own = [row for row in rows if row.benchmark == "grid"]
-    across = [("cells / s", lambda row: row.metric == "cells_per_s")]
-    across.append(("overhead, share of the wall time", lambda row: row.metric == "overhead_share"))
-    across.append(("overhead of the slowest later cell, s", lambda row: row.metric == "later_cell_s"))
-    across.append(("CPU s / 1,000 cells", lambda row: row.metric == "cpu_s_per_1000_cells"))
-    parts = ["## Grid\n", pivot([row for row in own if not row.beside], across)]
-    ratios = [[f"{row.system} / {row.beside}", cell(row)] for row in own if row.beside]
-    parts += [table(["ratio", "cells/s"], ratios), targets_text(own), busy_text(own), notes(own)]
-    parts.append(machine_text(own))
-    return "\n".join(part for part in parts if part)
+def _is(metric: str) -> Callable[[Row], bool]:
+    return lambda row: row.metric == metric
+
+
+PAGE = Page("grid", "Grid", tables, chart=("cells_per_s", "cells per second"))

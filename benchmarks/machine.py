@@ -1,7 +1,7 @@
 """The machine under the measurements: what it is, its software, its load from other work, and its page cache."""
 
+import contextlib
 import ctypes
-import importlib.metadata
 import mmap
 import os
 import platform
@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from shards.common.errors import DataError
@@ -90,17 +92,16 @@ def environment(command: str, gpu_uuid: str | None = None) -> Environment:
         gpu_mhz=clocks,
         kernel=f"Linux {platform.release()}, {' '.join(platform.libc_ver())}",
         python=platform.python_version(),
-        versions="; ".join(f"{name} {version}" for name, version in _versions(PACKAGES)),
+        versions="; ".join(f"{name} {version}" for name, version in installed(PACKAGES).items()),
     )
 
 
-def _versions(names: Iterable[str]) -> list[tuple[str, str]]:
-    found = []
-    for name in names:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue  # a peer that is not installed: its rows say so
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The distributions of `packages` that are installed → their versions."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 
@@ -120,6 +121,14 @@ def _cpu_mhz() -> str:
     return f"{min(clocks):.0f}–{max(clocks):.0f}" if clocks else ""
 
 
+def gpu_handle(nvml: Any, uuid: str | None) -> Any:
+    """NVML's handle of a GPU, `GPU-…`; None for the first one. Raises DataError where the driver knows no such GPU."""
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(0)
+    except nvml.NVMLError as error:
+        raise DataError(f"the driver knows no GPU {uuid or '0'} ({error})") from None
+
+
 def _gpu(uuid: str | None) -> tuple[str, str, str]:
     """Model, driver and clocks of a GPU, by NVML; ("none", "", "") without a driver or a GPU."""
     import pynvml
@@ -132,10 +141,7 @@ def _gpu(uuid: str | None) -> tuple[str, str, str]:
         count = pynvml.nvmlDeviceGetCount()
         if not count:
             return "none", "", ""
-        try:
-            device = pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
-        except pynvml.NVMLError as error:
-            raise DataError(f"the driver knows no GPU {uuid or '0'} ({error})") from None
+        device = gpu_handle(pynvml, uuid)
         name = pynvml.nvmlDeviceGetName(device) + (f" (1 of {count})" if count > 1 else "")
         try:
             sm = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
@@ -209,26 +215,12 @@ def cached_share(path: Path) -> float:
     size = path.stat().st_size
     if not size:
         return 0.0
+    found = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+    view = np.memmap(path, np.uint8, "r")  # maps the file, and reads nothing
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    pages = -(-size // mmap.PAGESIZE)
-    found = (ctypes.c_ubyte * pages)()
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        if address in (None, ctypes.c_void_p(-1).value):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-        try:
-            if libc.mincore(address, size, found):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-        finally:
-            libc.munmap(address, size)
-    finally:
-        os.close(descriptor)
-    return sum(flag & 1 for flag in found) / pages
+    if libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(found.ctypes.data)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    return float((found & 1).mean())
 
 
 def drop_from_cache(folder: Path, most: float = 0.02) -> None:

@@ -9,9 +9,16 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import Environment, Meter
 from shards.common.errors import one_line
+
+if TYPE_CHECKING:
+    from benchmarks.datasets import Job
+
+Announce = Callable[[str], None]
+"""Called with the name of each step when the step begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,24 @@ class Interval:
     low: float
     high: float
     coverage: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Where and how long systems are timed.
+
+    environment: the machine, for the rows. rounds: timed runs of each system. seconds: minimum length of each.
+    """
+
+    environment: Environment
+    rounds: int
+    seconds: float = 0.0
+    announce: Announce = lambda step: None
+
+    def columns(self, benchmark: str, job: "Job", **more: Any) -> dict[str, Any]:
+        """The fields of Row that the rows of a job share, and more of them."""
+        own = {"resolution_px": job.resolution_px, "batch_size": job.batch_size, "workers": job.workers}
+        return {"benchmark": benchmark, **own, "environment": self.environment} | more
 
 
 @dataclass(frozen=True)
@@ -131,22 +156,19 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def interleave(
-    systems: Mapping[str, Callable[[], Sample]],
-    rounds: int,
-    warmup: int = 1,
-    announce: Callable[[int, str], None] = lambda round_, name: None,
+    systems: Mapping[str, Callable[[], Sample]], measurement: Measurement, warmup: int = 1
 ) -> dict[str, Series]:
     """Run every system once per round, in turn; `warmup` rounds before them do not count.
 
-    A system that raises is not run again, and its series has the reason; the others go on. `announce` is called before
-    each run with the round (negative during warm-up) and the system's name.
+    A system that raises is not run again, and its series has the reason; the others go on.
     """
     series = {name: Series() for name in systems}
-    for round_ in range(-warmup, rounds):
+    for round_ in range(-warmup, measurement.rounds):
+        step = "warm-up round" if round_ < 0 else f"round {round_ + 1} of {measurement.rounds}"
         for name, once in systems.items():
             if series[name].failed:
                 continue
-            announce(round_, name)
+            measurement.announce(f"{step}, {name}")
             meter = Meter()
             try:
                 sample = once()
@@ -181,20 +203,43 @@ def summary_row(values: Sequence[float], failed: str = "", **columns: object) ->
     )
 
 
-def series_rows(series: Series, unit: str = "img/s", **columns: object) -> list[Row]:
-    """The rows `img_per_s` and `cpu_s_per_1000` of one system; columns: the other fields of Row."""
+def series_row(series: Series, value: Callable[[Sample], float], **columns: object) -> Row:
+    """A row of one value of each timed run, with the CPU time of other processes. columns: the other fields of Row."""
     other = [s.other_cpu for s in series.samples if not math.isnan(s.other_cpu)]
-    columns |= {"other_cpu": round(median_interval(other).median, 4) if other else None}
+    columns |= {"other_cpu": round(statistics.median(other), 4) if other else None}
+    return summary_row([value(sample) for sample in series.samples], series.failed, **columns)
+
+
+def series_rows(series: Series, **columns: object) -> list[Row]:
+    """The rows `img_per_s` and `cpu_s_per_1000` of one system; columns: the other fields of Row."""
     return [
-        summary_row([s.per_s for s in series.samples], series.failed, metric="img_per_s", unit=unit, **columns),
-        summary_row(
-            [s.cpu_s_per_1000 for s in series.samples], series.failed, metric="cpu_s_per_1000", unit="s", **columns
-        ),
+        series_row(series, lambda sample: sample.per_s, metric="img_per_s", unit="img/s", **columns),
+        series_row(series, lambda sample: sample.cpu_s_per_1000, metric="cpu_s_per_1000", unit="s", **columns),
     ]
+
+
+def wait_row(series: Series, **columns: object) -> Row:
+    """The row `data_wait`: the share of the time that was spent waiting for a batch, 0 to 1."""
+    waits = [sample.data_wait_s / sample.seconds for sample in series.samples]
+    return summary_row(waits, series.failed, metric="data_wait", unit="1", **columns)
+
+
+def paired_row(one: Series, other: Series, value: Callable[[float, float], float], **columns: object) -> Row:
+    """A row of one value of two systems in each round, from their images per second; failed if either of them is."""
+    failed = one.failed or (f"the other system failed: {other.failed}" if other.failed else "")
+    values = [] if failed else [value(a.per_s, b.per_s) for a, b in zip(one.samples, other.samples, strict=True)]
+    return summary_row(values, failed, **columns)
 
 
 def ratio_row(above: Series, below: Series, **columns: object) -> Row:
     """Images per second of one system divided by another's, round by round; failed if either of them is."""
-    failed = above.failed or (f"the other system failed: {below.failed}" if below.failed else "")
-    ratios = [] if failed else [a.per_s / b.per_s for a, b in zip(above.samples, below.samples, strict=True)]
-    return summary_row(ratios, failed, metric="img_per_s ratio", unit="×", **columns)
+    columns = {"metric": "img_per_s ratio", "unit": "×"} | columns
+    return paired_row(above, below, lambda a, b: a / b, **columns)
+
+
+def ratio_rows(
+    pairs: Sequence[tuple[str, str]], series: Mapping[str, Series], columns: Callable[[str], dict[str, Any]]
+) -> list[Row]:
+    """The ratios of the pairs of which both systems were measured. columns: of a system by its name."""
+    measured = [(above, below) for above, below in pairs if above in series and below in series]
+    return [ratio_row(series[above], series[below], beside=below, **columns(above)) for above, below in measured]

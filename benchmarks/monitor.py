@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import psutil
 
-from benchmarks.machine import busy_and_all_s
+from benchmarks.machine import busy_and_all_s, gpu_handle
 from shards.common.errors import DataError
 
 if TYPE_CHECKING:
@@ -152,25 +152,21 @@ class GpuReader:
         except nvml.NVMLError as error:
             raise DataError(f"no NVIDIA driver answers ({error}): GPU readings need one") from None
         try:
-            self._device = nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(0)
-            self.about: dict[str, Any] = {
-                "device": nvml.nvmlDeviceGetName(self._device),
-                "driver": nvml.nvmlSystemGetDriverVersion(),
-                "missing": {},
-            }
-        except nvml.NVMLError as error:
+            self._device = gpu_handle(nvml, uuid)
+        except DataError:
             nvml.nvmlShutdown()
-            raise DataError(f"the driver knows no GPU {uuid or '0'} ({error})") from None
+            raise
+        driver = nvml.nvmlSystemGetDriverVersion()
+        self.about: dict[str, Any] = {"device": nvml.nvmlDeviceGetName(self._device), "driver": driver, "missing": {}}
         self._turn = 0
         self._gpm = self._open_gpm()
         self._queries = self._usable()
 
     def _open_gpm(self) -> "_Gpm | None":
         nvml = self._nvml
+        reason = "this GPU has no GPM (it came with Hopper)"
         try:
-            if not nvml.nvmlGpmQueryDeviceSupport(self._device).isSupportedDevice:
-                reason = "this GPU has no GPM (it came with Hopper)"
-            else:
+            if nvml.nvmlGpmQueryDeviceSupport(self._device).isSupportedDevice:
                 return _Gpm(nvml, self._device)
         except nvml.NVMLError as error:
             reason = str(error)
@@ -192,18 +188,15 @@ class GpuReader:
             counter = (nvml.NVML_PCIE_UTIL_RX_BYTES, nvml.NVML_PCIE_UTIL_TX_BYTES)[self._turn % 2]
             return {name: nvml.nvmlDeviceGetPcieThroughput(device, counter) / 1024}  # "KB/s", taken as 1,024 bytes
 
-        def clock(name: str, kind: int) -> Callable[[], dict[str, float]]:
-            return lambda: {name: nvml.nvmlDeviceGetClockInfo(device, kind)}
-
         queries: dict[tuple[str, ...], Callable[[], dict[str, float]]] = {
             ("busy_percent", "memory_busy_percent"): busy,
             ("memory_used_bytes",): lambda: {"memory_used_bytes": nvml.nvmlDeviceGetMemoryInfo(device).used},
             ("power_w",): lambda: {"power_w": nvml.nvmlDeviceGetPowerUsage(device) / 1000},
-            ("sm_mhz",): clock("sm_mhz", nvml.NVML_CLOCK_SM),
-            ("memory_mhz",): clock("memory_mhz", nvml.NVML_CLOCK_MEM),
+            ("sm_mhz",): lambda: {"sm_mhz": nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)},
+            ("memory_mhz",): lambda: {"memory_mhz": nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_MEM)},
         }
         if self._gpm is None:
-            queries[("pcie_rx_mib_per_s", "pcie_tx_mib_per_s")] = pcie
+            queries["pcie_rx_mib_per_s", "pcie_tx_mib_per_s"] = pcie
         usable = []
         for names, query in queries.items():
             try:
@@ -238,7 +231,7 @@ class _Gpm:
     def __init__(self, nvml: Any, device: Any) -> None:
         self._nvml, self._device = nvml, device
         self._old, self._new = nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()
-        self._ids = [getattr(nvml, name) for names in _GPM.values() for name in names]
+        self._ids = [self._id(name) for names in _GPM.values() for name in names]
         nvml.nvmlGpmSampleGet(device, self._old)
         self._taken_s = time.perf_counter()
 
@@ -257,14 +250,13 @@ class _Gpm:
             asked.metrics[place].metricId = metric
         nvml.nvmlGpmMetricsGet(asked)
         self._old, self._new = self._new, self._old
-        answers = [asked.metrics[place] for place in range(len(self._ids))]
+        answers = list(asked.metrics[: len(self._ids)])
         known = {a.metricId: a.value for a in answers if a.nvmlReturn == nvml.NVML_SUCCESS}
-        found = {}
-        for ours, names in _GPM.items():
-            values = [known[i] for i in (getattr(nvml, name) for name in names) if i in known]
-            if values:
-                found[ours] = fmean(values)
-        return found
+        values = {ours: [known[i] for i in map(self._id, names) if i in known] for ours, names in _GPM.items()}
+        return {ours: fmean(found) for ours, found in values.items() if found}
+
+    def _id(self, name: str) -> int:
+        return getattr(self._nvml, name)
 
     def close(self) -> None:
         for sample in (self._old, self._new):
@@ -323,41 +315,27 @@ class Sampler:
         self.seconds = time.perf_counter() - self.started
         self.reader.close()
 
-    def timeline(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Each metric as seconds since the start and values, for charts."""
-        lines: dict[str, tuple[list[float], list[float]]] = {}
-        for reading in self.readings:
-            for name, value in reading.values.items():
-                times, values = lines.setdefault(name, ([], []))
-                times.append(reading.at_s)
-                values.append(float(value))
-        return lines
-
     def summary(self, start_s: float = 0.0, end_s: float = float("inf")) -> dict[str, Any]:
         """Each metric's mean, median, minimum, maximum and count in a span of the run, and the cost of sampling.
 
         reached_hz: readings in the span over its seconds; None where it has none. sampler_core_share: CPU time of the
         sampler's thread over the wall clock, 0 to 1 of one core, of the whole run.
         """
-        metrics = {}
+        within = [reading for reading in self.readings if start_s <= reading.at_s <= end_s]
         until_now_s = self.seconds or time.perf_counter() - self.started  # it may still be running
         span_s = min(end_s, until_now_s) - max(start_s, 0.0)
-        made = sum(start_s <= reading.at_s <= end_s for reading in self.readings)
-        for name, (times, values) in self.timeline().items():
-            within = [value for at_s, value in zip(times, values, strict=True) if start_s <= at_s <= end_s]
-            if within:
-                metrics[name] = {
-                    "mean": fmean(within),
-                    "median": median(within),
-                    "min": min(within),
-                    "max": max(within),
-                    "readings": len(within),
-                }
+        values: dict[str, list[float]] = {}
+        for reading in within:
+            for name, value in reading.values.items():
+                values.setdefault(name, []).append(float(value))
         return {
             **self.reader.about,
             "asked_hz": self.hz,
-            "reached_hz": made / span_s if span_s > 0 else None,
+            "reached_hz": len(within) / span_s if span_s > 0 else None,
             "sampler_core_share": self.cpu_s / self.seconds if self.seconds else None,
             "error": self.error,
-            "metrics": metrics,
+            "metrics": {
+                name: {"mean": fmean(v), "median": median(v), "min": min(v), "max": max(v), "readings": len(v)}
+                for name, v in values.items()
+            },
         }

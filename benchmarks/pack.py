@@ -1,5 +1,6 @@
 """The `pack` benchmark: how fast each writer packs, into how many bytes, and how much of the images it keeps."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,18 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
 
-from benchmarks.datasets import QUALITY, SOURCE, Job, originals, originals_in, packed_size, prepared, samples, sized
-from benchmarks.machine import Environment
-from benchmarks.measure import Row, ratio_row, series_rows
-from benchmarks.options import advance, chosen, measured_on, publish, rounds_option, shared
+from benchmarks.datasets import QUALITY, SOURCE, Job, originals, packed_size, prepared, samples
+from benchmarks.measure import Measurement, Row, ratio_rows, series_rows
+from benchmarks.options import ONLY, WORKERS, Settings, benchmark, packed_option
+from benchmarks.pages import Page, packed_sizes, ratios
 from benchmarks.peers.ffcv import beton_payload_bytes, read_beton, write_beton
 from benchmarks.peers.system import need
-from benchmarks.tables import busy_text, cell, machine_text, notes, pivot, table
-from benchmarks.targets import targets_text
-from benchmarks.worker import Announce, Running, take_turns
+from benchmarks.tables import pivot
+from benchmarks.worker import Running, take_turns
 from shards.common.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,43 +46,20 @@ METRICS = {
 """What is measured once per packer: metric → unit and title."""
 
 
-@click.command("pack")
-@shared
-@rounds_option(9, quick=6)
-@click.option(
-    "--packed",
-    "packed_px",
-    type=click.IntRange(1),
-    multiple=True,
-    help="Longer side of the packed images, px. Repeatable.  [default: 400]",
-)
-def command(
-    quick: bool,
-    out: Path,
-    cache: Path,
-    source: Path,
-    rounds: int,
-    workers: int,
-    only: tuple[str, ...],
-    packed_px: tuple[int, ...],
-) -> None:
+@benchmark("pack", ONLY, WORKERS, rounds=(9, 6), seconds=(2, 0.5))
+@packed_option(default=[400], quick=[400])
+def command(settings: Settings, packed_px: Sequence[int]) -> None:
     """Images per second, bytes and PSNR of writers, by write mode.
 
     --quick does not measure mixed write modes and the packer without a restart table, unless --only names them.
     """
-    from shards.common.progress import Progress
-
-    systems = chosen(PACKERS, only, NOT_IN_QUICK if quick else ())
-    job = sized(Job(originals_in(source), cache, workers=workers), 312 if quick else 624)
-    machine = measured_on(job, "cpu")
+    packers = settings.chosen(PACKERS, NOT_IN_QUICK)
+    job = settings.job(400, 624, quick=312)
     rows = []
-    with Progress("pack", len(packed_px or (400,)) * len(systems) * (2 + rounds), "runs") as bar:
-        for px in packed_px or (400,):
-            one = replace(job, packed_px=px)
-            rows += measure_packing(
-                systems, one, machine, rounds=rounds, seconds=0.5 if quick else 2.0, announce=advance(bar)
-            )
-    publish(out, "pack-quick" if quick else "pack", rows, packing_text)
+    with settings.measurement(job, len(packed_px) * len(packers) * (2 + settings.rounds)) as measurement:
+        for px in packed_px:
+            rows += measure_packing(packers, replace(job, packed_px=px), measurement)
+    settings.publish(PAGE, rows)
 
 
 # ------------------------------------------------------------------ the writers
@@ -115,16 +91,16 @@ def _source(job: Job) -> "Source":
     return read_source(prepared(SOURCE, job))
 
 
-def _ours(write_mode: str, **encode: Any) -> Callable[[Job, Path], None]:
+def _ours(name: str, write_mode: str, note: str = "", restart: bool = True) -> Packer:
     def write(job: Job, folder: Path) -> None:
         from preprocess.packing import Settings, pack
         from shards.format import EncodeSpec
 
-        spec = EncodeSpec(write_mode=write_mode, max_resolution=job.packed_px, jpeg_quality=QUALITY, **encode)
+        spec = EncodeSpec(write_mode=write_mode, max_resolution=job.packed_px, jpeg_quality=QUALITY, restart=restart)
         settings = Settings(encode=spec, ratio=(100, 0, 0), workers=job.workers)
         pack(_source(job), folder / "set", settings)
 
-    return write
+    return Packer(name, write, _read_ours, _bytes_ours, write_mode, note=note)
 
 
 def _read_ours(job: Job, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -141,12 +117,15 @@ def _bytes_ours(folder: Path) -> int:
     return int(ShardSet(folder / "set").column("length").sum())
 
 
-def _ffcv(write_mode: str) -> Callable[[Job, Path], None]:
-    return lambda job, folder: write_beton(job, folder, write_mode)
+def _ffcv(write_mode: str, note: str = "") -> Packer:
+    def write(job: Job, folder: Path) -> None:
+        write_beton(job, folder, write_mode)
+
+    return Packer(f"FFCV {write_mode}", write, _read_ffcv, beton_payload_bytes, write_mode, ("ffcv",), note)
 
 
 def _read_ffcv(job: Job, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    for (_, path, _), pixels in zip(samples(job), read_beton(folder), strict=False):
+    for (_, path, _), pixels in zip(samples(job), read_beton(folder), strict=True):
         yield path.stem, pixels
 
 
@@ -237,24 +216,24 @@ _OURS_NOTE = (
     "metadata read before the clock starts; decodes strictly, checks, indexes and hashes; files are flushed to the "
     "disk before it ends"
 )
-_FFCV_NOTE = "one process per worker; not flushed to the disk; looks every 0.1 s whether it is done"
+_FFCV_NOTE = (
+    "one process per worker; not flushed to the disk; looks every 0.1 s whether it is done; its file has pages of "
+    "8 MiB for every worker, not all full in a set this small"
+)
 _SMART_NOTE = "JPEG where the raw image is larger than 500,000 bytes: none of this size is"
-_FFCV_FILES = "its file has pages of 8 MiB for every worker, not all full in a set this small"
 
 PACKERS = {
     packer.name: packer
     for packer in (
-        Packer("dermscale jpg", _ours("jpg"), _read_ours, _bytes_ours, note=_OURS_NOTE),
-        Packer("dermscale jpg, no restart table", _ours("jpg", restart=False), _read_ours, _bytes_ours),
-        Packer("dermscale raw", _ours("raw"), _read_ours, _bytes_ours, "raw"),
-        Packer("dermscale proportion", _ours("proportion"), _read_ours, _bytes_ours, "proportion"),
-        Packer("dermscale smart", _ours("smart"), _read_ours, _bytes_ours, "smart", note=_SMART_NOTE),
-        Packer(
-            "FFCV jpg", _ffcv("jpg"), _read_ffcv, beton_payload_bytes, "jpg", ("ffcv",), f"{_FFCV_NOTE}; {_FFCV_FILES}"
-        ),
-        Packer("FFCV raw", _ffcv("raw"), _read_ffcv, beton_payload_bytes, "raw", ("ffcv",)),
-        Packer("FFCV proportion", _ffcv("proportion"), _read_ffcv, beton_payload_bytes, "proportion", ("ffcv",)),
-        Packer("FFCV smart", _ffcv("smart"), _read_ffcv, beton_payload_bytes, "smart", ("ffcv",)),
+        _ours("dermscale jpg", "jpg", note=_OURS_NOTE),
+        _ours("dermscale jpg, no restart table", "jpg", restart=False),
+        _ours("dermscale raw", "raw"),
+        _ours("dermscale proportion", "proportion"),
+        _ours("dermscale smart", "smart", note=_SMART_NOTE),
+        _ffcv("jpg", _FFCV_NOTE),
+        _ffcv("raw"),
+        _ffcv("proportion"),
+        _ffcv("smart"),
         Packer(
             "webdataset",
             _write_tars,
@@ -291,15 +270,12 @@ NOT_IN_QUICK = (
 # ------------------------------------------------------------------ the measurement
 
 
-def psnr_db(images: Iterator[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Peak signal-to-noise ratio in dB of pairs of images on the scale 0 to 255, over their pooled squared error."""
-    total, count = 0.0, 0
-    for one, other in images:
-        total += float(np.square(one.astype(np.float64) - other.astype(np.float64)).sum())
-        count += one.size
-    if not count:
+def psnr_db(squared_errors: Sequence[float]) -> float:
+    """Peak signal-to-noise ratio in dB, on the scale 0 to 255, from the mean squared error of each image."""
+    if not squared_errors:
         raise ValueError("no images to compare")
-    return 10 * float(np.log10(255.0**2 / (total / count))) if total else float("inf")
+    mean = float(np.mean(squared_errors))
+    return 10 * float(np.log10(255.0**2 / mean)) if mean else float("inf")
 
 
 def judge(job: Job, packed: Iterator[tuple[str, np.ndarray]]) -> dict[str, float]:
@@ -312,27 +288,21 @@ def judge(job: Job, packed: Iterator[tuple[str, np.ndarray]]) -> dict[str, float
     import cv2
 
     files = {path.stem: path for path, _, _ in originals(job)[:_JUDGED]}
-    pairs = []
+    source_errors, reduced_errors = [], []
     for name, pixels in packed:
         path = files.pop(name, None)  # the first copy; packers write in different orders
         if path is None:
             continue
-        original = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
-        assert original is not None  # the packer has read it too
-        pairs.append((original.astype(np.float32), pixels))
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+        assert image is not None  # the packer has read it too
+        original = image.astype(np.float32)
+        enlarged = cv2.resize(pixels, original.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        reduced = cv2.resize(original, pixels.shape[1::-1], interpolation=cv2.INTER_AREA)
+        source_errors.append(np.square(original - enlarged, dtype=np.float64).mean())
+        reduced_errors.append(np.square(reduced - pixels, dtype=np.float64).mean())
         if not files:
             break
-
-    def enlarged() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for original, pixels in pairs:
-            size = original.shape[1::-1]
-            yield original, cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
-
-    def reduced() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for original, pixels in pairs:
-            yield cv2.resize(original, pixels.shape[1::-1], interpolation=cv2.INTER_AREA), pixels
-
-    return {"psnr_source_db": psnr_db(enlarged()), "psnr_reduced_db": psnr_db(reduced())}
+    return {"psnr_source_db": psnr_db(source_errors), "psnr_reduced_db": psnr_db(reduced_errors)}
 
 
 def set_up(name: str, job: Job) -> Running:
@@ -341,7 +311,7 @@ def set_up(name: str, job: Job) -> Running:
     need(packer.packages)
     home = job.cache / "packing" / name.replace(" ", "-").replace(":", "").replace(",", "")
     shutil.rmtree(home, ignore_errors=True)
-    turn = iter(range(1_000_000))
+    turn = itertools.count()
 
     def clean() -> None:
         shutil.rmtree(home, ignore_errors=True)
@@ -355,9 +325,8 @@ def set_up(name: str, job: Job) -> Running:
 
     count = len(samples(job))
     clean()
-    first = home / "first"
-    first.mkdir()
-    packer.write(job, first)
+    once()
+    first = home / "0"
     about: dict[str, float] = {}
     if packer.read is not None and packer.payload_bytes is not None:
         size = sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
@@ -366,42 +335,29 @@ def set_up(name: str, job: Job) -> Running:
     return Running(once, clean, about=about)
 
 
-def measure_packing(
-    packers: Sequence[Packer], job: Job, environment: Environment, *, rounds: int, seconds: float, announce: Announce
-) -> list[Row]:
+def measure_packing(packers: Sequence[Packer], job: Job, measurement: Measurement) -> list[Row]:
     """Time the packers in turn: images/s, CPU seconds, bytes per image and two PSNRs of each."""
-    size = "x".join(map(str, reversed(_packed_size(job))))
-    packed_names = [packer.name for packer in packers]
-    series, about = take_turns(
-        set_up, packed_names, job, job.cache / "logs", rounds=rounds, seconds=seconds, announce=announce, at_once=2
-    )
+    known = {packer.name: packer for packer in packers}
+    series, about = take_turns(set_up, list(known), job, job.cache / "logs", measurement, at_once=2)
     shutil.rmtree(job.cache / "packing", ignore_errors=True)
+    height, width = _packed_size(job)
+
+    def columns(name: str) -> dict[str, Any]:
+        packed = f"{width}x{height} {known[name].encoding}"
+        own = measurement.columns("pack", job, system=name, packed=packed, page_cache="warm")
+        return own | {"resolution_px": None, "batch_size": None}
+
     rows: list[Row] = []
-    for packer in packers:
-        columns: dict[str, Any] = _columns(packer, job, size, environment) | {"note": packer.note}
-        rows += series_rows(series[packer.name], **columns)
-        found = about.get(packer.name)
+    for name, packer in known.items():
+        noted: dict[str, Any] = columns(name) | {"note": packer.note}
+        rows += series_rows(series[name], **noted)
+        found = about.get(name)
         for metric, (unit, _) in METRICS.items():
             if found is None:  # it could not even be set up
-                rows.append(Row(metric=metric, unit=unit, value=None, failed=series[packer.name].failed, **columns))
+                rows.append(Row(metric=metric, unit=unit, value=None, failed=series[name].failed, **noted))
             elif metric in found:
-                rows.append(Row(metric=metric, unit=unit, value=found[metric], **columns))
-    for above, below in RATIOS:
-        if above in series and below in series:
-            columns = _columns(PACKERS[above], job, size, environment)
-            rows.append(ratio_row(series[above], series[below], beside=below, **columns))
-    return rows
-
-
-def _columns(packer: Packer, job: Job, size: str, environment: Environment) -> dict[str, Any]:
-    return {
-        "benchmark": "pack",
-        "system": packer.name,
-        "packed": f"{size} {packer.encoding}",
-        "workers": job.workers,
-        "page_cache": "warm",
-        "environment": environment,
-    }
+                rows.append(Row(metric=metric, unit=unit, value=found[metric], **noted))
+    return rows + ratio_rows(RATIOS, series, columns)
 
 
 def _packed_size(job: Job) -> tuple[int, int]:
@@ -412,19 +368,18 @@ def _packed_size(job: Job) -> tuple[int, int]:
     return packed_size(image.shape[0], image.shape[1], job.packed_px)
 
 
-def packing_text(rows: Sequence[Row]) -> str:
-    """The rows as Markdown."""
-    own = [row for row in rows if row.benchmark == "pack"]
-    parts = ["## Packing\n"]
-    for packed in dict.fromkeys(row.packed.split()[0] for row in own):
-        part = [row for row in own if row.packed.split()[0] == packed]
-        titles = {"img_per_s": "images/s", "cpu_s_per_1000": "CPU s / 1,000"}
-        titles |= {metric: title for metric, (_, title) in METRICS.items()}
-        across = [(title, lambda row, metric=metric: row.metric == metric) for metric, title in titles.items()]
-        parts += [f"### Packed at {packed}\n", pivot([row for row in part if not row.beside], across)]
-        lines = [[f"{row.system} / {row.beside}", cell(row)] for row in part if row.beside]
-        parts.append(busy_text(part))
-        if lines:
-            parts += ["Ratios of images per second, taken within each round:\n", table(["ratio", "images/s"], lines)]
-    parts += [targets_text(own), notes(own), machine_text(own)]
-    return "\n".join(part for part in parts if part)
+def tables(rows: Sequence[Row]) -> list[str]:
+    """A table per packed size, and its ratios."""
+    titles = {"img_per_s": "images/s", "cpu_s_per_1000": "CPU s / 1,000"}
+    titles |= {metric: title for metric, (_, title) in METRICS.items()}
+    across = [(title, lambda row, metric=metric: row.metric == metric) for metric, title in titles.items()]
+    parts = []
+    sizes = packed_sizes(rows)
+    for size in dict.fromkeys(sizes):
+        part = [row for row, packed in zip(rows, sizes, strict=True) if packed == size]
+        parts += [f"### Packed at {size}\n", pivot([row for row in part if not row.beside], across)]
+        parts += ratios(part, [("images/s", lambda row: True)])
+    return parts
+
+
+PAGE = Page("pack", "Packing", tables)

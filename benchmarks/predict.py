@@ -16,22 +16,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.datasets import Job, originals_in, packed_files, prepared, samples, sized, stats
-from benchmarks.machine import Environment, Meter, tree_cpu_s
-from benchmarks.measure import Row, Sample, Series, interleave, median_interval, ratio_row, series_rows, summary_row
-from benchmarks.options import advance, common, measured_on, publish, rounds_option
+from benchmarks.datasets import Format, Job, packed_files, prepared, samples, stats
+from benchmarks.machine import Meter, tree_cpu_s
+from benchmarks.measure import Measurement, Row, Sample, Series, interleave, ratio_row, series_row, series_rows
+from benchmarks.options import DEVICE, Settings, benchmark
+from benchmarks.pages import Page, ratios
 from benchmarks.peers.ours import SHARDS_JPG, SHARDS_SPLIT
-from benchmarks.tables import busy_text, cell, machine_text, notes, pivot, table
-from benchmarks.targets import verdict
-from benchmarks.worker import Announce, Running, take_turns
-from shards.common.errors import DataError, last_line
+from benchmarks.tables import cell, pivot, table
+from benchmarks.worker import Running, SystemFailedError, run_module, take_turns
+from shards.common.errors import DataError
 from shards.format import MANIFEST, Manifest
+
+if TYPE_CHECKING:
+    from shards import Selection
 
 EVALUATION, PREDICT = "evaluation", "predict, files of a shard set"
 PREDICT_PLAIN = "predict, plain JPEG files"
@@ -51,9 +54,7 @@ _NOTES = {
 }
 
 
-@click.command("predict")
-@common
-@rounds_option(9, quick=6)
+@benchmark("predict", DEVICE, rounds=(9, 6), seconds=(4, 0.5))
 @click.option(
     "--packed",
     "packed_px",
@@ -62,23 +63,16 @@ _NOTES = {
     show_default=True,
     help="Longer side of the packed images, px.",
 )
-@click.option("--resolution", type=int, default=224, show_default=True, help="Side of the images, px.")
-@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda or cuda:N.")
-def command(
-    quick: bool, out: Path, cache: Path, source: Path, rounds: int, packed_px: int, resolution: int, device: str
-) -> None:
+@click.option("--resolution", default=224, show_default=True, help="Side of the images, px.")
+def command(settings: Settings, packed_px: int) -> None:
     """Prediction beside evaluation with a resnet18, and the start-up time of `train.predict` and `train.serve`."""
-    from shards.common.progress import Progress
     from train.models import check_resolution
 
-    check_resolution("resnet18", resolution)
-    images = sized(Job(originals_in(source), cache, packed_px, resolution, batch_size=64), 96 if quick else 624)
-    machine = measured_on(images, device)
-    with Progress("predict", 1 + 3 * (2 + rounds) + 2 * (1 + rounds), "runs") as bar:
-        rows = measure_predicting(
-            images, "resnet18", device, machine, rounds=rounds, seconds=0.5 if quick else 4.0, announce=advance(bar)
-        )
-    publish(out, "predict-quick" if quick else "predict", rows, predicting_text)
+    check_resolution("resnet18", settings.resolution)
+    images = settings.job(packed_px, 624, quick=96)
+    with settings.measurement(images, 1 + 3 * (2 + settings.rounds) + 2 * (1 + settings.rounds)) as measurement:
+        rows = measure_predicting(images, "resnet18", settings.device, measurement)
+    settings.publish(PAGE, rows)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class PredictJob:
 def make_run(images: Job, model: str, device: str) -> Path:
     """A new run folder, trained by `train.run` for one epoch: its weights are bad, but as fast to use as good ones.
 
-    Raises DataError with the last line of the command where it fails.
+    Raises SystemFailedError with the last line of the command where it fails.
     """
     data = (prepared(SHARDS_SPLIT, images) / "set").resolve()
     out = data.parent.parent / f"run-{model}-{images.packed_px}-{images.resolution_px}"
@@ -101,10 +95,7 @@ def make_run(images: Job, model: str, device: str) -> Path:
     count = sum(Manifest.from_file(data / MANIFEST).counts["train"].values())
     options = {"--model": model, "--data": data, "--out": out, "--resolution": images.resolution_px, "--epochs": 1}
     options |= {"--batch-size": min(16, count), "--compile": "off", "--device": device}
-    command = [sys.executable, "-m", "train.run", *(str(word) for pair in options.items() for word in pair)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DataError(f"training a run to predict with failed: {last_line(done.stderr)}")
+    run_module("train.run", options)
     return out
 
 
@@ -118,16 +109,14 @@ def set_up(name: str, job: PredictJob) -> Running:
     selection = ShardSet(prepared(SHARDS_JPG, job.images) / "set").select("train")
     if name == EVALUATION:
         once = evaluation(job, selection)
-    elif name == PREDICT:
-        once = prediction(job, shard_files(job.images, selection))
     else:
-        once = prediction(job, plain_files(job.images, selection))
+        once = prediction(job, files_of(name, job.images, selection))
     once()
     return Running(once)
 
 
-def evaluation(job: PredictJob, selection: Any) -> Callable[[], int]:
-    """A call that evaluates a `shards.Selection`, as a run does, and returns the number of its images."""
+def evaluation(job: PredictJob, selection: "Selection") -> Callable[[], int]:
+    """A call that evaluates a selection, as a run does, and returns the number of its images."""
     from shards import Loader
     from train import device as devices
     from train import models
@@ -182,25 +171,26 @@ def prediction(job: PredictJob, files: Sequence[Path]) -> Callable[[], int]:
     return once
 
 
-def shard_files(images: Job, selection: Any) -> list[Path]:
-    """The images of a selection as files, byte for byte as the shard set holds them, in its order."""
-    folder = prepared(SHARDS_JPG, images) / "files"
-    data = selection.data
-    named = [(folder / f"{data.column('image_id')[sample]}.jpg", int(sample)) for sample in selection.samples]
-    if not folder.exists():
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for path, sample in named:
-            (partial / path.name).write_bytes(data.read(sample))
-        partial.rename(folder)
-    return [path for path, _ in named]
+def _write_files(images: Job, folder: Path) -> None:
+    """The images of the shard set as files, byte for byte."""
+    from shards import ShardSet
+
+    with ShardSet(prepared(SHARDS_JPG, images) / "set") as data:
+        for row, name in enumerate(data.column("image_id")):
+            (folder / f"{name}.jpg").write_bytes(data.read(row))
 
 
-def plain_files(images: Job, selection: Any) -> list[Path]:
-    """The images of a selection as JPEG files that OpenCV wrote at the packed size, in its order."""
-    by_name = {path.stem: path for path, _ in packed_files(images)}
-    return [by_name[str(name)] for name in selection.data.column("image_id")[selection.samples]]
+FILES = Format("shards-jpg-files", _write_files)
+
+
+def files_of(name: str, images: Job, selection: "Selection") -> list[Path]:
+    """The JPEG files that a prediction reads, in the order of a selection: those of a shard set, or those that OpenCV
+    wrote at the packed size."""
+    if name == PREDICT:
+        by_name = {path.stem: path for path in prepared(FILES, images).iterdir()}
+    else:
+        by_name = {path.stem: path for path, _ in packed_files(images)}
+    return [by_name[image_id] for image_id in selection.data.column("image_id")[selection.samples]]
 
 
 # ------------------------------------------------------------------ start-up
@@ -209,21 +199,11 @@ _START_LIMIT_S = 120.0
 """A start that takes longer counts as a hang."""
 
 
-class StartFailedError(Exception):
-    """A command ended with an error, or was never ready; the text is its last line."""
-
-
 def start_predict(run: Path, image: Path, device: str) -> Sample:
-    """`train.predict` on one image, from its start to its end. Raises StartFailedError."""
-    command = [sys.executable, "-m", "train.predict", "--run", str(run), str(image), "--device", device]
+    """`train.predict` on one image, from its start to its end. Raises SystemFailedError."""
     meter, cpu_s, begin = Meter(), _children_cpu_s(), time.perf_counter()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_START_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        raise StartFailedError(f"not done after {_START_LIMIT_S:.0f} s") from None
+    run_module("train.predict", {"--run": run, "": image, "--device": device}, limit_s=_START_LIMIT_S)
     seconds, cpu_s = time.perf_counter() - begin, _children_cpu_s() - cpu_s
-    if done.returncode:
-        raise StartFailedError(last_line(done.stderr))
     return Sample(1, seconds, cpu_s, meter.other_cpu(cpu_s))
 
 
@@ -233,7 +213,7 @@ def _children_cpu_s() -> float:
 
 
 def start_serve(run: Path, device: str) -> Sample:
-    """`train.serve` from its start to its ready line; then it is ended. Raises StartFailedError."""
+    """`train.serve` from its start to its ready line; then it is ended. Raises SystemFailedError."""
     from train.inference.neighbours import FILE
 
     (run / FILE).unlink(missing_ok=True)  # every start is like the first one
@@ -253,7 +233,7 @@ def start_serve(run: Path, device: str) -> Sample:
                 if "is ready" in line:
                     seconds, cpu_s = time.perf_counter() - begin, tree_cpu_s(process.pid)
                     return Sample(1, seconds, cpu_s, meter.other_cpu(cpu_s))
-            raise StartFailedError(said or f"ended, or not ready after {_START_LIMIT_S:.0f} s")
+            raise SystemFailedError(said or f"ended, or not ready after {_START_LIMIT_S:.0f} s")
         finally:
             process.send_signal(signal.SIGTERM)  # has no effect if it has ended
             process.communicate()
@@ -263,83 +243,63 @@ def start_serve(run: Path, device: str) -> Sample:
 # ------------------------------------------------------------------ rows
 
 
-def measure_predicting(
-    images: Job, model: str, device: str, environment: Environment, *, rounds: int, seconds: float, announce: Announce
-) -> list[Row]:
+def measure_predicting(images: Job, model: str, device: str, measurement: Measurement) -> list[Row]:
     """Time evaluation and prediction in turn, then the starts of both commands in turn; warm page cache.
 
     Raises DataError where the images cannot be packed or the run cannot be trained.
     """
-    announce("train a run")
+    measurement.announce("train a run")
     job = PredictJob(images, make_run(images, model, device), device)
-    systems = [EVALUATION, PREDICT, PREDICT_PLAIN]
-    series, _ = take_turns(
-        set_up, systems, job, images.cache / "logs", rounds=rounds, seconds=seconds, announce=announce
-    )
+    series, _ = take_turns(set_up, [EVALUATION, PREDICT, PREDICT_PLAIN], job, images.cache / "logs", measurement)
     image = packed_files(images)[0][0]
     starts: dict[str, Callable[[], Sample]] = {
         START_PREDICT: lambda: start_predict(job.run, image, device),
         START_SERVE: lambda: start_serve(job.run, device),
     }
-    started = interleave(starts, rounds, warmup=1, announce=lambda round_, name: announce(name))
     _, size = stats(images)
-    return rows_of(series, started, images, model, size, environment)
+    columns = measurement.columns(
+        "predict", images, model=model, precision="fp32", workers=None, batch_size=None, page_cache="warm"
+    )
+    return rows_of(series, interleave(starts, measurement), len(samples(images)), images.batch_size, size, columns)
 
 
 def rows_of(
-    series: dict[str, Series], started: dict[str, Series], images: Job, model: str, size: str, environment: Environment
+    series: dict[str, Series],
+    started: dict[str, Series],
+    count: int,
+    most: int,
+    size: str,
+    columns: dict[str, Any],
 ) -> list[Row]:
-    """The rows of what was timed. series: of each system; started: starts of each command. size: `400x300`."""
-    columns: dict[str, Any] = {
-        "benchmark": "predict",
-        "model": model,
-        "precision": "fp32",
-        "resolution_px": images.resolution_px,
-        "page_cache": "warm",
-        "environment": environment,
-    }
+    """The rows of what was timed. series: of each system. started: starts of each command. count: of the images.
+
+    most: maximum images in a batch of the evaluation. size: `400x300`. columns: the other fields of Row.
+    """
     rows: list[Row] = []
     for name, found in series.items():
-        batch_size = full_batches(len(samples(images)), images.batch_size) if name == EVALUATION else _BATCH
+        batch_size = full_batches(count, most) if name == EVALUATION else _BATCH
         own = columns | {"system": name, "packed": f"{size} jpg", "batch_size": batch_size}
         rows += series_rows(found, note=_NOTES[name], **own)
         if name != EVALUATION:
             rows.append(ratio_row(found, series[EVALUATION], beside=EVALUATION, **own))
     for name, found in started.items():
-        times = [sample.seconds for sample in found.samples]
-        other = [sample.other_cpu for sample in found.samples]
-        row = summary_row(times, found.failed, metric="start_s", unit="s", system=name, note=_NOTES[name], **columns)
-        rows.append(replace(row, other_cpu=round(median_interval(other).median, 4) if other else None))
+        own = columns | {"system": name, "note": _NOTES[name]}
+        rows.append(series_row(found, lambda start: start.seconds, metric="start_s", unit="s", **own))
     return rows
 
 
-def predicting_text(rows: Sequence[Row]) -> str:
-    """The rows as Markdown."""
-    own = [row for row in rows if row.benchmark == "predict"]
+def tables(rows: Sequence[Row]) -> list[str]:
+    """Speeds, their ratios, and the starts."""
     across = [("img/s", lambda row: row.metric == "img_per_s")]
     across.append(("CPU s / 1,000", lambda row: row.metric == "cpu_s_per_1000"))
-    starts = [row for row in own if row.metric == "start_s"]
-    about = dict.fromkeys(f"{row.model}, {row.resolution_px} px, packed at {row.packed}" for row in own if row.packed)
-    parts = ["## Predicting\n", f"{'; '.join(about)}. Median [interval].\n"]
-    parts.append(pivot([row for row in own if not row.beside and row.metric != "start_s"], across))
-    parts.append("Ratios of images per second, taken within each round:\n")
-    ratios = [[f"{row.system} / {row.beside}", cell(row), verdict(row)] for row in own if row.beside]
-    parts.append(table(["ratio", "img/s", "target"], ratios))
-    parts.append(table(["start", "s", "target"], [[row.system, cell(row), verdict(row)] for row in starts]))
-    parts += [busy_text(own), notes(own), machine_text(own)]
-    return "\n".join(part for part in parts if part)
+    starts = [[row.system, cell(row)] for row in rows if row.metric == "start_s"]
+    about = dict.fromkeys(f"{row.model}, {row.resolution_px} px, packed at {row.packed}" for row in rows if row.packed)
+    return [
+        f"{'; '.join(about)}. Median [interval].\n",
+        pivot([row for row in rows if not row.beside and row.metric != "start_s"], across),
+        *ratios(rows, [("img/s", lambda row: True)]),
+        table(["start", "s"], starts),
+    ]
 
 
-def predicting_in_words(rows: Sequence[Row]) -> list[str]:
-    """The findings as sentences: each ratio and each start, with its target."""
-    said = []
-    for row in rows:
-        if row.value is None or not verdict(row):
-            continue
-        if row.beside:
-            found = f"{row.system} is {cell(row)} times {row.beside} ({row.packed}, {row.resolution_px} px)"
-        else:
-            found = f"{row.system} takes {cell(row)} s"
-        said.append(f"Predicting: {found}; {verdict(row)}.")
-    failed = dict.fromkeys((row.system, row.failed) for row in rows if row.failed and not row.beside)
-    return said + [f"Predicting: {system} failed: {reason}." for system, reason in failed]
+PAGE = Page("predict", "Predicting", tables)

@@ -1,24 +1,20 @@
 """`report`: RESULTS.md and charts (SVG) from the CSV files of all benchmarks, with the findings in words."""
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.grid import grid_text
-from benchmarks.loader import loader_text, packed_sizes
+from benchmarks import grid, loader, pack, predict, stalls, training, utilization
 from benchmarks.measure import Row
 from benchmarks.monitor import in_order, metric
-from benchmarks.pack import packing_text
-from benchmarks.predict import predicting_in_words, predicting_text
-from benchmarks.stalls import agreement, by_engine, stalls_text
-from benchmarks.tables import cell, number, read_csv
-from benchmarks.targets import verdict
-from benchmarks.training import training_text
-from benchmarks.utilization import START_UP, TRAINING, Moment, read_timeline, utilization_in_words, utilization_text
+from benchmarks.options import OUT
+from benchmarks.pages import Page, packed_sizes
+from benchmarks.tables import number, read_csv
+from benchmarks.utilization import START_UP, TRAINING, Moment, read_timeline, timeline_of
 from shards.common.errors import DataError
 from shards.common.files import write_durably
 
@@ -26,50 +22,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TEXTS: dict[str, Callable[[Sequence[Row]], str]] = {
-    "loader": loader_text,
-    "pack": packing_text,
-    "training": training_text,
-    "stalls": stalls_text,
-    "utilization": utilization_text,
-    "grid": grid_text,
-    "predict": predicting_text,
+PAGES: dict[str, Page] = {
+    benchmark.PAGE.name: benchmark.PAGE for benchmark in (loader, pack, training, stalls, utilization, grid, predict)
 }
-"""Name of a benchmark and of its CSV → its Markdown."""
-
-TITLES = {
-    "loader": "Loading",
-    "pack": "Packing",
-    "training": "Training",
-    "stalls": "Stalls",
-    "utilization": "Utilization",
-    "grid": "Grid",
-    "predict": "Predicting",
-}
-
-CHARTS = {
-    "stalls": ("accelerator_utilization", "share of the speed with a cached batch"),
-    "grid": ("cells_per_s", "cells per second"),
-}
-"""The metric that the chart of a benchmark shows, and its title. Other benchmarks: images per second."""
+"""Every benchmark by its name, in the order of the report."""
 
 
 @click.command("report")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default="benchmarks/results",
-    show_default=True,
-    help="Folder with the CSV files; RESULTS.md and the charts go there too.",
-)
+@OUT
 def command(out: Path) -> None:
-    """RESULTS.md and charts (SVG) from the CSV files of the other subcommands."""
+    """RESULTS.md and charts (SVG) from the CSV files of the other subcommands, and the Markdown beside each of them."""
     results = read_results(out)
     charts = draw(results, read_timelines(out))
     for name, svg in charts.items():
         write_durably(out / name, svg)
     write_durably(out / "RESULTS.md", markdown(results, charts).encode())
+    for path, page in tables_in(out):
+        page.write(path)
     click.echo(f"wrote {out / 'RESULTS.md'} and {len(charts)} charts from {', '.join(results)}")
+
+
+def tables_in(folder: Path) -> list[tuple[Path, Page]]:
+    """Every CSV of a benchmark in the folder and the folders in it, with its page."""
+    named = ((path, path.stem.removesuffix("-quick")) for path in sorted(folder.rglob("*.csv")))
+    return [(path, PAGES[name]) for path, name in named if name in PAGES]
 
 
 _BOUND = 0.95
@@ -82,7 +58,7 @@ def read_results(folder: Path) -> dict[str, list[Row]]:
     Raises DataError where there is none.
     """
     found = {}
-    for name in TEXTS:
+    for name in PAGES:
         path = _table(folder, name)
         if path is not None:
             found[name] = read_csv(path)
@@ -101,7 +77,7 @@ def read_timelines(folder: Path) -> list[Moment]:
     Raises DataError where they are damaged or missing.
     """
     table = _table(folder, "utilization")
-    return [] if table is None else read_timeline(table.with_name(f"{table.stem}-timeline.csv"))
+    return [] if table is None else read_timeline(timeline_of(table))
 
 
 def markdown(results: dict[str, list[Row]], charts: Iterable[str] = ()) -> str:
@@ -119,7 +95,7 @@ def markdown(results: dict[str, list[Row]], charts: Iterable[str] = ()) -> str:
         parts.append("\n".join(f"- {line}" for line in said) + "\n")
     charts = sorted(charts)
     for name, rows in results.items():
-        heading, _, tables = TEXTS[name](rows).partition("\n")
+        heading, _, tables = PAGES[name].text(rows).partition("\n")
         own = [chart for chart in charts if chart.removesuffix(".svg").partition("-")[0] == name]
         links = "".join(f"\n![Chart of the values in the tables below]({chart})\n" for chart in own)
         parts.append(f"{heading}\n{links}{tables}")
@@ -127,38 +103,13 @@ def markdown(results: dict[str, list[Row]], charts: Iterable[str] = ()) -> str:
 
 
 def in_words(name: str, rows: Sequence[Row], stalls: Sequence[Row] = ()) -> list[str]:
-    """The main findings of a benchmark as sentences, from its rows alone: the ratios of its first sizes, and those that
-    have a target. The others are in the tables.
+    """The main findings of a benchmark as sentences, from its rows alone.
 
     stalls: rows of that benchmark; its many short turns may decide what limits a model where those of training do not.
     """
     if name == "training":
         return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows, stalls)]
-    if name == "stalls":
-        return _stalls_in_words(rows)
-    if name == "utilization":
-        return utilization_in_words(rows)
-    if name == "predict":
-        return predicting_in_words(rows)
-    said = []
-    places = {}
-    for row, size in zip(rows, packed_sizes(rows), strict=True):
-        if row.beside and row.value is not None:
-            place = (size, row.resolution_px)
-            places[place] = None
-            if place != next(iter(places)) and not verdict(row):
-                continue
-            where = ", ".join(filter(None, (row.packed, f"{row.resolution_px} px" if row.resolution_px else "")))
-            meant = f"; {verdict(row)}" if verdict(row) else ""
-            said.append(
-                f"{TITLES[name]}: {row.system} is {cell(row)} times {row.beside} ({where or 'all cells'}){meant}."
-            )
-    if len(places) > 1:
-        others = ", ".join(f"{size} → {px} px" if px else size for size, px in list(places)[1:])
-        said.append(f"{TITLES[name]}: the same for {others} is in the tables.")
-    failed = dict.fromkeys((row.system, row.failed) for row in rows if row.failed and not row.beside)
-    said += [f"{TITLES[name]}: {system} failed: {reason}." for system, reason in failed]
-    return said
+    return PAGES[name].in_words(rows)
 
 
 def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[str]:
@@ -186,7 +137,7 @@ def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[st
             if finer and limit:
                 low, high = finer.ends
                 text += f", [{100 * low:.0f}, {100 * high:.0f}] in the stalls benchmark"
-        text += f": {limit} limits it" if limit else ": it is not decided whether loading limits it"
+        text += f": {limit} limits it" if limit else ": the figures do not show whether loading limits it"
     if share is not None and share.value is not None:
         text += f"; its operations are {100 * share.value:.0f} % of the measured matrix peak"
     return [text + "."]
@@ -202,25 +153,6 @@ def _value(row: Row) -> float:
     return row.value or 0.0
 
 
-def _stalls_in_words(rows: Sequence[Row]) -> list[str]:
-    said = []
-    for model, engine, found in by_engine(rows):
-        for cache, kind in (("warm", "prep_stall"), ("cold", "whole_stall")):
-            stall, wait = found.get((cache, kind)), found.get((cache, "data_wait"))
-            if stall is not None and stall.value is not None:
-                apart = agreement(stall, wait)
-                said.append(
-                    f"Stalls: {model}, {engine}, {cache} files: {100 * stall.value:.1f} % of the time lost"
-                    + (
-                        f" (counted as waiting in the loop: {100 * wait.value:.1f} %; {apart})"
-                        if wait and wait.value is not None
-                        else ""
-                    )
-                    + "."
-                )
-    return said
-
-
 def _machine(row: Row) -> str:
     """The machine that a row was measured on; empty if unknown."""
     of = row.environment
@@ -232,7 +164,7 @@ def machines_text(results: Mapping[str, Sequence[Row]]) -> str:
     on: dict[str, dict[str, None]] = {}  # machine → benchmarks, in order
     for name, rows in results.items():
         for text in filter(None, map(_machine, rows)):
-            on.setdefault(text, {})[TITLES[name]] = None
+            on.setdefault(text, {})[PAGES[name].title] = None
     if len(on) < 2:
         return "".join(f"{text}." for text in on)
     of_each = " ".join(f"{', '.join(names)}: {text}." for text, names in on.items())
@@ -280,7 +212,7 @@ def bars(name: str, rows: Sequence[Row]) -> "Figure":
     """Horizontal bars with their intervals, and a panel for each model: the systems of its first sizes."""
     from matplotlib.figure import Figure
 
-    measured, title = CHARTS.get(name, ("img_per_s", "images per second"))
+    measured, title = PAGES[name].chart
     models: dict[str, tuple[str, list[Row]]] = {}  # model → where it was measured, rows
     for row, size in zip(rows, packed_sizes(rows), strict=True):
         place = ", ".join(filter(None, (row.model, size and f"packed at {size}", f"{row.resolution_px or ''} px")))

@@ -7,14 +7,13 @@ and with files that are only on the disk (fetch stall on top). Beside it, the wa
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import click
 
-from benchmarks.machine import Environment
-from benchmarks.measure import Row, Series, series_rows, summary_row
-from benchmarks.options import rounds_option, seconds_option, shared, training_options
-from benchmarks.tables import busy_text, cell, machine_text, notes, table
+from benchmarks.measure import Measurement, Row, Series, paired_row, series_rows, wait_row
+from benchmarks.options import ADD, WORKERS, Settings, benchmark, training_options
+from benchmarks.pages import Page
+from benchmarks.tables import cell, table
 from benchmarks.training import (
     CACHED,
     COLD,
@@ -31,8 +30,7 @@ from benchmarks.training import (
     system_name,
     train_models,
 )
-from benchmarks.worker import Announce, take_turns
-from shards.common.errors import UsageError
+from benchmarks.worker import take_turns
 
 ENGINES = {"jpg": (NATIVE, COLD), "raw": (RAW, COLD_RAW), "resident": (RESIDENT,), "dali": (DALI, COLD_DALI)}
 """What is measured of each engine: warm files, and cold ones if the engine reads files during training."""
@@ -42,12 +40,7 @@ AU_LINE = 0.90
 """MLPerf Storage's minimum accelerator utilization for image classification (3D-UNet and ResNet-50)."""
 
 
-@click.command("stalls")
-@shared
-@rounds_option(20, quick=10)
-@training_options(quick="resnet18")
-@click.option("--add", is_flag=True, help="Keep the rows that the table in --out has for other models.")
-@seconds_option(1, quick=0.5)
+@benchmark("stalls", WORKERS, *training_options(quick=["resnet18"]), ADD, rounds=(20, 10), seconds=(1, 0.5))
 @click.option(
     "--style",
     type=click.Choice(STYLES),
@@ -63,15 +56,7 @@ AU_LINE = 0.90
     help="native with JPEG or raw files, resident, or dali with JPEG files. Repeatable.  [default: the first three, on "
     "a GPU all four; quick jpg]",
 )
-def command(
-    quick: bool,
-    rounds: int,
-    seconds: float,
-    only: tuple[str, ...],
-    style: str,
-    engines: tuple[str, ...],
-    **settings: Any,
-) -> None:
+def command(settings: Settings, style: str, engines: tuple[str, ...]) -> None:
     """How much of training waits for data: cached batch, warm files, cold files, and the counted wait.
 
     Rounds are many and short: the speed of a machine drifts, so turns that are compared should be near each other. A
@@ -79,59 +64,35 @@ def command(
     """
     from train import device as devices
 
-    if only:
-        raise UsageError("--only: the systems of `stalls` belong together; choose models with --model")
-
-    def measure(job: TrainingJob, machine: Environment, rounds: int, seconds: float, announce: Announce) -> list[Row]:
-        job = replace(job, synchronized=True)
-        return measure_stalls(job, style, engines, machine, rounds=rounds, seconds=seconds, announce=announce)
-
-    gpu = devices.choose(settings["device"]).type == "cuda"
-    engines = engines or (("jpg",) if quick else tuple(name for name in ENGINES if gpu or name != "dali"))
+    gpu = devices.choose(settings.device).type == "cuda"
+    engines = engines or (("jpg",) if settings.quick else tuple(name for name in ENGINES if gpu or name != "dali"))
     systems = 1 + sum(len(ENGINES[engine]) for engine in engines)
-    settings["models"] = settings["models"] or (("resnet18",) if quick else ())
-    train_models("stalls", measure, systems, stalls_text, quick, rounds, seconds=seconds, **settings)
+
+    def measure(job: TrainingJob, measurement: Measurement) -> list[Row]:
+        return measure_stalls(replace(job, synchronized=True), style, engines, measurement)
+
+    train_models(settings, PAGE, systems * (2 + settings.rounds), measure)
 
 
-def measure_stalls(
-    job: TrainingJob,
-    style: str,
-    engines: Sequence[str],
-    environment: Environment,
-    *,
-    rounds: int,
-    seconds: float,
-    announce: Announce,
-) -> list[Row]:
+def measure_stalls(job: TrainingJob, style: str, engines: Sequence[str], measurement: Measurement) -> list[Row]:
     """Time one model with a cached batch, and with each engine's warm and cold files, in turn. engines: of ENGINES."""
     ceiling = system_name(style, CACHED)
     fed = [[system_name(style, source) for source in ENGINES[engine]] for engine in engines]
     names = [ceiling, *(name for each in fed for name in each)]
-    series, _ = take_turns(
-        set_up,
-        turns(ceiling, fed),
-        job,
-        job.images.cache / "logs",
-        rounds=rounds,
-        seconds=seconds,
-        announce=announce,
-        frozen=True,
-    )
+    series, _ = take_turns(set_up, turns(ceiling, fed), job, job.images.cache / "logs", measurement, frozen=True)
     cached = series[ceiling]
+    columns = {name: job.columns("stalls", measurement, name) for name in names}
     rows: list[Row] = []
     for name in names:
-        rows += series_rows(series[name], **_columns(job, name, environment))
+        rows += series_rows(series[name], **columns[name])
     for warm, *cold in fed:
-        compared = [(warm, cached, "prep_stall")]
+        rows.append(_stall(series[warm], cached, metric="prep_stall", **columns[warm]))
         for name in cold:
-            compared += [(name, series[warm], "fetch_stall"), (name, cached, "whole_stall")]
-        for name, faster, metric in compared:
-            rows.append(_stall(series[name], faster, metric, _columns(job, name, environment)))
+            rows.append(_stall(series[name], series[warm], metric="fetch_stall", **columns[name]))
+            rows.append(_stall(series[name], cached, metric="whole_stall", **columns[name]))
         for name in (warm, *cold):
-            columns = _columns(job, name, environment)
-            waits = [s.data_wait_s / s.seconds for s in series[name].samples]
-            rows.append(summary_row(waits, series[name].failed, metric="data_wait", unit="1", **columns))
-            rows.append(_utilization(series[name], cached, columns))
+            rows.append(wait_row(series[name], **columns[name]))
+            rows.append(_utilization(series[name], cached, **columns[name]))
     return rows
 
 
@@ -148,33 +109,15 @@ def turns(ceiling: str, fed: Sequence[Sequence[str]]) -> list[str]:
     return [*before, ceiling, *after]
 
 
-def _stall(slower: Series, faster: Series, metric: str, columns: dict[str, Any]) -> Row:
+def _stall(slower: Series, faster: Series, **columns: object) -> Row:
     """Share of the slower system's time that the faster one does not need, round by round; below 0 it is noise."""
-    failed = slower.failed or faster.failed
-    shares = [] if failed else [1 - s.per_s / f.per_s for s, f in zip(slower.samples, faster.samples, strict=True)]
-    return summary_row(shares, failed, metric=metric, unit="1", **columns)
+    return paired_row(slower, faster, lambda slow, fast: 1 - slow / fast, unit="1", **columns)
 
 
-def _utilization(own: Series, cached: Series, columns: dict[str, Any]) -> Row:
+def _utilization(own: Series, cached: Series, **columns: object) -> Row:
     """MLPerf Storage's AU: the time that computing alone takes, divided by the time that training took. Set-up with its
     first steps, and a whole warm-up round, are not timed."""
-    failed = own.failed or cached.failed
-    shares = [] if failed else [s.per_s / c.per_s for s, c in zip(own.samples, cached.samples, strict=True)]
-    return summary_row(shares, failed, metric="accelerator_utilization", unit="1", **columns)
-
-
-def _columns(job: TrainingJob, name: str, environment: Environment) -> dict[str, Any]:
-    return {
-        "benchmark": "stalls",
-        "system": name,
-        "model": job.model,
-        "packed": f"400 px {'raw' if RAW in name else 'jpg'}",
-        "resolution_px": job.images.resolution_px,
-        "batch_size": job.images.batch_size,
-        "workers": job.images.workers,
-        "page_cache": "" if CACHED in name else "cold" if name.endswith("cold files") else "warm",
-        "environment": environment,
-    }
+    return paired_row(own, cached, lambda a, b: a / b, metric="accelerator_utilization", unit="1", **columns)
 
 
 def agreement(stall: Row | None, wait: Row | None) -> str:
@@ -189,7 +132,7 @@ def agreement(stall: Row | None, wait: Row | None) -> str:
         return f"{points}: they agree"
     if high < from_below or low > to_above:
         return f"{points}: they do not agree"
-    return f"{points}, undecided: the stall lies between {100 * low:.1f} and {100 * high:.1f} %"
+    return f"{points}; not clear whether they agree, the stall lies between {100 * low:.1f} and {100 * high:.1f} %"
 
 
 def by_engine(rows: Sequence[Row]) -> list[tuple[str, str, dict[tuple[str, str], Row]]]:
@@ -207,17 +150,10 @@ def by_engine(rows: Sequence[Row]) -> list[tuple[str, str, dict[tuple[str, str],
     ]
 
 
-def stalls_text(rows: Sequence[Row]) -> str:
-    """The rows as Markdown."""
-    own = [row for row in rows if row.benchmark == "stalls"]
-    parts = ["## Stalls\n"]
-    parts.append(
-        "Percentages of training time. Prep stall: warm files against a cached batch. Fetch stall: cold files against "
-        "warm ones. Data wait: counted in the loop. On a CPU the loader and the model share the cores: a prep stall is "
-        "then time that decoding took from the model, and little of it is waiting.\n"
-    )
+def tables(rows: Sequence[Row]) -> list[str]:
+    """A line per model and engine."""
     lines = []
-    for model, engine, found in by_engine(own):
+    for model, engine, found in by_engine(rows):
         batch = next(iter(found.values())).batch_size
         line = [model, str(batch or ""), engine, cell(found.get(("", "img_per_s")))]
         for cache, stall in (("warm", "prep_stall"), ("cold", "whole_stall")):
@@ -225,14 +161,16 @@ def stalls_text(rows: Sequence[Row]) -> str:
             line += [_percent(differential), _percent(wait), agreement(differential, wait)]
             utilization = found.get((cache, "accelerator_utilization"))
             line.append(_percent(utilization) + _line(utilization))
-            if cache == "cold":
-                line.append(_percent(found.get((cache, "fetch_stall"))))
-        lines.append(line)
-    header = ["model", "batch", "engine", "img/s cached", "prep stall, %", "data wait, %", "the two", "AU warm, %"]
-    header += ["whole stall, cold, %", "data wait, cold, %", "the two, cold", "AU cold, %", "fetch stall, %"]
-    parts.append(table(header, lines))
-    parts += [busy_text(own), notes(own), machine_text(own)]
-    return "\n".join(part for part in parts if part)
+        lines.append([*line, _percent(found.get(("cold", "fetch_stall")))])
+    header = ["model", "batch", "engine", "img/s cached", "prep stall, %", "data wait, %", "both compared"]
+    header += ["AU warm, %", "whole stall, cold, %", "data wait, cold, %", "both compared, cold", "AU cold, %"]
+    return [
+        "Percentages of training time. Prep stall: warm files against a cached batch. Fetch stall: cold files against "
+        "warm ones. Data wait: counted in the loop. AU: accelerator utilization, the speed divided by that with a "
+        "cached batch. On a CPU the loader and the model share the cores: a prep stall is then time that decoding took "
+        "from the model, and little of it is waiting.\n",
+        table([*header, "fetch stall, %"], lines),
+    ]
 
 
 def _percent(row: Row | None) -> str:
@@ -248,5 +186,24 @@ def _line(row: Row | None) -> str:
     if row is None or row.value is None:
         return ""
     low, high = row.ends
-    said = "at least" if low >= AU_LINE else "under" if high < AU_LINE else "undecided:"
+    said = "at least" if low >= AU_LINE else "under" if high < AU_LINE else "not clear whether at least"
     return f" ({said} {AU_LINE:.0%})"
+
+
+def in_words(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each model, engine and state of the page cache."""
+    said = []
+    for model, engine, found in by_engine(rows):
+        for cache, kind in (("warm", "prep_stall"), ("cold", "whole_stall")):
+            stall, wait = found.get((cache, kind)), found.get((cache, "data_wait"))
+            if stall is None or stall.value is None:
+                continue
+            text = f"Stalls: {model}, {engine}, {cache} files: {100 * stall.value:.1f} % of the time lost"
+            if wait is not None and wait.value is not None:
+                text += f" (counted as waiting in the loop: {100 * wait.value:.1f} %; {agreement(stall, wait)})"
+            said.append(f"{text}.")
+    return said
+
+
+_CHART = ("accelerator_utilization", "share of the speed with a cached batch")
+PAGE = Page("stalls", "Stalls", tables, in_words, _CHART)

@@ -13,36 +13,26 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.datasets import ORIGINALS, Format, Job, prepared
-from benchmarks.machine import Environment, drop_from_cache, read_into_cache
-from benchmarks.measure import Row, Series, ratio_row, series_rows, summary_row
-from benchmarks.options import (
-    advance,
-    check_models,
-    chosen,
-    kept,
-    measured_on,
-    publish,
-    rounds_option,
-    seconds_option,
-    shared,
-    training_images,
-    training_options,
-)
-from benchmarks.peers.ours import SHARDS_JPG, SHARDS_RAW, shard_set
-from benchmarks.tables import busy_text, cell, machine_text, notes, table
-from benchmarks.targets import targets_text
-from benchmarks.worker import Announce, Running, take_turns
+from benchmarks.datasets import ORIGINALS, Format, Job, prepared, samples
+from benchmarks.machine import drop_from_cache, read_into_cache
+from benchmarks.measure import Measurement, Row, Series, paired_row, ratio_rows, series_rows, summary_row
+from benchmarks.options import ADD, ONLY, WORKERS, Settings, benchmark, training_options
+from benchmarks.pages import Page, ratios
+from benchmarks.peers.ours import SHARDS_JPG, SHARDS_RAW, loader_of, shard_set
+from benchmarks.tables import cell, read_csv, table
+from benchmarks.worker import Running, take_turns
+from shards.common.errors import UsageError
 from train.config import FORWARD_AND_BACKWARD
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from train.models import Classifier
 
 EAGER, LAST, COMPILED = STYLES = ("eager NCHW", "channels-last", "compiled")
 FP32 = " in fp32"
@@ -113,18 +103,24 @@ class TrainingJob:
     device: str = "auto"
     synchronized: bool = False
 
+    def columns(self, benchmark: str, measurement: Measurement, name: str, **more: Any) -> dict[str, Any]:
+        """The fields of Row that the rows of a system share, and more of them."""
+        packed = "400 px raw" if RAW in name else "400 px jpg"
+        if FOLDER in name:
+            packed = "originals"
+        cache = "" if CACHED in name else "cold" if name.endswith("cold files") else "warm"
+        own = {"system": name, "model": self.model, "packed": packed, "page_cache": cache}
+        return measurement.columns(benchmark, self.images, **own | more)
+
 
 # ------------------------------------------------------------------ the command
 
 
-@click.command("training")
-@shared
-@rounds_option(6, quick=5)
-@training_options(quick="alexnet")
-@click.option("--add", is_flag=True, help="Keep the rows that the table in --out has for other models.")
-@seconds_option(4, quick=0.25)
+@benchmark(
+    "training", ONLY, WORKERS, *training_options(quick=["alexnet"]), ADD, rounds=(6, 5), seconds=(4, 0.25)
+)  # alexnet compiles fastest
 @click.option("--fp32", is_flag=True, help="Also eager and compiled in float32, if the device trains in less.")
-def command(quick: bool, rounds: int, seconds: float, only: tuple[str, ...], fp32: bool, **settings: Any) -> None:
+def command(settings: Settings, fp32: bool) -> None:
     """Images per second of the models: eager, channels-last, compiled, each beside a cached batch.
 
     Compiling starts with an empty cache: resnet18 takes a minute on two cores. So --quick trains alexnet, and does not
@@ -134,51 +130,47 @@ def command(quick: bool, rounds: int, seconds: float, only: tuple[str, ...], fp3
     from train import device as devices
 
     known = {name: name for name in (*SYSTEMS, *(IN_FP32 if fp32 else ()))}
-    names = chosen(known, only, NOT_IN_QUICK if quick else ())
-
-    def measure(job: TrainingJob, machine: Environment, rounds: int, seconds: float, announce: Announce) -> list[Row]:
-        return measure_training(job, names, machine, rounds=rounds, seconds=seconds, announce=announce)
-
-    peaks = matrix_products(names, devices.choose(settings["device"]))
-    settings["models"] = settings["models"] or (("alexnet",) if quick else ())  # alexnet compiles fastest
-    train_models(
-        "training", measure, len(names) + len(peaks), training_text, quick, rounds, seconds=seconds, **settings
-    )
+    names = settings.chosen(known, NOT_IN_QUICK)
+    peaks = matrix_products(names, devices.choose(settings.device))
+    steps = (len(names) + len(peaks)) * (2 + settings.rounds)
+    train_models(settings, PAGE, steps, lambda job, measurement: measure_training(job, names, measurement))
 
 
 def train_models(
-    name: str,
-    measure: Callable[[TrainingJob, Environment, int, float, Announce], list[Row]],
-    systems: int,
-    text: Callable[[list], str],
-    quick: bool,
-    rounds: int,
-    *,
-    seconds: float,
-    models: tuple[str, ...],
-    source: Path,
-    cache: Path,
-    out: Path,
-    workers: int,
-    resolution: int,
-    batch_size: int,
-    device: str,
-    add: bool,
+    settings: Settings, page: Page, steps: int, measure: Callable[[TrainingJob, Measurement], list[Row]]
 ) -> None:
-    """Run a benchmark that trains, model by model; the table is written after each, so that a stop loses only one."""
-    from shards.common.progress import Progress
+    """Run a benchmark that trains, model by model; the table is written after each, so that a stop loses only one.
+
+    steps: of one model. Raises UsageError for models or sizes that do not fit, DataError where the source is not a
+    HAM10000-shaped folder.
+    """
     from train.models import MODELS
 
-    models = models or tuple(MODELS)
-    check_models(models, resolution)
-    images = training_images(source, cache, resolution, batch_size, workers, quick)
-    machine = measured_on(images, device)
-    stem = f"{name}-quick" if quick else name
-    rows = kept(out, stem, models, resolution) if add else []
-    with Progress(name, len(models) * systems * (2 + rounds), "runs") as bar:
+    models = settings.models or tuple(MODELS)
+    settings.check_models()
+    images = settings.job(400, 1248, quick=624)
+    count = len(samples(images))
+    if images.batch_size > count:
+        raise UsageError(f"--batch-size {images.batch_size}: an epoch has {count:,} samples; use a smaller one")
+    rows = kept(settings, models) if settings.add else []
+    with settings.measurement(images, len(models) * steps) as measurement:
         for model in models:
-            rows += measure(TrainingJob(images, model, device), machine, rounds, seconds, advance(bar))
-            publish(out, stem, rows, text, show=model == models[-1])
+            rows += measure(TrainingJob(images, model, settings.device), measurement)
+            settings.publish(page, rows, show=model == models[-1])
+
+
+def kept(settings: Settings, models: Sequence[str]) -> list[Row]:
+    """The rows of the table about other models than these; none where there is no table yet.
+
+    Raises UsageError where they have another resolution. Batch sizes may differ: the table has one per model.
+    """
+    table, px = settings.table, settings.resolution
+    rows = [row for row in read_csv(table) if row.model not in models] if table.exists() else []
+    other = next((row for row in rows if row.resolution_px != px), None)
+    if other is not None:
+        found = f"{other.model} at --resolution {other.resolution_px}, not {px}"
+        raise UsageError(f"--add: {table} has {found}; use the same one, or another --out")
+    return rows
 
 
 # ------------------------------------------------------------------ the systems
@@ -200,7 +192,7 @@ def set_up(name: str, job: TrainingJob) -> Running:
     compiled = style.startswith(COMPILED)
     if compiled:
         _compiler_cache(job, style, cold=source == CACHED)
-    step = (_usual_step if style.startswith(EAGER) else _own_step)(style, job, device)
+    step = _step(style, job, device)
     feed = _feed(source, style, job, device)
     waited = 0.0
 
@@ -256,8 +248,8 @@ Step = Callable[["Tensor", "Tensor", "Tensor"], Any]
 """One training step on images (N, 3, S, S) uint8, colour (N, 3, 4) and labels (N,): it updates the weights."""
 
 
-def _own_step(style: str, job: TrainingJob, device: "torch.device") -> Step:
-    """The step of a run, with the recipe of the model."""
+def _step(style: str, job: TrainingJob, device: "torch.device") -> Step:
+    """The step of a style on a new network, with the recipe of the model."""
     import torch
 
     from shards import ShardSet
@@ -269,71 +261,53 @@ def _own_step(style: str, job: TrainingJob, device: "torch.device") -> Step:
     torch.manual_seed(0)
     data = ShardSet(prepared(SHARDS_JPG, job.images) / "set")
     manifest, images = data.manifest, job.images
-    net = models.build(job.model, images.resolution_px, 7, manifest.mean, manifest.std).to(device)
+    net = models.build(job.model, images.resolution_px, 7, manifest.mean, manifest.std).to(device).train()
+    if style.startswith(EAGER):
+        return _usual_step(net, job.model, precision_of(style, device), device, (manifest.mean, manifest.std))
     config = Config(model=job.model, data=str(data.path), batch_size=images.batch_size, resolution=images.resolution_px)
     config = resolved(config, models.family(job.model))
     step = TrainingStep(net, config, list(manifest.counts["train"].values()), precision_of(style, device))
-    net.train()
     if style.startswith(COMPILED):
         step.model = torch.compile(net, dynamic=False, mode=devices.compile_mode(device, processes=1))
     return lambda images, colour, labels: step(images, colour, labels, 1e-3)
 
 
-def _usual_step(style: str, job: TrainingJob, device: "torch.device") -> Step:
-    """The step that people write first, with nothing of this project's but the network's body and its recipe."""
+def _usual_step(
+    net: "Classifier", model: str, precision: str, device: "torch.device", colours: tuple[tuple[float, ...], ...]
+) -> Step:
+    """The step that people write first, with nothing of this project's but the network's body and its recipe.
+
+    colours: mean and standard deviation of the channels, for a normalisation as torchvision's transforms do it.
+    """
     import torch
     from torch.nn.functional import cross_entropy
     from torch.nn.utils import clip_grad_norm_
 
-    from shards import ShardSet
     from train import device as devices
     from train import models
     from train.config import RECIPES
 
-    torch.manual_seed(0)
-    manifest = ShardSet(prepared(SHARDS_JPG, job.images) / "set").manifest
-    net = models.build(job.model, job.images.resolution_px, 7, manifest.mean, manifest.std)
-    net = _plain(net, manifest.mean, manifest.std).to(device)
-    net = net.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    recipe = RECIPES[models.family(job.model)]
+    body = net.body.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in colours)
+    recipe = RECIPES[models.family(model)]
     if recipe.optimizer == "sgd-nesterov":
-        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(body.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
     else:
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    net.train()
-    precision = precision_of(style, device)
+        optimizer = torch.optim.AdamW(body.parameters(), lr=1e-3)
     scaler = devices.scaler(device, precision)
 
     def step(images: "Tensor", colour: "Tensor", labels: "Tensor") -> None:
         with devices.autocast(device, precision):
-            loss = cross_entropy(net(images), labels)
+            loss = cross_entropy(body((images.contiguous().float() / 255.0 - mean) / std), labels)
         scaler.scale(loss).backward()
         if recipe.clip is not None:
             scaler.unscale_(optimizer)
-            clip_grad_norm_(net.parameters(), recipe.clip)
+            clip_grad_norm_(body.parameters(), recipe.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def _plain(net: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> "nn.Module":
-    """The network behind a plain normalisation, as torchvision's transforms do it, without a colour map."""
-    import torch
-    from torch import nn
-
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = net.body
-            self.mean = nn.Buffer(torch.tensor(mean).view(1, 3, 1, 1))
-            self.std = nn.Buffer(torch.tensor(std).view(1, 3, 1, 1))
-
-        def forward(self, images: "Tensor") -> "Tensor":
-            return self.body((images.contiguous().float() / 255.0 - self.mean) / self.std)
-
-    return Plain()
 
 
 # ------------------------------------------------------------------ where batches come from
@@ -391,22 +365,11 @@ def _endless_shards(
     """This project's batches, epoch after epoch, without end. The files are open until the generator is closed."""
     from contextlib import closing
 
-    from shards import Loader, ShardSet
+    from shards import ShardSet
 
     kind, engine = _LOADERS[source]
-    with (
-        ShardSet(prepared(kind, images) / "set") as data,
-        closing(
-            Loader(
-                data.select("train"),
-                batch_size=images.batch_size,
-                resolution=images.resolution_px,
-                engine=engine,
-                device=device,
-                threads=images.workers,
-            )
-        ) as loader,
-    ):
+    home = prepared(kind, images) / "set"
+    with ShardSet(home) as data, closing(loader_of(data, images, engine, device)) as loader:
         while True:
             for batch in loader:
                 yield batch.images, batch.colour, batch.labels
@@ -490,9 +453,7 @@ def matrix_products(names: Sequence[str], device: "torch.device") -> dict[str, s
 # ------------------------------------------------------------------ the measurement
 
 
-def measure_training(
-    job: TrainingJob, names: Sequence[str], environment: Environment, *, rounds: int, seconds: float, announce: Announce
-) -> list[Row]:
+def measure_training(job: TrainingJob, names: Sequence[str], measurement: Measurement) -> list[Row]:
     """Time the ways to train one model, and the matrix product, in turn; warm page cache."""
     from train import device as devices
     from train import models
@@ -500,83 +461,63 @@ def measure_training(
     device = devices.choose(job.device)
     peaks = matrix_products(names, device)
     every = [*names, *peaks.values()]
-    series, about = take_turns(
-        set_up, every, job, job.images.cache / "logs", rounds=rounds, seconds=seconds, announce=announce, frozen=True
-    )
+    series, about = take_turns(set_up, every, job, job.images.cache / "logs", measurement, frozen=True)
     parameters, forward = models.cost(job.model, job.images.resolution_px, 7)
+
+    def columns(name: str, **more: Any) -> dict[str, Any]:
+        own = {"precision": precision_of(name, device), "page_cache": "warm"}
+        return job.columns("training", measurement, name, **own | more)
+
     rows: list[Row] = []
     for name in names:
+        own = columns(name)
         style = name.partition(", ")[0]
-        columns = _columns(job, name, precision_of(name, device), environment)
-        noted = columns | {"note": _NOTES.get(style, "") if CACHED in name else ""}
-        rows += series_rows(series[name], **noted)
-        rows.append(_share_of_peak(series[name], series[peaks[columns["precision"]]], forward, columns))
+        rows += series_rows(series[name], note=_NOTES.get(style, "") if CACHED in name else "", **own)
+        rows.append(_share_of_peak(series[name], series[peaks[own["precision"]]], forward, **own))
         if "compile_s" in about.get(name, {}):
-            rows.append(Row(metric="compile_s", unit="s", value=about[name]["compile_s"], **columns))
-    for above, below in RATIOS:
-        if above in names and below in names:
-            columns = _columns(job, above, precision_of(above, device), environment)
-            rows.append(ratio_row(series[above], series[below], beside=below, **columns))
-    for precision, name in peaks.items():
-        whole = _columns(job, name, precision, environment)
+            rows.append(Row(metric="compile_s", unit="s", value=about[name]["compile_s"], **own))
+    rows += ratio_rows(RATIOS, {name: series[name] for name in names}, columns)
+    for name in peaks.values():
         flops = [sample.per_s for sample in series[name].samples]
+        whole = columns(name, packed="")
         rows.append(summary_row(flops, series[name].failed, metric="gflop_per_s", unit="GFLOP/s", **whole))
-    model: dict[str, Any] = _columns(job, job.model, "", environment) | {"workers": None}
+    model = columns(job.model, packed="", precision="", workers=None)
     rows.append(Row(metric="parameters", unit="1", value=float(parameters), **model))
     rows.append(Row(metric="forward_flop_per_image", unit="FLOP", value=float(forward), **model))
     return rows
 
 
-def _share_of_peak(series: Series, peak: Series, forward: int, columns: dict[str, Any]) -> Row:
+def _share_of_peak(series: Series, peak: Series, forward: int, **columns: object) -> Row:
     """FLOP/s of training divided by those of the matrix product, round by round."""
-    failed = series.failed or peak.failed
-    shares = []
-    if not failed:
-        for own, best in zip(series.samples, peak.samples, strict=True):
-            shares.append(own.per_s * forward * FORWARD_AND_BACKWARD / (best.per_s * 1e9))
-    return summary_row(shares, failed, metric="share_of_peak", unit="1", **columns)
+
+    def share(images_per_s: float, gflop_per_s: float) -> float:
+        return images_per_s * forward * FORWARD_AND_BACKWARD / (gflop_per_s * 1e9)
+
+    return paired_row(series, peak, share, metric="share_of_peak", unit="1", **columns)
 
 
-def _columns(job: TrainingJob, name: str, precision: str, environment: Environment) -> dict[str, Any]:
-    return {
-        "benchmark": "training",
-        "system": name,
-        "model": job.model,
-        "precision": precision,
-        "packed": "" if MATRIX in name or name == job.model else "originals" if FOLDER in name else "400 px jpg",
-        "resolution_px": job.images.resolution_px,
-        "batch_size": job.images.batch_size,
-        "workers": job.images.workers,
-        "page_cache": "warm",
-        "environment": environment,
-    }
-
-
-def training_text(rows: Sequence[Row]) -> str:
-    """The rows as Markdown: a line per model and way to train it."""
-    own = [row for row in rows if row.benchmark == "training"]
-    parts = ["## Training\n", "Whole steps: forward, loss, backward, optimizer. Median [interval].\n"]
-    lines = []
-    for model in dict.fromkeys(row.model for row in own):
-        part = [row for row in own if row.model == model]
-        found = {(row.system, row.metric): row for row in part if not row.beside}
-        for system in dict.fromkeys(row.system for row in part if row.metric == "img_per_s"):
-            metrics = ("img_per_s", "share_of_peak", "compile_s")
-            speed = found[system, "img_per_s"]
-            line = [model, str(speed.batch_size or ""), system, speed.precision]
-            lines.append([*line, *(cell(found.get((system, metric))) for metric in metrics)])
+def tables(rows: Sequence[Row]) -> list[str]:
+    """A line per model and way to train it, the ratios, and the models."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    found = {(row.model, row.system, row.metric): row for row in rows if not row.beside}
+    lines, facts = [], []
+    for model, system, metric in found:
+        if metric == "img_per_s":
+            speed = found[model, system, metric]
+            shown = (found.get((model, system, name)) for name in ("img_per_s", "share_of_peak", "compile_s"))
+            lines.append([model, str(speed.batch_size or ""), system, speed.precision, *map(cell, shown)])
+    lines.sort(key=lambda line: models.index(line[0]))
+    for model in models:
+        cost = (found.get((model, model, name)) for name in ("parameters", "forward_flop_per_image"))
+        peaks = [row for row in rows if (row.model, row.metric) == (model, "gflop_per_s")]
+        facts.append([model, *map(cell, cost), "; ".join(f"{cell(row)} {row.precision}" for row in peaks)])
     header = ["model", "batch", "system", "precision", "img/s", "share of its matrix peak", "compile s"]
-    parts.append(table(header, lines))
-    parts.append(busy_text(own))
-    parts.append("Ratios of images per second, taken within each round:\n")
-    ratios = [[row.model, f"{row.system} / {row.beside}", cell(row)] for row in own if row.beside]
-    parts += [table(["model", "ratio", "img/s"], ratios), targets_text(own)]
-    lines = []
-    for model in dict.fromkeys(row.model for row in own):
-        facts = {row.metric: row for row in own if row.model == model}
-        peaks = [row for row in own if row.model == model and row.metric == "gflop_per_s"]
-        shown = (facts.get(name) for name in ("parameters", "forward_flop_per_image"))
-        lines.append([model, *(cell(row) for row in shown), "; ".join(f"{cell(r)} {r.precision}" for r in peaks)])
-    parts.append(table(["model", "parameters", "FLOP / image, forward", "matrix peak, GFLOP/s"], lines))
-    parts += [notes(own), machine_text(own)]
-    return "\n".join(part for part in parts if part)
+    return [
+        "Whole steps: forward, loss, backward, optimizer. Median [interval].\n",
+        table(header, lines),
+        *ratios(rows, [("img/s", lambda row: True)]),
+        table(["model", "parameters", "FLOP / image, forward", "matrix peak, GFLOP/s"], facts),
+    ]
+
+
+PAGE = Page("training", "Training", tables)

@@ -4,8 +4,6 @@ NVML's "utilization" says only that some kernel ran. So it is always shown besid
 the cached-batch ceiling, and the time that the loop waited for data.
 """
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,24 +13,35 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import Environment, Meter
-from benchmarks.measure import Row, Sample, Series, interleave, ratio_row, series_rows, summary_row
-from benchmarks.monitor import CPU, METRICS, MOST_CORE_SHARE, Reader, Sampler, in_order, metric, reader_of
-from benchmarks.options import (
-    advance,
-    check_models,
-    chosen,
-    measured_on,
-    publish,
-    rounds_option,
-    seconds_option,
-    shared,
-    training_images,
-    training_options,
+from benchmarks.machine import Meter
+from benchmarks.measure import (
+    Measurement,
+    Row,
+    Sample,
+    Series,
+    interleave,
+    ratio_row,
+    series_rows,
+    summary_row,
+    wait_row,
 )
-from benchmarks.tables import busy_text, cell, machine_text, notes, number, table
-from benchmarks.training import BASELINE, CACHED, DALI, FOLDER, LAST, NATIVE, STYLES, TrainingJob, set_up, system_name
-from benchmarks.worker import SET_UP_LIMIT_S, Announce, SetUp, Worker, start_server
+from benchmarks.monitor import CPU, METRICS, MOST_CORE_SHARE, Reader, Sampler, in_order, metric, reader_of
+from benchmarks.options import ONLY, WORKERS, Settings, benchmark, training_options
+from benchmarks.pages import Page
+from benchmarks.tables import cell, number, table
+from benchmarks.training import (
+    BASELINE,
+    CACHED,
+    DALI,
+    LAST,
+    NATIVE,
+    STYLES,
+    TrainingJob,
+    set_up,
+    system_name,
+    train_models,
+)
+from benchmarks.worker import SET_UP_LIMIT_S, SetUp, Worker, start_server
 from shards.common.errors import DataError
 from shards.common.files import write_durably
 
@@ -40,17 +49,15 @@ START_UP, TRAINING = "start-up", "training"
 """The phases: before the clock starts, and what is counted."""
 _KEYS = ("model", "system", "round", "phase", "device", "at_s")
 """First columns of a timeline; the others are readings."""
-STATISTICS = ("mean", "median", "min", "max")
+EXTREMES: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max}
+STATISTICS = ("mean", "median", *EXTREMES)
 START_UP_KEPT_S = 5.0
 """The timeline has the readings of so many seconds before the clock starts."""
 NO_GPU = "there is no GPU on this machine"
 NOT_READ = "training ran on the CPU, so the GPU was not read"
 
 
-@click.command("utilization")
-@shared
-@rounds_option(6, quick=5)
-@training_options(["resnet18"])
+@benchmark("utilization", ONLY, WORKERS, *training_options(["resnet18"]), rounds=(6, 5), seconds=(10, 1.5))
 @click.option(
     "--style",
     type=click.Choice(STYLES[1:]),
@@ -58,52 +65,29 @@ NOT_READ = "training ran on the CPU, so the GPU was not read"
     show_default=True,
     help="How this project's network is run. Compiling starts with an empty cache in every round.",
 )
-@seconds_option(10, quick=1.5)
-def command(
-    quick: bool,
-    out: Path,
-    cache: Path,
-    source: Path,
-    rounds: int,
-    workers: int,
-    only: tuple[str, ...],
-    models: tuple[str, ...],
-    style: str,
-    seconds: float,
-    resolution: int,
-    batch_size: int,
-    device: str,
-) -> None:
+def command(settings: Settings, style: str) -> None:
     """What the GPU does while a model trains, or the CPU's cores where there is none: a summary and a timeline.
 
     The raw readings go to utilization-timeline.csv beside the table; `report` draws them.
     """
-    from shards.common.progress import Progress
     from train import device as devices
 
-    chosen_device = devices.choose(device)
-    names = chosen({name: name for name in systems(style, chosen_device.type == "cuda")}, only)
-    check_models(models, resolution)
-    images = training_images(source, cache, resolution, batch_size, workers, quick)
-    machine = measured_on(images, device)
-    stem = "utilization-quick" if quick else "utilization"
-    rows: list[Row] = []
+    device = devices.choose(settings.device)
+    names = settings.chosen({name: name for name in systems(style, device.type == "cuda")})
     moments: list[Moment] = []
-    with Progress("utilization", len(models) * len(names) * rounds, "runs") as bar:
-        for model in models:
-            found, read = measure_utilization(
-                TrainingJob(images, model, device),
-                names,
-                machine,
-                rounds=rounds,
-                seconds=seconds,
-                announce=advance(bar),
-                reader=lambda: reader_of(chosen_device),
-            )
-            rows += found
-            moments += read
-            write_timeline(out / f"{stem}-timeline.csv", moments)
-            publish(out, stem, rows, utilization_text, show=model == models[-1])
+
+    def measure(job: TrainingJob, measurement: Measurement) -> list[Row]:
+        rows, read = measure_utilization(job, names, measurement, reader=lambda: reader_of(device))
+        moments.extend(read)
+        write_timeline(timeline_of(settings.table), moments)
+        return rows
+
+    train_models(settings, PAGE, len(names) * settings.rounds, measure)
+
+
+def timeline_of(table: Path) -> Path:
+    """The CSV of the raw readings beside that of a table."""
+    return table.with_name(f"{table.stem}-timeline.csv")
 
 
 # ------------------------------------------------------------------ the timeline
@@ -128,41 +112,29 @@ class Moment:
 
 def write_timeline(path: Path, moments: Iterable[Moment]) -> None:
     """Write a line for each moment, the whole file or nothing; what was not read is empty."""
-    moments = list(moments)
-    metrics = list(dict.fromkeys(name for moment in moments for name in moment.values))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*_KEYS, *metrics])
-    for m in moments:
-        read = (f"{m.values[name]:.10g}" if name in m.values else "" for name in metrics)
-        writer.writerow([m.model, m.system, m.round, m.phase, m.device, f"{m.at_s:.4f}", *read])
+    import pandas as pd
+
+    frame = pd.DataFrame([{name: getattr(m, name) for name in _KEYS} | dict(m.values) for m in moments])
+    frame = frame.round({"at_s": 4})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, out.getvalue().encode())
+    write_durably(path, frame.to_csv(index=False, float_format="%.10g", lineterminator="\n").encode())
 
 
 def read_timeline(path: Path) -> list[Moment]:
     """Read what `write_timeline` wrote. Raises DataError naming the file and what is wrong with it."""
+    import pandas as pd
+
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = tuple(reader.fieldnames or ())
-            if columns[: len(_KEYS)] != _KEYS:
-                raise DataError(f"{path}: its columns are not those of a timeline of this release")
-            metrics = columns[len(_KEYS) :]
-            return [
-                Moment(
-                    line["model"],
-                    line["system"],
-                    int(line["round"]),
-                    line["phase"],
-                    line["device"],
-                    float(line["at_s"]),
-                    {name: float(line[name]) for name in metrics if line[name]},
-                )
-                for line in reader
-            ]
-    except (OSError, ValueError, TypeError) as error:
+        frame = pd.read_csv(path, dtype={"round": int, "at_s": float})
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable timeline ({error})") from None
+    if tuple(frame.columns[: len(_KEYS)]) != _KEYS:
+        raise DataError(f"{path}: its columns are not those of a timeline of this release")
+    keys, readings = frame[[*_KEYS]], frame.drop(columns=[*_KEYS])
+    return [
+        Moment(*own, values={name: value for name, value in read.items() if value == value})  # not NaN
+        for own, read in zip(keys.itertuples(index=False), readings.to_dict("records"), strict=True)
+    ]
 
 
 # ------------------------------------------------------------------ the measurement
@@ -187,15 +159,12 @@ def systems(style: str, gpu: bool = False) -> tuple[str, ...]:
 def measure_utilization(
     job: TrainingJob,
     names: Sequence[str],
-    environment: Environment,
+    measurement: Measurement,
     *,
-    rounds: int,
-    seconds: float,
-    announce: Announce,
     reader: Callable[[], Reader],
     set_up: SetUp = set_up,
 ) -> tuple[list[Row], list[Moment]]:
-    """Train each system for at least `seconds` a round, in turn, while the device is read; rows and raw readings.
+    """Train each system in turn while the device is read; rows and raw readings.
 
     In every round a system starts in its own process, and ends before the next one starts, so that memory, power and
     clocks are not those of another system. Start-up, compiling and warm-up come before the clock. reader: makes what
@@ -203,16 +172,16 @@ def measure_utilization(
     """
     context = start_server()
     watched = {name: Watched() for name in names}
+    logs, limit_s = job.images.cache / "logs", SET_UP_LIMIT_S + 20 * measurement.seconds
 
     def run(name: str) -> Sample:
-        limit_s = SET_UP_LIMIT_S + 20 * seconds
         with (
             Sampler(reader()) as sampler,
-            Worker(context, set_up, name, job, logs=job.images.cache / "logs", limit_s=limit_s) as worker,
+            Worker(context, set_up, name, job, logs=logs, limit_s=limit_s) as worker,
         ):
             about = worker.ready()
             meter, began = Meter(), perf_counter()
-            sample = worker.run(seconds)
+            sample = worker.run(measurement.seconds)
             ended = perf_counter()
             other = meter.other_cpu(sample.cpu_s)
         own = watched[name]
@@ -222,14 +191,11 @@ def measure_utilization(
         own.moments += _moments(job.model, name, len(own.summaries), sampler, *span)
         return replace(sample, other_cpu=other)
 
-    turns = {name: (lambda name=name: run(name)) for name in names}
-    series = interleave(
-        turns, rounds, warmup=0, announce=lambda round_, name: announce(f"round {round_ + 1} of {rounds}, {name}")
-    )
+    series = interleave({name: (lambda name=name: run(name)) for name in names}, measurement, warmup=0)
     rows: list[Row] = []
     ceiling = next((name for name in names if CACHED in name), "")
     for name in names:
-        columns = _columns(job, name, environment)
+        columns = job.columns("utilization", measurement, name)
         rows += _system_rows(series[name], watched[name], columns)
         if ceiling and name != ceiling:
             rows.append(ratio_row(series[name], series[ceiling], beside=ceiling, **columns))
@@ -249,19 +215,17 @@ def _moments(model: str, name: str, round_: int, sampler: Sampler, began_s: floa
 
 def _system_rows(series: Series, watched: Watched, columns: dict[str, Any]) -> list[Row]:
     """Speed, data wait, readings and the sampler's own cost of one system."""
-    rows = series_rows(series, **columns)
-    waits = [sample.data_wait_s / sample.seconds for sample in series.samples]
-    rows.append(summary_row(waits, series.failed, metric="data_wait", unit="1", **columns))
+    rows = [*series_rows(series, **columns), wait_row(series, **columns)]
     rows.append(summary_row(watched.set_up_s, series.failed, metric="set_up_s", unit="s", **columns))
     if series.failed:
         return rows
-    sampler_failed = next((s["error"] for s in watched.summaries if s["error"]), "")
+    failed = next((summary["error"] for summary in watched.summaries if summary["error"]), "")
     first = watched.summaries[0]
     note = f"read from {first['device']}" + (f", driver {first['driver']}" if first["driver"] else "")
     for name, unit in (("sampler_core_share", "1"), ("reached_hz", "1/s")):
         values = [summary[name] for summary in watched.summaries]
-        rows.append(summary_row(values, sampler_failed, metric=name, unit=unit, note=note, **columns))
-    return rows + _reading_rows(watched.summaries, sampler_failed, columns)
+        rows.append(summary_row(values, failed, metric=name, unit=unit, note=note, **columns))
+    return rows + _reading_rows(watched.summaries, failed, columns)
 
 
 def _reading_rows(summaries: list[dict[str, Any]], failed: str, columns: dict[str, Any]) -> list[Row]:
@@ -269,26 +233,23 @@ def _reading_rows(summaries: list[dict[str, Any]], failed: str, columns: dict[st
 
     A GPU's reading that is missing has one row, without a value and with the reason.
     """
-    found = dict.fromkeys(name for summary in summaries for name in summary["metrics"])
     missing: dict[str, str] = summaries[0]["missing"]
+    otherwise = "this GPU does not count it"
     if summaries[0]["device"] == CPU:
         otherwise = NO_GPU if columns["environment"].gpu == "none" else NOT_READ
-    else:
-        otherwise = "this GPU does not count it"
     rows: list[Row] = []
-    for name in dict.fromkeys([*METRICS, *found]):
+    for name in dict.fromkeys([*METRICS, *(name for summary in summaries for name in summary["metrics"])]):
         unit = _unit(name)
-        if failed or name not in found:
+        read = [summary["metrics"][name] for summary in summaries if name in summary["metrics"]]
+        if failed or not read:
             why = failed or missing.get(name, otherwise)
             rows.append(Row(metric=f"{name} mean", unit=unit, value=None, failed=why, **columns))
             continue
-        read = [summary["metrics"][name] for summary in summaries if name in summary["metrics"]]
         for statistic in STATISTICS:
             values = [one[statistic] for one in read]
             row = summary_row(values, metric=f"{name} {statistic}", unit=unit, **columns)
-            if statistic in ("min", "max"):
-                row = replace(row, value=min(values) if statistic == "min" else max(values), low=None, high=None)
-                row = replace(row, coverage=None)
+            if statistic in EXTREMES:
+                row = replace(row, value=EXTREMES[statistic](values), low=None, high=None, coverage=None)
             rows.append(row)
     return rows
 
@@ -296,20 +257,6 @@ def _reading_rows(summaries: list[dict[str, Any]], failed: str, columns: dict[st
 def _unit(name: str) -> str:
     ends = {"percent": "%", "bytes": "B", "mhz": "MHz", "per_s": "MiB/s", "_w": "W"}
     return next(unit for end, unit in ends.items() if name.endswith(end))
-
-
-def _columns(job: TrainingJob, name: str, environment: Environment) -> dict[str, Any]:
-    return {
-        "benchmark": "utilization",
-        "system": name,
-        "model": job.model,
-        "packed": "originals" if FOLDER in name else "400 px jpg",
-        "resolution_px": job.images.resolution_px,
-        "batch_size": job.images.batch_size,
-        "workers": job.images.workers,
-        "page_cache": "" if CACHED in name else "warm",
-        "environment": environment,
-    }
 
 
 # ------------------------------------------------------------------ tables and words
@@ -330,40 +277,36 @@ _SUMMARY = (
 """Columns of the summary for a GPU; NVML's "utilization" is the last one."""
 
 
-def utilization_text(rows: Sequence[Row]) -> str:
-    """The rows as Markdown: the summary of each run, every reading, and what sampling cost."""
-    own = [row for row in rows if row.benchmark == "utilization"]
-    gpu = any(row.value is not None and _reading(row) in METRICS for row in own)
+def tables(rows: Sequence[Row]) -> list[str]:
+    """The summary of each run, every reading, and what sampling cost."""
     parts = [
-        "## Utilization\n",
-        "What the device did while a model trained. Speed, its share of the cached-batch ceiling and the share of time "
-        "spent waiting for data come first; readings are means over the counted span, median [interval] over the "
+        "What the device did while a model trained. Speed, its share of the speed with a cached batch and the share of "
+        "time spent waiting for data come first; readings are means over the counted span, median [interval] over the "
         "rounds.\n",
-        _start_up(own),
+        _start_up(rows),
     ]
-    if gpu:
+    if any(row.value is not None and _reading(row) in METRICS for row in rows):
         parts.append(
             "NVML busy says only that some kernel ran, not that the GPU was full: read it beside the first columns. "
             "Memory used is that of all processes on the GPU.\n"
         )
     else:
-        reason = NOT_READ if any(row.failed == NOT_READ for row in own) else NO_GPU
+        reason = NOT_READ if any(row.failed == NOT_READ for row in rows) else NO_GPU
         parts.append(
             f"The GPU columns are empty: {reason}. What was read are the CPU's cores, from the kernel's counters "
             "(10 ms steps, all processes on the machine); there the loader and the model share the cores, so cores "
             "that are busy are no sign that the model has them.\n"
         )
-    parts.append(_summary(own))
-    parts.append("Every reading; mean and median are medians over the rounds, min and max of all rounds:\n")
-    parts.append(_readings(own))
-    parts += [_missing(own), _cost(own), busy_text(own)]
-    parts.append(notes([row for row in own if row.metric == "img_per_s" or (row.failed and _is_samplers(row))]))
-    parts.append(machine_text(own))
-    return "\n".join(part for part in parts if part)
+    parts += [
+        _summary(rows),
+        "Every reading; mean and median are medians over the rounds, min and max of all rounds:\n",
+    ]
+    return [*parts, _readings(rows), _missing(rows), _cost(rows)]
 
 
-def _is_samplers(row: Row) -> bool:
-    return row.metric in ("sampler_core_share", "reached_hz")
+def _noted(row: Row) -> bool:
+    """Whether notes list the row: `_missing` has the readings, each with its reason."""
+    return row.metric == "img_per_s" or (bool(row.failed) and row.metric in ("sampler_core_share", "reached_hz"))
 
 
 def _reading(row: Row) -> str:
@@ -391,7 +334,7 @@ def _start_up(rows: Sequence[Row]) -> str:
 
 def _summary(rows: Sequence[Row]) -> str:
     cores = any(core_means(run) for run in _runs(rows).values())
-    header = ["model", "system", "img/s", "share of the cached-batch ceiling", "data wait"]
+    header = ["model", "system", "img/s", "share of the speed with a cached batch", "data wait"]
     header += ["CPU cores, mean %, one by one"] if cores else []
     header += [f"{metric(name).label}, {metric(name).unit}" for name in _SUMMARY]
     lines = []
@@ -437,15 +380,15 @@ def _cost(rows: Sequence[Row]) -> str:
     if not shares or not paces:
         return ""
     sources = dict.fromkeys(row.note for row in rows if row.metric == "reached_hz" and row.note)
-    kept = "under" if max(shares) < MOST_CORE_SHARE else "NOT under"
+    kept = "less than" if max(shares) < MOST_CORE_SHARE else "MORE than"
     return (
         f"The sampler ({'; '.join(sources)}) made {min(paces):.1f} to {max(paces):.1f} readings a second beside "
         f"training, and took {100 * min(shares):.2f} to {100 * max(shares):.2f} % of a core from start to end: {kept} "
-        "the 1 % it may take.\n"
+        "the 1 % that it may take.\n"
     )
 
 
-def utilization_in_words(rows: Sequence[Row]) -> list[str]:
+def in_words(rows: Sequence[Row]) -> list[str]:
     """A sentence for each model and loader: speed, ceiling and wait first, what the device did after them."""
     said = []
     for row in rows:
@@ -477,3 +420,6 @@ def core_means(rows: Sequence[Row]) -> list[float]:
     return [
         r.value for r in rows if r.metric.startswith("core_") and r.metric.endswith(" mean") and r.value is not None
     ]
+
+
+PAGE = Page("utilization", "Utilization", tables, in_words, noted=_noted)

@@ -9,10 +9,12 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -21,14 +23,30 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import Meter, tree_cpu_s
-from benchmarks.measure import Sample, Series, interleave, reason
+from benchmarks.measure import Measurement, Sample, Series, interleave, reason
+from shards.common.errors import DataError, last_line
 
 SET_UP_LIMIT_S = 900.0
 """Packing, compiling and starting workers take minutes; a longer set-up counts as a hang."""
 
 
-class SystemFailedError(Exception):
+class SystemFailedError(DataError):
     """A system could not be set up or run; the text is the reason."""
+
+
+def run_module(module: str, options: Mapping[str, object], *, limit_s: float | None = None) -> None:
+    """Run a command of this project, and wait for its end. options: name → value; `""` is the name of an argument.
+
+    Raises SystemFailedError with the last line of a command that fails, or takes more than `limit_s` seconds.
+    """
+    words = [str(word) for pair in options.items() for word in pair if word != ""]
+    command = [sys.executable, "-m", module, *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise SystemFailedError(f"{module}: not done after {limit_s:.0f} s") from None
+    if done.returncode:
+        raise SystemFailedError(f"{module} failed: {last_line(done.stderr)}")
 
 
 def _nothing() -> None:
@@ -152,33 +170,28 @@ class Worker:
         self._process.join(5)
 
 
-Announce = Callable[[str], None]
-"""Called with the name of each step when the step begins."""
-
-
 def take_turns(
     set_up: SetUp,
     names: Sequence[str],
     job: Any,
     logs: Path,
+    measurement: Measurement,
     *,
-    rounds: int,
-    seconds: float,
-    announce: Announce,
     warmup: int = 1,
     limit_s: float = SET_UP_LIMIT_S,
     frozen: bool = False,
     at_once: int = 1,
 ) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
-    """Set up every system in its own process, then run them in turn, `rounds` times.
+    """Set up every system in its own process, then run them in turn, once per round.
 
-    seconds: minimum length of a round. warmup: further rounds at the start, which do not count: other systems were set
+    warmup: further rounds at the start, which do not count: other systems were set
     up since, so a system's data has left the caches. limit_s: how long set-up may take, and a round beyond 20 times
     its minimum. frozen: a system is stopped while others have their turn. at_once: number of systems that are set up
     at the same time; with more than one, `set_up_s` means nothing. Returns the timed runs of each system, and the
     numbers of its set-up. A system that fails or hangs has the reason in its series.
     """
     context = start_server()
+    seconds, announce = measurement.seconds, measurement.announce
     series: dict[str, Series] = {}
     about: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
@@ -203,13 +216,8 @@ def take_turns(
             started.append(stack.enter_context(worker))
         while started:
             await_first()
-        named = lambda round_, name: announce(f"{_round(round_, rounds)}, {name}")  # noqa: E731
-        series |= interleave(running, rounds, warmup, named)
+        series |= interleave(running, measurement, warmup)
     return series, about
-
-
-def _round(round_: int, rounds: int) -> str:
-    return "warm-up round" if round_ < 0 else f"round {round_ + 1} of {rounds}"
 
 
 def _asked(pipe: Connection) -> float | None:

@@ -1,7 +1,5 @@
-"""This project's loader with each of its engines; and ceilings: the bare calls, without a loader around them."""
+"""This project's loader with each of its engines; and ceilings, which do one part of the work without a loader."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +9,12 @@ import numpy as np
 
 from benchmarks.datasets import PACKED, QUALITY, SOURCE, Format, Job, packed_files, prepared, samples
 from benchmarks.peers.system import Batch, Epoch, System
-from shards.common.errors import DataError, last_line
+from benchmarks.worker import run_module
 
 if TYPE_CHECKING:
-    from shards import Loader
+    import torch
+
+    from shards import Loader, ShardSet
 
 
 def shard_set(name: str, write_mode: str, split: str = "100/0/0") -> Format:
@@ -22,13 +22,9 @@ def shard_set(name: str, write_mode: str, split: str = "100/0/0") -> Format:
     it."""
 
     def write(job: Job, folder: Path) -> None:
-        command = [sys.executable, "-m", "preprocess.shard", "--source", str(prepared(SOURCE, job))]
-        command += ["--out", str(folder / "set"), "--write-mode", write_mode, "--split", split]
-        command += ["--max-resolution", str(job.packed_px), "--jpeg-quality", str(QUALITY)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = last_line(done.stderr)
-            raise DataError(f"packing with `preprocess.shard --write-mode {write_mode}` failed: {last}")
+        options = {"--source": prepared(SOURCE, job), "--out": folder / "set", "--write-mode": write_mode}
+        options |= {"--split": split, "--max-resolution": job.packed_px, "--jpeg-quality": QUALITY}
+        run_module("preprocess.shard", options)
 
     return Format(name, write)
 
@@ -36,6 +32,24 @@ def shard_set(name: str, write_mode: str, split: str = "100/0/0") -> Format:
 SHARDS_JPG, SHARDS_RAW = shard_set("shards-jpg", "jpg"), shard_set("shards-raw", "raw")
 SHARDS_SPLIT = shard_set("shards-split", "jpg", "70/10/20")
 """For whole runs, which evaluate too."""
+
+
+def loader_of(
+    data: "ShardSet", job: Job, engine: str, device: "str | torch.device", threads: int | None = None
+) -> "Loader":
+    """This project's loader of training batches. threads: if not one per worker."""
+    from shards import Loader
+
+    return Loader(
+        data.select("train"),
+        batch_size=job.batch_size,
+        resolution=job.resolution_px,
+        train=True,
+        seed=0,
+        engine=engine,
+        device=device,
+        threads=threads or job.workers,
+    )
 
 
 class _Epochs:
@@ -61,29 +75,27 @@ def _engine(name: str, format: Format, engine: str, threads: int | None = None, 
     device = "cuda" if about.get("on_gpu") else "cpu"
 
     def open_(job: Job, folder: Path) -> _Epochs:
-        from shards import Loader, ShardSet
+        from shards import ShardSet
 
-        return _Epochs(
-            Loader(
-                ShardSet(folder / "set").select("train"),
-                batch_size=job.batch_size,
-                resolution=job.resolution_px,
-                train=True,
-                seed=0,
-                engine=engine,
-                device=device,
-                threads=threads or job.workers,
-            )
-        )
+        return _Epochs(loader_of(ShardSet(folder / "set"), job, engine, device, threads))
 
     return System(name, format, open_, before=lambda epochs: epochs.skip, **about)
 
 
-def _on_threads(job: Job, count: int, do: Callable[[range], Any]) -> list[Any]:
-    """Call `do` on one equal part of range(count) per worker, each on a thread of its own."""
+def _on_threads(job: Job, count: int, do: Callable[[int], Any]) -> Epoch:
+    """Epochs that call `do` with each number below `count`; each worker is a thread with an equal part of them."""
     parts = [range(count * i // job.workers, count * (i + 1) // job.workers) for i in range(job.workers)]
-    with ThreadPoolExecutor(job.workers) as pool:
-        return list(pool.map(do, parts))
+
+    def part(numbers: range) -> None:
+        for number in numbers:
+            do(number)
+
+    def epoch() -> Iterator[Batch]:
+        with ThreadPoolExecutor(job.workers) as pool:
+            list(pool.map(part, parts))
+        yield range(count), None
+
+    return epoch
 
 
 def _decode_only(job: Job, folder: Path) -> Epoch:
@@ -92,62 +104,7 @@ def _decode_only(job: Job, folder: Path) -> Epoch:
 
     cv2.setNumThreads(0)
     data = [np.frombuffer(path.read_bytes(), np.uint8) for path, _ in packed_files(job)]
-
-    def part(numbers: range) -> None:
-        for number in numbers:
-            cv2.imdecode(data[number], cv2.IMREAD_COLOR_RGB)
-
-    def epoch() -> Iterator[Batch]:
-        _on_threads(job, len(data), part)
-        yield data, None
-
-    return epoch
-
-
-def _bare_loop(job: Job, folder: Path) -> Epoch:
-    """Cut, libjpeg-turbo and resize on each image, over an epoch that was planned and read before the clock starts.
-
-    It is what Python can do with these libraries. The native engine has its own decoder and can be faster.
-    """
-    import cv2
-    import simplejpeg
-
-    from shards import Loader, ShardSet
-    from shards.decode import cached_pixels, raw_pixels
-    from shards.engines.resample import Resampler
-    from shards.jpeg import RegionCutter
-
-    cv2.setNumThreads(0)
-    data = ShardSet(folder / "set")
-    train = data.select("train")
-    order, plan = Loader(train, batch_size=job.batch_size, resolution=job.resolution_px, engine="native").plan()
-    rows = train.samples[order]
-    payloads = [data.read(int(row)) for row in rows]
-    heights, widths = data.column("height")[rows].tolist(), data.column("width")[rows].tolist()
-    raw = (data.column("encoding")[rows] == "raw").tolist()
-    boxes, symmetries = plan.boxes[order].tolist(), plan.symmetry[order].tolist()
-    side = job.resolution_px
-    out = np.empty((job.batch_size, side, side, 3), np.uint8)
-
-    def part(numbers: range) -> None:
-        resample, cut, pixels = Resampler(side), RegionCutter(), cached_pixels(max(heights) * max(widths) * 3)
-        for number in numbers:
-            y, x, h, w = boxes[number]
-            top = left = 0
-            if raw[number]:
-                image = raw_pixels(payloads[number], heights[number], widths[number])
-            else:
-                region = cut(payloads[number], heights[number], widths[number], y, x, h, w)
-                encoded, top, left = region or (payloads[number], 0, 0)
-                image = simplejpeg.decode_jpeg(encoded, buffer=pixels)
-            crop = image[y - top : y - top + h, x - left : x - left + w]
-            resample(crop, symmetries[number], out[number % len(out)])
-
-    def epoch() -> Iterator[Batch]:
-        _on_threads(job, len(rows), part)
-        yield rows, None
-
-    return epoch
+    return _on_threads(job, len(data), lambda number: cv2.imdecode(data[number], cv2.IMREAD_COLOR_RGB))
 
 
 def _copy_only(job: Job, folder: Path) -> Epoch:
@@ -155,16 +112,7 @@ def _copy_only(job: Job, folder: Path) -> Epoch:
     side, count = job.resolution_px, len(samples(job))
     source = np.random.default_rng(0).integers(0, 256, (min(count, 1024), side, side, 3), np.uint8)
     out = np.empty((job.batch_size * 4, side, side, 3), np.uint8)
-
-    def part(numbers: range) -> None:
-        for number in numbers:
-            np.copyto(out[number % len(out)], source[number % len(source)])
-
-    def epoch() -> Iterator[Batch]:
-        _on_threads(job, count, part)
-        yield range(count), None
-
-    return epoch
+    return _on_threads(job, count, lambda number: np.copyto(out[number % len(out)], source[number % len(source)]))
 
 
 _NATIVE_NOTE = (
@@ -194,7 +142,7 @@ OURS = (
         "dermscale resident (on the CPU)",
         SHARDS_JPG,
         "resident",
-        note="meant for a GPU's memory; everything is decoded before the clock starts",
+        note="for a GPU's memory; everything is decoded before the clock starts",
     ),
 )
 
@@ -226,15 +174,6 @@ OURS_ON_GPU = (
 """Measured where there is a GPU."""
 
 CEILINGS = (
-    System(
-        "ceiling: bare loop jpg",
-        SHARDS_JPG,
-        _bare_loop,
-        note="cut, decode with libjpeg-turbo, resize and flip on threads with nothing around them: no checksum, "
-        "no batches, no order, payloads and plan ready in memory",
-        ceiling=True,
-    ),
-    System("ceiling: bare loop raw", SHARDS_RAW, _bare_loop, ceiling=True, encoding="raw"),
     System(
         "ceiling: decode only",
         PACKED,

@@ -77,9 +77,18 @@ def _transform(job: Job) -> Any:
     )
 
 
-def _pairs(loader: Any) -> Iterator[Batch]:
-    for batch in loader:
-        yield (batch["image"], batch["label"]) if isinstance(batch, dict) else (batch[0], batch[1])
+def _epochs(loader: Any) -> Epoch:
+    def epoch() -> Iterator[Batch]:
+        for batch in loader:
+            yield (batch["image"], batch["label"]) if isinstance(batch, dict) else (batch[0], batch[1])
+
+    return epoch
+
+
+def _loading(job: Job) -> dict[str, Any]:
+    """What every DataLoader of a map-style data set is told."""
+    sizes = {"batch_size": job.batch_size, "num_workers": job.workers}
+    return sizes | {"drop_last": True, "persistent_workers": True}
 
 
 def image_folder(job: Job, folder: Path, pin: bool = False) -> Epoch:
@@ -90,16 +99,8 @@ def image_folder(job: Job, folder: Path, pin: bool = False) -> Epoch:
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    loader = DataLoader(
-        ImageFolder(str(folder), _transform(job)),
-        batch_size=job.batch_size,
-        shuffle=True,
-        num_workers=job.workers,
-        drop_last=True,
-        persistent_workers=True,
-        pin_memory=pin,
-    )
-    return lambda: _pairs(loader)
+    data = ImageFolder(str(folder), _transform(job))
+    return _epochs(DataLoader(data, shuffle=True, pin_memory=pin, **_loading(job)))
 
 
 def _webdataset(job: Job, folder: Path) -> Epoch:
@@ -115,8 +116,7 @@ def _webdataset(job: Job, folder: Path) -> Epoch:
         .map_tuple(transform, int)
         .batched(job.batch_size, partial=False)
     )
-    loader = wds.WebLoader(data, batch_size=None, num_workers=job.workers, persistent_workers=True)
-    return lambda: _pairs(loader)
+    return _epochs(wds.WebLoader(data, batch_size=None, num_workers=job.workers, persistent_workers=True))
 
 
 def _streaming(job: Job, folder: Path) -> Epoch:
@@ -138,10 +138,7 @@ def _streaming(job: Job, folder: Path) -> Epoch:
             return transform(sample["image"]), sample["label"]
 
     data = Images(local=str(folder / "set"), shuffle=True, batch_size=job.batch_size)
-    loader = DataLoader(
-        data, batch_size=job.batch_size, num_workers=job.workers, drop_last=True, persistent_workers=True
-    )
-    return lambda: _pairs(loader)
+    return _epochs(DataLoader(data, **_loading(job)))
 
 
 def _litdata(job: Job, folder: Path) -> Epoch:
@@ -155,10 +152,7 @@ def _litdata(job: Job, folder: Path) -> Epoch:
         return flip(crop(sample["image"])), sample["label"]
 
     data = StreamingDataset(str(folder / "set"), shuffle=True, drop_last=True, transform=transform)
-    loader = StreamingDataLoader(
-        data, batch_size=job.batch_size, num_workers=job.workers, drop_last=True, persistent_workers=True
-    )
-    return lambda: _pairs(loader)
+    return _epochs(StreamingDataLoader(data, **_loading(job)))
 
 
 _PIL_NOTE = "decodes whole images with Pillow and resizes with its antialiased bilinear filter, in worker processes"

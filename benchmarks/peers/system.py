@@ -5,7 +5,6 @@ probability one half, uint8 batches, shuffled, the last incomplete batch dropped
 Each is set up as its own documentation shows.
 """
 
-import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import Format, Job
+from benchmarks.machine import installed
 
 SCALE = (0.25, 1.0)
 """Share of the image's area that a random-resized crop takes, as in `shards.plan.Augment`."""
@@ -32,10 +32,10 @@ class System:
     """One way to load images.
 
     format: the data set on disk that it reads. open: (job, folder of that data set) → how to start an epoch. packages:
-    distributions that it needs. note: what it does differently from the others. ceiling: it is a bound that no loader
-    can pass, and gives no batches. encoding: of its images on disk, for the tables. before: takes what `open` returned
-    and returns a call that throws away batches that were prepared outside the clock. on_gpu: its batches end in a
-    GPU's memory.
+    distributions that it needs. note: what it does differently from the others. ceiling: it does a
+    part of the work alone, and gives no batches. encoding: of its images on disk, for the tables. before: takes what
+    `open` returned and returns a call that throws away batches that were prepared outside the clock. on_gpu: its
+    batches end in a GPU's memory.
     """
 
     name: str
@@ -59,12 +59,8 @@ class MissingPeerError(Exception):
 
 def need(packages: Sequence[str]) -> None:
     """Raise MissingPeerError where one of these distributions is not installed; it says how to install them."""
-    absent = []
-    for package in packages:
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            absent.append(package)
+    found = installed(packages)
+    absent = [package for package in packages if package not in found]
     if absent:
         raise MissingPeerError(f"{', '.join(absent)} not installed: run `make peers`, use .venv-peers/bin/python")
 

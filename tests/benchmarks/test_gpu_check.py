@@ -6,6 +6,7 @@ Each comparison is also tested with engines that are wrong in a known way.
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -274,7 +275,7 @@ def test_a_variant_whose_self_check_fails_is_not_loaded_in_this_process(shard_se
 def trained(monkeypatch, loss) -> list[Check]:
     """The checks that train, which take no time here: losses are 1, or what `loss(model, compiled)` says."""
 
-    def steps(path, model, device, *, compiled, **settings):
+    def steps(path, model, device, settings, compiled):
         return True, {"span": (0.0, 1.0), **dict.fromkeys(("first_loss", "last_loss"), 1.0), **loss(model, compiled)}
 
     monkeypatch.setattr(checks, "training_steps", steps)
@@ -305,9 +306,8 @@ def test_compiled_training_with_other_losses_is_found(shard_sets, tmp_path, monk
 def test_steps_whose_speed_is_taken_do_not_wait_for_the_device(tiny_shards, monkeypatch):
     waits = []
     monkeypatch.setattr("train.device.synchronize", waits.append)
-    passed, found = training_steps(
-        tiny_shards, "resnet18", CPU, steps=30, seconds=0, batch_size=4, resolution=32, compiled=False
-    )
+    settings = replace(TINY, steps=30, batch_size=4)
+    passed, found = training_steps(tiny_shards, "resnet18", CPU, settings, compiled=False)
     assert passed and found["img_per_s"] > 0 and found["cached_img_per_s"] > 0
     assert 0 <= found["data_wait_share"] <= 1
     assert WATCHED < len(waits) < 30

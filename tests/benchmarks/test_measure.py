@@ -12,19 +12,16 @@ from benchmarks.machine import Meter, environment, tree_cpu_s
 from benchmarks.measure import (
     Row,
     Sample,
-    Series,
     interleave,
     median_interval,
     ratio_row,
     series_rows,
     summary_row,
+    wait_row,
 )
 from benchmarks.tables import cell, machine_text, notes, number, pivot, read_csv, write_csv
 from shards.common.errors import DataError
-
-
-def samples(*per_s: float) -> list[Sample]:
-    return [Sample(count=1000, seconds=1000 / rate, cpu_s=2.0, other_cpu=0.1) for rate in per_s]
+from tests.support.benchdata import measurement, series
 
 
 @pytest.mark.parametrize("n", range(1, 40))
@@ -63,9 +60,9 @@ def test_systems_run_in_turn_and_warm_up_is_thrown_away():
 
         return once
 
-    series = interleave({name: system(name) for name in "ABC"}, rounds=3, warmup=1)
+    found = interleave({name: system(name) for name in "ABC"}, measurement(3))
     assert "".join(order) == "ABC" * 4
-    assert [s.count for s in series["B"].samples] == [5, 8, 11]
+    assert [s.count for s in found["B"].samples] == [5, 8, 11]
 
 
 def test_a_system_that_raises_keeps_its_reason_and_the_others_go_on():
@@ -77,14 +74,14 @@ def test_a_system_that_raises_keeps_its_reason_and_the_others_go_on():
             raise OSError("the disk\nis gone")
         return Sample(1, 1, 0)
 
-    series = interleave({"bad": breaks, "good": lambda: Sample(10, 1, 0)}, rounds=5, warmup=1)
-    assert series["bad"].failed == "OSError: the disk is gone"
+    found = interleave({"bad": breaks, "good": lambda: Sample(10, 1, 0)}, measurement(5))
+    assert found["bad"].failed == "OSError: the disk is gone"
     assert len(calls) == 3
-    assert len(series["good"].samples) == 5
-    rows = series_rows(series["bad"], benchmark="loader", system="bad")
+    assert len(found["good"].samples) == 5
+    rows = series_rows(found["bad"], benchmark="loader", system="bad")
     assert [row.value for row in rows] == [None, None]
     assert all(row.failed == "OSError: the disk is gone" for row in rows)
-    ratio = ratio_row(series["good"], series["bad"], benchmark="loader", system="good", beside="bad")
+    ratio = ratio_row(found["good"], found["bad"], benchmark="loader", system="good", beside="bad")
     assert ratio.value is None
     assert "the disk is gone" in ratio.failed
 
@@ -92,22 +89,18 @@ def test_a_system_that_raises_keeps_its_reason_and_the_others_go_on():
 def test_ratios_are_taken_within_rounds_so_drift_cancels():
     # the machine gets four times slower, A stays exactly 1.5 times as fast as B
     rates = [400.0, 300, 200, 150, 120, 100]
-    a, b = Series(samples(*(1.5 * r for r in rates))), Series(samples(*rates))
+    a, b = series(*(1.5 * r for r in rates)), series(*rates)
     row = ratio_row(a, b, benchmark="loader", system="A", beside="B")
-    assert row.value == pytest.approx(1.5)
-    assert row.low == pytest.approx(1.5)
-    assert row.high == pytest.approx(1.5)
+    assert (row.value, row.low, row.high) == pytest.approx((1.5, 1.5, 1.5))
 
 
 def test_figures_of_a_series():
-    speed, cpu = series_rows(Series(samples(100, 200, 400)), benchmark="loader", system="A")
-    assert (speed.metric, speed.value, speed.values) == (
-        "img_per_s",
-        pytest.approx(200),
-        pytest.approx((100, 200, 400)),
-    )
-    assert (cpu.metric, cpu.value) == ("cpu_s_per_1000", pytest.approx(2.0))
-    assert speed.other_cpu == pytest.approx(0.1)
+    speed, cpu = series_rows(series(100, 200, 400), benchmark="loader", system="A")
+    assert (speed.metric, speed.value, speed.other_cpu) == ("img_per_s", pytest.approx(200), pytest.approx(0.25))
+    assert speed.values == pytest.approx((100, 200, 400))
+    assert (cpu.metric, cpu.value) == ("cpu_s_per_1000", pytest.approx(10.0))
+    wait = wait_row(series(100, 200, 400, wait=0.5), benchmark="training", system="A")
+    assert (wait.value, wait.low, wait.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_csv_gives_back_the_rows(tmp_path: Path):
@@ -162,10 +155,7 @@ def test_every_field_of_a_row_says_what_it_means():
 
 def test_environment_names_the_machine():
     machine = environment("x")
-    assert machine.cores >= 1
-    assert machine.ram_gib > 0
-    assert machine.cpu
-    assert "torch " in machine.versions
+    assert machine.cores >= 1 and machine.ram_gib > 0 and machine.cpu and "torch " in machine.versions
 
 
 def test_cpu_time_counts_workers_alive_and_dead():

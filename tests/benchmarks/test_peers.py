@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from benchmarks import loader, pack
 from benchmarks.datasets import (
@@ -28,22 +29,18 @@ from benchmarks.datasets import (
     stats,
 )
 from benchmarks.loader import SYSTEMS, set_up
-from benchmarks.options import chosen
+from benchmarks.options import Settings
 from benchmarks.pack import PACKERS
 from benchmarks.peers.ffcv import max_resolution
 from benchmarks.peers.ours import SHARDS_JPG
 from benchmarks.peers.pytorch import TARS
 from benchmarks.peers.system import MissingPeerError, WrongBatchError, check_batch, need
+from benchmarks.run import main
+from benchmarks.tables import read_csv
 from benchmarks.targets import TARGETS
 from shards import Loader, ShardSet
-from shards.common.errors import DataError
-from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_without, small_job
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory) -> Job:
-    return small_job(tmp_path_factory)
-
+from shards.common.errors import DataError, UsageError
+from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_without
 
 # ------------------------------------------------------------------ the check of what comes out
 
@@ -188,27 +185,26 @@ def test_a_job_has_its_size_whatever_the_source_holds(job):
     assert prepared(ORIGINALS, part) != prepared(ORIGINALS, job)
 
 
-def test_metadata_that_cannot_be_used_are_named(tmp_path):
-    table = tmp_path / "HAM10000_metadata.csv"
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"image_id,dx\nISIC_1,nv\n", "no column lesion_id"),
+        (b"lesion_id,image_id,dx\nHAM_1,ISIC_1,mole\n", "ISIC_1 has the unknown dx 'mole'"),
+        (b"lesion_id,image_id,dx\nHAM_1,ISIC_1\n", "ISIC_1 has the unknown dx ''"),
+        ("lesion_id,image_id,dx\nHAM_1,ISIC_1,n\u00e4\n".encode("latin-1"), "not UTF-8"),
+        (b'lesion_id,image_id,dx\nHAM_1,ISIC_1,"nv\n', "cannot be read"),
+        ("lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\n".encode("utf-8-sig"), ""),
+    ],
+)
+def test_metadata_that_cannot_be_used_are_named(tmp_path, content, said):
     (tmp_path / "HAM10000_images_part_1").mkdir()
     (tmp_path / "HAM10000_images_part_1" / "ISIC_1.jpg").touch()
-    table.write_text("image_id,dx\nISIC_1,nv\n")
-    with pytest.raises(DataError, match="no column lesion_id"):
-        originals(Job(tmp_path, tmp_path))
-    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,mole\n")
-    with pytest.raises(DataError, match="ISIC_1 has the unknown dx 'mole'"):
-        originals(Job(tmp_path, tmp_path))
-    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1\n")
-    with pytest.raises(DataError, match="ISIC_1 has the unknown dx ''"):
-        originals(Job(tmp_path, tmp_path))
-    table.write_bytes("lesion_id,image_id,dx\nHAM_1,ISIC_1,n\u00e4\n".encode("latin-1"))
-    with pytest.raises(DataError, match="not UTF-8"):
-        originals(Job(tmp_path, tmp_path))
-    table.write_text('lesion_id,image_id,dx\nHAM_1,ISIC_1,"nv\n')
-    with pytest.raises(DataError, match="cannot be read"):
-        originals(Job(tmp_path, tmp_path))
-    table.write_text("lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\n", encoding="utf-8-sig")
-    assert [row["lesion_id"] for _, _, row in originals(Job(tmp_path, tmp_path))] == ["HAM_1"]
+    (tmp_path / "HAM10000_metadata.csv").write_bytes(content)
+    if said:
+        with pytest.raises(DataError, match=said):
+            originals(Job(tmp_path, tmp_path))
+    else:
+        assert [row["lesion_id"] for _, _, row in originals(Job(tmp_path, tmp_path))] == ["HAM_1"]
 
 
 def test_a_round_leaves_out_the_epoch_that_was_begun_outside_the_clock(job):
@@ -266,28 +262,20 @@ def test_a_missing_peer_says_how_to_get_it():
 # ------------------------------------------------------------------ the command
 
 
-def test_the_command_says_what_it_knows(tmp_path):
-    from click.testing import CliRunner
-
-    from benchmarks.run import main
-
-    found = CliRunner().invoke(
-        main, ["loader", "--only", "nobody", "--source", str(tmp_path), "--cache", str(tmp_path)]
-    )
-    assert found.exception is not None
-    assert "FFCV jpg" in str(found.exception)
-
-
 @pytest.mark.parametrize(
     ("systems", "left_out"), [(SYSTEMS, loader.NOT_IN_QUICK), (PACKERS, pack.NOT_IN_QUICK)], ids=["loader", "pack"]
 )
-def test_the_short_version_leaves_out_some_but_no_aim_and_nothing_that_is_asked_for(systems, left_out):
-    assert chosen(systems, ()) == list(systems.values())
-    assert chosen(systems, (), left_out) == [system for name, system in systems.items() if name not in left_out]
+def test_the_short_version_leaves_out_some_but_no_target_and_nothing_that_is_asked_for(systems, left_out):
+    whole = Settings("x", False, Path(), Path(), Path(), 5)
+    quick = replace(whole, quick=True)
+    assert whole.chosen(systems, left_out) == list(systems.values())
+    assert quick.chosen(systems, left_out) == [system for name, system in systems.items() if name not in left_out]
     for name in left_out:
-        assert systems[name] in chosen(systems, (name,), left_out)
-    aims = [target for target in TARGETS if target.system in systems]
-    assert aims and not {name for target in aims for name in (target.system, target.beside)} & set(left_out)
+        assert systems[name] in replace(quick, only=(name,)).chosen(systems, left_out)
+    targets = [target.fields for target in TARGETS if target.fields.get("system") in systems]
+    assert targets and not {name for one in targets for name in (one["system"], one["beside"])} & set(left_out)
+    with pytest.raises(UsageError, match=r"they are .*FFCV jpg"):
+        replace(quick, only=("nobody",)).chosen(systems)
 
 
 def test_a_format_that_several_need_at_once_is_written_once(job, tmp_path):
@@ -305,11 +293,6 @@ def test_a_format_that_several_need_at_once_is_written_once(job, tmp_path):
 
 
 def test_the_loader_command_writes_csv_and_markdown(job, tmp_path):
-    from click.testing import CliRunner
-
-    from benchmarks.run import main
-    from benchmarks.tables import read_csv
-
     options = ["loader", "--quick", "--only", "memory copy", "--source", str(job.source), "--cache", str(job.cache)]
     found = CliRunner().invoke(main, [*options, "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output

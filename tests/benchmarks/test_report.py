@@ -7,20 +7,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.datasets import Job
-from benchmarks.loader import SYSTEMS, jobs, loader_text, measure_loaders, packed_sizes
+from benchmarks.loader import SYSTEMS, jobs, measure_loaders
 from benchmarks.machine import environment
-from benchmarks.measure import Row, Sample, Series, median_interval, ratio_row, series_rows, summary_row
+from benchmarks.measure import Row, Series, median_interval, ratio_row, series_rows, summary_row
+from benchmarks.pages import packed_sizes
 from benchmarks.predict import EVALUATION, PREDICT, START_PREDICT
-from benchmarks.report import bars, draw, in_words, machines_text, markdown, read_results
+from benchmarks.report import PAGES, bars, draw, in_words, machines_text, markdown, read_results, tables_in
 from benchmarks.tables import read_csv, write_csv
 from benchmarks.utilization import read_timeline
 from shards.common.errors import DataError
+from tests.support.benchdata import measurement, series
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
-
-def series(*per_s: float) -> Series:
-    return Series([Sample(100, 100 / rate, 1.0, 0.25) for rate in per_s])
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +63,7 @@ def test_words_say_only_what_the_rows_say(results):
     [
         ((0.96, 0.99), ", [96, 99] in the stalls benchmark: its own arithmetic limits it."),
         ((0.80, 0.94), ", [80, 94] in the stalls benchmark: loading limits it."),
-        ((0.90, 0.99), "[80, 110]: it is not decided whether loading limits it."),
+        ((0.90, 0.99), "[80, 110]: the figures do not show whether loading limits it."),
     ],
 )
 def test_many_short_turns_tell_the_limit_where_training_cannot(ends, said):
@@ -78,22 +76,24 @@ def test_many_short_turns_tell_the_limit_where_training_cannot(ends, said):
     others = [replace(finer, page_cache="cold"), replace(finer, model="alexnet"), replace(finer, metric="prep_stall")]
     others.append(replace(finer, environment=environment("x")))  # on another machine
     assert in_words("training", own, [*others, finer])[0].endswith(said)
-    assert in_words("training", own, others)[0].endswith("[80, 110]: it is not decided whether loading limits it.")
+    assert in_words("training", own, others)[0].endswith(
+        "[80, 110]: the figures do not show whether loading limits it."
+    )
     sure = [own[0], replace(own[1], low=0.96)]
     assert in_words("training", sure, [finer])[0].endswith("without a loader: its own arithmetic limits it.")
 
 
-def test_words_say_whether_predicting_is_as_fast_as_it_is_meant_to_be(results):
+def test_words_name_the_targets_of_predicting(results):
     assert in_words("predict", read_results(results)["predict"]) == [
-        f"Predicting: {PREDICT} is 0.80 [0.80, 0.80] times evaluation (400x300 jpg, 224 px); at least 0.6: held.",
-        f"Predicting: {START_PREDICT} takes 3.00 [3.00, 3.00] s; under 5 s: held.",
+        f"Predicting: {PREDICT} is 0.80 [0.80, 0.80] times evaluation (400x300 jpg, 224 px); target at least 0.6: met.",
+        f"Predicting: {START_PREDICT}: start_s is 3.00 [3.00, 3.00] s (400x300 jpg, 224 px); target under 5 s: met.",
     ]
 
 
 def test_markdown_has_every_table(results):
     text = markdown(read_results(results))
     for part in (
-        "## Loader",
+        "## Loading",
         "## Training",
         "## Predicting",
         "| dermscale native jpg | 300",
@@ -124,7 +124,7 @@ def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_me
         rows = series_rows(series(*[3 * rate] * 6), system="dermscale native jpg", packed=f"{size} jpg", **known)
         return rows + series_rows(series(*[rate] * 6), system="torchvision ImageFolder", packed="originals", **known)
 
-    first, second = loader_text([*job("341x256", 100), *job("400x300", 50)]).split("### Packed at 400x300")
+    first, second = PAGES["loader"].text([*job("341x256", 100), *job("400x300", 50)]).split("### Packed at 400x300")
     assert "| torchvision ImageFolder | 100" in first and "| torchvision ImageFolder | 50" in second
 
 
@@ -136,34 +136,30 @@ def test_what_reads_no_packed_images_comes_after_what_says_their_size(tmp_path, 
     systems = [SYSTEMS["torchvision ImageFolder"], SYSTEMS["webdataset"]]
     rows = []
     for one in jobs(Job(tmp_path, tmp_path), (341, 400), (224,)):
-        rows += measure_loaders(systems, one, environment("x"), rounds=6, seconds=1.0, announce=print)
+        rows += measure_loaders(systems, one, measurement())
     assert packed_sizes(rows) == ["341x1"] * 4 + ["400x1"] * 4
     assert {row.system for row in rows[:4]} == {"torchvision ImageFolder", "webdataset"}
 
 
-def test_words_of_packing_name_no_resolution():
-    def ratio(size: str) -> Row:
-        columns = {"benchmark": "pack", "system": "dermscale jpg", "packed": f"{size} jpg"}
-        return ratio_row(series(*[300.0] * 6), series(*[100.0] * 6), beside="webdataset", **columns)
+@pytest.mark.parametrize(
+    ("benchmark", "sizes", "first", "others"),
+    [
+        ("pack", [("400x300", None), ("600x450", None)], "(400x300 jpg)", "600x450"),
+        (
+            "loader",
+            [("341x256", 224), ("341x256", 128), ("400x300", 224)],
+            "(341x256 jpg, 224 px)",
+            "341x256 → 128 px, 400x300 → 224 px",
+        ),
+    ],
+)
+def test_words_are_of_the_first_sizes_and_name_the_others(benchmark, sizes, first, others):
+    def ratio(size: str, px: int | None) -> Row:
+        own = {"benchmark": benchmark, "system": "A", "packed": f"{size} jpg", "resolution_px": px}
+        return ratio_row(series(*[300.0] * 6), series(*[100.0] * 6), beside="webdataset", **own)
 
-    assert in_words("pack", [ratio("400x300"), ratio("600x450")])[-1] == (
-        "Packing: the same for 600x450 is in the tables."
-    )
-
-
-def test_words_are_of_the_first_sizes_and_name_the_others():
-    def ratio(size: str, px: int) -> Row:
-        columns = {
-            "benchmark": "loader",
-            "system": "dermscale native jpg",
-            "packed": f"{size} jpg",
-            "resolution_px": px,
-        }
-        return ratio_row(series(*[300.0] * 6), series(*[100.0] * 6), beside="webdataset", **columns)
-
-    first, others = in_words("loader", [ratio("341x256", 224), ratio("341x256", 128), ratio("400x300", 224)])
-    assert "(341x256 jpg, 224 px)" in first
-    assert others == "Loading: the same for 341x256 → 128 px, 400x300 → 224 px is in the tables."
+    said, rest = in_words(benchmark, [ratio(*size) for size in sizes])
+    assert first in said and f": the same for {others} is in the tables." in rest
 
 
 def test_bars_are_as_long_as_their_values():
@@ -227,7 +223,11 @@ def test_every_committed_table_is_still_read_and_its_intervals_are_reproduced(pa
             assert round(found.coverage, 4) == row.coverage
 
 
-def test_the_committed_report_is_that_of_the_committed_tables():
+def test_the_committed_pages_are_those_of_the_committed_tables():
     results = read_results(RESULTS)
     text = (RESULTS / "RESULTS.md").read_text()
     assert text == markdown(results, sorted(path.name for path in RESULTS.glob("*.svg")))
+    tables = tables_in(RESULTS)
+    assert len(tables) > len(results)
+    for path, page in tables:
+        assert page.text(read_csv(path)) == path.with_suffix(".md").read_text(), path

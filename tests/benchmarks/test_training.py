@@ -1,6 +1,5 @@
 """The benchmarks that train: their systems make steps, what is counted, their command lines and their tables."""
 
-import math
 import os
 from dataclasses import replace
 
@@ -8,11 +7,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import stalls
 from benchmarks.datasets import Job, prepared
-from benchmarks.machine import StillCachedError, cached_share, drop_from_cache, environment, read_into_cache
+from benchmarks.machine import StillCachedError, cached_share, drop_from_cache, read_into_cache
 from benchmarks.measure import Row, Sample, Series
+from benchmarks.options import Settings
 from benchmarks.run import main
-from benchmarks.stalls import _stall, _utilization, agreement, by_engine, measure_stalls, stalls_text, turns
+from benchmarks.stalls import _stall, _utilization, agreement, by_engine, measure_stalls, turns
 from benchmarks.tables import read_csv
 from benchmarks.training import (
     _LOADERS,
@@ -26,6 +27,7 @@ from benchmarks.training import (
     IN_FP32,
     MATRIX,
     NATIVE,
+    PAGE,
     RATIOS,
     RAW,
     RESIDENT,
@@ -39,19 +41,16 @@ from benchmarks.training import (
     set_up,
     system_name,
     train_models,
-    training_text,
 )
 from shards import ShardSet
 from shards.common.errors import UsageError
-from tests.support.benchdata import in_a_process_of_its_own, write_source
+from tests.support.benchdata import in_a_process_of_its_own, measurement, series
 from train.device import Decision
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> TrainingJob:
-    source = write_source(tmp_path_factory.mktemp("ham"))
-    images = Job(source, tmp_path_factory.mktemp("bench"), packed_px=160, resolution_px=32, batch_size=8, copies=2)
-    return TrainingJob(images, "resnet18", "cpu")
+def job(small_job: Job) -> TrainingJob:
+    return TrainingJob(replace(small_job, copies=2), "resnet18", "cpu")
 
 
 def stepped(name: str, job: TrainingJob) -> tuple[float, bool, dict[str, float]]:
@@ -67,10 +66,6 @@ def waited_s(name: str, job: TrainingJob) -> float:
     for _ in range(8):  # more than is read ahead
         running.once()
     return running.waited()
-
-
-def series(*per_s: float, wait: float = math.nan) -> Series:
-    return Series([Sample(100, 100 / rate, 1.0, 0.0, wait * 100 / rate) for rate in per_s])
 
 
 @pytest.mark.slow
@@ -144,8 +139,8 @@ def test_each_engine_is_told_from_the_others():
     assert list(found) == ["jpg", "raw", "resident"]
     assert [own["warm", "prep_stall"].value for own in found.values()] == [0.1, 0.2, 0.3]
     assert all(own["", "img_per_s"].value == 50.0 for own in found.values())
-    assert "| resnet18 |  | raw | 50.0 | 20.0 |" in stalls_text(rows)
-    assert "| resnet18 | 4 | raw | 50.0 | 20.0 |" in stalls_text([replace(row, batch_size=4) for row in rows])
+    assert "| resnet18 |  | raw | 50.0 | 20.0 |" in stalls.PAGE.text(rows)
+    assert "| resnet18 | 4 | raw | 50.0 | 20.0 |" in stalls.PAGE.text([replace(row, batch_size=4) for row in rows])
 
 
 def test_files_leave_the_page_cache_and_come_back(tmp_path):
@@ -175,11 +170,10 @@ def test_mapped_files_that_stay_cached_are_noticed(tmp_path):
 def test_stalls_are_shares_of_the_slower_ones_time():
     columns = {"benchmark": "stalls", "system": "x"}
     cached, warm = series(100, 100, 100), series(80, 75, 80)
-    assert _stall(warm, cached, "prep_stall", columns).value == pytest.approx(0.2)
-    assert _utilization(warm, cached, columns).value == pytest.approx(0.8)
-    failed = _stall(warm, Series(failed="no disk"), "prep_stall", columns)
-    assert failed.value is None
-    assert failed.failed == "no disk"
+    assert _stall(warm, cached, metric="prep_stall", **columns).value == pytest.approx(0.2)
+    assert _utilization(warm, cached, **columns).value == pytest.approx(0.8)
+    failed = _stall(warm, Series(failed="no disk"), metric="prep_stall", **columns)
+    assert failed.value is None and "no disk" in failed.failed
 
 
 def test_what_is_compared_has_its_turns_side_by_side():
@@ -196,15 +190,14 @@ def test_systems_stand_still_while_others_have_their_turn(job, monkeypatch, benc
         return {name: series(10.0, 11.0, wait=0.1) for name in names}, {}
 
     order: list[str] = []
-    fast = {"rounds": 2, "seconds": 1.0, "announce": lambda step: None}
     if benchmark == "stalls":
         monkeypatch.setattr("benchmarks.stalls.take_turns", recorded)
-        measure_stalls(job, "channels-last", ["jpg", "raw"], environment(""), **fast)
+        measure_stalls(job, "channels-last", ["jpg", "raw"], measurement(2, 1.0))
         sources = [name.partition(", ")[2] for name in order]
         assert sources == [COLD, NATIVE, CACHED, RAW, COLD_RAW]
     else:
         monkeypatch.setattr("benchmarks.training.take_turns", recorded)
-        measure_training(job, SYSTEMS, environment(""), **fast)
+        measure_training(job, SYSTEMS, measurement(2, 1.0))
         assert tuple(order[: len(SYSTEMS)]) == SYSTEMS and MATRIX in order
 
 
@@ -219,7 +212,9 @@ def test_agreement_is_said_in_points():
     assert agreement(stall, wait) == "3.0 points apart: they agree"
     assert agreement(stall, replace(wait, value=0.1)) == "10.0 points apart: they do not agree"
     wide = replace(stall, low=-0.1, high=0.3)
-    assert agreement(wide, wait) == "3.0 points apart, undecided: the stall lies between -10.0 and 30.0 %"
+    assert agreement(wide, wait) == (
+        "3.0 points apart; not clear whether they agree, the stall lies between -10.0 and 30.0 %"
+    )
     assert agreement(replace(stall, low=0.19, high=0.21), wait) == "3.0 points apart: they agree"
     assert agreement(replace(stall, low=0.28, high=0.31), wait).endswith("they do not agree")
     assert agreement(stall, replace(wait, value=None)) == ""
@@ -228,7 +223,7 @@ def test_agreement_is_said_in_points():
 def test_share_of_peak_counts_forward_and_backward():
     # 50 images/s of 2 GFLOP forward are 300 GFLOP/s with the backward pass, of a peak of 600
     peak = Series([Sample(600, 1.0, 1.0)] * 3)
-    row = _share_of_peak(series(50, 50, 50), peak, 2_000_000_000, {"benchmark": "training", "system": "x"})
+    row = _share_of_peak(series(50, 50, 50), peak, 2_000_000_000, benchmark="training", system="x")
     assert row.value == pytest.approx(0.5)
 
 
@@ -239,11 +234,15 @@ def test_tables_show_failures_and_lines_under_the_mark():
         Row("stalls", name, "prep_stall", "1", None, model="resnet18", page_cache="warm", failed="no disk"),
         Row("training", name, "img_per_s", "img/s", 20.0, model="resnet18", precision="bf16", batch_size=4),
     ]
-    assert "80.0 (under 90%)" in stalls_text(rows)
-    for ends, said in (((0.7, 0.95), "(undecided: 90%)"), ((0.91, 0.95), "(at least 90%)"), ((0.7, 0.85), "(under")):
-        assert said in stalls_text([replace(rows[0], low=ends[0], high=ends[1])])
-    assert "no disk" in stalls_text(rows)
-    assert "| resnet18 | 4 | channels-last, native loader | bf16 | 20.0 |" in training_text(rows)
+    assert "80.0 (under 90%)" in stalls.PAGE.text(rows)
+    for ends, said in (
+        ((0.7, 0.95), "(not clear whether at least 90%)"),
+        ((0.91, 0.95), "(at least 90%)"),
+        ((0.7, 0.85), "(under"),
+    ):
+        assert said in stalls.PAGE.text([replace(rows[0], low=ends[0], high=ends[1])])
+    assert "no disk" in stalls.PAGE.text(rows)
+    assert "| resnet18 | 4 | channels-last, native loader | bf16 | 20.0 |" in PAGE.text(rows)
 
 
 def test_the_name_of_a_style_says_its_precision(monkeypatch):
@@ -271,7 +270,6 @@ def test_the_name_of_a_style_says_its_precision(monkeypatch):
         ("grid", ["--model", "resnet19"], "resnet19"),
         ("grid", ["--fractions", "abc"], "'abc' is not a number"),
         ("grid", ["--fractions", "1/0"], "'1/0' is not a number"),
-        ("stalls", ["--only", "cached"], "belong together"),
     ],
 )
 def test_wrong_choices_are_named(command, options, said, tmp_path):
@@ -291,43 +289,21 @@ def test_values_out_of_range_are_refused_before_a_table_is_touched(command, opti
 
 
 @pytest.mark.parametrize("command", ["training", "stalls", "utilization"])
-def test_a_batch_that_the_images_do_not_fill_is_refused_at_once(command, tmp_path):
-    (tmp_path / "ham").mkdir()
-    source = write_source(tmp_path / "ham")
+def test_a_batch_that_the_images_do_not_fill_is_refused_at_once(command, source, tmp_path):
     options = ["--source", str(source), "--cache", str(tmp_path), "--out", str(tmp_path / "out")]
     found = CliRunner().invoke(main, [command, "--quick", "--batch-size", "601", *options])
     assert isinstance(found.exception, UsageError)
-    assert "--batch-size 601: more than the 600 samples" in str(found.exception)
+    assert "--batch-size 601: an epoch has 600 samples" in str(found.exception)
     assert not (tmp_path / "out").exists()
 
 
-def test_models_are_added_to_the_table_that_is_there(tmp_path):
-    (tmp_path / "ham").mkdir()
-    source = write_source(tmp_path / "ham")
-
+def test_models_are_added_to_the_table_that_is_there(source, tmp_path):
     def run(model: str, value: float, add: bool, px: int = 64, batch_size: int = 2) -> None:
-        def measure(one, machine, *_):
-            size = {"resolution_px": one.images.resolution_px, "batch_size": one.images.batch_size}
-            return [Row("training", "x", "img_per_s", "img/s", value, model=one.model, environment=machine, **size)]
+        def measure(one, measurement):
+            return [Row(metric="img_per_s", unit="img/s", value=value, **one.columns("training", measurement, "x"))]
 
-        train_models(
-            "training",
-            measure,
-            1,
-            training_text,
-            False,
-            5,
-            models=(model,),
-            source=source,
-            cache=tmp_path,
-            out=tmp_path,
-            workers=1,
-            resolution=px,
-            batch_size=batch_size,
-            device="cpu",
-            add=add,
-            seconds=1.0,
-        )
+        settings = Settings("training", False, tmp_path, tmp_path, source, 5, models=(model,), device="cpu", add=add)
+        train_models(replace(settings, resolution=px, batch_size=batch_size), PAGE, 1, measure)
 
     def found() -> dict:
         return {row.model: row.value for row in read_csv(tmp_path / "training.csv")}

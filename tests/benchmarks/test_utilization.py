@@ -3,12 +3,10 @@
 import itertools
 import re
 import time
-from dataclasses import replace
 
 import pytest
 
 from benchmarks.datasets import Job
-from benchmarks.machine import environment
 from benchmarks.measure import Row
 from benchmarks.monitor import METRICS, CoreReader, GpuReader
 from benchmarks.report import draw, markdown, read_results, read_timelines, timeline
@@ -17,19 +15,19 @@ from benchmarks.training import TrainingJob
 from benchmarks.utilization import (
     NO_GPU,
     NOT_READ,
+    PAGE,
     START_UP,
     TRAINING,
     Moment,
     measure_utilization,
     read_timeline,
     systems,
-    utilization_in_words,
-    utilization_text,
     write_timeline,
 )
 from benchmarks.worker import Running
 from shards.common.errors import DataError
 from tests.benchmarks.test_monitor import STAND_IN, ScriptedDriver
+from tests.support.benchdata import measurement
 
 NAMES = systems("channels-last")
 CEILING, NATIVE, BASELINE = NAMES
@@ -61,27 +59,20 @@ def job(tmp_path_factory) -> TrainingJob:
     return TrainingJob(Job(folder, folder), "resnet18", "cpu")
 
 
-@pytest.fixture(scope="module")
-def machine():
-    return replace(environment("test"), gpu="none")
-
-
-def watch(job, machine, reader, names=NAMES, rounds=2, seconds=1):
-    return measure_utilization(
-        job, names, machine, rounds=rounds, seconds=seconds, announce=lambda _: None, reader=reader, set_up=pretend
-    )
+def watch(job, reader, gpu="none", names=NAMES, rounds=2):
+    return measure_utilization(job, names, measurement(rounds, 1.0, gpu=gpu), reader=reader, set_up=pretend)
 
 
 @pytest.fixture(scope="module")
-def on_stand_in(job, machine):
+def on_stand_in(job):
     """Rows and readings with the scripted driver in the GPU's place."""
-    return watch(job, replace(machine, gpu=STAND_IN), lambda: GpuReader(nvml=ScriptedDriver()))
+    return watch(job, lambda: GpuReader(nvml=ScriptedDriver()), STAND_IN)
 
 
 @pytest.fixture(scope="module")
-def on_cores(job, machine):
+def on_cores(job):
     """Rows and readings of this machine's cores."""
-    return watch(job, machine, CoreReader)
+    return watch(job, CoreReader)
 
 
 def of(rows, system, metric) -> Row:
@@ -133,7 +124,7 @@ def test_without_a_gpu_its_columns_are_empty_and_it_says_why(on_cores, tmp_path)
     cores = {row.metric for row in rows if row.metric.startswith("core_")}
     assert {"core_0_percent mean", "core_0_percent max"} <= cores
     assert all(0 <= row.value <= 100 for row in rows if row.metric.startswith("core_"))
-    text = utilization_text(rows)
+    text = PAGE.text(rows)
     assert f"The GPU columns are empty: {NO_GPU}" in text
     header, _, first = [line for line in text.splitlines() if line.startswith("|")][:3]
     titles, cells = ([c.strip() for c in line.split("|")[1:-1]] for line in (header, first))
@@ -143,55 +134,55 @@ def test_without_a_gpu_its_columns_are_empty_and_it_says_why(on_cores, tmp_path)
     assert {m.device for m in moments} == {"CPU"}
 
 
-def test_a_gpu_beside_a_run_on_the_cpu_is_not_denied(job, machine):
-    rows, _ = watch(job, replace(machine, gpu="some GPU"), CoreReader, (CEILING,), rounds=1)
+def test_a_gpu_beside_a_run_on_the_cpu_is_not_denied(job):
+    rows, _ = watch(job, CoreReader, "some GPU", (CEILING,), rounds=1)
     assert of(rows, CEILING, "power_w mean").failed == NOT_READ
-    assert NOT_READ in utilization_text(rows) and NO_GPU not in utilization_text(rows)
+    assert NOT_READ in PAGE.text(rows) and NO_GPU not in PAGE.text(rows)
 
 
 def test_nvmls_utilization_is_never_the_headline(on_stand_in):
     rows, moments = on_stand_in
-    text = utilization_text(rows)
+    text = PAGE.text(rows)
     header = next(line for line in text.splitlines() if line.startswith("| model"))
-    order = [header.index(title) for title in ("img/s", "cached-batch ceiling", "data wait", "SM busy", "NVML busy")]
+    order = [header.index(title) for title in ("img/s", "with a cached batch", "data wait", "SM busy", "NVML busy")]
     assert order == sorted(order)
     assert "says only that some kernel ran" in text
     assert list(METRICS)[-1] == "busy_percent"
     drawn = [axes.get_ylabel() for axes in timeline([m for m in moments if m.round == 1]).axes]
     assert drawn.index("SM busy, %") < drawn.index("power, W") < drawn.index("NVML busy, %")
     assert STAND_IN in text and re.search(r"took [\d.]+ to [\d.]+ % of a core", text)
-    for line in utilization_in_words(rows):
+    for line in PAGE.in_words(rows):
         assert line.index("img/s") < line.index("waiting for data") < line.index("(NVML)")
-    assert len(utilization_in_words(rows)) == 2
+    assert len(PAGE.in_words(rows)) == 2
 
 
 def test_on_a_gpu_both_decoding_loaders_are_watched():
     assert set(systems("compiled", gpu=True)) - set(systems("compiled")) == {"compiled, dali loader"}
 
 
-def test_a_gpu_that_cannot_tell_something_says_so(job, machine):
+def test_a_gpu_that_cannot_tell_something_says_so(job):
     driver = lambda: GpuReader(nvml=ScriptedDriver(gpm=False, refused={"power"}))  # noqa: E731
-    rows, _ = watch(job, replace(machine, gpu=STAND_IN), driver, (CEILING,), rounds=1)
+    rows, _ = watch(job, driver, STAND_IN, (CEILING,), rounds=1)
     assert "GPM" in of(rows, CEILING, "sm_percent mean").failed
     assert "Not Supported" in of(rows, CEILING, "power_w mean").failed
     assert of(rows, CEILING, "sm_mhz mean").value == 1400
-    assert "power (Not Supported)" in utilization_text(rows)
+    assert "power (Not Supported)" in PAGE.text(rows)
 
 
-def test_what_fails_is_in_the_table_with_its_reason(job, machine):
+def test_what_fails_is_in_the_table_with_its_reason(job):
     lost = lambda: GpuReader(nvml=ScriptedDriver(lost_after=40))  # noqa: E731
     names = (CEILING, "broken, native loader")
-    rows, moments = watch(job, replace(machine, gpu=STAND_IN), lost, names, rounds=1)
+    rows, moments = watch(job, lost, STAND_IN, names, rounds=1)
     assert of(rows, CEILING, "img_per_s").value, "training goes on without its readings"
     for metric in ("busy_percent mean", "sampler_core_share"):
         row = of(rows, CEILING, metric)
         assert row.value is None and "stopped answering" in row.failed
     assert "no such loader" in of(rows, "broken, native loader", "img_per_s").failed
     assert "no such loader" in of(rows, "broken, native loader", "img_per_s ratio").failed
-    text = utilization_text(rows)
+    text = PAGE.text(rows)
     assert "stopped answering" in text and "no such loader" in text
     assert {m.system for m in moments} <= {CEILING}
-    (said,) = utilization_in_words(rows)
+    (said,) = PAGE.in_words(rows)
     assert "no such loader" in said
 
 

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 import benchmarks.worker
-from benchmarks.measure import Series, summary_row
+from benchmarks.measure import Series
 from benchmarks.worker import Running, SystemFailedError, Worker, start_server, take_turns
+from tests.support.benchdata import measurement
 
 
 def well(name: str, job: object) -> Running:
@@ -189,9 +190,7 @@ def warming(name: str, job: object) -> Running:
 def test_a_first_round_of_all_systems_warms_up_and_is_thrown_away(tmp_path):
     def run(**warmup: int) -> tuple[list[float], list[str]]:
         steps = []
-        series, _ = take_turns(
-            warming, ["one", "two"], None, tmp_path, rounds=2, seconds=1e-9, announce=steps.append, **warmup
-        )
+        series, _ = take_turns(warming, ["one", "two"], None, tmp_path, measurement(2, 1e-9, steps.append), **warmup)
         assert [s.count for s in series["one"].samples] == [s.count for s in series["two"].samples]
         return [sample.count for sample in series["one"].samples], steps
 
@@ -221,9 +220,8 @@ def test_systems_are_set_up_beside_each_other_where_that_is_asked_for(tmp_path):
         folder.mkdir()
         steps: list[str] = []
         job = (folder, limit_s)
-        series, about = take_turns(
-            meeting, ["b", "a", "c"], job, tmp_path, rounds=1, seconds=1e-9, announce=steps.append, at_once=at_once
-        )
+        once = measurement(1, 1e-9, steps.append)
+        series, about = take_turns(meeting, ["b", "a", "c"], job, tmp_path, once, at_once=at_once)
         assert steps[:3] == ["set up b", "set up a", "set up c"]
         assert all(len(s.samples) == 1 for s in series.values() if not s.failed)
         assert set(about) == {name for name, s in series.items() if not s.failed}
@@ -248,18 +246,12 @@ def preparing(name: str, job: object) -> Running:
 
 
 def test_what_others_use_is_counted_from_where_the_round_begins(tmp_path):
-    series, _ = take_turns(
-        preparing, ["one"], None, tmp_path, rounds=1, seconds=1e-9, announce=lambda step: None, warmup=0
-    )
+    series, _ = take_turns(preparing, ["one"], None, tmp_path, measurement(1, 1e-9), warmup=0)
     assert series["one"].samples[0].other_cpu == 0.25
 
 
 def test_turns_go_on_without_the_one_that_cannot_start(tmp_path):
-    series, about = take_turns(
-        sick, ["cannot start", "fine"], None, tmp_path, rounds=3, seconds=0.01, announce=lambda step: None
-    )
+    series, about = take_turns(sick, ["cannot start", "fine"], None, tmp_path, measurement(3, 0.01))
     assert series["cannot start"] == Series(failed="OSError: no such format")
     assert len(series["fine"].samples) == 3
     assert "fine" in about
-    row = summary_row([], series["cannot start"].failed, benchmark="x", system="s", metric="m", unit="u")
-    assert row.failed

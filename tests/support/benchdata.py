@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.datasets import Job
+from benchmarks.machine import environment
+from benchmarks.measure import Announce, Measurement, Sample, Series
 from benchmarks.peers.system import MissingPeerError, need
 from benchmarks.worker import start_server
 from shards.format import CLASSES
@@ -28,9 +30,14 @@ def skip_without(packages: tuple[str, ...]) -> None:
         pytest.skip(str(error))
 
 
-def small_job(make: pytest.TempPathFactory) -> Job:
-    """A loading job on `write_source`'s pictures, packed to 160 px, batches of 8 at 64 px."""
-    return Job(write_source(make.mktemp("ham")), make.mktemp("bench"), 160, 64, batch_size=8, copies=2)
+def measurement(rounds: int = 1, seconds: float = 0.0, announce: Announce = print, **machine: Any) -> Measurement:
+    """Where and how long to time. machine: what its description says instead of the truth."""
+    return Measurement(replace(environment("test"), **machine), rounds, seconds, announce)
+
+
+def series(*per_s: float, wait: float = 0.0) -> Series:
+    """Timed runs at these images per second, of 100 images each. wait: the share of the time without a batch."""
+    return Series([Sample(100, 100 / rate, 1.0, 0.25, wait * 100 / rate) for rate in per_s])
 
 
 def in_a_process_of_its_own(do: Callable[..., T], *arguments: Any) -> T:
@@ -48,7 +55,7 @@ def _as_a_worker_does(start_method: str, do: Callable[..., T], *arguments: Any) 
 def write_source(source: Path) -> Path:
     """Write `IMAGES` smooth pictures in the colours of skin, 600×450 like the originals, with their metadata."""
     images = source / "HAM10000_images_part_1"
-    images.mkdir()
+    images.mkdir(parents=True)
     random = np.random.default_rng(0)
     rows = []
     for i in range(IMAGES):

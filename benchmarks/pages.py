@@ -1,0 +1,98 @@
+"""The page of a benchmark: its rows as tables in Markdown, and as sentences for the report."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import Row
+from benchmarks.tables import busy_text, cell, machine_text, notes, read_csv, table
+from benchmarks.targets import targets_text, verdict
+from shards.common.files import write_durably
+
+_SIZE = re.compile(r"\d+x\d+")
+
+
+@dataclass(frozen=True)
+class Page:
+    """How the rows of a benchmark are shown.
+
+    name: of the benchmark, and of its CSV. tables: rows → parts in Markdown. words: rows → the findings as sentences;
+    `findings` by default. chart: the metric that its chart shows, and its title. noted: the rows whose notes and
+    failures are listed.
+    """
+
+    name: str
+    title: str
+    tables: Callable[[Sequence[Row]], list[str]]
+    words: Callable[[Sequence[Row]], list[str]] | None = None
+    chart: tuple[str, str] = ("img_per_s", "images per second")
+    noted: Callable[[Row], bool] = lambda row: True
+
+    def text(self, rows: Sequence[Row]) -> str:
+        """The rows as Markdown: the tables, the targets, the notes, and the machine."""
+        own = [row for row in rows if row.benchmark == self.name]
+        parts = [f"## {self.title}\n", *self.tables(own), targets_text(own), busy_text(own)]
+        parts += [notes(list(filter(self.noted, own))), machine_text(own)]
+        return "\n".join(part for part in parts if part)
+
+    def write(self, path: Path) -> str:
+        """Write the page of a CSV beside it, and return it. Raises DataError for a CSV that cannot be read."""
+        text = self.text(read_csv(path))
+        write_durably(path.with_suffix(".md"), text.encode())
+        return text
+
+    def in_words(self, rows: Sequence[Row]) -> list[str]:
+        """The main findings as sentences, from the rows alone."""
+        return self.words(rows) if self.words else findings(self.title, rows)
+
+
+def findings(title: str, rows: Sequence[Row]) -> list[str]:
+    """A sentence for each ratio of the first sizes, for each row with a target, and for each system that failed. The
+    other ratios are in the tables."""
+    said = []
+    places: dict[tuple[str, int | None], None] = {}
+    for row, size in zip(rows, packed_sizes(rows), strict=True):
+        judged = verdict(row)
+        if row.value is None or not (row.beside or judged):
+            continue
+        if row.beside:
+            places[size, row.resolution_px] = None
+            if (size, row.resolution_px) != next(iter(places)) and not judged:
+                continue
+            found = f"{row.system} is {cell(row)} times {row.beside}"
+        else:
+            found = f"{row.system}: {row.metric} is {cell(row)}{'' if row.unit == '1' else f' {row.unit}'}"
+        where = ", ".join(filter(None, (row.packed, f"{row.resolution_px} px" if row.resolution_px else "")))
+        said.append(f"{title}: {found}{where and f' ({where})'}{judged and f'; target {judged}'}.")
+    if len(places) > 1:
+        others = ", ".join(f"{size} → {px} px" if px else size for size, px in list(places)[1:])
+        said.append(f"{title}: the same for {others} is in the tables.")
+    failed = dict.fromkeys((row.system, row.failed) for row in rows if row.failed and not row.beside)
+    return said + [f"{title}: {system} failed: {reason}." for system, reason in failed]
+
+
+def packed_sizes(rows: Sequence[Row]) -> list[str]:
+    """The packed size of each row's job, `341x256`, also for systems that read no packed images.
+
+    The rows of a job stand together, those with packed images first. Empty text where a table has none of these.
+    """
+    found, size = [], ""
+    for row in rows:
+        packed = _SIZE.match(row.packed)
+        size = packed.group() if packed else size
+        found.append(size)
+    return found
+
+
+def ratios(rows: Sequence[Row], across: Sequence[tuple[str, Callable[[Row], bool]]]) -> list[str]:
+    """A table with a line per model and pair of systems and a column per (title, which rows belong there)."""
+    beside = [row for row in rows if row.beside]
+    models = any(row.model for row in beside)
+    lines = []
+    for pair in dict.fromkeys((row.model, row.system, row.beside) for row in beside):
+        own = [row for row in beside if (row.model, row.system, row.beside) == pair]
+        cells = [cell(next(filter(belongs, own), None)) for _, belongs in across]
+        lines.append([*([pair[0]] if models else []), f"{pair[1]} / {pair[2]}", *cells])
+    header = [*(["model"] if models else []), "ratio", *(title for title, _ in across)]
+    return ["Ratios, taken within each round:\n", table(header, lines)] if lines else []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
@@ -64,7 +64,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     return [*(name for name in METRICS if name in found), *(name for name in found if name not in METRICS)]
 
 
-def reader_of(device: "torch.device") -> "Reader":
+def reader_of(device: "torch.device") -> "CoreReader | GpuReader":
     """What reads the use of a device. Raises DataError where its driver does not answer."""
     from train.device import gpu_uuid
 
@@ -96,22 +96,11 @@ MOST_CORE_SHARE = 0.01
 """What sampling may cost: 1 % of a core."""
 
 
-class Reader(Protocol):
-    """What reads a device. `about` goes into every summary."""
-
-    about: dict[str, Any]
-
-    def read(self) -> dict[str, float]:
-        """The present readings by name, without those that the device does not have."""
-        ...
-
-    def close(self) -> None:
-        """Release what the reader holds."""
-        ...
-
-
 class CoreReader:
-    """Use of each CPU core since the last reading, 0 to 100 percent, from the kernel's counters (10 ms steps)."""
+    """Use of each CPU core since the last reading, 0 to 100 percent, from the kernel's counters (10 ms steps).
+
+    `about` goes into every summary.
+    """
 
     def __init__(self) -> None:
         self.about: dict[str, Any] = {"device": CPU, "driver": "", "missing": {}}
@@ -123,7 +112,7 @@ class CoreReader:
         return [busy_and_all_s(times) for times in psutil.cpu_times(percpu=True)]
 
     def read(self) -> dict[str, float]:
-        """See `Reader.read`. A core whose counters have not changed is left out."""
+        """The present readings by name. A core whose counters have not changed is left out."""
         before, self._before = self._before, self._now()
         found = {}
         for core, ((busy, all_s), (old_busy, old_all_s)) in enumerate(zip(self._before, before, strict=True)):
@@ -207,7 +196,10 @@ class GpuReader:
         return usable
 
     def read(self) -> dict[str, float]:
-        """See `Reader.read`. Raises DataError where the driver stops answering."""
+        """The present readings by name, without those that the device does not have.
+
+        Raises DataError where the driver stops answering.
+        """
         try:
             found: dict[str, float] = {}
             for query in self._queries:
@@ -262,6 +254,9 @@ class _Gpm:
         for sample in (self._old, self._new):
             self._nvml.nvmlGpmSampleFree(sample)
 
+
+Reader = CoreReader | GpuReader
+"""What reads a device."""
 
 # ------------------------------------------------------------------ sampling
 

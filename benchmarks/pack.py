@@ -34,7 +34,6 @@ RATIOS = (
     ("dermscale smart", "FFCV smart"),
     ("dermscale jpg", "webdataset"),
     ("dermscale jpg", "ceiling: bare calls"),
-    ("dermscale jpg", "ceiling: bare OpenCV calls"),
 )
 
 METRICS = {
@@ -177,17 +176,9 @@ def _contents(job: Job) -> list[bytes]:
     return [path.read_bytes() for _, path, _ in samples(job)]
 
 
-def _on_threads(job: Job, encode: Callable[[bytes], int]) -> None:
-    """Encode all originals, on one thread per worker, out of memory and into it."""
+def _bare_calls(job: Job, folder: Path) -> None:
+    """Decode, reduce and encode all originals on one thread per worker, out of memory and into it."""
     import cv2
-
-    cv2.setNumThreads(0)
-    with ThreadPoolExecutor(job.workers) as pool:
-        for size in pool.map(encode, _contents(job)):
-            assert size > 0  # an encoder that gives nothing is fast
-
-
-def _bare_ours(job: Job, folder: Path) -> None:
     import simplejpeg
 
     from shards.encode import shrink
@@ -196,20 +187,10 @@ def _bare_ours(job: Job, folder: Path) -> None:
         small = shrink(simplejpeg.decode_jpeg(data, "RGB"), job.packed_px)
         return len(simplejpeg.encode_jpeg(small, QUALITY, "RGB", "420"))
 
-    _on_threads(job, encode)
-
-
-def _bare_opencv(job: Job, folder: Path) -> None:
-    import cv2
-
-    def encode(data: bytes) -> int:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        assert image is not None  # `prepared` has decoded all originals
-        height, width = packed_size(image.shape[0], image.shape[1], job.packed_px)
-        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].nbytes
-
-    _on_threads(job, encode)
+    cv2.setNumThreads(0)
+    with ThreadPoolExecutor(job.workers) as pool:
+        for size in pool.map(encode, _contents(job)):
+            assert size > 0  # an encoder that gives nothing is fast
 
 
 _OURS_NOTE = (
@@ -244,14 +225,9 @@ PACKERS = {
         ),
         Packer(
             "ceiling: bare calls",
-            _bare_ours,
+            _bare_calls,
             note="simplejpeg's decode and encode calls and this project's reduction on threads, from memory: the "
             "fastest known; nothing is checked or written",
-        ),
-        Packer(
-            "ceiling: bare OpenCV calls",
-            _bare_opencv,
-            note="imdecode (not strict), resize by area, imencode on threads, from memory; nothing is written",
         ),
     )
 }

@@ -114,43 +114,41 @@ def in_words(name: str, rows: Sequence[Row], stalls: Sequence[Row] = ()) -> list
 
 def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[str]:
     """What limits a model on this machine: its own arithmetic, or the loader."""
-    own = [row for row in rows if row.model == model]
-    best = max(
-        (r for r in own if r.metric == "img_per_s" and r.value and "native" in r.system), default=None, key=_value
-    )
-    if best is None or best.value is None:
+    own = [row for row in rows if row.model == model and row.value]
+    loaded = [row for row in own if row.metric == "img_per_s" and "native" in row.system]
+    if not loaded:
         return []
+    best = max(loaded, key=lambda row: row.value or 0.0)
     style = best.system.partition(", ")[0]
-    headspace = next((r for r in own if r.beside.startswith(style) and r.system == best.system and r.value), None)
-    share = next((r for r in own if r.metric == "share_of_peak" and r.system == best.system and r.value), None)
+    of_best = [row for row in own if row.system == best.system]
     text = f"Training: {model} runs fastest {style}, at {number(best.value)} img/s"
-    if headspace is not None and headspace.value is not None:
-        text += f", {100 * headspace.value:.0f} % of its speed without a loader"
+    headspace = next((row for row in of_best if row.beside.startswith(style)), None)
+    if headspace is not None:
+        text += f", {_percent(headspace.value)} % of its speed without a loader"
         limit = _limit(headspace)
         if not limit:
-            low, high = headspace.ends
-            text += f" [{100 * low:.0f}, {100 * high:.0f}]"
+            text += f" [{', '.join(map(_percent, headspace.ends))}]"
             fits = (model, best.system, "accelerator_utilization", "warm", _machine(best))
             of = ((r, (r.model, r.system, r.metric, r.page_cache, _machine(r))) for r in stalls if r.value)
             finer = next((row for row, key in of if key == fits), None)
             limit = _limit(finer) if finer else ""
             if finer and limit:
-                low, high = finer.ends
-                text += f", [{100 * low:.0f}, {100 * high:.0f}] in the stalls benchmark"
+                text += f", [{', '.join(map(_percent, finer.ends))}] in the stalls benchmark"
         text += f": {limit} limits it" if limit else ": the figures do not show whether loading limits it"
-    if share is not None and share.value is not None:
-        text += f"; its operations are {100 * share.value:.0f} % of the measured matrix peak"
+    share = next((row for row in of_best if row.metric == "share_of_peak"), None)
+    if share is not None:
+        text += f"; its operations are {_percent(share.value)} % of the measured matrix peak"
     return [text + "."]
+
+
+def _percent(share: float | None) -> str:
+    return f"{100 * (share or 0.0):.0f}"
 
 
 def _limit(share: Row) -> str:
     """What limits a system that reaches this share of its ceiling; empty where the interval lies across the bound."""
     low, high = share.ends
     return "its own arithmetic" if low >= _BOUND else "loading" if high < _BOUND else ""
-
-
-def _value(row: Row) -> float:
-    return row.value or 0.0
 
 
 def _machine(row: Row) -> str:

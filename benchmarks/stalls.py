@@ -10,29 +10,20 @@ from dataclasses import replace
 
 import click
 
+from benchmarks import training
 from benchmarks.measure import Measurement, Row, Series, paired_row, series_rows, wait_row
 from benchmarks.options import ADD, WORKERS, Settings, benchmark, training_options
 from benchmarks.pages import Page
 from benchmarks.tables import cell, table
-from benchmarks.training import (
-    CACHED,
-    COLD,
-    COLD_DALI,
-    COLD_RAW,
-    DALI,
-    LAST,
-    NATIVE,
-    RAW,
-    RESIDENT,
-    STYLES,
-    TrainingJob,
-    set_up,
-    system_name,
-    train_models,
-)
+from benchmarks.training import CACHED, LAST, STYLES, TrainingJob, set_up, system_name, train_models
 from benchmarks.worker import take_turns
 
-ENGINES = {"jpg": (NATIVE, COLD), "raw": (RAW, COLD_RAW), "resident": (RESIDENT,), "dali": (DALI, COLD_DALI)}
+ENGINES = {
+    "jpg": (training.NATIVE, training.COLD),
+    "raw": (training.RAW, training.COLD_RAW),
+    "resident": (training.RESIDENT,),
+    "dali": (training.DALI, training.COLD_DALI),
+}
 """What is measured of each engine: warm files, and cold ones if the engine reads files during training."""
 AGREE_WITHIN = 0.05
 """The differential stall and the counted wait may differ by this share of the time."""

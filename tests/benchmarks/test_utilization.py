@@ -124,13 +124,7 @@ def test_without_a_gpu_its_columns_are_empty_and_it_says_why(on_cores, tmp_path)
     cores = {row.metric for row in rows if row.metric.startswith("core_")}
     assert {"core_0_percent mean", "core_0_percent max"} <= cores
     assert all(0 <= row.value <= 100 for row in rows if row.metric.startswith("core_"))
-    text = PAGE.text(rows)
-    assert f"The GPU columns are empty: {NO_GPU}" in text
-    header, _, first = [line for line in text.splitlines() if line.startswith("|")][:3]
-    titles, cells = ([c.strip() for c in line.split("|")[1:-1]] for line in (header, first))
-    shown = dict(zip(titles, cells, strict=True))
-    assert shown["CPU cores, mean %, one by one"] and shown["img/s"]
-    assert {shown[title] for title in titles if "SM" in title or "NVML" in title or "PCIe" in title} == {""}
+    assert f"The GPU columns are empty: {NO_GPU}" in PAGE.text(rows)
     assert {m.device for m in moments} == {"CPU"}
 
 
@@ -154,10 +148,6 @@ def test_nvmls_utilization_is_never_the_headline(on_stand_in):
     for line in PAGE.in_words(rows):
         assert line.index("img/s") < line.index("waiting for data") < line.index("(NVML)")
     assert len(PAGE.in_words(rows)) == 2
-
-
-def test_on_a_gpu_both_decoding_loaders_are_watched():
-    assert set(systems("compiled", gpu=True)) - set(systems("compiled")) == {"compiled, dali loader"}
 
 
 def test_a_gpu_that_cannot_tell_something_says_so(job):

@@ -4,7 +4,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from benchmarks.measure import Measurement, Row, ratio_row, series_row, summary_
 from benchmarks.options import Settings, benchmark, quick_option, training_options
 from benchmarks.pages import Page, ratios
 from benchmarks.peers.ours import SHARDS_SPLIT
-from benchmarks.tables import pivot
+from benchmarks.tables import by_metric, pivot
 from benchmarks.worker import SET_UP_LIMIT_S, Running, SystemFailedError, run_module, take_turns
 
 SHARED, ALONE = "one grid, shared worker", "one process per cell"
@@ -163,17 +163,14 @@ def measure_grid(job: GridJob, measurement: Measurement) -> list[Row]:
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """Speed and overhead of both ways, and the ratio of their speeds."""
-    across = [
-        ("cells / s", _is("cells_per_s")),
-        ("overhead, share of the wall time", _is("overhead_share")),
-        ("overhead of the slowest later cell, s", _is("later_cell_s")),
-        ("CPU s / 1,000 cells", _is("cpu_s_per_1000_cells")),
-    ]
-    return [pivot([row for row in rows if not row.beside], across), *ratios(rows, [("cells/s", lambda row: True)])]
-
-
-def _is(metric: str) -> Callable[[Row], bool]:
-    return lambda row: row.metric == metric
+    titles = {
+        "cells_per_s": "cells / s",
+        "overhead_share": "overhead, share of the wall time",
+        "later_cell_s": "overhead of the slowest later cell, s",
+        "cpu_s_per_1000_cells": "CPU s / 1,000 cells",
+    }
+    measured = [row for row in rows if not row.beside]
+    return [pivot(measured, by_metric(titles)), *ratios(rows, [("cells/s", lambda row: True)])]
 
 
 PAGE = Page("grid", "Grid", tables, chart=("cells_per_s", "cells per second"))

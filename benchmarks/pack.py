@@ -17,7 +17,7 @@ from benchmarks.options import ONLY, WORKERS, Settings, benchmark, packed_option
 from benchmarks.pages import Page, packed_sizes, ratios
 from benchmarks.peers.ffcv import beton_payload_bytes, read_beton, write_beton
 from benchmarks.peers.system import need
-from benchmarks.tables import pivot
+from benchmarks.tables import by_metric, pivot
 from benchmarks.worker import Running, take_turns
 from shards.common.errors import DataError
 
@@ -348,7 +348,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
     """A table per packed size, and its ratios."""
     titles = {"img_per_s": "images/s", "cpu_s_per_1000": "CPU s / 1,000"}
     titles |= {metric: title for metric, (_, title) in METRICS.items()}
-    across = [(title, lambda row, metric=metric: row.metric == metric) for metric, title in titles.items()]
+    across = by_metric(titles)
     parts = []
     sizes = packed_sizes(rows)
     for size in dict.fromkeys(sizes):

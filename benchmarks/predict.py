@@ -28,7 +28,7 @@ from benchmarks.measure import Measurement, Row, Sample, Series, interleave, rat
 from benchmarks.options import DEVICE, Settings, benchmark
 from benchmarks.pages import Page, ratios
 from benchmarks.peers.ours import SHARDS_JPG, SHARDS_SPLIT
-from benchmarks.tables import cell, pivot, table
+from benchmarks.tables import by_metric, cell, pivot, table
 from benchmarks.worker import Running, SystemFailedError, run_module, take_turns
 from shards.common.errors import DataError
 from shards.format import MANIFEST, Manifest
@@ -290,8 +290,7 @@ def rows_of(
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """Speeds, their ratios, and the starts."""
-    across = [("img/s", lambda row: row.metric == "img_per_s")]
-    across.append(("CPU s / 1,000", lambda row: row.metric == "cpu_s_per_1000"))
+    across = by_metric({"img_per_s": "img/s", "cpu_s_per_1000": "CPU s / 1,000"})
     starts = [[row.system, cell(row)] for row in rows if row.metric == "start_s"]
     about = dict.fromkeys(f"{row.model}, {row.resolution_px} px, packed at {row.packed}" for row in rows if row.packed)
     return [

@@ -4,7 +4,7 @@ import csv
 import io
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,11 @@ def _machine(machine: Environment) -> str:
         f"- {machine.cpu}, {machine.cores} cores, {clock_text(machine)} MHz, {machine.ram_gib} GiB; GPU: {gpu}\n"
         f"- {machine.kernel}, Python {machine.python}; {machine.versions}\n"
     )
+
+
+def by_metric(titles: Mapping[str, str]) -> list[tuple[str, Callable[[Row], bool]]]:
+    """Columns for `pivot`, one for each metric. titles: metric → title."""
+    return [(title, lambda row, metric=metric: row.metric == metric) for metric, title in titles.items()]
 
 
 def pivot(rows: Sequence[Row], across: Sequence[tuple[str, Callable[[Row], bool]]]) -> str:

@@ -19,9 +19,7 @@ from benchmarks.training import (
     _LOADERS,
     CACHED,
     COLD,
-    COLD_DALI,
     COLD_RAW,
-    DALI,
     FOLDER,
     FP32,
     IN_FP32,
@@ -71,17 +69,7 @@ def waited_s(name: str, job: TrainingJob) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "source"),
-    [
-        ("eager NCHW", CACHED),
-        (f"eager NCHW{FP32}", FOLDER),
-        ("channels-last", NATIVE),
-        ("channels-last", COLD),
-        ("channels-last", RAW),
-        ("channels-last", COLD_RAW),
-        ("channels-last", RESIDENT),
-        ("channels-last", DALI),
-        ("channels-last", COLD_DALI),
-    ],
+    [("eager NCHW", CACHED), (f"eager NCHW{FP32}", FOLDER), *(("channels-last", source) for source in _LOADERS)],
 )
 def test_every_way_to_train_makes_steps(job, style, source):
     name = system_name(style, source)
@@ -202,8 +190,8 @@ def test_systems_stand_still_while_others_have_their_turn(job, monkeypatch, benc
 
 
 def test_no_other_process_has_the_files_mapped_that_are_dropped():
-    cold = [_LOADERS[source][0].name for source in (COLD, COLD_RAW, COLD_DALI)]
-    warm = [_LOADERS[source][0].name for source in (NATIVE, RAW, RESIDENT, DALI)]
+    cold = [kind.name for source, (kind, _) in _LOADERS.items() if source.endswith("cold files")]
+    warm = [kind.name for source, (kind, _) in _LOADERS.items() if not source.endswith("cold files")]
     assert len({*cold}) == len(cold) and not {*cold} & {*warm}
 
 

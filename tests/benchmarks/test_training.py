@@ -68,12 +68,12 @@ def waited_s(name: str, job: TrainingJob) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("style", "source"),
+    ("style", "batches"),
     [("eager NCHW", CACHED), (f"eager NCHW{FP32}", FOLDER), *(("channels-last", source) for source in _LOADERS)],
 )
-def test_every_way_to_train_makes_steps(job, style, source):
-    name = system_name(style, source)
-    found = in_a_process_of_its_own(stepped, name, job) if source == FOLDER else stepped(name, job)
+def test_every_way_to_train_makes_steps(job, style, batches):
+    name = system_name(style, batches)
+    found = in_a_process_of_its_own(stepped, name, job) if batches == FOLDER else stepped(name, job)
     assert found == (8, True, {})
 
 

@@ -428,7 +428,7 @@ def training_steps(data: Path, model: str, device: torch.device, settings: Setti
     with ExitStack() as stack:
         stack.callback(workspace.close)
         selections = choose_data(config, workspace.open(data), family, world)
-        run = prepare(config, family, world, workspace, selections, None, stack)
+        run = prepare(config, family, world, workspace, selections, {}, stack)
         progress = Progress()
         compile_and_distribute(run, progress, Silent())
         batches = stack.enter_context(closing(_endless(run.loaders["train"])))

@@ -121,7 +121,7 @@ def evaluation(job: PredictJob, selection: "Selection") -> Callable[[], int]:
     from train import device as devices
     from train import models
     from train.distributed import World
-    from train.evaluation import answers
+    from train.evaluation import logits_of
     from train.inference.predictor import read_about
     from train.record import WEIGHTS
     from train.weights import read_weights
@@ -137,9 +137,9 @@ def evaluation(job: PredictJob, selection: "Selection") -> Callable[[], int]:
     world = World(device=device)
 
     def once() -> int:
-        found = answers(net, loader, "fp32", world, lambda done: None)
+        found = logits_of(net, loader, "fp32", world, lambda done: None)
         assert found is not None  # a single process is the first rank
-        return len(found.samples)
+        return len(found)
 
     return once
 

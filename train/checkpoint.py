@@ -1,12 +1,10 @@
 """The checkpoint: one file from which an interrupted run continues to the same weights. It is replaced as a whole."""
 
 import pickle
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 
 from shards.common.errors import DataError, one_line
@@ -51,20 +49,10 @@ class Progress:
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, text, lists, dicts) to checkpoint.pt, whole or not at all."""
     with whole_file(folder / FILE) as file:
-        torch.save({"version": VERSION, **state}, cast(IO[bytes], _Plain(file)))
-
-
-class _Plain:
-    """A file for torch.save that raises the operating system's own error (a full disk) instead of torch's."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, data: Any) -> int:
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
+        try:
+            torch.save({"version": VERSION, **state}, file)
+        except RuntimeError as error:  # torch's own, raised while it handles that of a disk that has become full
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -86,13 +74,8 @@ def load(folder: Path) -> dict[str, Any] | None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the random generators of torch, numpy and Python, in plain types."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "torch": devices.random_state(device),
-        "numpy": [name, [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
-        "python": random.getstate(),
-    }
+    """The state of torch's random generators. Nothing in a run draws from those of numpy or Python."""
+    return {"torch": devices.random_state(device)}
 
 
 def set_random_states(device: torch.device, states: list[dict[str, Any]], rank: int, position: tuple[int, int]) -> None:
@@ -100,18 +83,12 @@ def set_random_states(device: torch.device, states: list[dict[str, Any]], rank: 
 
     A rank that did not exist then is seeded from the position, (seed, step): its numbers are new but reproducible.
     """
-    if rank >= len(states):
-        seed_everything((position[0] << 32) + position[1], rank)
-        return
-    devices.set_random_state(device, states[rank]["torch"])
-    name, keys, *rest = states[rank]["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    random.setstate(states[rank]["python"])
+    if rank < len(states):
+        devices.set_random_state(device, states[rank]["torch"])
+    else:
+        seed_torch((position[0] << 32) + position[1], rank)
 
 
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed torch (all devices), numpy and Python. Each rank has a seed of its own for dropout; rank 0 has `seed`."""
-    own = (seed + rank * 0x9E3779B97F4A7C15) % 2**64
-    torch.manual_seed(own - 2**64 if own >= 2**63 else own)
-    np.random.seed(own % 2**32)
-    random.seed(own)
+def seed_torch(seed: int, rank: int = 0) -> None:
+    """Seed torch on all devices. Each rank has a seed of its own for dropout; rank 0 has `seed`."""
+    torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**64)

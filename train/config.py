@@ -123,11 +123,6 @@ class Config:
                 f"the ramp goes up in steps of {RAMP_STEP_PX} px"
             )
 
-    @property
-    def batch_change(self) -> float:
-        """The global batch size over that of the recipes."""
-        return self.batch_size / 64
-
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
         return asdict(self)
@@ -161,7 +156,7 @@ def training_options(command: Callable[..., Any], run_only: bool = False) -> Cal
 def resolved(config: Config, family: str) -> Config:
     """`config` with every None that a recipe knows filled in from that of a model family."""
     recipe = RECIPES[family]
-    lr = recipe.lr * config.batch_change**recipe.lr_power
+    lr = recipe.lr * (config.batch_size / 64) ** recipe.lr_power
     if config.pretrained or config.weights:
         lr *= recipe.finetune
     return replace(

@@ -8,25 +8,13 @@ class Console(Protocol):
 
     def say(self, text: str) -> None:
         """Print one line."""
-        ...
 
     def warn(self, text: str) -> None:
         """Print one warning."""
-        ...
 
     def at(self, what: str, done: int, total: int) -> None:
         """Show how much of a phase (`epoch 3/12`, `test`) is done. Called at every step."""
-        ...
 
 
-class Silent:
+class Silent(Console):
     """Prints nothing: for all ranks but the first, and for library use."""
-
-    def say(self, text: str) -> None:
-        """Do nothing."""
-
-    def warn(self, text: str) -> None:
-        """Do nothing."""
-
-    def at(self, what: str, done: int, total: int) -> None:
-        """Do nothing."""

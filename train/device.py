@@ -102,11 +102,6 @@ def process_group_backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def own_gpu(device: torch.device) -> list[int] | None:
-    """The `device_ids` of DistributedDataParallel: this process's GPU, None on a CPU."""
-    return [device.index] if device.type == "cuda" else None
-
-
 def sync_batch_norm(model: nn.Module) -> None:
     """Replace every batch norm in `model` by PyTorch's own over all processes, which needs a GPU for each."""
     from timm.layers.norm_act import convert_sync_batchnorm  # also converts timm's layers with an activation inside
@@ -115,12 +110,6 @@ def sync_batch_norm(model: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------ precision
-
-
-def has_bf16_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("amx_tile"))
 
 
 def precision(device: torch.device, wanted: str) -> Decision:
@@ -141,7 +130,8 @@ def precision(device: torch.device, wanted: str) -> Decision:
         raise UsageError("--precision fp16: needs a GPU; use fp32, or bf16 if the CPU has it")
     if wanted != "auto":
         return Decision(wanted, "asked for")
-    if has_bf16_instructions():
+    found = torch.cpu.get_capabilities()
+    if found.get("avx512_bf16") or found.get("amx_bf16") or found.get("amx_tile"):
         # resnet18 1.7 times as fast at 128 px, vit_b16 1.4 times at 64 px, on one core of an AMD EPYC (Zen 4)
         return Decision("bf16", "this CPU multiplies bfloat16 in hardware")
     return Decision("fp32", "this CPU has no bfloat16 instructions")
@@ -186,11 +176,6 @@ def optimizer(groups: Iterable[dict[str, Any]], name: str, lr: float) -> torch.o
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     raise UsageError(f"optimizer '{name}' is unknown: use sgd-nesterov or adamw")
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
-    """Shorten the gradient to a norm of `largest` if it is longer. No host sync."""
-    torch.nn.utils.clip_grad_norm_(parameters, largest, error_if_nonfinite=False)
 
 
 # ------------------------------------------------------------------ time, memory, random state

@@ -6,13 +6,12 @@ whole batch. So the gradient equals that of one process, however uneven the slic
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class World:
         """A model whose gradients are averaged over the ranks after each backward pass."""
         if self.size == 1:
             return model
-        ids = devices.own_gpu(self.device)
+        ids = None if self.device.index is None else [self.device.index]
         parallel = nn.parallel.DistributedDataParallel
         # buffers (running means) are used in evaluation alone: `same_buffers` sends them once before it
         known = inspect.signature(parallel).parameters
@@ -113,11 +112,6 @@ class World:
         everything: list[Any] | None = [None] * self.size if self.first else None
         dist.gather_object(mine, everything, dst=0, group=self.flags)
         return everything or []
-
-    def gather_rows(self, mine: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays of all ranks, joined along their first axis, on the first rank; empty on the others."""
-        parts = self.gather(dict(mine))
-        return {name: np.concatenate([part[name] for part in parts]) for name in mine} if parts else {}
 
 
 @contextmanager

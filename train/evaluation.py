@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Collection
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from train import models
 from train.checkpoint import Progress
 from train.distributed import World
 from train.loss import LOGITS_PRIOR
-from train.metrics.calibration import at_prior, softmax
+from train.metrics.calibration import probabilities
 from train.metrics.run_metrics import evaluate
 from train.metrics.scores import balanced_accuracy
 from train.models import Classifier
@@ -27,18 +27,10 @@ from train.record import RESULT, WEIGHTS, RunFolder, write_predictions
 from train.weights import write_weights
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The logits of a split. samples: (N,) int64 sample numbers, ascending; logits: (N, classes) float32."""
-
-    samples: np.ndarray
-    logits: np.ndarray
-
-
-def answers(
+def logits_of(
     net: Classifier, loader: Loader, precision: str, world: World, between: Callable[[int], None]
-) -> Answers | None:
-    """The logits of a whole split, each sample once, on the first rank; None on the others.
+) -> np.ndarray | None:
+    """The (N, classes) float32 logits of a whole split, in the order of its selection; None on ranks after the first.
 
     net: holds the weights to evaluate. It is not compiled, because an evaluation is too short for that. loader: of a
     whole split. between: called after each batch with the number of batches done. Padded samples are dropped. Raises
@@ -58,57 +50,57 @@ def answers(
         net.train(was_training)
     # fetched once, at the end, so that the device never waits for the host before
     samples, logits, mask = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    rows = world.gather_rows({"samples": samples[mask], "logits": logits[mask]})
-    if not rows:
+    ranks = world.gather((samples[mask], logits[mask]))
+    if not ranks:
         return None
-    order = np.argsort(rows["samples"], kind="stable")
-    found = rows["samples"][order]
-    if not np.array_equal(found, loader.selection.samples):
-        raise ValueError(f"an evaluation of {len(loader.selection)} samples gave {len(found)} answers or wrong ones")
-    return Answers(found, rows["logits"][order])
+    samples, logits = (np.concatenate(parts) for parts in zip(*ranks, strict=True))
+    order = np.argsort(samples, kind="stable")
+    if not np.array_equal(samples[order], loader.selection.samples):
+        raise ValueError(f"an evaluation of {len(loader.selection)} samples gave {len(samples)} answers or wrong ones")
+    return logits[order]
 
 
 # ------------------------------------------------------------------ the end of a run
 
 
 def finish(
-    run: Run, folder: RunFolder, progress: Progress, found: dict[str, Answers | None], unwanted: Collection[str]
+    run: Run,
+    folder: RunFolder,
+    progress: Progress,
+    val_logits: np.ndarray,
+    test_logits: np.ndarray,
+    unwanted: Collection[str],
 ) -> dict[str, Any]:
     """Write predictions.parquet, model.safetensors (if it is wanted) and, last, result.json; return its content.
 
-    found: answers on `val` and `test`, in float32 whatever the training precision, so that anyone can repeat them.
+    val_logits, test_logits: `logits_of`, in float32 whatever the training precision, so that anyone can repeat them.
     """
     began = time.perf_counter()
     config, prior = run.config, LOGITS_PRIOR[run.config.loss]
-    parts = {split: one for split, one in found.items() if one is not None}
-    labels = {split: run.selections[split].labels for split in parts}
-    test, rows = run.selections["test"], parts["test"].samples
+    val, test = run.selections["val"], run.selections["test"]
     lesions = {split: _lesions(selection) for split, selection in run.selections.items()}
     measured = functools.partial(
         evaluate,
-        parts["test"].logits,
-        labels["test"],
+        test_logits,
+        test.labels,
         None if lesions["test"] is None else test.lesion_ids,
-        split=run.data.column("split")[rows],
+        split=run.data.column("split")[test.samples],
         image_id=test.image_ids,
         logits_prior=prior,
         training_prior=run.class_counts,
-        val_logits=parts["val"].logits,
-        val_labels=labels["val"],
+        val_logits=val_logits,
+        val_labels=val.labels,
     )
     metrics = measured(prior=prior)
     at_training_prior = metrics if prior == "training" else measured(prior="training")
     progress.seconds["eval"] += time.perf_counter() - began
     began = time.perf_counter()
-    temperature = used_temperature(metrics)
-    shares = {
-        split: softmax(
-            at_prior(one.logits, estimated=prior, wanted=prior, training_prior=run.class_counts) / temperature
-        )
-        for split, one in parts.items()
-    }
+    temperature, logits = used_temperature(metrics), [val_logits, test_logits]
+    priors = {"estimated": prior, "wanted": prior, "training_prior": run.class_counts}
     about = {"prior": prior, "temperature": repr(temperature)}
-    write_predictions(folder.path, run.data, {s: (one.samples, one.logits) for s, one in parts.items()}, shares, about)
+    write_predictions(
+        folder.path, [val, test], logits, [probabilities(one, temperature, **priors) for one in logits], about
+    )
     if WEIGHTS not in unwanted:
         write_weights(folder.path / WEIGHTS, run.step.reported.body, _metadata(run, prior, temperature))
     parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
@@ -132,7 +124,7 @@ def finish(
         "steps": progress.step,
         "test": metrics,
         "test_training_prior": at_training_prior,
-        "val": {"balanced_accuracy": balanced_accuracy(parts["val"].logits, labels["val"])},
+        "val": {"balanced_accuracy": balanced_accuracy(val_logits, val.labels)},
         "train_loss": progress.loss,
         "weights": f"average with decay {config.ema}" if config.ema else "of the last step",
         "parameters": parameters,

@@ -5,11 +5,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from shards.common.errors import DermscaleError
@@ -18,8 +19,9 @@ from train import device as devices
 from train.checkpoint import Progress
 from train.config import Config, learning_rate, resolved
 from train.console import Console, Silent
+from train.device import Decision
 from train.distributed import World
-from train.evaluation import Answers, answers, finish
+from train.evaluation import finish, logits_of
 from train.metrics.scores import balanced_accuracy
 from train.prepare import Run, choose_data, compile_and_distribute, prepare, reduction_warning
 from train.record import ENVIRONMENT, RunFolder, environment, read_decisions, read_result
@@ -63,191 +65,188 @@ def train_once(
     started = time.perf_counter() if started is None else started
     world, console = world or World(), console or Silent()
     with ExitStack() as stack:
+        stack.enter_context(_full_memory_in_one_line(config))
         if workspace is None:
             workspace = Workspace()
             stack.callback(workspace.engines.close)
-        try:
-            return _train(config, out, resume, world, workspace, stop, console, started, unwanted, stack)
-        except RuntimeError as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            raise DermscaleError(
-                f"{config.model} at {config.resolution} px with batch size {config.batch_size} does not fit into the "
-                "memory; choose a smaller --batch-size or --resolution"
-            ) from None
 
+        # ------------------------------------------------------------------ settings, data, folder, earlier state
 
-def _train(
-    config: Config,
-    out: Path,
-    resume: bool,
-    world: World,
-    workspace: Workspace,
-    stop: Callable[[], bool],
-    console: Console,
-    started: float,
-    unwanted: Collection[str],
-    stack: ExitStack,
-) -> dict[str, Any]:
-    # ------------------------------------------------------------------ settings, data, folder, earlier state
+        device = world.device
+        devices.reset_peak_memory(device)
+        models.check_resolution(config.model, config.resolution, config.start_resolution)
+        family = models.family(config.model)
+        config = resolved(config, family)
+        selections = choose_data(config, workspace.open(config.data), family, world)
+        folder: RunFolder | None = None  # on the first rank only
 
-    device = world.device
-    devices.reset_peak_memory(device)
-    models.check_resolution(config.model, config.resolution, config.start_resolution)
-    family = models.family(config.model)
-    config = resolved(config, family)
-    selections = choose_data(config, workspace.open(config.data), family, world)
-    folder: RunFolder | None = None  # on the first rank only
+        def open_folder() -> tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, Decision]]:
+            nonlocal folder
+            folder = stack.enter_context(RunFolder(out, config, resume))
+            result, state = read_result(out), checkpoint.load(out)
+            # Decisions are read from environment.json: it is older than the first checkpoint, and it names the machine.
+            here = environment(selections["train"].data, devices.environment(device), {}, world.size)
+            return result, state, read_decisions(out, here)
 
-    def open_folder() -> tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, tuple[str, str]] | None]:
-        nonlocal folder
-        folder = stack.enter_context(RunFolder(out, config, resume))
-        result, state = read_result(out), checkpoint.load(out)
-        # Decisions are read from environment.json: it is older than the first checkpoint, and it names the machine.
-        here = environment(selections["train"].data, devices.environment(device), {}, world.size)
-        return result, state, read_decisions(out, here)
+        result, state, earlier = world.from_first(open_folder)
+        if result is not None:
+            console.say(f"{out}: this run is finished")
+            return result if world.first else {}
 
-    result, state, recorded = world.from_first(open_folder)
-    if result is not None:
-        console.say(f"{out}: this run is finished")
-        return result if world.first else {}
+        def say(text: str) -> None:
+            console.say(text)
+            if folder is not None:
+                folder.log(text)
 
-    def say(text: str) -> None:
-        console.say(text)
-        if folder is not None:
-            folder.log(text)
+        # ------------------------------------------------------------------ network, decisions, compiling
 
-    # ------------------------------------------------------------------ network, decisions, compiling
-
-    progress = Progress(**state["progress"]) if state else Progress()
-    run: Run = prepare(config, family, world, workspace, selections, recorded, stack)
-    progress.seconds["start"] += time.perf_counter() - started
-    if (warning := reduction_warning(run.loaders["test"])) and warning not in workspace.warned:
-        workspace.warned.add(warning)
-        console.warn(warning)
-    compile_and_distribute(run, progress, console)
-    mark = time.perf_counter()
-    if state:
-        run.load(state, progress.step)
-        checkpoint.set_random_states(device, state["random"], world.rank, (config.seed, progress.step))
-        say(f"{out}: continuing at step {progress.step} of {run.total}")
-    if folder is not None:
-        folder.rewind(state["metrics_bytes"] if state else 0, progress.step)
-        folder.write(ENVIRONMENT, environment(run.data, devices.environment(device), run.decisions, world.size))
-    for name, decision in run.decisions.items():
-        say(f"{name}: {decision.value} ({decision.reason})")
-    sizes = ", ".join(f"{split} {len(selection)}" for split, selection in selections.items())
-    say(f"images: {sizes}; {len(run.sizes)} epochs, {run.total} steps of {config.batch_size} images")
-    progress.seconds["start"] += time.perf_counter() - mark
-
-    # ------------------------------------------------------------------ what happens between steps
-
-    losses = torch.zeros(LOG_STEPS, device=device)
-    rates: list[float] = []  # learning rates of the steps whose losses are still on the device
-    saved = time.monotonic()
-
-    def fetch() -> None:
-        """Fetch the losses since the last fetch, check and record them. This is the only host sync of training."""
-        values = world.sum(losses[: len(rates)].clone()).tolist()
-        good = list(itertools.takewhile(math.isfinite, values))
-        first = progress.step - len(rates)
-        for value in good:
-            progress.epoch_loss += value
-        if folder is not None:
-            folder.steps(first, progress.epoch, good, rates[: len(good)])
-        if len(good) < len(values):
-            bad, step, lr = values[len(good)], first + len(good), rates[len(good)]
-            raise DermscaleError(
-                f"the loss is {bad} at step {step} (epoch {progress.epoch + 1}, learning rate {lr:.3g}): "
-                f"use a lower --lr{'' if run.step.precision == 'fp32' else ' or --precision fp32'}"
-            )
-        rates.clear()
-
-    def save() -> None:
-        """Write a checkpoint of the current state. Every rank takes part."""
-        nonlocal saved
-        began = time.perf_counter()
-        random_states = world.gather(checkpoint.random_state(device))
-        if folder is not None:
-            position = {"random": random_states, "metrics_bytes": folder.metrics_bytes(), "progress": asdict(progress)}
-            checkpoint.save(folder.path, position | run.state())
-        saved = time.monotonic()
-        progress.seconds["save"] += time.perf_counter() - began
-
-    def stopped() -> Stopped:
-        return Stopped(f"{out}: stopped at step {progress.step} of {run.total}; go on with --resume")
-
-    def between(split: str, done: int) -> None:
-        """Between two batches of an evaluation: show the progress, and stop if any rank was asked to."""
-        console.at(split, done, len(run.loaders[split]))
-        if world.agree(stop(), False)[0]:
-            save()
-            raise stopped()
-
-    def evaluate(split: str, precision: str) -> Answers | None:
-        began = time.perf_counter()
-        found = answers(run.step.reported, run.loaders[split], precision, world, functools.partial(between, split))
-        progress.seconds["eval"] += time.perf_counter() - began
-        return found
-
-    # ------------------------------------------------------------------ train
-
-    loader = run.loaders["train"]
-    for epoch, px in list(enumerate(run.sizes))[progress.epoch :]:
-        steps = min(len(loader), run.total - epoch * len(loader))
+        progress = Progress(**state["progress"]) if state else Progress()
+        run: Run = prepare(config, family, world, workspace, selections, earlier, stack)
+        progress.seconds["start"] += time.perf_counter() - started
+        if (warning := reduction_warning(run.loaders["test"])) and warning not in workspace.warned:
+            workspace.warned.add(warning)
+            console.warn(warning)
+        compile_and_distribute(run, progress, console)
         mark = time.perf_counter()
-        for batch in _batches(loader, epoch, px, steps, progress):
-            lr = learning_rate(config, progress.step, run.total)
-            losses[len(rates)] = run.step(batch.images, batch.colour, batch.labels, lr)
-            rates.append(lr)
-            progress.step += 1
-            progress.epoch_step += 1
-            console.at(f"epoch {epoch + 1}/{len(run.sizes)}", progress.epoch_step, steps)
-            due = world.first and time.monotonic() - saved >= config.checkpoint_s
-            stopping, saving = world.agree(stop(), due)
-            if stopping or saving or len(rates) == LOG_STEPS or progress.epoch_step == steps:
-                fetch()
-                progress.epoch_train_s += time.perf_counter() - mark
-                if stopping or saving:
-                    save()
-                if stopping:
-                    raise stopped()
-                mark = time.perf_counter()
-
-        # -------------------------------------------------------------- end of the epoch: one line
-
-        numbers: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "loss": progress.epoch_loss / steps,
-            "img_per_s": steps * config.batch_size / progress.epoch_train_s,
-            "data_wait_fraction": progress.epoch_wait_s / progress.epoch_train_s,
-            "resolution_px": px,
-        }
-        line = f"epoch {epoch + 1:3d}/{len(run.sizes)}  loss {numbers['loss']:.4f}"
-        due = (epoch + 1) % config.eval_epochs == 0 or epoch + 1 == len(run.sizes)
-        if due and (found := evaluate("val", run.step.precision)):
-            numbers["val_balanced_accuracy"] = balanced_accuracy(found.logits, selections["val"].labels)
-            line += f"  val balanced accuracy {numbers['val_balanced_accuracy']:.3f}"
-        line += f"  {numbers['img_per_s']:.1f} img/s  data wait {100 * numbers['data_wait_fraction']:.1f} %"
-        say(line + (f"  {px} px" if config.start_resolution else ""))
+        if state:
+            run.load(state, progress.step)
+            checkpoint.set_random_states(device, state["random"], world.rank, (config.seed, progress.step))
+            say(f"{out}: continuing at step {progress.step} of {run.total}")
         if folder is not None:
-            folder.epoch(progress.step, numbers)
-        progress.end_epoch(steps * config.batch_size)
-        devices.give_back(world.device)  # the next allocations have other sizes: evaluation, or another resolution
+            folder.rewind(state["metrics_bytes"] if state else 0, progress.step)
+            folder.write(ENVIRONMENT, environment(run.data, devices.environment(device), run.decisions, world.size))
+        for name, decision in run.decisions.items():
+            say(f"{name}: {decision.value} ({decision.reason})")
+        sizes = ", ".join(f"{split} {len(selection)}" for split, selection in selections.items())
+        say(f"images: {sizes}; {len(run.sizes)} epochs, {run.total} steps of {config.batch_size} images")
+        progress.seconds["start"] += time.perf_counter() - mark
 
-    # ------------------------------------------------------------------ the weights of the last step, measured
+        # ------------------------------------------------------------------ what happens between steps
 
-    # This checkpoint is for a crash in what follows. If it will be deleted anyway, it is written only when one is due:
-    # after a crash, training continues from the last one, or from the start, and ends with the same weights.
-    if world.from_first(lambda: checkpoint.FILE not in unwanted or time.monotonic() - saved >= config.checkpoint_s):
-        save()
-    final = {split: evaluate(split, "fp32") for split in ("val", "test")}
-    world.settle()
-    if folder is None:
-        return {}
-    result = finish(run, folder, progress, final, unwanted)
-    say(result["summary"])
-    return result
+        losses = torch.zeros(LOG_STEPS, device=device)
+        rates: list[float] = []  # learning rates of the steps whose losses are still on the device
+        saved = time.monotonic()
+
+        def fetch() -> None:
+            """Fetch the losses since the last fetch, check and record them. This is the only host sync of training."""
+            values = world.sum(losses[: len(rates)].clone()).tolist()
+            good = list(itertools.takewhile(math.isfinite, values))
+            first = progress.step - len(rates)
+            for value in good:
+                progress.epoch_loss += value
+            if folder is not None:
+                folder.steps(first, progress.epoch, good, rates[: len(good)])
+            if len(good) < len(values):
+                bad, step, lr = values[len(good)], first + len(good), rates[len(good)]
+                raise DermscaleError(
+                    f"the loss is {bad} at step {step} (epoch {progress.epoch + 1}, learning rate {lr:.3g}): "
+                    f"use a lower --lr{'' if run.step.precision == 'fp32' else ' or --precision fp32'}"
+                )
+            rates.clear()
+
+        def save() -> None:
+            """Write a checkpoint of the current state. Every rank takes part."""
+            nonlocal saved
+            began = time.perf_counter()
+            random_states = world.gather(checkpoint.random_state(device))
+            if folder is not None:
+                position = {
+                    "random": random_states,
+                    "metrics_bytes": folder.metrics_bytes(),
+                    "progress": asdict(progress),
+                }
+                checkpoint.save(folder.path, position | run.state())
+            saved = time.monotonic()
+            progress.seconds["save"] += time.perf_counter() - began
+
+        def stopped() -> Stopped:
+            return Stopped(f"{out}: stopped at step {progress.step} of {run.total}; go on with --resume")
+
+        def between(split: str, done: int) -> None:
+            """Between two batches of an evaluation: show the progress, and stop if any rank was asked to."""
+            console.at(split, done, len(run.loaders[split]))
+            if world.agree(stop(), False)[0]:
+                save()
+                raise stopped()
+
+        def evaluate(split: str, precision: str) -> np.ndarray | None:
+            began, loader = time.perf_counter(), run.loaders[split]
+            found = logits_of(run.step.reported, loader, precision, world, functools.partial(between, split))
+            progress.seconds["eval"] += time.perf_counter() - began
+            return found
+
+        # ------------------------------------------------------------------ train
+
+        loader = run.loaders["train"]
+        for epoch, px in list(enumerate(run.sizes))[progress.epoch :]:
+            steps = min(len(loader), run.total - epoch * len(loader))
+            mark = time.perf_counter()
+            for batch in _batches(loader, epoch, px, steps, progress):
+                lr = learning_rate(config, progress.step, run.total)
+                losses[len(rates)] = run.step(batch.images, batch.colour, batch.labels, lr)
+                rates.append(lr)
+                progress.step += 1
+                progress.epoch_step += 1
+                console.at(f"epoch {epoch + 1}/{len(run.sizes)}", progress.epoch_step, steps)
+                due = world.first and time.monotonic() - saved >= config.checkpoint_s
+                stopping, saving = world.agree(stop(), due)
+                if stopping or saving or len(rates) == LOG_STEPS or progress.epoch_step == steps:
+                    fetch()
+                    progress.epoch_train_s += time.perf_counter() - mark
+                    if stopping or saving:
+                        save()
+                    if stopping:
+                        raise stopped()
+                    mark = time.perf_counter()
+
+            # -------------------------------------------------------------- end of the epoch: one line
+
+            numbers: dict[str, Any] = {
+                "epoch": epoch + 1,
+                "loss": progress.epoch_loss / steps,
+                "img_per_s": steps * config.batch_size / progress.epoch_train_s,
+                "data_wait_fraction": progress.epoch_wait_s / progress.epoch_train_s,
+                "resolution_px": px,
+            }
+            line = f"epoch {epoch + 1:3d}/{len(run.sizes)}  loss {numbers['loss']:.4f}"
+            due = (epoch + 1) % config.eval_epochs == 0 or epoch + 1 == len(run.sizes)
+            if due and (found := evaluate("val", run.step.precision)) is not None:
+                numbers["val_balanced_accuracy"] = balanced_accuracy(found, selections["val"].labels)
+                line += f"  val balanced accuracy {numbers['val_balanced_accuracy']:.3f}"
+            line += f"  {numbers['img_per_s']:.1f} img/s  data wait {100 * numbers['data_wait_fraction']:.1f} %"
+            say(line + (f"  {px} px" if config.start_resolution else ""))
+            if folder is not None:
+                folder.epoch(progress.step, numbers)
+            progress.end_epoch(steps * config.batch_size)
+            devices.give_back(world.device)  # the next allocations have other sizes: evaluation, or another resolution
+
+        # ------------------------------------------------------------------ the weights of the last step, measured
+
+        # This checkpoint is for a crash in what follows. If it will be deleted anyway, it is written only when one is
+        # due: after a crash, training continues from the last one, or from the start, to the same weights.
+        if world.from_first(lambda: checkpoint.FILE not in unwanted or time.monotonic() - saved >= config.checkpoint_s):
+            save()
+        val, test = evaluate("val", "fp32"), evaluate("test", "fp32")
+        world.settle()
+        if folder is None or val is None or test is None:  # on ranks after the first
+            return {}
+        result = finish(run, folder, progress, val, test, unwanted)
+        say(result["summary"])
+        return result
+
+
+@contextmanager
+def _full_memory_in_one_line(config: Config) -> Iterator[None]:
+    """Turn the device's error about full memory into one line (DermscaleError)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise DermscaleError(
+            f"{config.model} at {config.resolution} px with batch size {config.batch_size} does not fit into the "
+            "memory; choose a smaller --batch-size or --resolution"
+        ) from None
 
 
 def _batches(loader: "Loader", epoch: int, px: int, steps: int, progress: Progress) -> "Iterator[Batch]":

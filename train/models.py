@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -102,10 +103,8 @@ def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
                 )
         return
     body = _skeleton(name, px).eval()
-    for size in (
-        *range(least, px, RAMP_STEP_PX),
-        px,
-    ):  # the ends may be divisible by the patch (14 px: 224 and 448) and no size between
+    # every size of the ramp: the ends may be divisible by the patch (14 px: 224 and 448) and no size between
+    for size in (*range(least, px, RAMP_STEP_PX), px):
         try:
             body(torch.empty(1, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -113,10 +112,9 @@ def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
 
 
 def _fixed_size(name: str) -> bool:
-    from timm.models import get_pretrained_cfg
+    from timm.models import get_pretrained_cfg_value
 
-    found = get_pretrained_cfg(name)
-    return bool(found is not None and found.fixed_input_size)
+    return bool(get_pretrained_cfg_value(name, "fixed_input_size"))
 
 
 def _is_dynamic(name: str) -> bool:
@@ -208,25 +206,18 @@ def _from_timm(
 ) -> tuple[nn.Module, Norm | None]:
     import timm
 
+    with downloading(name) if pretrained else nullcontext():
+        body: Any = timm.create_model(timm_model, pretrained=pretrained, num_classes=classes, **sizes)
     if pretrained:
-        with downloading(name):
-            body = timm.create_model(timm_model, pretrained=True, num_classes=classes, **sizes)
-        return body, (tuple(_settings(body)["mean"]), tuple(_settings(body)["std"]))
-    body = timm.create_model(timm_model, num_classes=classes, **sizes)
+        return body, (tuple(body.pretrained_cfg["mean"]), tuple(body.pretrained_cfg["std"]))
     if found is None:
         return body, None
     adapt = getattr(import_module(type(body).__module__), "checkpoint_filter_fn", None)
     if adapt is not None:  # timm's own renaming, and resampling of position embeddings
         found.state = dict(adapt(found.state, body))
-    head = _settings(body).get("classifier", "")
+    head = body.pretrained_cfg.get("classifier", "")
     load_fitting(body, found, head if isinstance(head, str) else "")
     return body, found.norm
-
-
-def _settings(body: nn.Module) -> dict[str, Any]:
-    """timm's settings of a model: normalisation of its pretrained weights, name of its classifier, …"""
-    found: Any = body.pretrained_cfg
-    return found
 
 
 # ------------------------------------------------------------------ parameters and cost

@@ -21,7 +21,9 @@ from shards.common.errors import DataError, UsageError
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file: CSV, or as --json or --isic say.")
 @click.option("--json", "as_json", is_flag=True, help="JSON, which also lists the refused files with the reasons.")
 @click.option("--isic", is_flag=True, help="CSV in the submission format of ISIC 2018 Task 3.")
-@click.option("--prior", show_default="the run's own", help="Class frequencies to assume: balanced or training.")
+@click.option(
+    "--prior", type=click.Choice(["balanced", "training"]), show_default="the run's own", help="Frequencies of classes."
+)
 @click.option("--flips", is_flag=True, help="Average over the image and its three mirror images (4 times the work).")
 @click.option("--explain", is_flag=True, help="Also draw which parts of each image support its most likely class.")
 @click.option(
@@ -49,8 +51,6 @@ def main(
     """
     if as_json and isic:
         raise UsageError("--json and --isic exclude each other: choose one")
-    if prior not in (None, "balanced", "training"):
-        raise UsageError(f"--prior '{prior}' is unknown: use balanced or training")
     _check_outputs(out, explain_out if explain else None)
     # Pillow warns about tags that it cannot read; what is wrong with an image is reported below
     warnings.filterwarnings("ignore", module="PIL")

@@ -107,15 +107,15 @@ def prepare(
     world: World,
     workspace: Workspace,
     selections: dict[str, Selection],
-    recorded: dict[str, tuple[str, str]] | None,
+    earlier: dict[str, Decision],
     stack: ExitStack,
 ) -> Run:
-    """Build a run, not yet compiled or distributed. recorded: the decisions of an earlier start, if they still hold.
+    """Build a run, not yet compiled or distributed.
 
-    stack: closes the loaders. Raises UsageError or DataError as the parts do.
+    earlier: the decisions of an earlier start that still hold. stack: closes the loaders. Raises UsageError or
+    DataError as the parts do.
     """
     device, data = world.device, selections["train"].data
-    earlier = {name: Decision(*taken) for name, taken in (recorded or {}).items()}
     if earlier:
         torch.set_num_threads(int(earlier["threads"].value))
     precision = earlier.get("precision") or devices.precision(device, config.precision)
@@ -172,4 +172,4 @@ def compile_and_distribute(run: Run, progress: Progress, console: Console) -> No
     progress.seconds["compile"] += run.compilation.compile(run.step, run.config, sizes, run.world, console)
     run.step.distribute(run.world)
     # again, because deciding and compiling may have drawn random numbers
-    checkpoint.seed_everything(run.config.seed, run.world.rank)
+    checkpoint.seed_torch(run.config.seed, run.world.rank)

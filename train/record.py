@@ -32,6 +32,7 @@ from shards.kernels import load as kernels
 from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read_config
 
 if TYPE_CHECKING:
+    from shards import Selection
     from shards.shardset import ShardSet
     from train.device import Decision
 
@@ -216,22 +217,23 @@ def environment(
     }
 
 
-def read_decisions(folder: Path, here: dict[str, Any]) -> dict[str, tuple[str, str]] | None:
-    """What an earlier start of the run in `folder` decided: by name, the value and its reason.
+def read_decisions(folder: Path, here: dict[str, Any]) -> "dict[str, Decision]":
+    """What an earlier start of the run in `folder` decided, by name.
 
-    here: `environment` of this start. None if there was no earlier start, if the file is damaged, or if it is of
+    here: `environment` of this start. Empty if there was no earlier start, if the file is damaged, or if it is of
     another machine or of other versions: then everything is decided again.
     """
+    from train.device import Decision
+
     try:
         before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
         if any(before.get(name) != here.get(name) for name in _DECIDED_FROM) or _chip(before) != _chip(here):
-            return None
-        taken = before["decisions"]
-        found = {name: (str(taken[name]["value"]), str(taken[name]["reason"])) for name in (*_CHOICES, "threads")}
-        known = all(found[name][0] in choices and found[name][0] != "auto" for name, choices in _CHOICES.items())
-        return found if known and int(found["threads"][0]) >= 1 else None
+            return {}
+        found = {name: Decision(**before["decisions"][name]) for name in (*_CHOICES, "threads")}
+        known = all(found[name].value in choices and found[name].value != "auto" for name, choices in _CHOICES.items())
+        return found if known and int(found["threads"].value) >= 1 else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return {}
 
 
 def _chip(environment: dict[str, Any]) -> str:
@@ -241,25 +243,24 @@ def _chip(environment: dict[str, Any]) -> str:
 
 def write_predictions(
     folder: Path,
-    data: "ShardSet",
-    parts: dict[str, tuple[np.ndarray, np.ndarray]],
-    probabilities: dict[str, np.ndarray],
+    selections: "list[Selection]",
+    logits: list[np.ndarray],
+    probabilities: list[np.ndarray],
     about: dict[str, str],
 ) -> None:
     """predictions.parquet: image_id, lesion_id, split, label, `logit_<dx>` and `prob_<dx>`, one row an image.
 
-    parts[split]: sample numbers (N,) int64 and logits (N, 7) float32; probabilities[split]: (N, 7) float64; about: the
-    prior and temperature of the probabilities, which become the file's metadata.
+    selections: the splits. logits, probabilities: (N, 7) float of each. about: the prior and temperature of the
+    probabilities, which become the file's metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    samples = np.concatenate([rows for rows, _ in parts.values()])
-    logits = np.concatenate([values for _, values in parts.values()]).astype(np.float32)
-    shares = np.concatenate([probabilities[split] for split in parts]).astype(np.float32)
+    data, samples = selections[0].data, np.concatenate([one.samples for one in selections])
     columns = {name: data.column(name)[samples] for name in ("image_id", "lesion_id", "split", "label")}
-    columns |= {f"logit_{dx}": logits[:, c] for c, dx in enumerate(CLASSES)}
-    columns |= {f"prob_{dx}": shares[:, c] for c, dx in enumerate(CLASSES)}
+    for kind, parts in (("logit", logits), ("prob", probabilities)):
+        values = np.concatenate(parts).astype(np.float32)
+        columns |= {f"{kind}_{dx}": values[:, c] for c, dx in enumerate(CLASSES)}
     content = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(about), content)
     write_durably(folder / PREDICTIONS, content.getvalue())

@@ -65,11 +65,11 @@ def serve(folder: Path, data: Path | None, port: int, max_upload_mb: int, device
         from train.inference.output import NOTICE
 
         try:
-            run = starting.result()
+            about, credit = starting.result()
         except BrokenExecutor:
             raise DermscaleError("the model process ended while it loaded the run; is the memory full?") from None
         try:
-            blocks = page.build(partial(ask, process), run)
+            blocks = page.build(partial(ask, process), about, credit)
             blocks.queue(max_size=20).launch(
                 server_name=HOST,
                 server_port=port,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train import device as devices
 from train import models
@@ -69,7 +69,7 @@ class TrainingStep:
             group["lr"] = lr
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
-            devices.clip_gradients(self.net.parameters(), self.clip)
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -41,11 +41,11 @@ def read_weights(path: Path) -> Weights:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file (--weights)")
+    from safetensors import SafetensorError, safe_open
+
     norm = None
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -53,11 +53,7 @@ def read_weights(path: Path) -> Weights:
                 norm = (tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"])))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: no readable weights ({one_line(error, 160)})") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise DataError(f"{path}: no readable weights ({one_line(error, 160)})") from None
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -70,35 +66,28 @@ def read_weights(path: Path) -> Weights:
     return Weights(str(path), state, norm)
 
 
-def load_fitting(body: nn.Module, weights: Weights, classifier: str) -> None:
+def load_fitting(body: nn.Module, weights: Weights, classifier: str = "", assign: bool = False) -> None:
     """Load weights into a network. A classifier for another number of classes keeps its random weights.
 
-    classifier: the name of the last layer. Raises DataError, with the first tensor that does not fit.
+    classifier: the name of the last layer. assign: as for `load_state_dict`. Raises DataError, with the first tensors
+    that do not fit.
     """
     own, state = body.state_dict(), dict(weights.state)
     for name in (f"{classifier}.weight", f"{classifier}.bias"):
         if name in state and name in own and state[name].shape != own[name].shape:
             state[name] = own[name]
-    missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name not in own]
-    wrong = [
-        f"{name} is {tuple(state[name].shape)} and must be {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    for what, names in (("lacks", missing), ("has no place for", foreign), ("does not fit:", wrong)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise DataError(f"{weights.source}: weights of another model or size: it {what} {names[0]}{more}")
-    body.load_state_dict(state)
+    try:
+        body.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        reason = one_line(str(error).partition(":")[2], 200)
+        raise DataError(f"{weights.source}: weights of another model or size ({reason})") from None
 
 
-def write_weights(path: Path, body: nn.Module | dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_weights(path: Path, body: nn.Module, metadata: dict[str, str]) -> None:
     """Write a network's tensors as safetensors, under their plain names. The file is replaced as a whole."""
     from safetensors.torch import save
 
-    state = body.state_dict() if isinstance(body, nn.Module) else body
-    plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    plain = {name: value.detach().cpu().contiguous() for name, value in body.state_dict().items()}
     content = save(plain, metadata=metadata)
     header, tensors_at = _in_order(content)
     with whole_file(path) as file:

@@ -11,7 +11,7 @@ from shards import ShardSet
 from shards.engines.choose import EnginePool
 from train import device as devices
 from train import models
-from train.checkpoint import seed_everything
+from train.checkpoint import seed_torch
 from train.compiling import Compilation
 from train.config import Config
 from train.distributed import World
@@ -48,7 +48,7 @@ class Workspace:
 
     def network(self, config: Config, data: ShardSet, world: World) -> Classifier:
         """The network of a run, on its device, with the weights that the run starts from."""
-        seed_everything(config.seed)
+        seed_torch(config.seed)
         fresh = models.build(
             config.model,
             config.resolution,

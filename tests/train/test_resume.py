@@ -1,6 +1,7 @@
 """A run that dies or is stopped anywhere is resumed to the same bits, with the decisions of its first start."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import torch
 from shards import ShardSet
 from shards.common.errors import DataError
 from tests.support.train_runs import assert_same_run, at, child_environment, small, start_worker
+from train import checkpoint
 from train import device as devices
 from train.config import Config
+from train.device import Decision
 from train.loop import Stopped, train_once
 from train.record import environment, read_decisions
 
@@ -204,14 +207,14 @@ def test_decisions_that_are_damaged_or_of_another_machine_are_not_kept(
     before = here | {"decisions": {name: {"value": value, "reason": "why"} for name, value in taken.items()}}
     path = tmp_path / "environment.json"
     path.write_text(json.dumps(before | {"host": "renamed", "started": "before"}))
-    assert read_decisions(tmp_path, here) == {name: (value, "why") for name, value in taken.items()}
+    assert read_decisions(tmp_path, here) == {name: Decision(value, "why") for name, value in taken.items()}
     if "decision" in changes:
         name, value = changes["decision"]
         before["decisions"][name]["value"] = value
     else:
         before |= changes
     path.write_text(json.dumps(before))
-    assert read_decisions(tmp_path, here) is None
+    assert read_decisions(tmp_path, here) == {}
 
 
 @pytest.mark.parametrize("content", [None, b"[]", b"\xff"], ids=str)
@@ -252,6 +255,21 @@ def test_with_a_checkpoint_too_decisions_are_kept_only_where_they_were_taken(
 
 
 # ------------------------------------------------------------------ the checkpoint
+
+
+def test_a_disk_that_fills_up_within_a_checkpoint_is_the_systems_error(tmp_path: Path) -> None:
+    """torch then raises an error of its own, which names neither the disk nor the file."""
+    checkpoint.save(tmp_path, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as error:
+            checkpoint.save(tmp_path, {"step": 2, "weights": torch.zeros(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.filename == str(tmp_path / "checkpoint.pt")
+    state = checkpoint.load(tmp_path)
+    assert state is not None and state["step"] == 1
 
 
 def test_a_damaged_checkpoint_is_named(tiny_shards: Path, tmp_path: Path) -> None:

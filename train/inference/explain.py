@@ -43,21 +43,15 @@ class Explainer:
         predictor = self._predictor
         inputs = predictor.inputs(squares).requires_grad_()
         target = torch.from_numpy(classes.astype(np.int64)).to(predictor.device)
-        if self._form == "channels":
-            found = _attribute(LayerGradCam(predictor.net.body, self._layer), inputs, target)[:, 0]
-        else:
-            found = _attribute(LayerGradientXActivation(predictor.net.body, self._layer), inputs, target).sum(-1)
-            if self._form == "patches":
-                found = found[:, self._skip :]
-                found = found.unflatten(1, (round(found.shape[1] ** 0.5), -1))  # the image is a square
-        found = found.detach().relu()
+        method: Any = LayerGradCam if self._form == "channels" else LayerGradientXActivation
+        found = method(predictor.net.body, self._layer).attribute(inputs, target).detach()
+        found = found[:, 0] if self._form == "channels" else found.sum(-1)
+        if self._form == "patches":
+            found = found[:, self._skip :]
+            found = found.unflatten(1, (round(found.shape[1] ** 0.5), -1))  # the image is a square
+        found = found.relu()
         top = found.amax((1, 2), keepdim=True)
         return torch.where(top > 0, found / top.clamp_min(1e-30), 0.0).float().cpu().numpy()
-
-
-def _attribute(method: Any, inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The result of captum for one layer: one tensor."""
-    return method.attribute(inputs, target)
 
 
 def _layer(body: Any, model: str, resolution: int) -> tuple[nn.Module, str]:

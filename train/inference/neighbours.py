@@ -6,9 +6,9 @@ Similarity is the cosine of the angle between two images' features. A lesion cou
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,9 @@ from safetensors.numpy import save
 from shards import Loader, Selection, ShardSet
 from shards.common.errors import DataError
 from shards.common.files import write_durably
+from shards.encode import shrink
 from train.config import read_config
+from train.inference.output import Neighbour
 from train.inference.predictor import Predictor
 from train.record import CONFIG, WEIGHTS, read_result
 
@@ -28,15 +30,8 @@ _BATCH = 16
 """Images at a time. A prediction that arrives in between waits for one batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Neighbour:
-    """One lesion of the training split. sample: number of its nearest image; cosine: −1 to 1."""
-
-    sample: int
-    image_id: str
-    lesion_id: str
-    dx: str
-    cosine: float
+_PICTURE_PX = 180
+"""The longer side of a similar lesion's picture."""
 
 
 def training_selection(run: Path, data: Path | None = None) -> Selection:
@@ -107,23 +102,23 @@ class Neighbours:
             write_durably(self._path, save({"features": self._features}, metadata=self._identity))
 
     def nearest(self, features: np.ndarray, count: int) -> list[Neighbour]:
-        """The `count` nearest lesions to (F,) features, nearest first. Raises ValueError before `ready`."""
+        """The `count` nearest lesions to (F,) features, nearest first.
+
+        Raises ValueError before `ready`, DataError if the picture of one is damaged.
+        """
         if self._features is None:
             raise ValueError("the features of the training images are not computed yet")
         cosines = self._features @ (features / max(float(np.linalg.norm(features)), 1e-12))
         order = np.argsort(-cosines, kind="stable")
         data, samples, lesions = self.selection.data, self.selection.samples, self.selection.lesion_ids.astype(str)
         first = np.sort(np.unique(lesions[order], return_index=True)[1])  # the nearest image of each lesion
-        return [
-            Neighbour(
-                sample=int(samples[row]),
-                image_id=str(data.column("image_id")[samples[row]]),
-                lesion_id=str(lesions[row]),
-                dx=str(data.column("dx")[samples[row]]),
-                cosine=float(cosines[row]),
-            )
-            for row in order[first[:count]].tolist()
-        ]
+        found = []
+        for row in order[first[:count]].tolist():
+            sample = int(samples[row])
+            image_id, dx = (str(data.column(name)[sample]) for name in ("image_id", "dx"))
+            picture = cv2.imencode(".jpg", shrink(data.pixels(sample), _PICTURE_PX)[:, :, ::-1])[1].tobytes()
+            found.append(Neighbour(sample, image_id, str(lesions[row]), dx, float(cosines[row]), picture))
+        return found
 
     def _load(self) -> np.ndarray | None:
         """The features of the run folder; None where there are none, or they are of other weights or images."""

@@ -1,4 +1,7 @@
-"""Predictions as text: lines for people, CSV, JSON, and the submission format of ISIC 2018 Task 3."""
+"""What is said about an image, and predictions as text: lines for people, CSV, JSON, ISIC 2018 Task 3's submission.
+
+This file needs neither torch nor scipy, because the process of the web page imports it too.
+"""
 
 import csv
 import io
@@ -6,14 +9,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shards.common.errors import UsageError
-
-if TYPE_CHECKING:
-    from train.inference.predictor import About
+from shards.format import EncodeSpec
 
 NOTICE = "Research software, not a medical device. Do not use it to diagnose or treat anyone."
 """Shown with every prediction."""
@@ -26,6 +26,39 @@ PRIORS = {
     "training": "classes are as frequent as in the training images",
 }
 """What probabilities assume, by the name of their prior."""
+
+
+@dataclass(frozen=True)
+class About:
+    """The description in model.safetensors.
+
+    resolution: side of the images in px. mean, std: RGB, 0 to 1. encode: how images were packed. eval_crop: share of
+    the image that is cropped. prior: that of the logits. temperature: the divisor of the logits. class_counts: training
+    images of each class.
+    """
+
+    model: str
+    resolution: int
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    encode: EncodeSpec
+    eval_crop: float
+    prior: str
+    temperature: float
+    class_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """One lesion of the training split. sample: number of its nearest image; cosine: −1 to 1; picture: a small JPEG."""
+
+    sample: int
+    image_id: str
+    lesion_id: str
+    dx: str
+    cosine: float
+    picture: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +87,7 @@ class Refused:
 class Results:
     """The results of one command. prior: that of the probabilities. flips: whether mirror images were averaged."""
 
-    about: "About"
+    about: About
     run: Path
     prior: str
     flips: bool

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.inference.output import NOTICE, PRIORS
+from train.inference.output import NOTICE, PRIORS, About
 
 if TYPE_CHECKING:
-    from train.inference.worker import Answer, ServedRun
+    from train.inference.worker import Answer
 
 NAMES = {
     "akiec": "actinic keratosis or intraepithelial carcinoma",
@@ -36,15 +36,16 @@ def class_name(dx: str) -> str:
     return f"{dx}: {NAMES[dx]}" if dx in NAMES else dx
 
 
-def build(ask: Callable[[bytes], "Answer | str"], run: "ServedRun") -> Any:
+def build(ask: Callable[[bytes], "Answer | str"], about: About, credit: str) -> Any:
     """The page, a `gradio.Blocks`.
 
     ask: the bytes of an image file → its results, or the reason why there are none. Called for one image at a time.
+    credit: the source of the training images, and their licence.
     """
     import gradio as gr
 
     with gr.Blocks(title="dermscale", analytics_enabled=False, delete_cache=(60, 60)) as page:
-        gr.Markdown(f"# dermscale: {run.model} at {run.resolution_px} px\n\n**{NOTICE}**")
+        gr.Markdown(f"# dermscale: {about.model} at {about.resolution} px\n\n**{NOTICE}**")
         with gr.Row():
             with gr.Column():
                 upload = gr.File(label="Drop a dermoscopic image here", elem_id="upload")
@@ -66,18 +67,18 @@ def build(ask: Callable[[bytes], "Answer | str"], run: "ServedRun") -> Any:
                 refused = f'<p class="refused">{html.escape(file.name)} {html.escape(answer)}.</p>'
                 return None, refused, None, "", ""
             probabilities = {class_name(dx): p for dx, p in answer.probabilities.items()}
-            return None, _message(file.name, run), probabilities, _pictures(answer), _similar(answer, run)
+            return None, _message(file.name, about), probabilities, _pictures(answer), _similar(answer, credit)
 
         outputs = [upload, message, label, pictures, similar]
         upload.upload(show, upload, outputs, concurrency_limit=1, api_visibility="private", show_progress="minimal")
     return page
 
 
-def _message(name: str, run: "ServedRun") -> str:
-    scaled = "" if run.temperature == 1 else f" They are calibrated with a temperature of {run.temperature:.3g}."
+def _message(name: str, about: About) -> str:
+    scaled = "" if about.temperature == 1 else f" They are calibrated with a temperature of {about.temperature:.3g}."
     return (
         f"<p><b>{html.escape(name)}</b> (the upload has been deleted). The probabilities assume that "
-        f"{PRIORS[run.prior]} ({run.prior} prior).{scaled}</p>"
+        f"{PRIORS[about.prior]} ({about.prior} prior).{scaled}</p>"
     )
 
 
@@ -96,7 +97,7 @@ def _pictures(answer: "Answer") -> str:
     return f'<div class="pair">{image}{overlay}</div>'
 
 
-def _similar(answer: "Answer", run: "ServedRun") -> str:
+def _similar(answer: "Answer", credit: str) -> str:
     if not answer.similar:
         return f"<p>{html.escape(answer.similar_note)}</p>"
     figures = []
@@ -105,5 +106,5 @@ def _similar(answer: "Answer", run: "ServedRun") -> str:
         caption = f"<b>{html.escape(one.dx)}</b>, similarity {one.cosine:.2f}<br><span class='small'>{ids}</span>"
         figures.append(_figure("jpeg", one.picture, f"a training lesion: {one.dx}", caption))
     head = "<h3>The most similar training lesions for this model, with their diagnoses</h3>"
-    credit = f"<p class='small'>{html.escape(run.credit)}</p>"
-    return f'{head}<div class="similar">{"".join(figures)}</div>{credit}'
+    source = f"<p class='small'>{html.escape(credit)}</p>"
+    return f'{head}<div class="similar">{"".join(figures)}</div>{source}'

@@ -32,36 +32,15 @@ from shards.format import EncodeSpec
 from shards.plan import Augment, evaluation_plan
 from train import device as devices
 from train.inference.images import Picture, read_image
-from train.inference.output import Prediction, Refused
+from train.inference.output import About, Prediction, Refused
 from train.inference.resnet import LAYERS, ResNet
-from train.metrics.calibration import at_prior, check_prior, softmax
+from train.metrics.calibration import probabilities
 from train.record import CONFIG, RESULT, WEIGHTS
-from train.weights import read_weights
+from train.weights import load_fitting, read_weights
 
 if TYPE_CHECKING:
     from train.inference.explain import Explainer
     from train.models import Classifier
-
-
-@dataclass(frozen=True)
-class About:
-    """The description in model.safetensors.
-
-    resolution: side of the images in px. mean, std: RGB, 0 to 1. encode: how images were packed. eval_crop: share of
-    the image that is cropped. prior: that of the logits. temperature: the divisor of the logits. class_counts: training
-    images of each class.
-    """
-
-    model: str
-    resolution: int
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    encode: EncodeSpec
-    eval_crop: float
-    prior: str
-    temperature: float
-    class_counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +108,7 @@ def load_network(run: Path, about: About) -> "Classifier":
         net = models.Classifier(InputHead(about.mean, about.std), ResNet(about.model, len(about.classes)))
     else:
         net = models.build(about.model, about.resolution, len(about.classes), about.mean, about.std)
-    try:
-        net.body.load_state_dict(weights.state, assign=quick)
-    except RuntimeError as error:
-        raise DataError(f"{run / WEIGHTS}: these are not the weights of {about.model} ({error})") from None
+    load_fitting(net.body, weights, assign=quick)
     return net.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
 
 
@@ -197,15 +173,10 @@ class Predictor:
             return found.float().flatten(1).cpu().numpy()
 
     def probabilities(self, logits: np.ndarray, prior: str | None = None) -> np.ndarray:
-        """(N, classes) probabilities after temperature scaling, at `prior` (default: the run's own).
-
-        Scaling comes first, then the change of prior, because the temperature was fitted at the run's own prior.
-        """
+        """(N, classes) probabilities after temperature scaling, at `prior` (default: the run's own)."""
         about = self.about
-        wanted = prior or about.prior
-        check_prior(wanted)
-        scaled = logits / about.temperature
-        return softmax(at_prior(scaled, estimated=about.prior, wanted=wanted, training_prior=about.class_counts))
+        priors = {"estimated": about.prior, "wanted": prior or about.prior, "training_prior": about.class_counts}
+        return probabilities(logits, about.temperature, **priors)
 
 
 def predict_files(

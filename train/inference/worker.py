@@ -15,22 +15,10 @@ if TYPE_CHECKING:
 
     from train.inference.explain import Explainer
     from train.inference.neighbours import Neighbours
+    from train.inference.output import About, Neighbour
     from train.inference.predictor import Predictor, Prepared
 
 NEIGHBOURS = 6
-_SHOWN_PX = 180
-"""The longer side of a similar lesion's picture."""
-
-
-@dataclass(frozen=True)
-class SimilarLesion:
-    """A training lesion: its diagnosis, its ids, the cosine of its features (−1 to 1), and its picture (JPEG)."""
-
-    dx: str
-    image_id: str
-    lesion_id: str
-    cosine: float
-    picture: bytes
 
 
 @dataclass(frozen=True)
@@ -44,19 +32,8 @@ class Answer:
     image: bytes
     overlay: bytes
     overlay_note: str
-    similar: list[SimilarLesion]
+    similar: "list[Neighbour]"
     similar_note: str
-
-
-@dataclass(frozen=True)
-class ServedRun:
-    """What the page shows about the run. credit: the source of the training images, and their licence."""
-
-    model: str
-    prior: str
-    temperature: float
-    resolution_px: int
-    credit: str
 
 
 @dataclass
@@ -72,15 +49,15 @@ class _Session:
     stopping: threading.Event = field(default_factory=threading.Event)
 
 
-_sessions: list[
-    _Session
-] = []  # empty, or the one session: the pool calls plain functions, which can keep it nowhere else
+_sessions: list[_Session] = []
+"""Empty, or the one session: the pool calls plain functions, which can keep it nowhere else."""
 
 
-def start(run: Path, data: Path | None, device: str) -> ServedRun:
+def start(run: Path, data: Path | None, device: str) -> "tuple[About, str]":
     """Load the run, and compute the features of its training images in a thread. Raises DataError or UsageError.
 
-    Without the run's shard set there are no similar lesions, and the page says why.
+    Returns the run's description, and the source of its training images with their licence. Without the run's shard set
+    there are no similar lesions, and the page says why.
     """
     from shards.common.cli import importing
     from shards.common.errors import DermscaleError
@@ -103,8 +80,7 @@ def start(run: Path, data: Path | None, device: str) -> ServedRun:
         session.why_no_neighbours = str(error)
     _sessions.append(session)
     threading.Thread(target=_prepare, args=(session,), name="prepare", daemon=True).start()
-    about = session.predictor.about
-    return ServedRun(about.model, about.prior, about.temperature, about.resolution, credit)
+    return session.predictor.about, credit
 
 
 def _prepare(session: _Session) -> None:
@@ -114,7 +90,7 @@ def _prepare(session: _Session) -> None:
     """
     import captum.attr  # noqa: F401 (so that the first answer need not wait for it)
 
-    from shards.common.errors import DermscaleError
+    from shards.common.errors import DermscaleError, one_line
 
     if session.neighbours is None or session.neighbours.ready:
         return
@@ -124,8 +100,8 @@ def _prepare(session: _Session) -> None:
 
     try:
         session.neighbours.compute(session.lock, at, session.stopping.is_set)
-    except DermscaleError as error:
-        session.why_no_neighbours = str(error)  # first, because `answer` may run at the same time
+    except (DermscaleError, OSError, MemoryError, RuntimeError) as error:  # a full GPU is a RuntimeError
+        session.why_no_neighbours = one_line(error, 200)  # first, because `answer` may run at the same time
         session.neighbours = None
 
 
@@ -176,12 +152,9 @@ def _overlay(session: _Session, prepared: "Prepared", of_class: int) -> tuple[by
     return png(overlay(prepared, evidence)), ""
 
 
-def _similar(session: _Session, features: "np.ndarray") -> tuple[list[SimilarLesion], str]:
+def _similar(session: _Session, features: "np.ndarray") -> "tuple[list[Neighbour], str]":
     """The most similar training lesions; an empty list with the reason if they cannot be shown."""
-    import cv2
-
     from shards.common.errors import DermscaleError
-    from shards.encode import shrink
 
     neighbours = session.neighbours
     if neighbours is None:
@@ -189,12 +162,7 @@ def _similar(session: _Session, features: "np.ndarray") -> tuple[list[SimilarLes
     if not neighbours.ready:
         total = len(neighbours.selection)
         return [], f"The training images are still being processed ({session.done} of {total}). Try again later."
-    found = []
-    for one in neighbours.nearest(features, NEIGHBOURS):
-        try:
-            small = shrink(neighbours.selection.data.pixels(one.sample), _SHOWN_PX)
-        except DermscaleError as error:
-            return [], f"Similar training lesions cannot be shown: {error}"
-        picture = cv2.imencode(".jpg", small[:, :, ::-1])[1].tobytes()
-        found.append(SimilarLesion(one.dx, one.image_id, one.lesion_id, one.cosine, picture))
-    return found, ""
+    try:
+        return neighbours.nearest(features, NEIGHBOURS), ""
+    except DermscaleError as error:
+        return [], f"Similar training lesions cannot be shown: {error}"

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shards.common.errors import DataError, UsageError
-from train.metrics.bootstrap import CONFIDENCE, Groups, LesionBootstrap, estimate, number, ratio
+from train.metrics.bootstrap import CONFIDENCE, Floats, Groups, Ints, LesionBootstrap, estimate, number, ratio
 
 PRIORS = ("balanced", "training")
 """`balanced`: every class equally likely. `training`: as likely as among the training images of the run."""
@@ -17,9 +16,6 @@ BINS = 15
 """Equal-width bins of confidence, as in Guo et al. 2017, "On calibration of modern neural networks" (ICML)."""
 
 TEMPERATURE_LIMITS = (0.05, 20.0)
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 def check_prior(name: str) -> None:
@@ -51,11 +47,11 @@ def at_prior(logits: Any, *, estimated: str, wanted: str, training_prior: Sequen
     A class without training images gets −inf (probability 0).
     """
     check_prior(estimated)
+    check_prior(wanted)
     shares = class_prior("training", training_prior)
     moved = np.array(logits, dtype=np.float64)
     if moved.ndim != 2 or moved.shape[1] != shares.size:
         raise DataError(f"logits have shape {moved.shape}, and the training prior has {shares.size} classes")
-    check_prior(wanted)
     trained = shares > 0
     if estimated != wanted:
         sign = 1.0 if wanted == "training" else -1.0
@@ -69,6 +65,17 @@ def softmax(logits: Floats) -> Floats:
     from scipy.special import softmax as scipy_softmax
 
     return scipy_softmax(logits, axis=1)
+
+
+def probabilities(
+    logits: Any, temperature: float, *, estimated: str, wanted: str, training_prior: Sequence[float] | Floats
+) -> Floats:
+    """(N, C) probabilities of raw logits: first the temperature, then the change of prior (`at_prior`).
+
+    In this order, because the temperature was fitted at the prior that the logits stand for.
+    """
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    return softmax(at_prior(scaled, estimated=estimated, wanted=wanted, training_prior=training_prior))
 
 
 def prior_weights(labels: Ints, weights: Floats, prior: Floats) -> Floats:

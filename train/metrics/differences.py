@@ -11,15 +11,13 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DataError
 from shards.format import CLASSES
-from train.metrics.bootstrap import CONFIDENCE, LesionBootstrap, mean_freedom, number, pooled_freedom
+from train.metrics.bootstrap import CONFIDENCE, Floats, LesionBootstrap, mean_freedom, number, pooled_freedom
 from train.metrics.scores import Scores, check_test, replicate
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COMPARED = ("balanced_accuracy", "accuracy", "macro_auc", "macro_f1", "malignant_auc")
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

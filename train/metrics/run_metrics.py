@@ -18,6 +18,7 @@ from shards.common.errors import DataError
 from shards.format import CLASSES
 from train.metrics.bootstrap import (
     CONFIDENCE,
+    Floats,
     LesionBootstrap,
     estimate,
     exact_interval,
@@ -52,8 +53,6 @@ SCALARS = (
 """Keys of a result that hold one {"value", "low", "high"}; `per_class` holds those of CLASS_SCALARS."""
 
 CLASS_SCALARS = ("precision", "recall", "f1", "auc")
-
-Floats = NDArray[np.float64]
 
 
 def evaluate(

@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DataError
 from shards.format import CLASSES
-from train.metrics.bootstrap import Groups, LesionBootstrap, ratio
+from train.metrics.bootstrap import Floats, Groups, Ints, LesionBootstrap, ratio
 from train.metrics.calibration import ConfidenceBins, at_prior, class_prior, prior_weights, softmax
 
 MALIGNANT = tuple(sorted(CLASSES.index(name) for name in ("mel", "bcc", "akiec")))
 MELANOMA = CLASSES.index("mel")
 SPECIFICITY = 0.90
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 def check_test(split: Sequence[str] | NDArray[Any], image_id: Sequence[str] | NDArray[Any] | None = None) -> None:
@@ -184,23 +181,16 @@ class Scores:
             alarms, caught, _ = metrics.roc_curve(truth, score, sample_weight=weights, drop_intermediate=False)
             return float(caught[alarms <= 1 - SPECIFICITY + 1e-9].max())
 
-        def recall_of(truth: NDArray[np.bool_], called: NDArray[np.bool_]) -> float:
-            return float(metrics.recall_score(truth, called, sample_weight=weights, zero_division=np.nan))  # pyright: ignore[reportArgumentType]
-
-        names = np.arange(self.classes)
-        confusion = metrics.confusion_matrix(self.labels, self.called, labels=names, sample_weight=weights)
-        of_class: Any = metrics.precision_recall_fscore_support(
-            self.labels,
-            self.called,
-            labels=names,
-            sample_weight=weights,
-            zero_division=np.nan,  # pyright: ignore[reportArgumentType]
-        )
+        names, options = np.arange(self.classes), {"sample_weight": weights, "zero_division": np.nan}
+        of_class: Any = metrics.precision_recall_fscore_support(self.labels, self.called, labels=names, **options)
         precision, recall, f1 = of_class[0], of_class[1], np.where(self.present, of_class[2], np.nan)
         auc = np.array([area(self.labels == c, self.probabilities[:, c]) for c in names])
-        called_malignant = self.danger >= 0.5
+        of_danger: Any = metrics.precision_recall_fscore_support(
+            self.malignant, self.danger >= 0.5, labels=[False, True], **options
+        )
+        specificity, sensitivity_at_half = of_danger[1]
         return {
-            "confusion": confusion,
+            "confusion": metrics.confusion_matrix(self.labels, self.called, labels=names, sample_weight=weights),
             "recall": recall,
             "precision": precision,
             "f1": f1,
@@ -213,8 +203,8 @@ class Scores:
                 self.labels == MELANOMA, self.probabilities[:, MELANOMA]
             ),
             "malignant_auc": area(self.malignant, self.danger),
-            "malignant_sensitivity": recall_of(self.malignant, called_malignant),
-            "malignant_specificity": recall_of(~self.malignant, ~called_malignant),
+            "malignant_sensitivity": sensitivity_at_half,
+            "malignant_specificity": specificity,
             "malignant_sensitivity_at_90_specificity": sensitivity(self.malignant, self.danger),
         }
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import cv2
 import numpy as np
 import pandas as pd
@@ -273,7 +274,7 @@ def test_wrong_usage_is_reported_before_any_work(runs, raw, mixed, tmp_path):
     (tmp_path / "file").write_text("")
     for arguments, kind, text in (
         ((run, image, "--json", "--isic"), UsageError, "exclude each other"),
-        ((run, image, "--prior", "uniform"), UsageError, "balanced or training"),
+        ((run, image, "--prior", "uniform"), click.BadParameter, "'balanced', 'training'"),
         ((run, mixed / "good.jpg", mixed / "good.png", "--isic"), UsageError, "both named good"),
         ((tmp_path, image, "--out", tmp_path), UsageError, "is a folder; give the name of a file"),
         ((tmp_path, image, "--out", tmp_path / "none" / "a.csv"), UsageError, "none is not a folder; create it"),
@@ -291,7 +292,7 @@ def test_wrong_usage_is_reported_before_any_work(runs, raw, mixed, tmp_path):
 
 def test_weights_of_another_model_are_refused(runs):
     about = read_about(runs["quick"])
-    with pytest.raises(DataError, match="not the weights of resnet34"):
+    with pytest.raises(DataError, match="weights of another model or size"):
         load_network(runs["quick"], replace(about, model="resnet34"))
 
 

@@ -78,6 +78,16 @@ def test_damaged_training_images_cost_only_the_similar_lesions(folder):
     assert "cannot be shown" in found.similar_note and "damaged in" in found.similar_note
 
 
+def test_a_failure_while_features_are_computed_is_shown(folder, monkeypatch):
+    def full(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("train.inference.neighbours.Neighbours.compute", full)
+    started(folder)
+    found = worker.answer(training_image(folder)[0])
+    assert found.overlay and found.similar_note.endswith("cannot be shown: CUDA out of memory")
+
+
 def test_a_similar_lesion_that_is_damaged_later_costs_only_the_similar_lesions(folder):
     image, damage = training_image(folder)
     started(folder)

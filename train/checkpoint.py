@@ -73,15 +73,11 @@ def load(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of torch's random generators. Nothing in a run draws from those of numpy or Python."""
-    return {"torch": devices.random_state(device)}
-
-
 def set_random_states(device: torch.device, states: list[dict[str, Any]], rank: int, position: tuple[int, int]) -> None:
-    """Restore what `random_state` gave on this rank.
+    """Restore torch's random generators on this rank. Nothing in a run draws from those of numpy or Python.
 
-    A rank that did not exist then is seeded from the position, (seed, step): its numbers are new but reproducible.
+    states: `{"torch": devices.random_state(…)}` of each rank. A rank that did not exist then is seeded from the
+    position, (seed, step): its numbers are new but reproducible.
     """
     if rank < len(states):
         devices.set_random_state(device, states[rank]["torch"])

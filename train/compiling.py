@@ -26,9 +26,6 @@ from train.device import Decision
 from train.distributed import World
 from train.step import TrainingStep
 
-FAILURES = (RuntimeError, OSError)
-"""How compiling fails: TorchDynamo and Inductor raise RuntimeErrors, a missing compiler is an OSError."""
-
 COST_S = {"cpu": (0.0, 3.5), "cuda": (10.0, 0.5)}
 """Seconds that compiling takes: a fixed part, and a part for each convolution or linear layer. Measured: the 21 layers
 of ResNet-18 took 74 s on two CPU cores, and 21 s for an H100 with 16 cores; the 50 of ViT-B/16, many of them alike,
@@ -105,7 +102,7 @@ class Compilation:
                 images = _own_images(config, world)
                 self.decision = self._earlier = world.from_first(lambda: faster(step, images, config.resolution))
                 self._timed = True
-        except FAILURES as error:
+        except (RuntimeError, OSError) as error:  # of TorchDynamo and Inductor; of a compiler that is missing
             if devices.is_out_of_memory(error):
                 raise
             self.decision = self._earlier = Decision("off", f"compiling failed: {one_line(error, 200)}")

@@ -148,7 +148,7 @@ def train_once(
             """Write a checkpoint of the current state. Every rank takes part."""
             nonlocal saved
             began = time.perf_counter()
-            random_states = world.gather(checkpoint.random_state(device))
+            random_states = world.gather({"torch": devices.random_state(device)})
             if folder is not None:
                 position = {
                     "random": random_states,

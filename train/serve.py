@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shards.common import cli
-from shards.common.errors import DermscaleError, UsageError
+from shards.common.errors import DermscaleError, UsageError, one_line
 
 if TYPE_CHECKING:
     from train.inference.worker import Answer
@@ -106,10 +106,10 @@ def ask(process: ProcessPoolExecutor, image: bytes) -> "Answer | str":
         return str(error)
     except MemoryError:
         return "does not fit into memory"
-    except DermscaleError as error:
-        return f"could not be predicted: {error}"
     except BrokenExecutor:
         return "could not be predicted: the model process has ended; start train.serve again"
+    except (DermscaleError, RuntimeError) as error:  # a full GPU is a RuntimeError
+        return f"could not be predicted: {one_line(error, 200)}"
 
 
 def _import_gradio() -> None:

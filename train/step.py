@@ -112,7 +112,8 @@ class Average:
 
     After every step, `net` holds decay · average + (1 − decay) · weights. The decay starts lower, (1 + t) / (10 + t) at
     step t, so that the random start is soon forgotten (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
-    Buffers (running means) are copied.
+    Buffers (running means) are copied. `torch.optim.swa_utils.AveragedModel` can do the same, but it collects all
+    tensors anew at every step: with 200 parameters and 150 buffers that took 1.7 ms on the host instead of 0.2 ms.
     """
 
     def __init__(self, net: Classifier, decay: float) -> None:

@@ -5,7 +5,6 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from shards.common.errors import DataError
 from tests.support.train_runs import assert_same_run, at, child_environment, small, start_worker
 from train import checkpoint
 from train import device as devices
-from train.config import Config
 from train.device import Decision
 from train.loop import Stopped, train_once
 from train.record import environment, read_decisions
@@ -139,17 +137,6 @@ def test_a_finished_run_is_not_trained_again(tiny_shards: Path, whole: Path) -> 
 # ------------------------------------------------------------------ the same decisions
 
 
-@pytest.fixture
-def killed(tiny_shards: Path, tmp_path: Path) -> Iterator[tuple[Config, Path, dict[str, Any]]]:
-    """A run that leaves all to `auto`, killed before its first checkpoint: settings, folder and environment.json."""
-    threads = torch.get_num_threads()
-    config = small(tiny_shards, epochs=1, checkpoint_s=1e6, precision="auto", compile="auto", engine="auto")
-    with pytest.raises(Crash):
-        train_once(config, tmp_path / "run", stop=at(1, crash))
-    yield config, tmp_path / "run", json.loads((tmp_path / "run" / "environment.json").read_text())
-    torch.set_num_threads(threads)
-
-
 def decided_otherwise(environment: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Decisions that no start on this machine would make."""
     taken = {name: one["value"] for name, one in environment["decisions"].items()}
@@ -163,10 +150,14 @@ def decided_otherwise(environment: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def test_killed_before_its_first_checkpoint_a_run_keeps_its_decisions(
-    killed: tuple[Config, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, out, environment = killed
+    threads, out = torch.get_num_threads(), tmp_path / "run"
+    config = small(tiny_shards, epochs=1, checkpoint_s=1e6, precision="auto", compile="auto", engine="auto")
+    with pytest.raises(Crash):
+        train_once(config, out, stop=at(1, crash))
     assert not (out / "checkpoint.pt").exists()
+    environment = json.loads((out / "environment.json").read_text())
     environment["decisions"] = decided_otherwise(environment)
     (out / "environment.json").write_text(json.dumps(environment))
 
@@ -177,15 +168,19 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_decisions(
     monkeypatch.setattr("train.compiling.faster", again)
     monkeypatch.setattr("train.compiling.warm_up", lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda net, **_: net)
-    result = train_once(config, out, resume=True)
+    try:
+        result = train_once(config, out, resume=True)
+        assert str(torch.get_num_threads()) == environment["decisions"]["threads"]["value"]
+    finally:
+        torch.set_num_threads(threads)
     assert result["decisions"] == environment["decisions"]
     assert json.loads((out / "environment.json").read_text())["decisions"] == environment["decisions"]
-    assert str(torch.get_num_threads()) == environment["decisions"]["threads"]["value"]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
+        *({"content": content} for content in (b"", b"[]", b"\xff")),
         {"cores": 4096},
         {"device_name": "another CPU, 2 threads"},
         {"versions": {}},
@@ -212,23 +207,11 @@ def test_decisions_that_are_damaged_or_of_another_machine_are_not_kept(
         name, value = changes["decision"]
         before["decisions"][name]["value"] = value
     else:
-        before |= changes
-    path.write_text(json.dumps(before))
+        before |= {name: value for name, value in changes.items() if name != "content"}
+    path.write_bytes(changes.get("content", json.dumps(before).encode()))
     assert read_decisions(tmp_path, here) == {}
-
-
-@pytest.mark.parametrize("content", [None, b"[]", b"\xff"], ids=str)
-def test_a_damaged_record_of_decisions_makes_them_again(
-    killed: tuple[Config, Path, dict[str, Any]], content: bytes | None
-) -> None:
-    config, out, environment = killed
-    if content is None:
-        (out / "environment.json").unlink()
-    else:
-        (out / "environment.json").write_bytes(content)
-    assert {k: v["value"] for k, v in train_once(config, out, resume=True)["decisions"].items()} == {
-        k: v["value"] for k, v in environment["decisions"].items()
-    }
+    path.unlink()
+    assert read_decisions(tmp_path, here) == {}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

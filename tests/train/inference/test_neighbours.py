@@ -10,17 +10,8 @@ import pytest
 
 from shards import ShardSet
 from shards.common.errors import DataError
-from tests.support.train_runs import small
 from train.inference.neighbours import FILE, Neighbours, training_selection
 from train.inference.predictor import Predictor
-from train.loop import train_once
-
-
-@pytest.fixture(scope="module")
-def run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("neighbours") / "run"
-    train_once(small(tiny_shards, epochs=1, fraction=0.7), out)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +26,7 @@ def compute(neighbours: Neighbours, stop_after: int = 1000) -> list[int]:
 
 
 def test_a_training_image_is_its_own_nearest_and_lesions_come_once(run, predictor):
+    (run / FILE).unlink(missing_ok=True)
     neighbours = Neighbours(predictor, run, training_selection(run))
     assert not neighbours.ready
     with pytest.raises(ValueError, match="not computed"):

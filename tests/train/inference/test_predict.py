@@ -18,20 +18,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from preprocess.ham10000 import read_source
-from preprocess.packing import Settings, pack
 from shards import Loader, ShardSet
 from shards.common.errors import DataError, UsageError
 from shards.format import CLASSES, EncodeSpec
-from tests.support.rawdata import write_raw
-from tests.support.train_runs import child_environment, small
+from tests.support.train_runs import child_environment
+from tests.train.inference.conftest import train_on
 from tests.train.inference.test_images import png_header
 from train.evaluation import used_temperature
 from train.inference.images import read_image
 from train.inference.output import ISIC_COLUMNS
 from train.inference.predictor import Predictor, load_network, predict_files, read_about
 from train.inference.resnet import LAYERS, ResNet
-from train.loop import train_once
 from train.metrics.calibration import class_prior, softmax
 from train.predict import main as predict_command
 
@@ -40,24 +37,10 @@ PROBABILITIES = [f"prob_{dx}" for dx in CLASSES]
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_raw(tmp_path_factory.mktemp("raw"), images=70, size=(60, 80))
-
-
-@pytest.fixture(scope="module")
-def runs(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(raw: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`quick`: a ResNet, JPEG, balanced prior. `timm`: another model, jpg and raw mixed, the training prior."""
-    found = {}
-    for name, model, mode, loss in (
-        ("quick", "resnet18", "jpg", "logit-adjusted"),
-        ("timm", "test_resnet", "proportion", "plain"),
-    ):
-        folder = tmp_path_factory.mktemp(name)
-        encode = EncodeSpec(write_mode=mode, max_resolution=64, jpeg_quality=85)
-        pack(read_source(raw), folder / "shards", Settings(encode=encode))
-        train_once(small(folder / "shards", model=model, loss=loss, epochs=1), folder / "run")
-        found[name] = folder / "run"
-    return found
+    encode = EncodeSpec(write_mode="proportion", max_resolution=64, jpeg_quality=85)
+    return {"quick": run, "timm": train_on(raw, tmp_path_factory.mktemp("timm"), encode, loss="plain")}
 
 
 def predict(*arguments: object, python: tuple[str, ...] = ("-m", "train.predict")) -> subprocess.CompletedProcess[str]:

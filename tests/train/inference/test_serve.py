@@ -20,34 +20,17 @@ import psutil
 import pytest
 from PIL import Image
 
-from preprocess.ham10000 import read_source
-from preprocess.packing import Settings, pack
-from shards.format import CLASSES, EncodeSpec
+from shards.format import CLASSES
 from tests.conftest import free_port
-from tests.support.rawdata import write_raw
-from tests.support.train_runs import child_environment, small
+from tests.support.train_runs import child_environment
 from train.inference.images import open_image
 from train.inference.page import class_name
 from train.inference.predictor import Predictor
-from train.loop import train_once
 
 pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dermscale[serve]')")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_raw(tmp_path_factory.mktemp("raw"), images=70, size=(60, 80))
-
-
-@pytest.fixture(scope="module")
-def run(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve")
-    pack(read_source(raw), folder / "shards", Settings(encode=EncodeSpec(max_resolution=64)))
-    train_once(small(folder / "shards", model="resnet18", epochs=1), folder / "run")
-    return folder / "run"
 
 
 @dataclass

@@ -4,7 +4,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,26 +12,16 @@ import pytest
 
 from shards import ShardSet
 from shards.common.errors import DataError, UsageError
-from tests.support.train_runs import small
 from train import serve
 from train.inference import page, worker
 from train.inference.neighbours import FILE
-from train.loop import train_once
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a run and its shard set."""
-    folder = tmp_path_factory.mktemp("worker")
-    shutil.copytree(tiny_shards, folder / "shards")
-    train_once(small(folder / "shards", epochs=1), folder / "run")
-    return folder
 
 
 @pytest.fixture
-def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy to damage; what `start` changes in this process is undone."""
-    shutil.copytree(trained, tmp_path / "copy")
+def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the run and its shard set, to damage; what `start` changes in this process is undone."""
+    shutil.copytree(run.parent, tmp_path / "copy")
+    (tmp_path / "copy" / "run" / FILE).unlink(missing_ok=True)
     broken: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", broken.append)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -118,11 +108,16 @@ def test_a_network_without_a_map_still_gives_probabilities(folder, monkeypatch):
     assert page._pictures(whole).count("<img") == 2
 
 
-def test_the_page_shows_an_error_of_the_data():
-    def submit(*_: object) -> Future:
-        future: Future = Future()
-        future.set_exception(DataError("model.safetensors: damaged"))
-        return future
-
-    found = serve.ask(SimpleNamespace(submit=submit), b"image")  # pyright: ignore[reportArgumentType]
-    assert found == "could not be predicted: model.safetensors: damaged"
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (DataError("model.safetensors: damaged"), "could not be predicted: model.safetensors: damaged"),
+        (RuntimeError("CUDA out\nof memory"), "could not be predicted: CUDA out of memory"),
+        (BrokenExecutor(), "could not be predicted: the model process has ended; start train.serve again"),
+    ],
+)
+def test_the_page_shows_errors(error, words):
+    future: Future = Future()
+    future.set_exception(error)
+    process = SimpleNamespace(submit=lambda *_: future)
+    assert serve.ask(process, b"image") == words  # pyright: ignore[reportArgumentType]

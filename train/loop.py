@@ -109,7 +109,8 @@ def train_once(
         compile_and_distribute(run, progress, console)
         mark = time.perf_counter()
         if state:
-            run.load(state, progress.step)
+            run.step.load_state_dict(state, progress.step)
+            run.loaders["train"].load_state_dict(state["loader"])
             checkpoint.set_random_states(device, state["random"], world.rank, (config.seed, progress.step))
             say(f"{out}: continuing at step {progress.step} of {run.total}")
         if folder is not None:
@@ -123,6 +124,7 @@ def train_once(
 
         # ------------------------------------------------------------------ what happens between steps
 
+        loader = run.loaders["train"]
         losses = torch.zeros(LOG_STEPS, device=device)
         rates: list[float] = []  # learning rates of the steps whose losses are still on the device
         saved = time.monotonic()
@@ -150,12 +152,8 @@ def train_once(
             began = time.perf_counter()
             random_states = world.gather({"torch": devices.random_state(device)})
             if folder is not None:
-                position = {
-                    "random": random_states,
-                    "metrics_bytes": folder.metrics_bytes(),
-                    "progress": asdict(progress),
-                }
-                checkpoint.save(folder.path, position | run.state())
+                state = {"random": random_states, "metrics_bytes": folder.metrics_bytes(), "progress": asdict(progress)}
+                checkpoint.save(folder.path, state | run.step.state_dict() | {"loader": loader.state_dict()})
             saved = time.monotonic()
             progress.seconds["save"] += time.perf_counter() - began
 
@@ -170,14 +168,12 @@ def train_once(
                 raise stopped()
 
         def evaluate(split: str, precision: str) -> np.ndarray | None:
-            began, loader = time.perf_counter(), run.loaders[split]
-            found = logits_of(run.step.reported, loader, precision, world, functools.partial(between, split))
+            began, batches = time.perf_counter(), run.loaders[split]
+            found = logits_of(run.step.reported, batches, precision, world, functools.partial(between, split))
             progress.seconds["eval"] += time.perf_counter() - began
             return found
 
         # ------------------------------------------------------------------ train
-
-        loader = run.loaders["train"]
         for epoch, px in list(enumerate(run.sizes))[progress.epoch :]:
             steps = min(len(loader), run.total - epoch * len(loader))
             mark = time.perf_counter()

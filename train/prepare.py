@@ -3,7 +3,6 @@
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,15 +50,6 @@ class Run:
     def decisions(self) -> dict[str, Decision]:
         """What `auto` chose, and why, by name: `engine`, `precision`, `threads`, `compile`."""
         return self.chosen | {"compile": self.compilation.decision}
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
-        return self.step.state_dict() | {"loader": self.loaders["train"].state_dict()}
-
-    def load(self, state: dict[str, Any], done: int) -> None:
-        """Go on from what `state` gave after `done` steps."""
-        self.step.load_state_dict(state, done)
-        self.loaders["train"].load_state_dict(state["loader"])
 
 
 def choose_data(config: Config, data: ShardSet, family: str, world: World) -> dict[str, Selection]:

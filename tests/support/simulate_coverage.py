@@ -9,7 +9,7 @@ import click
 import numpy as np
 from scipy.stats import t
 
-from train.metrics.bootstrap import Groups, LesionBootstrap, estimate, interval, mean_freedom
+from train.metrics.bootstrap import LesionBootstrap, estimate, interval, mean_freedom, members
 from train.metrics.differences import Tested, between_pairs, model_difference, student
 from train.metrics.run_metrics import SCALARS, evaluate
 from train.metrics.scores import Scores
@@ -66,8 +66,8 @@ def lesions_and_answers(rng, recalls, lesions, models=1, gain=1.0):
 
 def recalls_of(labels, right, bootstrap):
     """(R + 1, 7) recalls: of the images, and of each resample."""
-    groups = Groups(2 * labels + right, 14)
-    parts = [groups.sums(weights) for weights in bootstrap.weights()]
+    groups = members(2 * labels + right, 14)
+    parts = [groups @ weights for weights in bootstrap.weights()]
     counts = np.concatenate(parts, axis=1).reshape(7, 2, -1)
     return (counts[:, 1] / counts.sum(axis=1)).T
 
@@ -94,8 +94,8 @@ def recall_of_few(recall, lesions, repeats, resamples=200, seed=0):
     for i in range(repeats):
         labels, ids, right = lesions_and_answers(rng, recalls.clip(1e-6), counts)
         bootstrap = LesionBootstrap(labels, ids, resamples=resamples, seed=i)
-        groups = Groups(2 * labels + right[:, 0], 4)
-        missed, found = np.concatenate([groups.sums(weights) for weights in bootstrap.weights()], axis=1)[:2]
+        groups = members(2 * labels + right[:, 0], 4)
+        missed, found = np.concatenate([groups @ weights for weights in bootstrap.weights()], axis=1)[:2]
         held += holds(estimate(found / (missed + found), freedom=lesions - 1, lesions=lesions), recall)
     return held / repeats
 
@@ -165,10 +165,10 @@ class Answers:
     """Takes the place of `Scores` in `model_difference`: balanced accuracy alone, from which images are right."""
 
     def __init__(self, labels, right):
-        self.labels, self.groups = labels, Groups(2 * labels + right, 14)
+        self.labels, self.groups = labels, members(2 * labels + right, 14)
 
     def measure(self, weights):
-        counts = self.groups.sums(weights).reshape(7, 2, -1)
+        counts = (self.groups @ weights).reshape(7, 2, -1)
         recall = (counts[:, 1] / counts.sum(axis=1)).T
         return {"balanced_accuracy": recall.mean(axis=1), "recall": recall}
 

@@ -22,14 +22,15 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def lesion_codes(lesions: Sequence[Any] | NDArray[Any] | None, labels: Ints) -> Ints:
-    """(N,) int64 numbers of the lesions, 0 up. None, or a null id, makes an image a lesion of its own.
+def lesion_codes(lesions: Sequence[Any] | NDArray[Any] | None, labels: Ints) -> tuple[Ints, Ints]:
+    """(N,) int64 numbers of the lesions, 0 to L − 1, and the (L,) class of each.
 
-    Raises DataError when a lesion has images of two classes, because lesions are drawn within their class.
+    lesions: (N,) ids. None, or a null id, makes an image a lesion of its own. Raises DataError when a lesion has images
+    of two classes, because lesions are drawn within their class.
     """
     count = labels.size
     if lesions is None:
-        return np.arange(count, dtype=np.int64)
+        return np.arange(count, dtype=np.int64), labels
     ids = np.asarray(lesions, dtype=object)
     if ids.shape != (count,):
         raise DataError(f"lesion ids have shape {ids.shape}, and there are {count} samples")
@@ -37,29 +38,22 @@ def lesion_codes(lesions: Sequence[Any] | NDArray[Any] | None, labels: Ints) -> 
     codes = np.empty(count, dtype=np.int64)
     names, codes[known] = np.unique(ids[known].astype(str), return_inverse=True)
     codes[~known] = names.size + np.arange(int((~known).sum()))
-    first = np.full(int(codes.max(initial=-1)) + 1, -1, dtype=np.int64)
-    first[codes[::-1]] = labels[::-1]
-    mixed = np.flatnonzero(first[codes] != labels)
+    classes = np.zeros(int(codes.max(initial=-1)) + 1, dtype=np.int64)
+    classes[codes] = labels
+    mixed = np.flatnonzero(classes[codes] != labels)
     if mixed.size:
         raise DataError(f"lesion {ids[mixed[0]]} has images of two classes: a lesion has one diagnosis")
-    return codes
+    return codes, classes
 
 
-class Groups:
-    """Sums of weights by group, for rows sorted once."""
+def members(group: Ints, count: int) -> Any:
+    """(count, N) sparse matrix with 1 where row g is the group of column i: its product with weights sums by group.
 
-    def __init__(self, group: Ints, count: int):
-        """group: (N,) numbers, 0 to count − 1."""
-        self.count = count
-        self.order = np.argsort(group, kind="stable")
-        self.present, self.starts = np.unique(group[self.order], return_index=True)
+    group: (N,) numbers, 0 to count − 1.
+    """
+    from scipy.sparse import csr_array
 
-    def sums(self, weights: Floats) -> Floats:
-        """(count, R) sums of (N, R) weights; 0 for a group without rows."""
-        found = np.zeros((self.count, weights.shape[1]))
-        if self.present.size:
-            found[self.present] = np.add.reduceat(weights[self.order], self.starts, axis=0)
-        return found
+    return csr_array((np.ones(group.size), (group, np.arange(group.size))), shape=(count, group.size))
 
 
 def ratio(above: Floats, below: Floats) -> Floats:
@@ -87,12 +81,10 @@ class LesionBootstrap:
     def __init__(self, labels: Ints, lesions: Sequence[Any] | NDArray[Any] | None, *, resamples: int, seed: int):
         """labels: (N,) class numbers; lesions: (N,) ids or None; resamples ≥ 0. Raises DataError (lesion_codes)."""
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.codes = lesion_codes(lesions, self.labels)
+        self.codes, self.lesion_label = lesion_codes(lesions, self.labels)
         self.resamples, self.seed = resamples, seed
         self.unit = "image" if lesions is None else "lesion"
-        self.lesions = int(self.codes.max(initial=-1)) + 1
-        self.lesion_label = np.zeros(self.lesions, dtype=np.int64)
-        self.lesion_label[self.codes] = self.labels
+        self.lesions = self.lesion_label.size
         self.single = [int(c) for c in np.unique(self.lesion_label) if (self.lesion_label == c).sum() == 1]
 
     def weights(self) -> Iterator[Floats]:
@@ -136,7 +128,8 @@ def interval(replicates: Floats, value: float, *, kind: str = "bca", freedom: fl
         second = float((away**2).mean())
         z0 = a = 0.0
         if second > 1e-24:  # scipy.stats.skew is NaN long before that
-            share = ((known < value).mean() + (known <= value).mean()) / 2
+            # with room for rounding, which must not decide whether a replicate equals the value
+            share = ((known < value - 1e-12).mean() + (known <= value + 1e-12).mean()) / 2
             z0 = float(np.clip(ndtri(np.clip(share, 1e-9, 1 - 1e-9)), -1.0, 1.0))
             a = float(np.clip((away**3).mean() / second**1.5 / 6, -0.2, 0.2))
         shifted = z0 + t.ppf(levels, freedom)

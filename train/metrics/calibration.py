@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from shards.common.errors import DataError, UsageError
-from train.metrics.bootstrap import CONFIDENCE, Floats, Groups, Ints, LesionBootstrap, estimate, number, ratio
+from train.metrics.bootstrap import CONFIDENCE, Floats, Ints, LesionBootstrap, estimate, members, number, ratio
 
 PRIORS = ("balanced", "training")
 """`balanced`: every class equally likely. `training`: as likely as among the training images of the run."""
@@ -85,7 +85,7 @@ def prior_weights(labels: Ints, weights: Floats, prior: Floats) -> Floats:
     prior, so calibration is measured on images weighted to it. Classes without images leave their share to the others.
     Columns are all 0 when no labelled class has a share.
     """
-    totals = Groups(labels, prior.size).sums(weights)
+    totals = members(labels, prior.size) @ weights
     share = np.where(totals > 0, prior[:, None], 0.0)
     share = np.nan_to_num(ratio(share, share.sum(axis=0)))
     return weights * np.nan_to_num(ratio(share, totals))[labels]
@@ -101,7 +101,7 @@ class ConfidenceBins:
         self.images = np.bincount(bins, minlength=BINS)
         self.confidence = confidence[:, None]
         self.correct = (probabilities.argmax(axis=1) == labels).astype(np.float64)[:, None]
-        self._bins = Groups(bins, BINS)
+        self._bins = members(bins, BINS)
 
     def measure(self, weights: Floats) -> dict[str, Floats]:
         """The calibration of (N, R) weightings of the images.
@@ -110,10 +110,8 @@ class ConfidenceBins:
         its means, NaN where it is empty. `expected_calibration_error` (R,): mean |accuracy − confidence| of the bins,
         weighted by mass; NaN without mass.
         """
-        mass = self._bins.sums(weights)
-        confidence, accuracy = (
-            ratio(self._bins.sums(weights * values), mass) for values in (self.confidence, self.correct)
-        )
+        mass = self._bins @ weights
+        confidence, accuracy = (ratio(self._bins @ (weights * of), mass) for of in (self.confidence, self.correct))
         gaps = np.where(mass > 0, np.abs(accuracy - confidence), 0.0)
         return {
             "reliability_mass": mass.T,
@@ -129,7 +127,7 @@ class ConfidenceBins:
         weights: (N, 1), summing to 1; lesions: (N,) numbers; images of one lesion are right or wrong together.
         """
         luck = np.random.default_rng(seed).random((int(lesions.max(initial=-1)) + 1, draws))[lesions]
-        gaps = self._bins.sums(weights * ((luck < self.confidence) - self.confidence))
+        gaps = self._bins @ (weights * ((luck < self.confidence) - self.confidence))
         return np.abs(gaps).sum(axis=0)
 
 

@@ -6,7 +6,6 @@ times as long. tests/train/metrics/test_run_metrics.py compares both, their numb
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from shards.common.errors import DataError
 from shards.format import CLASSES
-from train.metrics.bootstrap import Floats, Groups, Ints, LesionBootstrap, ratio
+from train.metrics.bootstrap import Floats, Ints, LesionBootstrap, members, ratio
 from train.metrics.calibration import ConfidenceBins, at_prior, class_prior, prior_weights, softmax
 
 MALIGNANT = tuple(sorted(CLASSES.index(name) for name in ("mel", "bcc", "akiec")))
@@ -80,58 +79,39 @@ def balanced_accuracy(logits: Any, labels: Any) -> float:
 
 def _cumulated(weights: Floats) -> Floats:
     """(K + 1, R): the sums of the first 0 to K rows."""
-    sums = np.zeros((len(weights) + 1, weights.shape[1]))
-    np.cumsum(weights, axis=0, out=sums[1:])
-    return sums
+    return np.concatenate([np.zeros((1, weights.shape[1])), np.cumsum(weights, axis=0)])
 
 
-@dataclass(frozen=True)
 class Ranking:
-    """A score that should be higher for positives, sorted once.
+    """A score that should be higher for positives, sorted once for many weightings."""
 
-    positive, negative: row numbers, by falling score. over, not_under: for each positive, how many negatives score
-    higher, and how many not lower. beaten: (negatives + 1,) how many positives score above the k-th negative (k from
-    0); all of them at the end.
-    """
-
-    positive: Ints
-    negative: Ints
-    over: Ints
-    not_under: Ints
-    beaten: Ints
-
-    @classmethod
-    def of(cls, score: Floats, truth: NDArray[np.bool_]) -> "Ranking":
-        """Sort (N,) scores of (N,) truths."""
-        positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
-        positive = positive[np.argsort(-score[positive], kind="stable")]
-        negative = negative[np.argsort(-score[negative], kind="stable")]
-        falling_p, falling_n = -score[positive], -score[negative]
-        return cls(
-            positive=positive,
-            negative=negative,
-            over=np.searchsorted(falling_n, falling_p, side="left"),
-            not_under=np.searchsorted(falling_n, falling_p, side="right"),
-            beaten=np.append(np.searchsorted(falling_p, falling_n, side="left"), positive.size),
-        )
+    def __init__(self, score: Floats, truth: NDArray[np.bool_]):
+        """score, truth: (N,)."""
+        falling = np.argsort(-score, kind="stable")
+        self._positive, self._negative = falling[truth[falling]], falling[~truth[falling]]
+        positive, negative = -score[self._positive], -score[self._negative]
+        self._over = np.searchsorted(negative, positive, side="left")  # how many negatives score higher
+        self._not_under = np.searchsorted(negative, positive, side="right")  # and how many do not score lower
+        # how many positives score above the k-th negative, k from 0; all of them at the end
+        self._beaten = np.append(np.searchsorted(positive, negative, side="left"), positive.size)
 
     def area(self, weights: Floats) -> Floats:
         """(R,) areas under the ROC curve for (N, R) weights; NaN where a column has no positive or no negative.
 
         The weight of (positive, negative) pairs in the right order, half for ties (Mann–Whitney).
         """
-        mine, others = weights[self.positive], _cumulated(weights[self.negative])
-        lost = others[self.over]
-        if not np.array_equal(self.over, self.not_under):
-            lost = (lost + others[self.not_under]) / 2
+        mine, others = weights[self._positive], _cumulated(weights[self._negative])
+        lost = others[self._over]
+        if not np.array_equal(self._over, self._not_under):
+            lost = (lost + others[self._not_under]) / 2
         return 1 - ratio(np.einsum("ij,ij->j", mine, lost), mine.sum(axis=0) * others[-1])
 
     def sensitivity(self, weights: Floats) -> Floats:
         """(R,) highest sensitivities of any threshold whose specificity is at least SPECIFICITY; NaN as for `area`."""
-        found, others = _cumulated(weights[self.positive]), _cumulated(weights[self.negative])
+        found, others = _cumulated(weights[self._positive]), _cumulated(weights[self._negative])
         # others[k] is the weight of the k highest negatives: as many as the specificity allows may be called positive.
         allowed = (others <= others[-1] * (1 - SPECIFICITY + 1e-9)).sum(axis=0) - 1
-        caught = found[self.beaten[allowed], np.arange(weights.shape[1])]
+        caught = found[self._beaten[allowed], np.arange(weights.shape[1])]
         return np.where(others[-1] > 0, ratio(caught, found[-1]), np.nan)
 
 
@@ -156,12 +136,10 @@ class Scores:
         self.malignant = np.isin(self.labels, MALIGNANT)
         self.danger = self.probabilities[:, MALIGNANT].sum(axis=1)
         self.bins = ConfidenceBins(self.probabilities, self.labels)
-        self._cells = Groups(self.labels * self.classes + self.called, self.classes**2)
-        self._danger_cells = Groups(2 * self.malignant + (self.danger >= 0.5), 4)
-        self._rankings = {
-            c: Ranking.of(self.probabilities[:, c], self.labels == c) for c in np.flatnonzero(self.present).tolist()
-        }
-        self._danger_ranking = Ranking.of(self.danger, self.malignant)
+        self._cells = members(self.labels * self.classes + self.called, self.classes**2)
+        self._danger_cells = members(2 * self.malignant + (self.danger >= 0.5), 4)
+        self._rankings = [Ranking(self.probabilities[:, c], self.labels == c) for c in range(self.classes)]
+        self._danger_ranking = Ranking(self.danger, self.malignant)
 
     def values(self, weights: Floats | None = None) -> dict[str, Any]:
         """The scores of `measure` that scikit-learn has, on the test set itself or for one (N,) weighting.
@@ -219,18 +197,14 @@ class Scores:
         `melanoma_sensitivity_at_90_specificity`.
         """
         size = weights.shape[1]
-        confusion = self._cells.sums(weights).T.reshape(size, self.classes, self.classes)
+        confusion = (self._cells @ weights).T.reshape(size, self.classes, self.classes)
         right, true, called = np.einsum("rcc->rc", confusion), confusion.sum(axis=2), confusion.sum(axis=1)
         recall, precision = ratio(right, true), ratio(right, called)
         f1 = np.where(true > 0, ratio(2 * right, true + called), np.nan)
-        auc = np.full((size, self.classes), np.nan)
-        for c, ranking in self._rankings.items():
-            auc[:, c] = ranking.area(weights)
-        undefined = np.full(size, np.nan)
-        melanoma = self._rankings.get(MELANOMA)
-        cleared, alarmed, missed, caught = self._danger_cells.sums(weights)
+        auc = np.stack([ranking.area(weights) for ranking in self._rankings], axis=1)
+        cleared, alarmed, missed, caught = self._danger_cells @ weights
         # A class in the test set keeps at least one lesion in every resample, so these means need no NaN care.
-        rankable = [c for c, ranking in self._rankings.items() if ranking.negative.size]
+        rankable = self.present & (np.bincount(self.labels, minlength=self.classes) < self.labels.size)
         return {
             "confusion": confusion,
             "recall": recall,
@@ -240,8 +214,8 @@ class Scores:
             "accuracy": ratio(right.sum(axis=1), true.sum(axis=1)),
             "balanced_accuracy": recall[:, self.present].mean(axis=1),
             "macro_f1": f1[:, self.present].mean(axis=1),
-            "macro_auc": auc[:, rankable].mean(axis=1) if rankable else undefined,
-            "melanoma_sensitivity_at_90_specificity": melanoma.sensitivity(weights) if melanoma else undefined,
+            "macro_auc": auc[:, rankable].mean(axis=1) if rankable.any() else np.full(size, np.nan),
+            "melanoma_sensitivity_at_90_specificity": self._rankings[MELANOMA].sensitivity(weights),
             "malignant_auc": self._danger_ranking.area(weights),
             "malignant_sensitivity": ratio(caught, missed + caught),
             "malignant_specificity": ratio(cleared, cleared + alarmed),

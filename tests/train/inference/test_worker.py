@@ -44,7 +44,7 @@ def started(folder: Path) -> worker._Session:
 def training_image(folder: Path) -> tuple[bytes, Callable[[], None]]:
     """A training image's file, and what damages it in the shard set."""
     with ShardSet(folder / "shards") as data:
-        sample = int(data.select("train").samples[5])
+        sample = int(data.select("train", 0.7).samples[5])  # as the run selects them
         payload = bytes(data.read(sample))
         file = folder / "shards" / data.manifest.shards[int(data.column("shard")[sample])].file
         middle = int(data.column("offset")[sample]) + len(payload) // 2

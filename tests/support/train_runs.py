@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from train import models
 from train.config import Config, resolved
+from train.console import Silent
 from train.step import TrainingStep
 
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -39,6 +40,16 @@ def step_of(config: Config, precision: str = "fp32") -> TrainingStep:
     torch.manual_seed(config.seed)
     net = models.build(config.model, config.resolution, 7, (0.7, 0.5, 0.4), (0.2, 0.15, 0.1)).train()
     return TrainingStep(net, resolved(config, models.family(config.model)), [30, 40, 100, 10, 90, 600, 20], precision)
+
+
+class Heard(Silent):
+    """A console that keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def at(call: int, action: Callable[[], bool]) -> Callable[[], bool]:

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support.train_runs import small, step_of
+from tests.support.train_runs import Heard, small, step_of
 from train import compiling, models
 from train import device as devices
 from train.config import resolution_of
-from train.console import Silent
 from train.device import Decision
 from train.distributed import World
 
@@ -74,16 +73,6 @@ def test_graphs_are_recorded_before_training(monkeypatch):
         compiling.warm_up(SimpleNamespace(net=net, backward=backward, device=device), 4, 32)
         assert grads == [None] * times
         grads.clear()
-
-
-class Heard(Silent):
-    """Keeps the warnings."""
-
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, text):
-        self.warnings.append(text)
 
 
 def compiled(config):

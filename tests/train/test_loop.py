@@ -15,8 +15,7 @@ from shards import ShardSet
 from shards.common.errors import DataError, DermscaleError, UsageError
 from shards.engines import dali
 from shards.format import CLASSES
-from tests.support.train_runs import assert_same_run, at, losses, small, weights
-from train.console import Silent
+from tests.support.train_runs import Heard, assert_same_run, at, losses, small, weights
 from train.distributed import World
 from train.evaluation import used_temperature
 from train.loop import Stopped, train_once
@@ -56,18 +55,12 @@ def test_later_runs_of_a_worker_find_dalis_pipelines_built(tiny_shards: Path, tm
 
 
 def test_a_warning_that_holds_for_every_run_of_a_worker_comes_once(tiny_shards: Path, tmp_path: Path) -> None:
-    warnings = []
-
-    class Heard(Silent):
-        def warn(self, text: str) -> None:
-            warnings.append(text)
-
-    shared = Workspace()
+    shared, console = Workspace(), Heard()
     for name in ("first", "second"):
         config = small(tiny_shards, steps=1, resolution=31)  # evaluation crops are 63 px
-        train_once(config, tmp_path / name, workspace=shared, console=Heard())
-    assert len(warnings) == 1
-    assert "63 px" in warnings[0]
+        train_once(config, tmp_path / name, workspace=shared, console=console)
+    assert len(console.warnings) == 1
+    assert "63 px" in console.warnings[0]
 
 
 # ------------------------------------------------------------------ what is written

@@ -64,14 +64,6 @@ def test_killed_with_sigkill_and_resumed_ends_in_the_same_bits(tiny_shards: Path
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_checkpoints_seldom_written_change_nothing(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(Crash):
-        train_once(small(tiny_shards, checkpoint_s=1e6), tmp_path / "run", stop=at(6, crash))
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    train_once(small(tiny_shards, checkpoint_s=1e6), tmp_path / "run", resume=True)
-    assert_same_run(whole, tmp_path / "run")
-
-
 def test_stop_writes_a_checkpoint_and_says_how_to_go_on(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:
     config = small(tiny_shards, checkpoint_s=1e6)
     for call in (2, 4):  # within an epoch, and then within an evaluation

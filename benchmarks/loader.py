@@ -6,21 +6,15 @@ from typing import Any
 
 import click
 
-from benchmarks.datasets import Job, prepared, stats
+from benchmarks import beside
+from benchmarks.datasets import Job, stats
 from benchmarks.measure import Measurement, Row, ratio_rows, series_rows
 from benchmarks.options import ONLY, WORKERS, Settings, benchmark, packed_option, quick_option
 from benchmarks.pages import Page, packed_sizes, ratios
-from benchmarks.peers.dali import DALI
-from benchmarks.peers.ffcv import FFCV
-from benchmarks.peers.ours import CEILINGS, OURS, OURS_ON_GPU
-from benchmarks.peers.pytorch import PYTORCH
-from benchmarks.peers.spdl import SPDL
-from benchmarks.peers.system import System, WrongBatchError, check_batch, need
+from benchmarks.peers.system import System
+from benchmarks.systems import SYSTEMS, set_up
 from benchmarks.tables import pivot
-from benchmarks.worker import Running, take_turns
-
-SYSTEMS: dict[str, System] = {s.name: s for s in (*OURS, *OURS_ON_GPU, *FFCV, *DALI, *PYTORCH, *SPDL, *CEILINGS)}
-"""Every system by its name, in the order of the tables."""
+from benchmarks.worker import take_turns
 
 NOT_IN_QUICK = (
     "dermscale native raw, 1 thread",
@@ -62,7 +56,12 @@ RATIOS = (
     quick=(224,),
     multiple=True,
 )
-def command(settings: Settings, packed_px: Sequence[int], resolutions_px: Sequence[int]) -> None:
+@click.option(
+    "--beside-python",
+    is_flag=True,
+    help="Instead, loaders on one thread, each alone and beside a Python thread that never waits.",
+)
+def command(settings: Settings, packed_px: Sequence[int], resolutions_px: Sequence[int], beside_python: bool) -> None:
     """Images per second and CPU seconds of loaders that do the same job.
 
     --quick does not measure half-raw sets, raw images on one thread, and GPU engines on a CPU, unless --only names
@@ -70,6 +69,9 @@ def command(settings: Settings, packed_px: Sequence[int], resolutions_px: Sequen
     """
     from train import device as devices
 
+    if beside_python:
+        beside.run(replace(settings, name=beside.NAME, workers=1), packed_px[0], resolutions_px[0])
+        return
     here = {name: system for name, system in SYSTEMS.items() if devices.gpu_count() or not system.on_gpu}
     systems = settings.chosen(here, NOT_IN_QUICK)
     job = settings.job(341, 2496, quick=624, whole_batches=True)
@@ -84,29 +86,6 @@ def command(settings: Settings, packed_px: Sequence[int], resolutions_px: Sequen
 def jobs(job: Job, packed_px: Sequence[int], resolutions_px: Sequence[int]) -> list[Job]:
     """One job per packed size and resolution."""
     return [replace(job, packed_px=p, resolution_px=r) for p in packed_px for r in resolutions_px]
-
-
-def set_up(name: str, job: Job) -> Running:
-    """Make a system's data if it is not there yet, open it, run one epoch, and check its first batch.
-
-    Raises MissingPeerError naming what is not installed, WrongBatchError where the output is not what was asked for.
-    """
-    system = SYSTEMS[name]
-    need(system.packages)
-    mean, _ = stats(job)
-    epoch = system.open(job, prepared(system.format, job))
-
-    def once() -> int:
-        return sum(len(images) for images, _ in epoch())
-
-    count = 0
-    for batch in epoch():
-        if not count and not system.ceiling:
-            check_batch(batch, job, mean)
-        count += len(batch[0])
-    if not count:
-        raise WrongBatchError("no batch came")
-    return Running(once, system.before(epoch) if system.before else lambda: None)
 
 
 def measure_loaders(systems: Sequence[System], job: Job, measurement: Measurement) -> list[Row]:

@@ -27,7 +27,8 @@ class Sample:
 
     count: images, or other units, that were done. seconds: wall clock. cpu_s: CPU seconds of the system and its worker
     processes. other_cpu: share of the machine's CPU time that other processes used, 0 to 1. data_wait_s: the part of
-    `seconds` that was spent waiting for a batch. The last two are nan where unknown.
+    `seconds` that was spent waiting for a batch. beside: what a thread beside the system has counted. The last three
+    are nan where unknown.
     """
 
     count: float
@@ -35,6 +36,7 @@ class Sample:
     cpu_s: float
     other_cpu: float = math.nan
     data_wait_s: float = math.nan
+    beside: float = math.nan
 
     @property
     def per_s(self) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks import grid, loader, pack, predict, stalls, training, utilization
+from benchmarks import beside, grid, latency, loader, pack, predict, stalls, training, utilization
 from benchmarks.measure import Row
 from benchmarks.monitor import in_order, metric
 from benchmarks.options import OUT
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGES: dict[str, Page] = {
-    benchmark.PAGE.name: benchmark.PAGE for benchmark in (loader, pack, training, stalls, utilization, grid, predict)
+    benchmark.PAGE.name: benchmark.PAGE
+    for benchmark in (loader, beside, latency, pack, training, stalls, utilization, grid, predict)
 }
 """Every benchmark by its name, in the order of the report."""
 

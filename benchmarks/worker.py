@@ -55,13 +55,14 @@ class Running:
 
     once: makes one whole pass and returns its number of images, 0 where the round has no more. before: called before
     each round, not timed. about: numbers found during set-up, by metric. waited: seconds that all passes so far have
-    waited for data.
+    waited for data. beside: what a thread beside the system has counted so far.
     """
 
     once: Callable[[], float]
     before: Callable[[], None] = lambda: None
     about: dict[str, float] = field(default_factory=dict)
     waited: Callable[[], float] = lambda: math.nan
+    beside: Callable[[], float] = lambda: math.nan
 
 
 SetUp = Callable[[str, Any], Running]
@@ -245,7 +246,8 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
         pipe.send(("ready", system.about | {"set_up_s": time.perf_counter() - begin}))
         while (seconds := _asked(pipe)) is not None:
             system.before()
-            meter, waited, cpu_s, begin = Meter(), system.waited(), tree_cpu_s(os.getpid()), time.perf_counter()
+            waited, beside = system.waited(), system.beside()
+            meter, cpu_s, begin = Meter(), tree_cpu_s(os.getpid()), time.perf_counter()
             count, passed, done = 0.0, 0.0, 1.0
             while done and (passed < seconds or not count):  # one pass at least
                 done = system.once()
@@ -254,7 +256,8 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
             if not count:
                 raise ValueError("a round gave no image")
             cpu_s = tree_cpu_s(os.getpid()) - cpu_s
-            pipe.send(("done", (count, passed, cpu_s, meter.other_cpu(cpu_s), system.waited() - waited)))
+            other_cpu = meter.other_cpu(cpu_s)
+            pipe.send(("done", (count, passed, cpu_s, other_cpu, system.waited() - waited, system.beside() - beside)))
     except Exception as error:  # noqa: BLE001 - any error of the system is the reason in its row
         traceback.print_exc()  # into the log
         with contextlib.suppress(BrokenPipeError):

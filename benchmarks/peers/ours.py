@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from shards import Loader, ShardSet
+    from shards.shardset import Selection
 
 
 def shard_set(name: str, write_mode: str, split: str = "100/0/0") -> Format:
@@ -35,13 +36,19 @@ SHARDS_SPLIT = shard_set("shards-split", "jpg", "70/10/20")
 
 
 def loader_of(
-    data: "ShardSet", job: Job, engine: str, device: "str | torch.device", threads: int | None = None
+    data: "ShardSet",
+    job: Job,
+    engine: str,
+    device: "str | torch.device",
+    threads: int | None = None,
+    selection: "Selection | None" = None,
 ) -> "Loader":
-    """This project's loader of training batches. threads: if not one per worker."""
+    """This project's loader of training batches. threads: default, one per worker. selection: default, the training
+    split."""
     from shards import Loader
 
     return Loader(
-        data.select("train"),
+        selection or data.select("train"),
         batch_size=job.batch_size,
         resolution=job.resolution_px,
         train=True,

@@ -28,7 +28,6 @@ from benchmarks.datasets import (
     sized,
     stats,
 )
-from benchmarks.loader import SYSTEMS, set_up
 from benchmarks.options import Settings
 from benchmarks.pack import PACKERS
 from benchmarks.peers.ffcv import max_resolution
@@ -36,6 +35,7 @@ from benchmarks.peers.ours import SHARDS_JPG
 from benchmarks.peers.pytorch import TARS
 from benchmarks.peers.system import MissingPeerError, WrongBatchError, check_batch, need
 from benchmarks.run import main
+from benchmarks.systems import SYSTEMS, set_up
 from benchmarks.tables import read_csv
 from benchmarks.targets import TARGETS
 from shards import Loader, ShardSet

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.datasets import Job
-from benchmarks.loader import SYSTEMS, jobs, measure_loaders
+from benchmarks.loader import jobs, measure_loaders
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Series, median_interval, ratio_row, series_rows, summary_row
 from benchmarks.pages import packed_sizes
 from benchmarks.predict import EVALUATION, PREDICT, START_PREDICT
 from benchmarks.report import PAGES, bars, draw, in_words, machines_text, markdown, read_results, tables_in
+from benchmarks.systems import SYSTEMS
 from benchmarks.tables import read_csv, write_csv
 from benchmarks.utilization import read_timeline
 from shards.common.errors import DataError

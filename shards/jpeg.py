@@ -120,7 +120,8 @@ class RegionCutter:
 
         raw: the whole file, an image of (height, width) px. at: its address, if known. Returns (JPEG bytes as (n,)
         uint8, top, left). In the decoded JPEG, the box is at [y - top : y - top + h, x - left : x - left + w], with
-        the pixels of the whole image. None if the file has no restart table or a wrong one, or the box needs all of it.
+        the pixels of the whole image. None if the file has no restart table or a wrong one, the box needs all of it, or
+        the box is not inside the image.
         """
         if not has_restart_table(raw):
             return None
@@ -143,7 +144,8 @@ def _cut(
     raw: memoryview, height: int, width: int, y: int, x: int, h: int, w: int
 ) -> tuple[np.ndarray, int, int] | None:
     """Cut a file that has a restart table, in NumPy."""
-    if len(raw) < _TABLE + _FIELDS.size:
+    inside = 0 <= y <= height - h and 0 <= x <= width - w and h > 0 and w > 0
+    if len(raw) < _TABLE + _FIELDS.size or not inside:
         return None
     block_height, block_width, interval, sof, scan = _FIELDS.unpack_from(raw, _TABLE)
     run_width = block_width * interval

@@ -17,11 +17,13 @@ static int32_t smaller(int32_t a, int32_t b)
 
 /* raw: a file of `length` bytes, an image of (height, width) px. The box is (y, x, h, w) px. Writes at most `length`
  * bytes to `out` and returns their number, with the part's top and left in `corner`. 0 where the file has no restart
- * table or one that does not fit it, or the box needs more than the share `worth` of all runs. */
+ * table or one that does not fit it, or the box is not inside the image or needs more than the share `worth` of all
+ * runs. */
 int64_t dermscale_cut(const uint8_t *raw, int64_t length, int32_t height, int32_t width, int32_t y, int32_t x,
                       int32_t h, int32_t w, double worth, uint8_t *out, int32_t *corner)
 {
-    if (length < LENGTHS || memcmp(raw + APP0_END + 4, "DSRST1", 7) != 0)
+    if (length < LENGTHS || memcmp(raw + APP0_END + 4, "DSRST1", 7) != 0 || y < 0 || x < 0 || h < 1 || w < 1 ||
+        h > height || w > width || y > height - h || x > width - w)
         return 0;
     const int32_t block_height = raw[FIELDS], run_width = raw[FIELDS + 1] * big16(raw + FIELDS + 2);
     const int32_t sof = big16(raw + FIELDS + 4), scan = big16(raw + FIELDS + 6);

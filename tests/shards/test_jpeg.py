@@ -89,6 +89,17 @@ def test_both_cuts_make_the_same_of_damaged_tables():
     assert 100 < cuts < 1900
 
 
+def test_a_box_that_is_not_inside_the_image_is_not_cut():
+    encoded = memoryview(encode_jpeg(picture(np.random.default_rng(0), 1, 120, 160)))
+    most = 2**31 - 1
+    boxes = [(-1, 0, 9, 9), (0, -1, 9, 9), (0, 0, 0, 9), (0, 0, 9, 0), (112, 0, 9, 9), (0, 152, 9, 9), (most, 0, 9, 9)]
+    for cut in (cut_region, _cut):
+        assert cut(encoded, 120, 160, 0, 0, 9, 9) is not None
+        for box in [*boxes, (0, most, 9, 9), (9, 9, most, 9), (9, 9, 9, most)]:
+            assert cut(encoded, 120, 160, *box) is None
+        assert cut(encoded, 0, 160, 0, 200, 9, 9) is None
+
+
 @pytest.mark.parametrize("subsampling", ["420", "422", "444"])
 def test_the_table_changes_no_pixel_and_other_decoders_read_the_file(subsampling):
     image = picture(np.random.default_rng(0), 1, 100, 140)

@@ -304,7 +304,7 @@ static void *run(void *argument)
     return NULL;
 }
 
-/* Stop the threads and free the engine. No batch may be under way. */
+/* Finish the batches that were submitted, stop the threads and free the engine. Nobody may be waiting for a batch. */
 void dermscale_engine_close(struct engine *engine)
 {
     pthread_mutex_lock(&engine->lock);
@@ -416,6 +416,7 @@ void dermscale_batch_cancel(struct engine *engine, struct batch *batch)
         if (engine->last == batch)
             engine->last = before;
         batch->count = batch->taken;
+        pthread_cond_broadcast(&engine->finished); /* perhaps it is done now */
     }
     pthread_mutex_unlock(&engine->lock);
 }

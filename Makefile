@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= data/demo
 RUNS ?= runs/demo
+FUZZ_INPUTS ?= 10000000
+FUZZ_SEED ?= 1
 
-.PHONY: help install demo test test-fast test-gpu gpu-check lint format peers clean
+.PHONY: help install demo test test-fast test-gpu fuzz gpu-check lint format peers clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +40,9 @@ test-fast: install ## without those marked slow
 
 test-gpu: install ## only those that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: install ## FUZZ_INPUTS damaged inputs to the C code under sanitizers: 10 million, half an hour on 2 cores
+	$(BIN)/python -m tests.fuzz.run --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 
 gpu-check: install ## check everything on this machine's GPU, ten minutes; writes benchmarks/results/gpu/<gpu>.json
 	$(BIN)/python -m benchmarks.gpu_check

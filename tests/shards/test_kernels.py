@@ -152,20 +152,6 @@ def test_nothing_undefined_and_nothing_outside(tmp_path):
     assert done.returncode == 0, f"{done.returncode} (negative: the signal)\n{done.stderr}"
 
 
-def test_threads_share_nothing_unlocked(tmp_path):
-    """A short run of tests/fuzz/workers.c."""
-    program, sources = tmp_path / "workers", sorted((ROOT / "shards/kernels").glob("*.c"))
-    options = ["-O1", "-fsanitize=thread", "-pthread", ROOT / "tests/fuzz/workers.c", "-lm"]
-    built = subprocess.run([compiler(), *sources, *options, "-o", program], capture_output=True, text=True)
-    if "cannot find" in built.stderr:
-        pytest.skip("the sanitizer's library is not installed")
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([program, "100"], capture_output=True, text=True)
-    if "unexpected memory mapping" in done.stderr:
-        pytest.skip("the sanitizer does not know this system's addresses")
-    assert done.returncode == 0, done.stderr
-
-
 def said_by_a_loader(shards: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
     """What opening a loader warns of, with the library searched anew."""
     from shards import Loader  # and torch, which `with_library` does without

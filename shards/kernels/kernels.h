@@ -38,6 +38,9 @@ void dermscale_resample(const uint8_t *source, int64_t stride, int32_t height, i
 int64_t dermscale_cut(const uint8_t *raw, int64_t length, int32_t height, int32_t width, int32_t y, int32_t x,
                       int32_t h, int32_t w, double worth, uint8_t *out, int32_t *corner);
 
+/* shrink.c; needs AVX2 */
+void dermscale_two_thirds(const uint8_t *source, int32_t height, int32_t width, uint8_t *out, uint8_t *scratch);
+
 /* jpeg_decode.c */
 enum { DECODED = 0, DECLINED = 1 };
 int32_t dermscale_decode_level(void);
@@ -45,5 +48,11 @@ int64_t dermscale_decode_scratch(int32_t height, int32_t width);
 int32_t dermscale_decode_box(const uint8_t *file, int64_t length, int32_t height, int32_t width, int32_t y, int32_t x,
                              int32_t h, int32_t w, uint8_t *scratch, int64_t scratch_bytes, const uint8_t **pixels,
                              int64_t *stride, int32_t level);
+
+/* jpeg_whole.c */
+int64_t dermscale_files_scratch(int64_t longest, int32_t width);
+int32_t dermscale_decode_files(const uint8_t *const *files, const int64_t *lengths, int32_t count, int32_t height,
+                               int32_t width, int32_t reduced, uint8_t *scratch, int64_t scratch_bytes,
+                               uint8_t *const *images, int32_t level);
 
 #endif

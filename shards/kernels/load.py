@@ -21,6 +21,7 @@ _FUNCTIONS = (
     "dermscale_order",
     "dermscale_engine_open",
     "dermscale_decode_level",
+    "dermscale_decode_files",
 )
 """What a library of these sources has on every processor."""
 
@@ -72,6 +73,9 @@ def _declare(library: ctypes.CDLL) -> None:
         library.dermscale_scratch_bytes.argtypes = [number, number]
         library.dermscale_resample.restype = None
         library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
+    library.dermscale_files_scratch.restype = count
+    library.dermscale_files_scratch.argtypes = [count, number]
+    library.dermscale_decode_files.argtypes = [pointer, pointer, *[number] * 4, pointer, count, pointer, number]
     unsigned = ctypes.c_uint64
     library.dermscale_plan.restype = None
     library.dermscale_plan.argtypes = [unsigned, unsigned, pointer, count, *[pointer] * 6]

@@ -13,7 +13,6 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from shards.common.errors import DataError
 from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
-from shards.encode import BadImageError, Encoded, encode_image
+from shards.encode import TOGETHER, BadImageError, Encoded, encode_images
 from shards.format import CLASSES, SPLITS, EncodeSpec, Manifest
 from shards.subsets import split_lesions
 from shards.writer import PackedSample, ShardSetWriter
@@ -35,8 +34,6 @@ from shards.writer import PackedSample, ShardSetWriter
 QUARANTINE = "quarantine.csv"
 _WINDOW = 16
 """Images in progress per worker: enough to keep every worker busy while a full shard is flushed to the disk."""
-_TOGETHER = 4
-"""Images per task, because handing over a task costs time."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +162,14 @@ def _encoded(
     pool: ThreadPoolExecutor, jobs: list[_Job], settings: Settings
 ) -> Generator[tuple[_Job, Encoded | Rejected], None, None]:
     """Every job with its payload, in order."""
-    encode = partial(_encode, spec=settings.encode)
 
     def submit(group: list[_Job]) -> list[Future[list[Encoded | Rejected]]]:
         for job in group:
             _read_ahead_of_use(job.path)
-        return [pool.submit(lambda: [encode(job) for job in group])]
+        return [pool.submit(_encode, group, settings.encode)]
 
-    groups = (jobs[start : start + _TOGETHER] for start in range(0, len(jobs), _TOGETHER))
-    for group, (encoded,) in read_ahead(submit, groups, _WINDOW * settings.workers // _TOGETHER):
+    groups = (jobs[start : start + TOGETHER] for start in range(0, len(jobs), TOGETHER))
+    for group, (encoded,) in read_ahead(submit, groups, _WINDOW * settings.workers // TOGETHER):
         yield from zip(group, encoded, strict=True)
 
 
@@ -233,16 +229,26 @@ def _jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]
     return sorted(jobs, key=place)
 
 
-def _encode(job: _Job, spec: EncodeSpec) -> Encoded | Rejected:
-    """Read and encode one image, in a worker thread."""
-    image_id, file = job.record.image_id, job.record.file
+def _encode(jobs: list[_Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
+    """Read and encode some images, in a worker thread."""
+    read = [_read(job) for job in jobs]
+    found = [(data, job.record.image_id) for data, job in zip(read, jobs, strict=True) if isinstance(data, bytes)]
+    encoded = iter(encode_images([data for data, _ in found], [image_id for _, image_id in found], spec))
+    results: list[Encoded | Rejected] = []
+    for data, job in zip(read, jobs, strict=True):
+        result = data if isinstance(data, Rejected) else next(encoded)
+        if isinstance(result, BadImageError):
+            result = Rejected(job.record.image_id, job.record.file, str(result))
+        results.append(result)
+    return results
+
+
+def _read(job: _Job) -> bytes | Rejected:
     try:
         with io.FileIO(job.path) as raw:
-            return encode_image(raw.readall(), image_id, spec)
-    except BadImageError as error:
-        return Rejected(image_id, file, str(error))
+            return raw.readall()
     except OSError as error:
-        return Rejected(image_id, file, f"cannot be read ({error.strerror})")
+        return Rejected(job.record.image_id, job.record.file, f"cannot be read ({error.strerror})")
 
 
 def _sample(job: _Job, encoded: Encoded) -> PackedSample:

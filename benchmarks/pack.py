@@ -226,8 +226,8 @@ PACKERS = {
         Packer(
             "ceiling: bare calls",
             _bare_calls,
-            note="simplejpeg's decode and encode calls and this project's reduction on threads, from memory: the "
-            "fastest known; nothing is checked or written",
+            note="simplejpeg's decode and encode calls and this project's reduction on threads, from memory; nothing "
+            "is checked or written",
         ),
     )
 }

@@ -159,7 +159,7 @@ def _decode_alike(
 def _plain_frame(data: bytes) -> bytes | None:
     """The frame header (SOF0) of an image that is upright; None without one. Images with the same are decoded alike."""
     for marker, start, end in _segments(data):
-        if marker == 0xC0 and end - start == 15:
+        if marker == 0xC0 and end == start + 15 <= len(data):
             try:
                 return data[start:end] if exif_orientation(data) == 1 else None
             except BadImageError:

@@ -18,11 +18,13 @@ from shards.encode import (
     channel_sums,
     decode_strictly,
     encode_image,
+    encode_images,
     exif_orientation,
     shrink,
     turn_upright,
 )
 from shards.format import EncodeSpec
+from shards.kernels import load
 from shards.kernels.load import in_use
 from tests.conftest import picture
 from tests.support.rawdata import jpeg
@@ -249,6 +251,41 @@ def test_raw_is_lossless_and_jpeg_is_near():
     error = simplejpeg.decode_jpeg(packed.payload, "RGB").astype(float) - pixels
     assert 10 * np.log10(255**2 / (error**2).mean()) > 35
     assert raw.sums == packed.sums == channel_sums(pixels)
+
+
+@pytest.mark.parametrize("max_resolution", [60, 40, 37])
+@pytest.mark.parametrize("write_mode", ["jpg", "raw"])
+def test_files_encoded_together_give_what_each_gives_alone(max_resolution, write_mode):
+    spec = EncodeSpec(write_mode=write_mode, max_resolution=max_resolution)
+    other_kinds = [
+        *(b"", b"\xff\xd8", jpeg()[:30], jpeg()[:180], saved("RGB", "PNG"), saved("CMYK", "JPEG"), saved("L", "JPEG")),
+        *(jpeg(5)[:-2], jpeg(6) + b"appended", with_exif(jpeg(7), 6), with_exif(jpeg(8), 1)),
+        jpeg()[:2] + b"\xff\xe1\x00\x0cExif\0\0junk" + jpeg()[2:],
+        *(jpeg(9, height=60, width=45), simplejpeg.encode_jpeg(decode_strictly(jpeg(4)), colorsubsampling="420")),
+    ]
+    groups = [[jpeg(seed) for seed in range(count)] for count in range(7)]
+    groups += [[jpeg(0), jpeg(1), other, jpeg(2)] for other in other_kinds]
+    for files in groups:
+        image_ids = [f"ISIC_{number}" for number in range(len(files))]
+        alone: list = []
+        for data, image_id in zip(files, image_ids, strict=True):
+            try:
+                alone.append(encode_image(data, image_id, spec))
+            except BadImageError as error:
+                alone.append(str(error))
+        together = encode_images(files, image_ids, spec)
+        assert [str(one) if isinstance(one, BadImageError) else one for one in together] == alone
+
+
+@pytest.mark.parametrize("max_resolution", [60, 40])
+def test_files_of_one_kind_need_no_general_decoder(monkeypatch, max_resolution):
+    library = load.compiled()
+    if library is None or not library.dermscale_decode_level():
+        pytest.skip("the kernels are not built, or not for this processor")
+    monkeypatch.setattr(encode, "decode_strictly", lambda _: pytest.fail("not decoded together"))
+    files = [jpeg(0), with_exif(jpeg(1), 1), jpeg(2)]
+    packed = encode_images(files, ["a", "b", "c"], EncodeSpec(max_resolution=max_resolution))
+    assert all(isinstance(one, encode.Encoded) for one in packed)
 
 
 def test_real_files_decode_and_shrink(real_images):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
+from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.common.errors import UsageError
 from shards.engines import Request
@@ -79,7 +80,7 @@ class _Block:
 
 @dataclass
 class _Stream:
-    """A running engine. epoch: of the next batch. rest: what comes with the images of each batch.
+    """A running engine. epoch: of the next batch. part: of the rank. rest: what comes with the images of each batch.
 
     process: the one that started it. A forked child has none of its threads.
     """
@@ -87,12 +88,15 @@ class _Stream:
     process: int
     epoch: int
     resolution: int
+    part: slice
     images: Generator[torch.Tensor, None, None]
     rest: "Iterator[tuple[torch.Tensor, ...]]"
 
 
-class Loader:
+class Loader(IterableDataset[Batch]):
     """Batches of a Selection, epoch by epoch. An iterable with `set_epoch`, `state_dict` and `load_state_dict`.
+
+    Training code that takes an iterable takes it as it is. `DataLoader(loader, batch_size=None)` passes its batches on.
 
     Training shuffles, augments, and drops the last, incomplete batch. Evaluation keeps the selection's order and pads
     the last batch. Batches depend only on (selection, batch_size, resolution, seed, epoch): not on the engine, on the
@@ -109,8 +113,8 @@ class Loader:
         seed: int = 0,
         engine: str = "auto",
         device: str | torch.device = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         threads: int | None = None,
         prefetch: int = 2,
         augment: Augment | None = None,
@@ -119,9 +123,10 @@ class Loader:
         """Set up. Nothing is read before the first batch.
 
         batch_size: of the global batch, which `world_size` ranks share. resolution: side of the images in px. engine:
-        `auto`, `native`, `dali` or `resident`. threads: default, the cores this process may use. prefetch: batches
-        loaded ahead. pool: keeps engines that take long to build for later loaders. Raises UsageError for a value
-        outside its range, naming the limit.
+        `auto`, `native`, `dali` or `resident`. rank, world_size: default, those of torch.distributed when a pass
+        begins, or 0 and 1 if it is not initialised. threads: default, the cores this process may use. prefetch:
+        batches loaded ahead. pool: keeps engines that take long to build for later loaders. Raises UsageError for a
+        value outside its range, naming the limit.
         """
         if batch_size < 1:
             raise UsageError(f"batch size {batch_size} is below 1")
@@ -134,6 +139,8 @@ class Loader:
             raise UsageError(f"resolution {resolution} px is outside 1 to 4096")
         if prefetch < 1 or (threads is not None and threads < 1):
             raise UsageError(f"prefetch {prefetch} and threads {threads}: both must be at least 1")
+        if (rank is None) != (world_size is None):
+            raise UsageError(f"rank {rank} and world_size {world_size}: give both, or neither for torch.distributed's")
         check_seed(seed, 0)
         self._options = {"engine": engine, "threads": threads, "prefetch": prefetch}
         self.selection, self.batch_size, self.resolution, self.train = selection, batch_size, resolution, train
@@ -141,9 +148,9 @@ class Loader:
         self.augment = augment or Augment()
         self.device = torch.device(device)
         self.epoch = 0
-        self._part = rank_slice(batch_size, rank, world_size)
+        self._part()  # checks them
         self._position = 0  # global batches of this epoch that were yielded
-        self._resume = 0  # where the next iteration starts
+        self._loaded: dict[str, Any] | None = None  # a state, until a pass that starts there ends
         self._stream: _Stream | None = None  # loads the first batches of the next epoch
         self._engine, self.engine_name, self.engine_reason = make_engine(
             engine, selection, device=self.device, threads=threads, prefetch=prefetch, pool=pool
@@ -161,7 +168,7 @@ class Loader:
         """Choose the epoch of the next iteration. With the epoch of a loaded state, the loaded position stays."""
         check_seed(self.seed, epoch)
         if epoch != self.epoch:
-            self.epoch, self._resume, self._position = epoch, 0, 0
+            self.epoch, self._loaded, self._position = epoch, None, 0
 
     def set_resolution(self, resolution: int) -> None:
         """Choose the side of the images, in px, from the next iteration on."""
@@ -178,35 +185,53 @@ class Loader:
         plan = training_plan(self.seed, number, samples, self._heights, self._widths, self.augment)
         return epoch_order(len(samples), self.seed, number), plan
 
-    def __iter__(self) -> Iterator[Batch]:
+    def _part(self) -> slice:
+        """This rank's part of every global batch."""
+        rank, world_size, group = self.rank, self.world_size, torch.distributed
+        if rank is None or world_size is None:
+            grouped = group.is_available() and group.is_initialized()
+            rank, world_size = (group.get_rank(), group.get_world_size()) if grouped else (0, 1)
+        return rank_slice(self.batch_size, rank, world_size)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
         """The epoch's batches from its start, or from the position of a loaded state.
 
-        After the last batch the loader is at the start of the next pass. In training that is the next epoch, whose
-        first batches are loading already: small fractions have short epochs, so waiting for the first batch of each
-        would slow training noticeably.
+        The pass begins with its first batch: it is of the epoch, resolution and position that are set then. After the
+        last batch the loader is at the start of the next pass. In training that is the next epoch, whose first batches
+        are loading already: small fractions have short epochs, so waiting for the first batch of each would slow
+        training noticeably. Passes may run side by side, each through its own epoch. Raises UsageError in a worker
+        process of a DataLoader.
         """
-        start, self._resume = self._resume, 0
-        self._position = start
+        if (worker := get_worker_info()) is not None:
+            raise UsageError(
+                f"a Loader in a DataLoader with num_workers={worker.num_workers}: use num_workers=0; "
+                "the Loader has threads of its own, and its epoch and position do not come back from a worker process"
+            )
+        epoch, loaded, count = self.epoch, self._loaded, len(self)
+        self._position = start = number = 0 if loaded is None else loaded["batch"]
         stream, self._stream = self._stream, None
-        wanted = os.getpid(), self.epoch, self.resolution, start
-        if stream is None or (stream.process, stream.epoch, stream.resolution, 0) != wanted:
+        wanted = os.getpid(), self.epoch, self.resolution, self._part()
+        if stream is None or start or (stream.process, stream.epoch, stream.resolution, stream.part) != wanted:
             if stream is not None:
                 stream.images.close()
             stream = self._open(start)
-        count, number = len(self), start
         try:
             while number < count:
                 images = next(stream.images)
                 rest = next(stream.rest)
                 number += 1
-                self._position = number
-                if number == count:
-                    self.epoch, self._position = self.epoch + self.train, 0
+                last = number == count
+                if self.epoch == epoch:  # else `set_epoch`, or a pass beside this one, has left this epoch
+                    self.epoch, self._position = (epoch + self.train, 0) if last else (epoch, number)
+                if last and self._loaded is loaded:
+                    self._loaded = None
                 yield Batch(images, *rest)
                 del images  # so that its memory is free as soon as the caller has dropped it
         finally:
+            if self._loaded is loaded:
+                self._loaded = None
             if self.train and number == count and start < count and self._stream is None:
-                stream.epoch += 1
+                stream.epoch = epoch + 1
                 self._stream = stream
             else:
                 stream.images.close()
@@ -214,9 +239,10 @@ class Loader:
     def _open(self, start: int) -> "_Stream":
         """Start the engine at batch `start` of the current epoch; in training it continues with the next epochs."""
         made: deque[_Block] = deque()
+        epoch, part = self.epoch, self._part()
 
         def requests() -> Iterator[Request]:
-            for block in self._blocks(self.epoch, start):
+            for block in self._blocks(epoch, start, part):
                 made.append(block)
                 yield from block.requests()
 
@@ -226,18 +252,18 @@ class Loader:
 
         images = self._engine.run(requests(), self.resolution)
         # Engines are generators.
-        return _Stream(os.getpid(), self.epoch, self.resolution, images, rest())  # type: ignore[arg-type]
+        return _Stream(os.getpid(), epoch, self.resolution, part, images, rest())  # type: ignore[arg-type]
 
-    def _blocks(self, epoch: int, start: int) -> Iterator["_Block"]:
-        """This rank's parts of the global batches from `start` on; in training they never end."""
-        samples, labels, n = self.selection.samples, self.selection.labels, self._part.stop - self._part.start
+    def _blocks(self, epoch: int, start: int, part: slice) -> Iterator["_Block"]:
+        """A rank's parts of the global batches from `start` on; in training they never end."""
+        samples, labels, n = self.selection.samples, self.selection.labels, part.stop - part.start
         together = max(1, _TOGETHER // n) * self.batch_size
         for number in itertools.count(epoch):
             order, counts = self._order(number)
             for first in range(start * self.batch_size, len(order), together):
                 block = slice(first, first + together)
                 positions, mask = (
-                    values[block].reshape(-1, self.batch_size)[:, self._part].ravel() for values in (order, counts)
+                    values[block].reshape(-1, self.batch_size)[:, part].ravel() for values in (order, counts)
                 )
                 yield _Block(n, samples[positions], labels[positions], self._plan(number, positions), mask)
             if not self.train:
@@ -304,8 +330,8 @@ class Loader:
         different = [f"{k} {state.get(k)} → {v}" for k, v in self._identity().items() if state.get(k) != v]
         if different:
             raise UsageError(f"the loader state is of another loader: {', '.join(different)}")
-        self.epoch = state["epoch"]
-        self._position = self._resume = state["batch"]
+        self._loaded = dict(state)
+        self.epoch, self._position = state["epoch"], state["batch"]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds the settings and the position. Loading it opens the set and an engine again."""

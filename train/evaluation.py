@@ -41,7 +41,7 @@ def logits_of(
     net.eval()
     parts = []
     try:
-        with closing(iter(loader)) as batches:  # pyright: ignore[reportArgumentType]  # a generator
+        with closing(iter(loader)) as batches:
             for number, batch in enumerate(batches, 1):
                 with torch.inference_mode(), devices.autocast(world.device, precision):
                     parts.append((batch.samples, net(batch.images, batch.colour), batch.mask))

@@ -251,7 +251,7 @@ def _batches(loader: "Loader", epoch: int, px: int, steps: int, progress: Progre
         return
     loader.set_resolution(px)
     loader.set_epoch(epoch)
-    with closing(iter(loader)) as batches:  # pyright: ignore[reportArgumentType]  # a generator
+    with closing(iter(loader)) as batches:
         while progress.epoch_step < steps:
             began = time.perf_counter()
             batch = next(batches)

@@ -11,30 +11,10 @@ from torch import distributed, multiprocessing
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader
 
-from shards import Batch, Loader, ShardSet
+from shards import Batch
 from shards.common.errors import UsageError
 from tests.conftest import free_port
-
-EPOCH = 9  # batches of 8 among 72 images
-
-
-def make(shards, split="train", **options):
-    given = {"batch_size": 8, "resolution": 32, "seed": 5, "threads": 1, "train": split == "train"} | options
-    return Loader(ShardSet(shards).select(split), **given)
-
-
-def samples(passes):
-    return [batch.samples.tolist() for batch in passes]
-
-
-def epochs(shards, count, split="train"):
-    """The samples of the first epochs, from a loader for each."""
-    found = []
-    for epoch in range(count):
-        with closing(make(shards, split)) as loader:
-            loader.set_epoch(epoch)
-            found.append(samples(loader))
-    return found
+from tests.support.clients import EPOCH, epochs, make, samples
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def test_every_file_that_a_page_names_exists(page):
     if page.name == "CHANGELOG.md":
         pytest.skip("names files that are gone")
     for name in re.findall(
-        r"`((?:shards|preprocess|train|benchmarks|tests|docs)/[\w/.-]+\.\w+)", page.read_text(encoding="utf-8")
+        r"`((?:shards|preprocess|train|benchmarks|examples|tests|docs)/[\w/.-]+\.\w+)", page.read_text(encoding="utf-8")
     ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 

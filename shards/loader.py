@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from shards.shardset import Selection
 
 
-_TOGETHER = 1024
-"""Samples whose plan and labels are made in one go, in whole batches: a call of NumPy or PyTorch costs as much for one
-batch as for many."""
+_TOGETHER = 500
+"""Samples whose plan and labels are made in one go, in whole batches: a call of NumPy costs as much for one batch as
+for some. With more elements NumPy releases the GIL, and the loader may wait 5 ms to get it back."""
 
 
 class Batch(NamedTuple):
@@ -72,9 +72,11 @@ class _Block:
 
     def rest(self, device: torch.device) -> "Iterator[tuple[torch.Tensor, ...]]":
         """Labels, samples, colour and mask of each batch, on the device, without waiting for it."""
-        tensors = [torch.from_numpy(x) for x in (self.labels, self.samples, self.plan.colour, self.mask)]
-        if device.type != "cpu":
-            tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+        arrays = self.labels, self.samples, self.plan.colour, self.mask
+        if device.type == "cpu":  # NumPy's slices, because PyTorch's release the GIL
+            parts = (slice(start, start + self.n) for start in range(0, len(self.samples), self.n))
+            return (tuple(torch.from_numpy(array[part]) for array in arrays) for part in parts)
+        tensors = [torch.from_numpy(array).pin_memory().to(device, non_blocking=True) for array in arrays]
         return zip(*(tensor.split(self.n) for tensor in tensors), strict=True)
 
 

@@ -5,8 +5,7 @@
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
 ENGINES = ("native", "dali", "resident")
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One batch to load. samples: (n,) int64 sample numbers; boxes: (n, 4) int32 y, x, h, w; symmetry: (n,) uint8."""
 
     samples: np.ndarray

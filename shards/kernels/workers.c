@@ -355,12 +355,20 @@ struct engine *dermscale_engine_open(const struct row *rows, int64_t row_count, 
 
 /* Load `count` samples, one at least: their numbers, boxes (count, 4; NULL for whole images) and symmetries, as
  * `enum result` says, and what became of each into status. The arrays must stay until the batch is finished or
- * cancelled; those that the result has no use for are NULL. NULL where there is no memory. */
+ * cancelled; those that the result has no use for are NULL. NULL where a shard is not mapped yet, or there is no
+ * memory. */
 struct batch *dermscale_batch_submit(struct engine *engine, int32_t result, const int64_t *samples,
                                      const int32_t *boxes, const uint8_t *symmetry, int64_t count, int32_t side,
                                      double worth, uint8_t *out, const int64_t *places, int64_t (*found)[3],
                                      int32_t *status)
 {
+    for (int64_t i = 0; i < count; i++) {
+        if (samples[i] < 0 || samples[i] >= engine->row_count)
+            continue;
+        const uint32_t shard = engine->rows[samples[i]].shard;
+        if (shard < (uint32_t)engine->shard_count && !engine->shards[shard])
+            return NULL;
+    }
     struct batch *batch = calloc(1, sizeof *batch);
     if (!batch)
         return NULL;

@@ -167,25 +167,28 @@ class Workers:
             raise RuntimeError("this engine was closed, so it cannot load a batch")
         samples, status = given[0], given[-1]
         assert samples is not None and status is not None
-        shards = self._rows["shard"][samples]
-        if self._missing[shards].any():
-            self._map(np.unique(shards[self._missing[shards]]).tolist())
         # Held until the batch is done: Ctrl-C may come right after it was submitted, before anything knows its handle.
         self.held[id(status)] = given
         pointers = [None if array is None else array.ctypes.data for array in given]
-        at = self._calls.dermscale_batch_submit(
-            self._engine, result, *pointers[:3], len(samples), side, worth, *pointers[3:]
-        )
-        if not at:
-            del self.held[id(status)]
-            raise MemoryError
-        return at
+        while True:
+            at = self._calls.dermscale_batch_submit(
+                self._engine, result, *pointers[:3], len(samples), side, worth, *pointers[3:]
+            )
+            if at:
+                return at
+            if not self._map(samples):
+                del self.held[id(status)]
+                raise MemoryError
 
-    def _map(self, shards: list[int]) -> None:
-        for shard in shards:
+    def _map(self, samples: np.ndarray) -> bool:
+        """Map the shards of these samples that are not mapped yet; return whether there were some."""
+        shards = np.unique(self._rows["shard"][samples])
+        missing = shards[self._missing[shards]].tolist()
+        for shard in missing:
             content = self._bytes[shard] = np.frombuffer(self._data.shard(shard), np.uint8)
             self._sizes[shard], self._addresses[shard] = len(content), content.ctypes.data
             self._missing[shard] = False
+        return bool(missing)
 
     def wait(self, batch: int) -> None:
         """Wait for a batch. The GIL is released only if the batch is not done."""

@@ -10,8 +10,7 @@
 #define ROWS 24                /* of the index, and most samples of a batch */
 #define LOST_FILE ROWS         /* shards behind those of the rows: a file that has become shorter, */
 #define ENDING_FILE (ROWS + 1) /* one that becomes shorter while it is decoded, */
-#define NO_FILE (ROWS + 2)     /* and one that is not mapped */
-#define SHARDS (ROWS + 3)
+#define SHARDS (ROWS + 2)
 #define FILE_BYTES 16384
 
 int32_t told_level;
@@ -191,7 +190,7 @@ static void damage_row(struct row *row)
 {
     switch (draw(9)) {
     case 0:
-        row->shard = (uint32_t)(one_in(2) ? NO_FILE : one_in(2) ? SHARDS : UINT32_MAX - draw(2));
+        row->shard = one_in(2) ? SHARDS : UINT32_MAX - (uint32_t)draw(2);
         break;
     case 1:
         row->offset = one_in(2) ? (uint64_t)draw(1 << 14) : UINT64_MAX - (uint64_t)draw(1 << 14);

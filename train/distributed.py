@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards.common.errors import DermscaleError, one_line
+from shards.common.errors import DermscaleError, UsageError, one_line
 from train import device as devices
 
 TIMEOUT = timedelta(minutes=10)
@@ -118,10 +118,10 @@ class World:
 def world(device_name: str) -> Iterator[World]:
     """The world that torchrun describes in the environment variables; a single process without torchrun.
 
-    Raises UsageError for a device that is not there. If a peer dies, DermscaleError is raised here; nothing hangs.
+    Raises UsageError for a device that is not there, or if the variables describe only a part of a world. If a peer
+    dies, DermscaleError is raised here; nothing hangs.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size, local = _described()
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     device = devices.choose(device_name, local)
     devices.prepare(device, keep_memory=True)
@@ -146,6 +146,26 @@ def world(device_name: str) -> Iterator[World]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _described() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK. Some clusters set them for every job, and not where the processes meet."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    found = {name: os.environ.get(name, value) for name, value in alone.items()}
+    what_to_do = f"start the processes with torchrun, or unset {', '.join(alone)} to train in one process"
+    for name, value in found.items():
+        if not (value.isascii() and value.isdigit()):
+            raise UsageError(f"the environment variable {name} is '{value}' and not a whole number: {what_to_do}")
+    rank, size, local = map(int, found.values())
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size > 1 and missing:
+        raise UsageError(
+            f"the environment variable WORLD_SIZE is {size}, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set, so the processes cannot find each other: {what_to_do}"
+        )
+    if size < 1 or rank >= size > 1:
+        raise UsageError(f"the environment variable RANK is {rank} and WORLD_SIZE is {size}: {what_to_do}")
+    return rank, size, local
 
 
 def _store(restart: int) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from shards.common.errors import DataError
+from shards.common.errors import DataError, UsageError
 from tests.conftest import free_port
 from tests.support.train_runs import WORKER, child_environment, losses, small, start_worker
-from train.distributed import World
+from train.distributed import World, world
 from train.loop import train_once
 
 NORM_FREE = {"model": "test_vit", "batch_size": 8, "epochs": 3, "steps": 20}
@@ -126,3 +126,36 @@ def check_parts(rank: int, ranks: int, port: int) -> None:
 
 def test_flags_errors_and_gathering_across_ranks() -> None:
     mp.spawn(check_parts, (3, free_port()), nprocs=3)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but MASTER_ADDR and MASTER_PORT are not set"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({"RANK": "one"}, "RANK is 'one' and not a whole number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '' and not a whole number"),
+        ({"WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE is 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 2 and WORLD_SIZE is 2"),
+    ],
+)
+def test_variables_of_a_cluster_that_describe_no_world_are_one_line(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as stop, world("cpu"):
+        pass
+    assert f"environment variable {said}" in str(stop.value)
+    assert str(stop.value).endswith(
+        ": start the processes with torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK to train in one process"
+    )
+
+
+def test_a_rank_alone_trains_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with world("cpu") as here:
+        assert (here.rank, here.size) == (0, 1)

@@ -1,5 +1,6 @@
 """What depends on the device. Code for CUDA is in this file alone, so that tests on a CPU run all of the others."""
 
+import logging
 import os
 import resource
 from collections.abc import Iterable
@@ -61,15 +62,23 @@ def gpu_uuid(device: torch.device) -> str | None:
 def prepare(device: torch.device, *, keep_memory: bool = False) -> None:
     """Set up the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU.
 
-    keep_memory: for training on a CPU: memory that a step frees is kept for the next one, until `give_back`.
+    On a CPU it hides a warning of torch.compile about CUDA. keep_memory: for training on a CPU: memory that a step
+    frees is kept for the next one, until `give_back`.
     """
     if keep_memory and device.type == "cpu":
         keep_all_freed_memory()
+    if device.type == "cpu":
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_helps_the_user)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+
+
+def _helps_the_user(record: logging.LogRecord) -> bool:
+    """False for the warning of torch.compile on a machine with nvcc and no GPU: nothing is wrong there."""
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def give_back(device: torch.device) -> None:

@@ -17,6 +17,23 @@ from train.distributed import World
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+def test_without_a_gpu_nothing_is_said_of_a_cuda_toolkit(monkeypatch, caplog):
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("CUDA_HOME", "/toolkit")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cpp_extension.logger, "filters", [])
+    monkeypatch.setattr(cpp_extension.logger, "propagate", True)
+    caplog.clear()
+    cpp_extension._find_cuda_home()
+    assert [record.args for record in caplog.records] == [("/toolkit",)]
+    devices.prepare(CPU)
+    caplog.clear()
+    assert cpp_extension._find_cuda_home() == "/toolkit"
+    cpp_extension.logger.warning("another")
+    assert [record.message for record in caplog.records] == ["another"]
+
+
 def never():
     raise AssertionError("asked for: nothing is to be timed")
 

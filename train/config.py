@@ -141,14 +141,15 @@ def training_options(command: Callable[..., Any], run_only: bool = False) -> Cal
             continue
         choices = f": {', '.join(about['choices'][:-1])} or {about['choices'][-1]}." if "choices" in about else ""
         kind = next(kind for kind in (*get_args(one.type), one.type) if kind is not type(None))
+        # click 8.5 takes `default=None` for a value: an option that has it is not required any more
+        given: dict[str, Any] = {"required": True} if one.default is MISSING else {"default": one.default}
         command = click.option(
             f"--{one.name.replace('_', '-')}",
             type=click.Path() if about.get("path") else kind,
             is_flag=kind is bool,
-            required=one.default is MISSING,
-            default=None if one.default is MISSING else one.default,
             show_default=about.get("shown"),
             help=about["help"] + choices,
+            **given,
         )(command)
     return command
 

@@ -116,6 +116,10 @@ def test_each_mistake_is_one_line(
     assert all(word in lines[0] for word in words), lines[0]
 
 
+def test_a_run_without_a_model_is_one_line(command: Command) -> None:
+    assert command() == (2, "", "error: Missing option '--model'.\n")
+
+
 @pytest.mark.parametrize("damage", ["manifest", "index", "shard", "payload"])
 def test_a_damaged_shard_set_is_one_line(command: Command, tiny_shards: Path, tmp_path: Path, damage: str) -> None:
     data = tmp_path / "damaged"

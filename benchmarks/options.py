@@ -3,7 +3,6 @@
 import functools
 import re
 import shlex
-import sys
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shards.common.cli import typed_line
 from shards.common.errors import UsageError
 from shards.common.machine import available_cores
 
@@ -210,5 +210,5 @@ def benchmark(
 
 def command_line(module: str) -> str:
     """The command line as a user would type it, without the machine's own paths."""
-    words = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in sys.argv[1:]]
-    return shlex.join(["python", "-m", module, *words])
+    words = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in typed_line(module)]
+    return shlex.join(words)

@@ -15,6 +15,7 @@ from benchmarks.options import OUT
 from benchmarks.pages import Page, packed_sizes
 from benchmarks.tables import number, read_csv
 from benchmarks.utilization import START_UP, TRAINING, Moment, read_timeline, timeline_of
+from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.common.files import write_durably
 
@@ -64,7 +65,7 @@ def read_results(folder: Path) -> dict[str, list[Row]]:
         if path is not None:
             found[name] = read_csv(path)
     if not found:
-        raise DataError(f"{folder}: holds no results; run `python -m benchmarks.run loader` first")
+        raise DataError(f"{folder}: holds no results; run `{typed('benchmarks.run')} loader` first")
     return found
 
 

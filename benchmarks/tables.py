@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.machine import Environment
 from benchmarks.measure import Row
+from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.common.files import write_durably
 
@@ -70,7 +71,7 @@ def read_csv(path: Path) -> list[Row]:
                 rows.append(Row(**{name: parse(line[name]) for name, parse in of_row.items()}, environment=machine))
             return rows
     except FileNotFoundError:
-        raise DataError(f"{path}: no such table; make it with `python -m benchmarks.run`") from None
+        raise DataError(f"{path}: no such table; make it with `{typed('benchmarks.run')}`") from None
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: damaged ({error})") from None
 

@@ -325,7 +325,7 @@ def main(out: Path, test_set: bool, base_url: str | None) -> None:
     click.echo(f"{sum(item.images for item in items):,} images in {out}, complete and checked")
     where = "" if out == HOME else f" --source {out}"
     click.echo(
-        f"Pack them: python -m preprocess.shard{where}{f' --test-source {out / TEST_FOLDER}' if test_set else ''}"
+        f"Pack them: {cli.typed('preprocess.shard')}{where}{f' --test-source {out / TEST_FOLDER}' if test_set else ''}"
     )
 
 

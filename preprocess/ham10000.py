@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from preprocess.records import COLUMNS, Record, Rejected, Source, list_images, read_table, record_from, sha256_of
+from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.format import CLASSES
 
@@ -62,8 +63,8 @@ def _how_to_get(folder: Path) -> str:
     filled = folder.exists() and any(folder.iterdir())
     place, name = ("a new folder", "NEW") if filled else ("it", folder)
     return (
-        f"get HAM10000 with `python -m preprocess.download{where}`, or write a synthetic set into {place} with "
-        f"`python -m preprocess.synthetic --out {name}`"
+        f"get HAM10000 with `{typed('preprocess.download')}{where}`, or write a synthetic set into {place} with "
+        f"`{typed('preprocess.synthetic')} --out {name}`"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from preprocess.ham10000 import read_metadata
 from preprocess.records import Record, Rejected, Source, list_images, read_table, sha256_of, table_columns
+from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.writer import check_image_id
 
@@ -28,7 +29,7 @@ _DATASET = "isic2018_task3_test"
 def read_test_source(folder: Path) -> Source:
     """Read the test images and labels; single problems are in `rejected`. Raises DataError if either is missing."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; get it with `python -m preprocess.download --test-set`")
+        raise DataError(f"{folder}: no such folder; get it with `{typed('preprocess.download')} --test-set`")
     inside = [folder, *sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith("ISIC2018_Task3_Test"))]
     table = _labels(folder, inside)
     source = Source(folder, CITATION, LICENCE)
@@ -57,7 +58,7 @@ def _labels(folder: Path, inside: list[Path]) -> Path:
     if not tables:
         raise DataError(
             f"{folder}: holds no ISIC2018_Task3_Test_GroundTruth.csv, here or in a folder ISIC2018_Task3_Test*; "
-            "get it with `python -m preprocess.download --test-set`"
+            f"get it with `{typed('preprocess.download')} --test-set`"
         )
     return next((table for table in tables if "lesion_id" in table_columns(table)[0]), tables[0])
 

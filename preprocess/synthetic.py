@@ -228,7 +228,7 @@ def main(out: Path, images: int, seed: int, difficulty: float, workers: int | No
         click.echo(f"{dx:8}{of_class[dx]:9,}{pictures[dx]:9,}")
     click.echo(f"{'all':8}{len(lesions):9,}{images:9,}")
     click.echo(f"{images:,} synthetic images in {out}, {seconds:.1f} s, {images / seconds:.0f} images/s")
-    click.echo(f"Pack them: python -m preprocess.shard --source {out}")
+    click.echo(f"Pack them: {cli.typed('preprocess.shard')} --source {out}")
 
 
 if __name__ == "__main__":

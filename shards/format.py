@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shards.common.cli import typed
 from shards.common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Manifest:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(
-                f"{path.parent}: not a shard set (no {MANIFEST}); pack one with `python -m preprocess.shard`, "
+                f"{path.parent}: not a shard set (no {MANIFEST}); pack one with `{typed('preprocess.shard')}`, "
                 "and if packing was cut short, run it again"
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -102,6 +102,15 @@ def test_data_flows_one_way(package):
         assert others <= MAY_IMPORT[package], f"{file} imports {others}"
 
 
+def test_the_command_stands_above_all_packages():
+    assert {name for name in imports(ROOT / "dermscale.py") if name.split(".")[0] in MAY_IMPORT} == {
+        "shards.common",
+        "shards.common.errors",
+    }
+    files = [file for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py")]
+    assert not [file for file in files if any(name.split(".")[0] == "dermscale" for name in imports(file))]
+
+
 def test_dali_stands_in_one_file_of_the_library():
     files = [f for f in (ROOT / "shards").rglob("*.py") if any("nvidia.dali" in name for name in imports(f))]
     assert [f.name for f in files] == ["dali.py"]

@@ -43,7 +43,7 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
         if data.manifest.split.get("unit") != "image":
             raise DataError(
                 f"{base.data}: is split by {data.manifest.split.get('unit')}, and this command needs a split by image; "
-                "pack one with `python -m preprocess.shard --split-unit image`"
+                f"pack one with `{cli.typed('preprocess.shard')} --split-unit image`"
             )
         click.echo("warning: training on a split by image, to measure how much it overestimates accuracy", err=True)
         rows = arms(

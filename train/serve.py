@@ -107,7 +107,7 @@ def ask(process: ProcessPoolExecutor, image: bytes) -> "Answer | str":
     except MemoryError:
         return "does not fit into memory"
     except BrokenExecutor:
-        return "could not be predicted: the model process has ended; start train.serve again"
+        return "could not be predicted: the model process has ended; start this program again"
     except (DermscaleError, RuntimeError) as error:  # a full GPU is a RuntimeError
         return f"could not be predicted: {one_line(error, 200)}"
 

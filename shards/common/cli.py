@@ -5,6 +5,7 @@ Kept free of heavy imports, so that `--help` of any entry answers at once.
 
 import errno
 import gc
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -53,12 +54,31 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def _names() -> dict[str, str]:
+    """What the user types for a module if `dermscale` started this process; otherwise nothing."""
+    context = click.get_current_context(silent=True)
+    return (context.find_object(dict) if context else None) or {}
+
+
+def typed(module: str) -> str:
+    """How the user starts a module, for messages: `dermscale shard`, or `python -m preprocess.shard` without it."""
+    return _names().get(module, f"python -m {module}")
+
+
+def typed_line(module: str) -> list[str]:
+    """The words that the user typed to start this process, whose module is `module`."""
+    return [*(["dermscale"] if _names() else ["python", "-m", module]), *sys.argv[1:]]
+
+
 def run(command: click.Command) -> None:
     """Run a click command; a known error ends in one line.
 
     Exit codes: 2 wrong usage, 1 wrong data, a full disk or a file that cannot be used, 130 Ctrl-C, 143 SIGTERM (set by
     the command itself).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path that is not UTF-8 is shown with its own bytes
+            stream.reconfigure(errors="surrogateescape")
     try:
         code = command.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -66,6 +86,9 @@ def run(command: click.Command) -> None:
     except click.Abort:
         fail("interrupted", 130)
     except click.ClickException as error:
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # from click 8.2 on
+            error.show()  # a group without a command: its whole help
+            sys.exit(error.exit_code)
         fail(one_line(click.ClickException(error.format_message())), error.exit_code)
     except DermscaleError as error:
         fail(one_line(error), error.exit_code)

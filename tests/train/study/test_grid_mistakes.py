@@ -100,7 +100,7 @@ def test_deleted_weights_and_an_unfinished_run_give_different_messages(tmp_path:
         read_about(tmp_path)
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(
-        DataError, match=r"weights of this finished run were deleted .*train\.run.*--keep weights"
+        DataError, match=r"weights of this finished run were deleted .*train again.*--keep weights"
     ) as error:
         read_about(tmp_path)
     assert "not finished" not in str(error.value) and "--resume" not in str(error.value)

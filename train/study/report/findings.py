@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from shards.common.cli import typed
 from train.study import leakage
 from train.study.analysis import METRICS, Analysis, significant
 from train.study.numbers import between, p_value, percent, points, score
@@ -61,7 +62,7 @@ def missing(found: Analysis) -> list[str]:
     reasons = {reason for reason in found.variance.values() if isinstance(reason, str)}
     lines += [f"Variance shares: {reason}." for reason in sorted(reasons)]
     if found.leakage is None:
-        lines.append("What a split by image gains falsely: not measured here; see python -m train.leakage --help.")
+        lines.append(f"What a split by image gains falsely: not measured here; see {typed('train.leakage')} --help.")
     return lines
 
 

@@ -13,6 +13,7 @@ from sys import intern
 from typing import Any
 
 from shards.common.errors import DataError
+from shards.common.files import encoded
 from shards.format import CLASSES
 from shards.writer import check_image_id
 
@@ -84,7 +85,7 @@ def quarantine_csv(rejected: Iterable[Rejected]) -> bytes:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["image_id", "file", "reason"])
     rows.writerows([r.image_id, r.file, r.reason] for r in rejected)
-    return text.getvalue().encode("utf-8", "backslashreplace")
+    return encoded(text.getvalue())
 
 
 def sha256_of(path: Path) -> str:

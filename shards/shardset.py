@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from shards.common.cli import typed
 from shards.common.errors import DataError, UsageError, one_line
 from shards.format import ENCODINGS, INDEX, INDEX_TYPES, MANIFEST, MOST_PIXELS, SPLITS, Manifest, index_schema
 from shards.kernels.workers import LOADED, LOST, LOST_BYTES, check, rows_of
@@ -67,23 +68,26 @@ class ShardSet:
 
         Raises DataError if there is no set, or if it is damaged, of another version, or lacks a file.
         """
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path = Path(path).absolute()
         if not self.path.is_dir():
             raise DataError(
-                f"{self.path}: no such folder; pack a shard set with `python -m preprocess.shard --out {self.path}`"
+                f"{self.path}: no such folder; pack a shard set with `{typed('preprocess.shard')} --out {self.path}`"
             )
         self.manifest = Manifest.from_file(self.path / MANIFEST)
         index = self.path / INDEX
         if not index.is_file():
             raise DataError(f"{index}: missing; the shard set is damaged, pack it again")
-        if hashlib.sha256(index.read_bytes()).hexdigest() != self.manifest.index_sha256:
+        content = index.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest.index_sha256:
             raise DataError(
                 f"{index}: is not the index that the manifest names; the shard set is damaged, pack it again"
             )
         try:
-            self.table: pa.Table = pq.read_table(index)
+            # Arrow takes no path that is not UTF-8. Its threads must end before the process: it would abort.
+            self.table: pa.Table = pq.read_table(pa.BufferReader(content), use_threads=False)
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
             raise DataError(f"{index}: damaged ({one_line(error, 160)}); pack the set again") from None
         self._columns: dict[str, np.ndarray] = {}

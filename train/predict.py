@@ -92,9 +92,9 @@ def main(
     if out is None:
         click.echo(text, nl=False)
     else:
-        from shards.common.files import write_durably
+        from shards.common.files import encoded, write_durably
 
-        write_durably(out, text.encode())
+        write_durably(out, encoded(text))
         click.echo(f"{len(predictions)} images predicted, {len(refused)} refused: {out}", err=True)
     return 1 if refused else 0
 

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from shards.common.errors import DataError, UsageError
-from shards.common.files import lock, write_durably
+from shards.common.files import encoded, lock, write_durably
 from shards.common.machine import available_cores
 from shards.format import CLASSES
 from shards.kernels import load as kernels
@@ -46,7 +46,7 @@ _CHOICES = {"compile": COMPILE, "engine": ENGINES, "precision": PRECISIONS}
 
 def to_json(content: dict[str, Any]) -> bytes:
     """JSON as this project writes it: two spaces, no NaN, one final newline."""
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return encoded(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -91,7 +91,7 @@ class RunFolder:
         if not held:
             write_durably(out / CONFIG, to_json(config.to_dict()))
         self._metrics = (out / METRICS).open("ab")
-        self._log = (out / LOG).open("a", encoding="utf-8")
+        self._log = (out / LOG).open("a", encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self) -> "RunFolder":
         """Enter the context."""

@@ -26,8 +26,8 @@ from shards.common.errors import UsageError
 @click.option("--data", type=click.Path(path_type=Path), show_default="that of the runs", help="Shard set for --tiles.")
 @click.option("--resamples", type=click.IntRange(min=200), default=1000, help="Resamples for the intervals.")
 def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data: Path | None, resamples: int) -> None:
-    """Write the report of STUDY: a folder of train.grid, a folder of run folders, or one run folder."""
-    from shards.common.files import write_durably
+    """Write the report of STUDY: a folder that a grid wrote, a folder of run folders, or one run folder."""
+    from shards.common.files import encoded, write_durably
     from shards.common.progress import Progress
     from train.study.analysis import analyse
     from train.study.report.charts import charts
@@ -43,7 +43,7 @@ def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data:
     drawn = charts(found)
     page = compose(found, drawn, tiles=tiles, data=data)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(target, page.encode())
+    write_durably(target, encoded(page))
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
         for chart in drawn:

@@ -34,6 +34,18 @@ class Weights:
     norm: Norm | None = None
 
 
+@contextmanager
+def safetensors_file(path: Path, framework: str) -> Iterator[Any]:
+    """safetensors' `safe_open` of any path. It takes none that is not UTF-8, so it gets the path of the open file.
+
+    Raises OSError if the file cannot be opened, SafetensorError if it is damaged.
+    """
+    from safetensors import safe_open
+
+    with path.open("rb") as file, safe_open(f"/dev/fd/{file.fileno()}", framework=framework) as content:
+        yield content
+
+
 def read_weights(path: Path) -> Weights:
     """Read a .safetensors file, or a PyTorch file with `weights_only`: neither can run code.
 
@@ -41,12 +53,12 @@ def read_weights(path: Path) -> Weights:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file (--weights)")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     norm = None
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
+            with safetensors_file(path, "pt") as file:
                 metadata = file.metadata() or {}
                 state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if "mean" in metadata and "std" in metadata:

@@ -10,6 +10,11 @@ from typing import IO
 from shards.common.errors import DataError
 
 
+def encoded(text: str) -> bytes:
+    """UTF-8. In a path, bytes that are no UTF-8 become `\\udce9` and the like, which JSON reads back as that path."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file next to `path`; at the end it is flushed to the disk and renamed to `path`.

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from shards import Loader, Selection, ShardSet
@@ -22,6 +22,7 @@ from train.config import read_config
 from train.inference.output import Neighbour
 from train.inference.predictor import Predictor
 from train.record import CONFIG, WEIGHTS, read_result
+from train.weights import safetensors_file
 
 FILE = "features.safetensors"
 """In the run folder: the features of its training images, so that they are computed once."""
@@ -123,7 +124,7 @@ class Neighbours:
     def _load(self) -> np.ndarray | None:
         """The features of the run folder; None where there are none, or they are of other weights or images."""
         try:
-            with safe_open(self._path, framework="numpy") as file:
+            with safetensors_file(self._path, "numpy") as file:
                 return file.get_tensor("features") if file.metadata() == self._identity else None
         except (SafetensorError, OSError):
             return None

@@ -36,7 +36,7 @@ from train.inference.output import About, Prediction, Refused
 from train.inference.resnet import LAYERS, ResNet
 from train.metrics.calibration import probabilities
 from train.record import CONFIG, RESULT, WEIGHTS
-from train.weights import load_fitting, read_weights
+from train.weights import load_fitting, read_weights, safetensors_file
 
 if TYPE_CHECKING:
     from train.inference.explain import Explainer
@@ -58,13 +58,13 @@ class Prepared:
 
 def read_about(run: Path) -> About:
     """The description in a run folder's weights. Raises DataError if they are missing or damaged."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = run / WEIGHTS
     if not path.is_file():
         raise DataError(f"{run}: {_why_without_weights(run)} (no {WEIGHTS})")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors_file(path, "pt") as file:
             raw: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: no readable weights ({error})") from None
@@ -92,7 +92,7 @@ def _why_without_weights(run: Path) -> str:
     if (run / RESULT).is_file():
         return (
             "the weights of this finished run were deleted (as a grid does with `--keep results`); to get them, delete "
-            "this folder and train again: with train.run, or with train.grid and --keep weights if it is a grid's cell"
+            "this folder and train again; if it is a grid's cell, run the grid again with --keep weights"
         )
     return "this run is not finished; continue it with --resume" if (run / CONFIG).is_file() else "not a run folder"
 

@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from shards.common.cli import typed
 from shards.common.errors import DataError, UsageError
-from shards.common.files import lock, write_durably
+from shards.common.files import encoded, lock, write_durably
 from train.study.cells import Cell
 
 STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
@@ -32,7 +33,7 @@ def read_study(folder: Path) -> dict[str, Any]:
     """The settings of a study. Raises DataError if they are missing or damaged."""
     path = folder / STUDY
     if not path.exists():
-        raise DataError(f"{folder}: not a study (no {STUDY}); make one with `python -m train.grid --out {folder}`")
+        raise DataError(f"{folder}: not a study (no {STUDY}); make one with `{typed('train.grid')} --out {folder}`")
     study = read_json(path, "start the study in another folder")
     if study.get("version") != VERSION:
         raise DataError(f"{path}: written by another release; start the study in another folder")
@@ -120,7 +121,7 @@ class StudyFolder:
             self._delete_cells()
         if changed or before is None:
             text = json.dumps({"version": VERSION, "settings": settings}, indent=2, ensure_ascii=False)
-            write_durably(self.path / STUDY, text.encode() + b"\n")
+            write_durably(self.path / STUDY, encoded(text) + b"\n")
 
     def __enter__(self) -> "StudyFolder":
         """Enter the context."""
@@ -168,7 +169,7 @@ class StudyFolder:
             "note": cell.note,
             "error": error,
         }
-        self._journal.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._journal.write(encoded(json.dumps(entry, ensure_ascii=False)) + b"\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
         return entry

@@ -1,12 +1,15 @@
 """Reading a study: the finished runs of a folder, with a check that they can be compared."""
 
+import io
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shards.common.cli import typed
 from shards.common.errors import DataError, one_line
+from shards.common.files import encoded
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT
 from train.study.cells import EIGHT
 from train.study.folder import CELLS, STUDY, read_journal, read_json, read_study
@@ -44,7 +47,7 @@ class Run:
 
         path = self.folder / PREDICTIONS
         try:
-            return pd.read_parquet(path)
+            return pd.read_parquet(io.BytesIO(path.read_bytes()), use_threads=False)  # as in shards/shardset.py
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({one_line(error, 160)}); train this run again") from None
 
@@ -96,7 +99,7 @@ def read(folder: Path) -> Study:
     they were tested on different shard sets or, without a grid, trained with different settings.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; make a study with `python -m train.grid --out {folder}`")
+        raise DataError(f"{folder}: no such folder; make a study with `{typed('train.grid')} --out {folder}`")
     settings, journal = None, {}
     if (folder / STUDY).exists():
         settings, journal = read_study(folder)["settings"], read_journal(folder)
@@ -161,7 +164,7 @@ def read_run(path: Path, entry: dict[str, Any] | None = None) -> Run:
     """A finished run. entry: the cell's last line of the journal. Raises DataError for a missing or damaged file."""
     config, result = read_json(path / CONFIG), read_json(path / RESULT)
     try:
-        row = finished_row(result, config, path.name, entry)
+        row = finished_row(result, config, encoded(path.name).decode(), entry)  # tables hold UTF-8 alone
     except (KeyError, TypeError) as error:
         raise DataError(f"{path / RESULT}: written by another release (no {error}); train this run again") from None
     return Run(path, config, result, read_json(path / ENVIRONMENT), row)

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from shards.common.files import write_durably
+from shards.common.files import encoded, write_durably
 from train.record import CONFIG, read_result
 from train.study.folder import CELLS, read_journal, read_json
 
@@ -112,4 +112,4 @@ def write_table(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
         for name, row in rows.items()
     }
     table.writerows(rows[name] for name in sorted(rows, key=lambda name: keys[name]))
-    write_durably(folder / RESULTS, text.getvalue().encode())
+    write_durably(folder / RESULTS, encoded(text.getvalue()))

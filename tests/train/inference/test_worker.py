@@ -1,5 +1,6 @@
 """The model process of the page: if a part of an answer is impossible, the other parts are still there."""
 
+import os
 import shutil
 import signal
 import threading
@@ -19,14 +20,18 @@ from train.inference.neighbours import FILE
 
 @pytest.fixture
 def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the run and its shard set, to damage; what `start` changes in this process is undone."""
-    shutil.copytree(run.parent, tmp_path / "copy")
-    (tmp_path / "copy" / "run" / FILE).unlink(missing_ok=True)
+    """A copy of the run and its shard set, to damage; what `start` changes in this process is undone.
+
+    Its path is not UTF-8.
+    """
+    copy = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(run.parent, copy)
+    (copy / "run" / FILE).unlink(missing_ok=True)
     broken: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", broken.append)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(worker, "_sessions", [])
-    yield tmp_path / "copy"
+    yield copy
     worker.stop()
     assert not broken
 
@@ -113,7 +118,7 @@ def test_a_network_without_a_map_still_gives_probabilities(folder, monkeypatch):
     [
         (DataError("model.safetensors: damaged"), "could not be predicted: model.safetensors: damaged"),
         (RuntimeError("CUDA out\nof memory"), "could not be predicted: CUDA out of memory"),
-        (BrokenExecutor(), "could not be predicted: the model process has ended; start train.serve again"),
+        (BrokenExecutor(), "could not be predicted: the model process has ended; start this program again"),
     ],
 )
 def test_the_page_shows_errors(error, words):

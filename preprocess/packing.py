@@ -27,11 +27,10 @@ from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
 from shards.encode import TOGETHER, BadImageError, Encoded, encode_images
-from shards.format import CLASSES, SPLITS, EncodeSpec, Manifest
+from shards.format import CLASSES, QUARANTINE, SPLITS, EncodeSpec, Manifest
 from shards.subsets import split_lesions
 from shards.writer import PackedSample, ShardSetWriter
 
-QUARANTINE = "quarantine.csv"
 _WINDOW = 16
 """Images in progress per worker: enough to keep every worker busy while a full shard is flushed to the disk."""
 

@@ -18,7 +18,7 @@ import click
 from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError
 from shards.common.machine import available_cores
-from shards.format import CLASSES, WRITE_MODES, EncodeSpec
+from shards.format import CLASSES, QUARANTINE, WRITE_MODES, EncodeSpec
 
 if TYPE_CHECKING:
     from preprocess.packing import Packed
@@ -117,7 +117,7 @@ def main(
 
     from preprocess.ham10000 import read_source
     from preprocess.isic2018 import read_test_source
-    from preprocess.packing import QUARANTINE, Settings, pack
+    from preprocess.packing import Settings, pack
     from shards.place import refuse_occupied
 
     refuse_occupied(out, overwrite)

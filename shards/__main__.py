@@ -24,7 +24,6 @@ def info(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from shards.format import SPLITS
     from shards.shardset import ShardSet
 
     with ShardSet(folder) as data:
@@ -32,8 +31,7 @@ def info(folder: Path) -> None:
         table = Table("split", *manifest.classes, "samples", "shards", "MB")
         for column in table.columns[1:]:
             column.justify = "right"
-        for split in filter(manifest.counts.__contains__, SPLITS):
-            counts = manifest.counts[split]
+        for split, counts in manifest.counts.items():
             shards = [shard for shard in manifest.shards if shard.split == split]
             size = sum(shard.bytes for shard in shards) / 1e6
             cells = [str(counts[dx]) for dx in manifest.classes]
@@ -52,21 +50,30 @@ def info(folder: Path) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
-    """Read every byte of the set in FOLDER and compare all checksums. Exit code 1 if anything is damaged."""
+    """Read every byte of the set in FOLDER and compare all checksums.
+
+    Exit code 1 if a file is damaged, missing or not part of the set.
+    """
     from shards.common.progress import Progress
+    from shards.format import MANIFEST
     from shards.shardset import ShardSet
 
     with ShardSet(folder) as data:
-        shards, damage = data.manifest.shards, []
-        with Progress("verifying", sum(shard.bytes for shard in shards), "bytes") as bar:
-            for shard, (_, problems) in zip(shards, data.verify(), strict=True):
-                bar.advance(shard.bytes)
-                damage += [f"{shard.file}: {problem}" for problem in problems]
+        sizes, damage = {shard.file: shard.bytes for shard in data.manifest.shards}, []
+        with Progress("verifying", sum(sizes.values()), "bytes") as bar:
+            for name, problems in data.verify():
+                bar.advance(sizes.get(name, 0))
+                damage += [f"{name}: {problem}" for problem in problems]
         for line in damage:
             click.echo(line, err=True)
         if damage:
-            raise DataError(f"{folder}: {len(damage)} of its parts are damaged (above); pack the set again")
-        click.echo(f"{folder}: {len(shards)} shards and {len(data):,} samples are whole")
+            raise DataError(f"{folder}: {len(damage)} problems, each with what to do about it (above)")
+        click.echo(f"{folder}: {len(sizes)} shards and {len(data):,} samples are whole")
+        if data.manifest.manifest_sha256 is None:
+            click.echo(
+                f"note: {MANIFEST} is of an older release and has no checksum: mean, std and encode settings cannot "
+                "be checked"
+            )
 
 
 @main.command()

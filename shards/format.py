@@ -1,18 +1,24 @@
 """The packed format, version 1, as one declaration. FORMAT.md beside this file is its normative description."""
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.common.cli import typed
-from shards.common.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1
-MANIFEST, INDEX = "manifest.json", "index.parquet"
+MANIFEST, INDEX, QUARANTINE = "manifest.json", "index.parquet", "quarantine.csv"
+
+AGAIN = "copy the set again from where it is whole, or pack it again"
+"""What to do about a damaged set."""
 
 CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 """The seven diagnoses in alphabetical order: the label of a class is its position."""
@@ -104,6 +110,128 @@ class ShardInfo:
     sha256: str
 
 
+def shard_name(number: int) -> str:
+    """The file name of a tar."""
+    return f"shard-{number:05d}.tar"
+
+
+# ------------------------------------------------------------------ the manifest's fields
+
+_Rule = tuple[str, Callable[[Any], bool]]
+"""What is expected of a value, in words and as a check."""
+
+
+def _number(low: float, high: float, *, whole: bool = False) -> _Rule:
+    kinds = (int,) if whole else (int, float)  # compared by identity, because True is an int too
+    words = f"a {'whole ' if whole else ''}number from {low} to {high}"
+    return words, lambda value: type(value) in kinds and low <= value <= high
+
+
+def _list(length: int, rule: _Rule) -> _Rule:
+    words, right = rule
+    return (
+        f"{length} values, each {words}",
+        lambda value: type(value) is list and len(value) == length and all(map(right, value)),
+    )
+
+
+def _object(names: "tuple[str, ...] | None", rule: _Rule, words: str) -> _Rule:
+    """An object whose keys are among `names` (None: any) and whose values follow the rule."""
+    return (
+        words,
+        lambda value: (
+            type(value) is dict and (names is None or set(value) <= set(names)) and all(map(rule[1], value.values()))
+        ),
+    )
+
+
+def _one_of(*values: str) -> _Rule:
+    return f"one of {', '.join(values)}", lambda value: type(value) is str and value in values
+
+
+_COUNT = _number(0, 2**63 - 1, whole=True)
+_TEXT: _Rule = ("printable text", lambda value: type(value) is str and value.isprintable())
+_SHA256: _Rule = (
+    "64 hexadecimal digits",
+    lambda value: type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None,
+)
+_ANY: _Rule = ("anything", lambda value: True)
+_PER_CLASS: _Rule = (
+    "a number for each class",
+    lambda value: type(value) is dict and set(value) == set(CLASSES) and all(map(_COUNT[1], value.values())),
+)
+
+_FIELDS: dict[str, _Rule] = {
+    "classes": (", ".join(CLASSES), lambda value: value == list(CLASSES)),
+    "encode": ("an object", lambda value: type(value) is dict),
+    "encode.write_mode": _one_of(*WRITE_MODES),
+    "encode.max_resolution": _COUNT,  # EncodeSpec knows the ranges
+    "encode.jpeg_quality": _COUNT,
+    "encode.compress_probability": _number(0, 1),
+    "encode.smart_threshold": _COUNT,
+    "encode.subsampling": _TEXT,
+    "encode.restart": ("true or false", lambda value: type(value) is bool),
+    "split": ("an object", lambda value: type(value) is dict),
+    "split.ratio": _list(3, _COUNT),
+    "split.seed": _COUNT,
+    "split.unit": _one_of("lesion", "image"),
+    "mean": _list(3, _number(0, 1)),
+    "std": _list(3, _number(1e-6, 1)),
+    "counts": _object(SPLITS, _PER_CLASS, "samples of each class, by split"),
+    "source": _object(None, _ANY, "an object"),
+    "citation": _TEXT,
+    "licence": _TEXT,
+    "versions": _object(None, _TEXT, "an object of texts"),
+    "shards": ("a list of at least one shard", lambda value: type(value) is list and len(value) > 0),
+    "index_sha256": _SHA256,
+}
+"""Every version 1 manifest has these; `split` and `source` may hold more."""
+_SHARD: dict[str, _Rule] = {
+    "split": _one_of(*SPLITS),
+    "samples": _number(1, 2**32, whole=True),
+    "bytes": _number(1, 2**63 - 1, whole=True),
+    "sha256": _SHA256,
+}
+_ADDED: dict[str, _Rule] = {
+    "attached": _object((QUARANTINE,), _SHA256, f"the SHA-256 of {QUARANTINE} or nothing"),
+    "manifest_sha256": _SHA256,
+}
+"""Manifests of older releases lack these, and older releases ignore them."""
+_MOST_LEVELS = 16
+
+
+def _check(content: dict[str, Any], rules: dict[str, _Rule], prefix: str = "") -> None:
+    """Check an object's values; a rule's name may be a path. Raises ValueError naming the first that is wrong."""
+    for name, (expected, right) in rules.items():
+        value: Any = content
+        for key in name.split("."):
+            if key not in value:
+                raise ValueError(f"no {prefix}{name}")
+            value = value[key]
+        if not right(value):
+            shown = one_line(json.dumps(value), 60)
+            raise ValueError(f"{prefix}{name} is {shown}, expected {expected}")
+
+
+def _known(content: dict[str, Any], names: "set[str]", where: str) -> None:
+    """Raise ValueError if an object has a key that is none of `names`."""
+    if unknown := sorted(set(content) - names):
+        raise ValueError(f"{where} has the unknown key {one_line(json.dumps(unknown[0]), 60)}")
+
+
+def _levels(value: Any) -> int:
+    """How deep lists and objects are nested."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_levels, inner), default=0)
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content without `manifest_sha256`: as JSON with sorted keys and no spaces, in UTF-8."""
+    rest = {name: value for name, value in content.items() if name != "manifest_sha256"}
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Manifest:
     """manifest.json. Written last: a folder without one is not a shard set."""
@@ -120,41 +248,90 @@ class Manifest:
     licence: str
     versions: dict[str, str]  # of the libraries that decide the bytes
     shards: tuple[ShardInfo, ...]
-    index_sha256: str  # also the set's identity: run folders and loader states name it
+    index_sha256: str  # run folders and loader states name the set by it
+    attached: dict[str, str] = field(default_factory=dict)  # SHA-256 of quarantine.csv, if the set has one
+    manifest_sha256: str | None = None  # of the content; None if an older release packed the set
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the result of a training run depends on, as plain values: images, labels, normalisation, encoding."""
+        return {
+            "shard_set": self.index_sha256,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "encode": asdict(self.encode),
+        }
 
     def to_json(self) -> str:
-        """The text of manifest.json: sorted keys, two spaces, one final newline."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        """The text of manifest.json: sorted keys, two spaces, one final newline; with the checksum of its content."""
+        content = asdict(self)
+        content["manifest_sha256"] = content_sha256(content)
+        return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Manifest":
+        """The manifest that `to_json` wrote. Raises ValueError naming what is wrong with it."""
+
+        def constant(name: str) -> None:
+            raise ValueError(f"{name} is not a number")
+
+        try:
+            raw = json.loads(text if isinstance(text, str) else text.decode(), parse_constant=constant)
+            if not isinstance(raw, dict):
+                raise ValueError("not a JSON object")
+            _check(raw, {"format_version": _ANY})
+            version = raw["format_version"]
+            if type(version) is not int or version != FORMAT_VERSION:
+                raise _OtherVersionError(one_line(json.dumps(version), 60))
+            if _levels(raw) > _MOST_LEVELS:
+                raise ValueError(f"nested more than {_MOST_LEVELS} levels deep")
+        except RecursionError:
+            raise ValueError(f"nested more than {_MOST_LEVELS} levels deep") from None
+        digest = content_sha256(raw)
+        _check(raw, _FIELDS)
+        _check(raw, {name: rule for name, rule in _ADDED.items() if name in raw})
+        _known(raw["encode"], {f.name for f in fields(EncodeSpec)}, "encode")
+        for number, shard in enumerate(raw["shards"]):
+            where, name = f"shards[{number}]", shard_name(number)
+            if type(shard) is not dict:
+                raise ValueError(f"{where} is not an object")
+            _check(shard, {"file": (name, lambda value, name=name: value == name), **_SHARD}, f"{where}.")
+            _known(shard, {f.name for f in fields(ShardInfo)}, where)
+        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        if "manifest_sha256" not in raw:
+            _known(raw, {*known}, "it")  # only a later release adds keys, and then there is a checksum
+        elif raw["manifest_sha256"] != digest:
+            raise ValueError("its content is not what its manifest_sha256 says: a value was changed after packing")
+        try:
+            known["encode"] = EncodeSpec(**raw["encode"])
+        except UsageError as error:
+            raise ValueError(f"encode: {error}") from None
+        known["counts"] = {split: raw["counts"][split] for split in SPLITS if split in raw["counts"]}
+        known["shards"] = tuple(ShardInfo(**shard) for shard in raw["shards"])
+        for name in ("classes", "mean", "std"):
+            known[name] = tuple(raw[name])
+        return cls(**known)
 
     @classmethod
     def from_file(cls, path: Path) -> "Manifest":
         """Read and check a manifest. Raises DataError naming the file and what is wrong with it."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_json(path.read_bytes())
         except FileNotFoundError:
             raise DataError(
                 f"{path.parent}: not a shard set (no {MANIFEST}); pack one with `{typed('preprocess.shard')}`, "
                 "and if packing was cut short, run it again"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: damaged ({error}); pack the set again") from None
-        if not isinstance(raw, dict):
-            raise DataError(f"{path}: damaged (not a JSON object); pack the set again")
-        version = raw.get("format_version")
-        if version != FORMAT_VERSION:
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        except _OtherVersionError as error:
             raise DataError(
-                f"{path}: format version {version}, and this release reads version {FORMAT_VERSION}; "
+                f"{path}: format version {error}, and this release reads version {FORMAT_VERSION}; "
                 "pack the set again or use the release that wrote it"
-            )
-        missing = [f.name for f in fields(cls) if f.name not in raw]
-        if missing:
-            raise DataError(f"{path}: damaged (no {', '.join(missing)}); pack the set again")
-        known = {f.name: raw[f.name] for f in fields(cls)}
-        try:
-            known["encode"] = EncodeSpec(**raw["encode"])
-            known["shards"] = tuple(ShardInfo(**shard) for shard in raw["shards"])
-            known["classes"] = tuple(raw["classes"])
-            known["mean"], known["std"] = tuple(raw["mean"]), tuple(raw["std"])
-        except (TypeError, UsageError) as error:
-            raise DataError(f"{path}: damaged ({error}); pack the set again") from None
-        return cls(**known)
+            ) from None
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({one_line(error, 200)}); {AGAIN}") from None
+
+
+class _OtherVersionError(ValueError):
+    """The manifest is of another version of the format, which its text names."""

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from shards.common.errors import DataError
 from shards.common.files import sync_folder
-from shards.format import INDEX, MANIFEST
+from shards.format import INDEX, MANIFEST, QUARANTINE
 
 _FILES = re.compile(
-    rf"shard-\d{{5,}}\.(tar|idx)|quarantine\.csv|{re.escape(INDEX)}|{re.escape(MANIFEST)}|\.nfs[0-9a-f]+"
+    rf"shard-\d{{5,}}\.(tar|idx)|{'|'.join(map(re.escape, (QUARANTINE, INDEX, MANIFEST)))}|\.nfs[0-9a-f]+"
 )
 """The file names of a shard set (FORMAT.md), and NFS's name for a removed file that another process has open.
 
@@ -86,7 +86,7 @@ def _has_manifest(folder: Path) -> bool:
     """Whether `folder` holds a manifest of this format, of any version. Other programs use the same file name."""
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and isinstance(raw.get("format_version"), int)
 

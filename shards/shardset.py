@@ -3,9 +3,11 @@
 import errno
 import hashlib
 import mmap
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -13,7 +15,19 @@ import numpy as np
 
 from shards.common.cli import typed
 from shards.common.errors import DataError, UsageError, one_line
-from shards.format import ENCODINGS, INDEX, INDEX_TYPES, MANIFEST, MOST_PIXELS, SPLITS, Manifest, index_schema
+from shards.format import (
+    AGAIN,
+    CLASSES,
+    ENCODINGS,
+    INDEX,
+    INDEX_TYPES,
+    MANIFEST,
+    MOST_PIXELS,
+    QUARANTINE,
+    SPLITS,
+    Manifest,
+    index_schema,
+)
 from shards.kernels.workers import LOADED, LOST, LOST_BYTES, check, rows_of
 from shards.subsets import nested_subset
 from shards.tar import index_of
@@ -78,18 +92,18 @@ class ShardSet:
             )
         self.manifest = Manifest.from_file(self.path / MANIFEST)
         index = self.path / INDEX
-        if not index.is_file():
-            raise DataError(f"{index}: missing; the shard set is damaged, pack it again")
-        content = index.read_bytes()
+        try:
+            content = index.read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{index}: missing; {AGAIN}") from None
         if hashlib.sha256(content).hexdigest() != self.manifest.index_sha256:
-            raise DataError(
-                f"{index}: is not the index that the manifest names; the shard set is damaged, pack it again"
-            )
+            raise DataError(f"{index}: is not the index that the manifest names; {AGAIN}")
         try:
             # Arrow takes no path that is not UTF-8. Its threads must end before the process: it would abort.
-            self.table: pa.Table = pq.read_table(pa.BufferReader(content), use_threads=False)
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            raise DataError(f"{index}: damaged ({one_line(error, 160)}); pack the set again") from None
+            self.table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+            self.table.validate(full=True)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{index}: damaged ({one_line(error, 160)}); {AGAIN}") from None
         self._columns: dict[str, np.ndarray] = {}
         self._maps: dict[int, memoryview] = {}
         self._check_files()
@@ -100,12 +114,8 @@ class ShardSet:
         for info in self.manifest.shards:
             file = self.path / info.file
             if not file.is_file():
-                raise DataError(f"{file}: missing; the shard set is damaged, pack it again")
-            if file.stat().st_size != info.bytes:
-                raise DataError(
-                    f"{file}: {file.stat().st_size} bytes, and the manifest says {info.bytes}; "
-                    "the shard set is damaged, pack it again"
-                )
+                raise DataError(f"{file}: {'is not a file' if file.exists() else 'missing'}; {AGAIN}")
+            _check_size(file, file.stat().st_size, info.bytes)
 
     def _check_rows(self, index: Path) -> None:
         """Check every row of the index, because engines read addresses that follow from it."""
@@ -115,17 +125,17 @@ class ShardSet:
         pc: Any = pyarrow.compute  # it makes its functions at run time
 
         def damaged(what: str) -> DataError:
-            return DataError(f"{index}: {what}; the shard set is damaged, pack it again")
+            return DataError(f"{index}: {what}; {AGAIN}")
 
         for field in index_schema():
-            if field.name not in self.table.column_names:
-                raise damaged(f"has no column '{field.name}'")
+            if (times := self.table.column_names.count(field.name)) != 1:
+                raise damaged(f"has {times or 'no'} column{'s' * (times > 1)} '{field.name}'")
             column = self.table[field.name]
             if column.type != field.type:
                 raise damaged(f"its column '{field.name}' is {column.type}, and not {field.type}")
             if not field.nullable and column.null_count:
                 raise damaged(f"its column '{field.name}' has {column.null_count} empty cells")
-        for name, known in (("encoding", ENCODINGS), ("split", SPLITS), ("dx", self.manifest.classes)):
+        for name, known in (("encoding", ENCODINGS), ("split", SPLITS), ("dx", CLASSES)):
             found = pc.unique(self.table[name]).to_pylist()
             if unknown := sorted(set(found) - set(known)):
                 raise damaged(f"its column '{name}' says '{unknown[0]}', which is none of {', '.join(known)}")
@@ -135,9 +145,12 @@ class ShardSet:
         )
         raw = pc.equal(self.table["encoding"], "raw").to_numpy()
         sizes = np.array([info.bytes for info in self.manifest.shards], np.uint64)
-        classes = pc.index_in(self.table["dx"], pa.array(self.manifest.classes)).to_numpy()
+        classes = pc.index_in(self.table["dx"], pa.array(CLASSES)).to_numpy()
         known_shard = shard < len(sizes)
-        room = sizes[np.where(known_shard, shard, 0)]
+        known_rows = np.where(known_shard, shard, 0)
+        room = sizes[known_rows]
+        split = pc.index_in(self.table["split"], pa.array(SPLITS)).to_numpy()
+        splits = np.array([SPLITS.index(info.split) for info in self.manifest.shards])
         pixels = height * width
         for wrong, what in (
             (~known_shard, f"its shard is none of the {len(sizes)} in the manifest"),
@@ -147,9 +160,17 @@ class ShardSet:
             (pixels > MOST_PIXELS, f"its image has more than {MOST_PIXELS // 1_000_000} megapixels"),
             (raw & (3 * pixels > length), "its payload is shorter than its image"),
             (label != classes, "its label is not the place of its dx in the classes"),
+            (split != splits[known_rows], "its split is not that of its shard"),
         ):
             if wrong.any():
                 raise damaged(f"sample {self.column('image_id')[int(np.argmax(wrong))]}: {what}")
+        for info, rows in zip(self.manifest.shards, np.bincount(shard, minlength=len(sizes)), strict=True):
+            if rows != info.samples:
+                raise damaged(f"has {rows} samples of {info.file}, and the manifest says {info.samples}")
+        found = np.bincount(split * len(CLASSES) + label, minlength=len(SPLITS) * len(CLASSES))
+        for (name, dx), rows in zip(product(SPLITS, CLASSES), found.tolist(), strict=True):
+            if rows != (said := self.manifest.counts.get(name, {}).get(dx, 0)):
+                raise damaged(f"has {rows} samples of {dx} in {name}, and the manifest says {said}")
 
     def __len__(self) -> int:
         """Number of samples in all splits."""
@@ -165,7 +186,7 @@ class ShardSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle names the folder and the set. Loading it opens the set again (`_reopened`)."""
-        return _reopened, (self.path, self.manifest.index_sha256)
+        return _reopened, (self.path, self.manifest.identity)
 
     def close(self) -> None:
         """Drop the mapped files. Views that were returned before stay valid."""
@@ -216,13 +237,11 @@ class ShardSet:
             try:
                 with file.open("rb") as handle:
                     view = _mapped(handle)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file}: cannot be read ({error}); pack the set again") from None
-            if len(view) != self.manifest.shards[number].bytes:
-                raise DataError(
-                    f"{file}: {len(view)} bytes, and the manifest says {self.manifest.shards[number].bytes}; "
-                    "the shard set is damaged, pack it again"
-                )
+            except FileNotFoundError:
+                raise DataError(f"{file}: is gone since the set was opened; open the set where it is now") from None
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read ({error.strerror}); {_hint(error)}") from None
+            _check_size(file, len(view), self.manifest.shards[number].bytes)
             view = self._maps.setdefault(number, view)  # if two threads map it at once, both use the first mapping
         return view
 
@@ -240,7 +259,7 @@ class ShardSet:
         file = self.path / self.manifest.shards[int(self.column("shard")[sample])].file
         return DataError(
             f"{self.column('image_id')[sample]}: damaged in {file} at byte {self.column('offset')[sample]} "
-            f"({why}); pack the set again"
+            f"({why}); {AGAIN}"
         )
 
     def pixels(self, sample: int) -> np.ndarray:
@@ -254,43 +273,91 @@ class ShardSet:
         """Read every byte, shard by shard: yields (file name, what is wrong with it or with its samples).
 
         The index was checked against the manifest when the set was opened. If a tar is whole, its .idx is compared
-        with the index of its members.
+        with the index of its members. The other files of the folder come last, each that is wrong.
         """
         shards = self.column("shard")
+        expected = {MANIFEST, INDEX}
         for number, info in enumerate(self.manifest.shards):
-            wrong = []
             tar = self.path / info.file
-            with tar.open("rb") as file:
-                whole = hashlib.file_digest(file, "sha256").hexdigest() == info.sha256
-            if not whole:
-                wrong.append("its SHA-256 is not the manifest's")
+            expected |= {info.file, tar.with_suffix(".idx").name}
+            try:
+                wrong = _wrong_bytes(tar, info.sha256)
+            except OSError as error:
+                wrong = [f"cannot be read ({error.strerror}); {_hint(error)}"]
             for sample in np.flatnonzero(shards == number).tolist():
                 try:
                     self.read(sample)
                 except DataError as error:
                     wrong.append(str(error))
-            idx = tar.with_suffix(".idx")
-            if not idx.is_file():
-                wrong.append(f"{idx.name} is missing")
-            elif whole and idx.read_bytes() != index_of(tar):
-                wrong.append(f"{idx.name} is damaged: it is not the index of this tar")
             yield info.file, wrong
+        yield from self._verify_others(expected)
+
+    def _verify_others(self, expected: set[str]) -> Iterator[tuple[str, list[str]]]:
+        """Yields as `verify` does. expected: the names of the files that are verified already."""
+        attached = self.manifest.attached
+        for name, sha256 in attached.items():
+            file = self.path / name
+            if not file.is_file():
+                yield name, [f"missing; {AGAIN}"]
+            elif hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+                yield name, [f"its SHA-256 is not the manifest's; {AGAIN}"]
+        unhashed = {QUARANTINE} if self.manifest.manifest_sha256 is None else set()
+        for name in sorted({file.name for file in self.path.iterdir()} - expected - {*attached} - unhashed):
+            if not name.startswith(".nfs"):  # a removed file that another process has open
+                yield name, ["is not part of this set; move it away"]
+
+
+def _check_size(file: Path, found: int, expected: int) -> None:
+    """Raise DataError if a shard has not the size that the manifest says."""
+    if found != expected:
+        raise DataError(f"{file}: {found} bytes, and the manifest says {expected}; {AGAIN}")
+
+
+def _wrong_bytes(tar: Path, sha256: str) -> list[str]:
+    """What is wrong with a tar and its .idx, which is compared with the members of a whole tar."""
+    wrong = []
+    with tar.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    if not whole:
+        wrong.append(f"its SHA-256 is not the manifest's; {AGAIN}")
+    idx = tar.with_suffix(".idx")
+    if not idx.is_file():
+        wrong.append(f"{idx.name} is missing; {AGAIN}")
+    elif whole:
+        try:
+            if idx.read_bytes() != index_of(tar):
+                wrong.append(f"{idx.name} is damaged: it is not the index of this tar; {AGAIN}")
+        except (tarfile.TarError, ValueError) as error:
+            wrong.append(f"is not a tar ({one_line(error, 160)}); {AGAIN}")
+    return wrong
+
+
+def _hint(error: OSError) -> str:
+    """What to do about a file that the system cannot read: packing again helps in no case."""
+    return {
+        errno.EACCES: "check its permissions",
+        errno.EPERM: "check its permissions",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.ENOMEM: "free some memory",
+    }.get(error.errno or 0, "check its disk or file system")
 
 
 def _mapped(file: IO[bytes]) -> memoryview:
-    """The bytes of a file: mapped, or read if its file system cannot map files."""
+    """The bytes of a file: mapped, or read if it is empty or its file system cannot map files."""
     try:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except ValueError:
+        return memoryview(b"")
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.EINVAL):
             raise
         return memoryview(file.read())
 
 
-def _reopened(path: Path, index_sha256: str) -> ShardSet:
+def _reopened(path: Path, identity: dict[str, Any]) -> ShardSet:
     """A set that was pickled, opened again. Raises DataError if the folder holds another set now."""
     data = ShardSet(path)
-    if data.manifest.index_sha256 != index_sha256:
+    if data.manifest.identity != identity:
         raise DataError(f"{path}: holds another shard set than it did when this one was sent to another process")
     return data
 

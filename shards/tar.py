@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from shards.common.files import write_durably
-from shards.format import ShardInfo
+from shards.format import ShardInfo, shard_name
 
 BLOCK = 512
 """Tar's unit: headers have this size, contents are padded to it."""
@@ -34,7 +34,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def index_of(tar: Path) -> bytes:
-    """The .idx of a complete tar, from its members. Raises tarfile.TarError if `tar` is not one."""
+    """The .idx of a complete tar, from its members. Raises tarfile.TarError or ValueError if `tar` is not one."""
     samples: dict[str, list[str]] = {}
     with tarfile.open(tar, "r:") as archive:
         for member in archive:
@@ -52,7 +52,7 @@ class Shard:
     """One tar being written, with DALI's index of it (v1.2: `extension offset size name` for each member)."""
 
     def __init__(self, folder: Path, number: int, split: str) -> None:
-        self.path, self.split, self.number = folder / f"shard-{number:05d}.tar", split, number
+        self.path, self.split, self.number = folder / shard_name(number), split, number
         self.samples = self.position = 0
         self._file: IO[bytes] = self.path.open("wb", buffering=_BUFFER)
         self._sha = hashlib.sha256()

@@ -123,6 +123,7 @@ class ShardSetWriter:
         self._flush: Future[None] | None = None
         self._seen: set[str] = set()
         self._counts: dict[str, dict[str, int]] = {}
+        self._attached: dict[str, str] = {}
         refuse_occupied(out, overwrite)
         self._final = real_place(out)
         self._partial = beside(self._final, "partial")
@@ -174,6 +175,7 @@ class ShardSetWriter:
     def attach(self, name: str, content: bytes) -> None:
         """Add a file to the folder. Its name must be in FORMAT.md: `--overwrite` refuses a set with another file."""
         write_durably(self._partial / name, content)
+        self._attached[name] = hashlib.sha256(content).hexdigest()
 
     def add(self, sample: PackedSample) -> None:
         """Append one sample. Raises DataError for an image_id that is invalid or already in the set."""
@@ -238,13 +240,14 @@ class ShardSetWriter:
     ) -> Manifest:
         """Close the last shard, write the index and the manifest, and move the folder into place.
 
-        Raises DataError if nothing was packed, and if something else was put into the final folder meanwhile.
+        Raises DataError if nothing was packed, if a value cannot be read back, and if something else was put into the
+        final folder meanwhile.
         """
         if self._shard is None:
             raise DataError("no image was packed: the source is empty, or every image was left out")
         self._end(self._shard)
         index_sha256 = self._index.finish()
-        manifest = Manifest(
+        text = Manifest(
             format_version=FORMAT_VERSION,
             classes=CLASSES,
             encode=self.encode,
@@ -258,10 +261,15 @@ class ShardSetWriter:
             versions=versions,
             shards=tuple(self._infos),
             index_sha256=index_sha256,
-        )
+            attached=self._attached,
+        ).to_json()
+        try:
+            manifest = Manifest.from_json(text)
+        except ValueError as error:
+            raise DataError(f"{self.out}: cannot be packed ({error})") from None
         if self._flush is not None:
             self._flush.result()
-        write_durably(self._partial / MANIFEST, manifest.to_json().encode())
+        write_durably(self._partial / MANIFEST, text.encode())
         refuse_occupied(self._final, self._overwrite)  # the folder may have been filled meanwhile
         replace(self._final, self._partial)
         return manifest

@@ -15,7 +15,7 @@ import pytest
 
 from shards.__main__ import main
 from shards.common.errors import DataError, UsageError
-from shards.format import CLASSES, INDEX_TYPES, EncodeSpec, Manifest
+from shards.format import AGAIN, CLASSES, INDEX_TYPES, EncodeSpec, Manifest
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter, check_image_id
 from tests.conftest import little_metadata, write_set
@@ -189,7 +189,7 @@ def test_a_wrong_idx_is_found(tmp_path):
     folder = write_set(tmp_path / "set", images=40)
     idx = folder / "shard-00000.idx"
     whole = idx.read_bytes()
-    damaged = [f"{idx.name} is damaged: it is not the index of this tar"]
+    damaged = [f"{idx.name} is damaged: it is not the index of this tar; {AGAIN}"]
     with ShardSet(folder) as data:
         for byte in {*range(0, len(whole), 37), *range(12), len(whole) - 1}:  # the header, every kind of field, the end
             idx.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << byte % 8]) + whole[byte + 1 :])
@@ -198,7 +198,7 @@ def test_a_wrong_idx_is_found(tmp_path):
             idx.write_bytes(wrong)
             assert next(data.verify()) == ("shard-00000.tar", damaged), wrong
         idx.unlink()
-        assert next(data.verify()) == ("shard-00000.tar", [f"{idx.name} is missing"])
+        assert next(data.verify()) == ("shard-00000.tar", [f"{idx.name} is missing; {AGAIN}"])
         idx.write_bytes(whole)
         assert not any(problems for _, problems in data.verify())
 
@@ -250,7 +250,7 @@ def test_info_and_verify_answer(tmp_path, command):
         content[byte] ^= bit
         (folder / name).write_bytes(content)
         code, _, err = command(main, "verify", folder)
-        assert code == 1 and f"shard-00000.tar: {words}\n" in err
+        assert code == 1 and f"shard-00000.tar: {words}; {AGAIN}\n" in err
     code, _, err = command(main, "info", tmp_path / "none")
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
     assert command(main, "inform")[0] == 2

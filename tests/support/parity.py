@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,7 @@ import torch
 
 from shards import Augment, Loader, ShardSet
 from shards.engines import Request
-from shards.format import INDEX, MANIFEST
+from shards.format import INDEX, MANIFEST, content_sha256
 from shards.loader import Batch
 from shards.plan import training_plan
 
@@ -69,13 +71,21 @@ def flip_a_bit(folder: Path, position: int) -> str:
 
 
 def write_index(folder: Path, index: pa.Table | bytes) -> None:
-    """Give a set another index, and its manifest the checksum of that."""
+    """Give a set another index, and its manifest the right checksums."""
     if isinstance(index, bytes):
         (folder / INDEX).write_bytes(index)
     else:
         pq.write_table(index, folder / INDEX)
+    digest = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+    change_manifest(folder, lambda manifest: manifest.update(index_sha256=digest))
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of a set's manifest, which keeps a right checksum (if it has one after the change)."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+    change(manifest)
+    if "manifest_sha256" in manifest:
+        manifest["manifest_sha256"] = content_sha256(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -253,14 +253,10 @@ class Manifest:
     manifest_sha256: str | None = None  # of the content; None if an older release packed the set
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What the result of a training run depends on, as plain values: images, labels, normalisation, encoding."""
-        return {
-            "shard_set": self.index_sha256,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "encode": asdict(self.encode),
-        }
+    def identity(self) -> dict[str, str]:
+        """What the result of a run depends on: images and labels (by the index), normalisation, encode settings."""
+        encode = {f"encode_{name}": str(value) for name, value in asdict(self.encode).items()}
+        return {"shard_set": self.index_sha256, "mean": str(list(self.mean)), "std": str(list(self.std)), **encode}
 
     def to_json(self) -> str:
         """The text of manifest.json: sorted keys, two spaces, one final newline; with the checksum of its content."""

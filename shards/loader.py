@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -51,6 +51,10 @@ class Batch(NamedTuple):
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from which a GPU copies while the CPU goes on."""
         return Batch(*(tensor.pin_memory() for tensor in self))
+
+
+_ALWAYS = ("shard_set", "selection", "seed", "batch_size", "train")
+"""What every loader state names. States of older releases name nothing else, and what is not named is not compared."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Loader(IterableDataset[Batch]):
         if (rank is None) != (world_size is None):
             raise UsageError(f"rank {rank} and world_size {world_size}: give both, or neither for torch.distributed's")
         check_seed(seed, 0)
-        self._options = {"engine": engine, "threads": threads, "prefetch": prefetch}
+        self._options = {"engine": engine, "threads": threads, "prefetch": prefetch, "resolution": resolution}
         self.selection, self.batch_size, self.resolution, self.train = selection, batch_size, resolution, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.augment = augment or Augment()
@@ -306,13 +310,18 @@ class Loader(IterableDataset[Batch]):
         return training_plan(self.seed, epoch, self.selection.samples[positions], heights, widths, self.augment)
 
     def _identity(self) -> dict[str, Any]:
-        """The settings that a saved position depends on."""
+        """The settings that a saved position depends on, or what is computed from the batches after it.
+
+        The resolution is the first one: `set_resolution` may be part of a schedule, which the caller resumes.
+        """
         return {
-            "shard_set": self.selection.data.manifest.index_sha256,
+            **self.selection.data.manifest.identity,
             "selection": f"{xxhash.xxh3_64_hexdigest(self.selection.samples.tobytes())}",
             "seed": self.seed,
             "batch_size": self.batch_size,
             "train": self.train,
+            "resolution": self._options["resolution"],
+            **{f"augment_{name}": str(value) for name, value in asdict(self.augment).items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -325,13 +334,17 @@ class Loader(IterableDataset[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last batch that was yielded when `state` was taken.
 
-        Raises UsageError, naming the difference, if the state is of another set, selection, seed or batch size.
+        Raises UsageError, naming the difference, if the state is of another set, selection, seed or batch size, or of
+        another normalisation, encoding, resolution or augmentation.
         """
         if state.get("version") != 1:
             raise UsageError(f"loader state version {state.get('version')}, and this release reads version 1")
-        different = [f"{k} {state.get(k)} → {v}" for k, v in self._identity().items() if state.get(k) != v]
+        named = {k: v for k, v in self._identity().items() if k in state or k in _ALWAYS}
+        different = [f"{k} {state.get(k)} → {v}" for k, v in named.items() if state.get(k) != v]
         if different:
-            raise UsageError(f"the loader state is of another loader: {', '.join(different)}")
+            raise UsageError(
+                f"the loader state is of another loader: {', '.join(different)}; use the set and settings of that one"
+            )
         self._loaded = dict(state)
         self.epoch, self._position = state["epoch"], state["batch"]
 
@@ -340,7 +353,6 @@ class Loader(IterableDataset[Batch]):
         settings = self._options | {
             "selection": self.selection,
             "batch_size": self.batch_size,
-            "resolution": self.resolution,
             "train": self.train,
             "seed": self.seed,
             "device": self.device,
@@ -348,7 +360,7 @@ class Loader(IterableDataset[Batch]):
             "world_size": self.world_size,
             "augment": self.augment,
         }
-        return _reopened, (settings, self.state_dict())
+        return _reopened, (settings, self.state_dict(), self.resolution)
 
     def close(self) -> None:
         """Release the engine's threads and memory; a pool keeps its own engine. Yielded batches stay valid."""
@@ -358,8 +370,9 @@ class Loader(IterableDataset[Batch]):
         self._engine.close()
 
 
-def _reopened(settings: dict[str, Any], state: dict[str, Any]) -> Loader:
+def _reopened(settings: dict[str, Any], state: dict[str, Any], resolution: int) -> Loader:
     """A loader that was pickled, with an engine of its own."""
     loader = Loader(**settings)
+    loader.set_resolution(resolution)
     loader.load_state_dict(state)
     return loader

@@ -354,7 +354,7 @@ def _mapped(file: IO[bytes]) -> memoryview:
         return memoryview(file.read())
 
 
-def _reopened(path: Path, identity: dict[str, Any]) -> ShardSet:
+def _reopened(path: Path, identity: dict[str, str]) -> ShardSet:
     """A set that was pickled, opened again. Raises DataError if the folder holds another set now."""
     data = ShardSet(path)
     if data.manifest.identity != identity:

@@ -17,10 +17,9 @@ from shards import Loader, Selection, ShardSet
 from shards.__main__ import main
 from shards.common.errors import DataError
 from shards.format import CLASSES, INDEX, MANIFEST, QUARANTINE, EncodeSpec, Manifest
-from shards.jpeg import encode_jpeg
 from shards.kernels.load import compiled
 from shards.writer import PackedSample, ShardSetWriter
-from tests.conftest import finish, little_metadata, npy_bytes, picture, write_set
+from tests.conftest import finish_set, little_metadata, picture, write_sample, write_set
 from tests.support.parity import change_manifest
 
 # ------------------------------------------------------------------ the manifest
@@ -277,12 +276,10 @@ def small_mixed(out: Path) -> Path:
     rng = np.random.default_rng(0)
     with ShardSetWriter(out, EncodeSpec(write_mode="proportion"), 1 << 20) as writer:
         for number, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 2):
-            image, kind = picture(rng, number % 7, 16, 20), ("jpg", "raw")[number % 2]
-            payload = encode_jpeg(image) if kind == "jpg" else npy_bytes(image)
-            metadata = little_metadata(f"IMG_{number:05d}", CLASSES[number % 7])
-            writer.add(PackedSample(payload, kind, 16, 20, split, metadata))
+            image = picture(rng, number % 7, 16, 20)
+            write_sample(writer, number, f"LES_{number}", number % 7, split, image, ("jpg", "raw")[number % 2])
         writer.attach(QUARANTINE, b"image_id,file,reason\nIMG_00010,a.jpg,is not an image\n")
-        finish(writer)
+        finish_set(writer)
     return out
 
 

@@ -1,7 +1,9 @@
 """The Loader on the native engine: pixels against a plain reading, the same batches whatever the ranks and restarts."""
 
 import gc
+import shutil
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +15,7 @@ from shards import Augment, Loader, ShardSet
 from shards.common.errors import DataError, UsageError
 from shards.kernels.load import in_use
 from tests.conftest import write_set
-from tests.support.parity import batches, equal, with_cells, write_index
+from tests.support.parity import batches, change_manifest, equal, with_cells, write_index
 
 
 def plain_symmetry(image, symmetry):
@@ -142,8 +144,24 @@ def test_a_state_of_another_loader_is_refused_by_name(tiny_shards):
         Loader(data.select("train"), batch_size=8, seed=2).load_state_dict(state)
     with pytest.raises(UsageError, match="selection"):
         Loader(data.select("train", fraction=0.5), batch_size=8, seed=1).load_state_dict(state)
+    with pytest.raises(UsageError, match="resolution 224 → 192"):
+        Loader(data.select("train"), batch_size=8, seed=1, resolution=192).load_state_dict(state)
+    with pytest.raises(UsageError, match=r"augment_hue 0\.02 → 0\.1; use"):
+        Loader(data.select("train"), batch_size=8, seed=1, augment=Augment(hue=0.1)).load_state_dict(state)
     with pytest.raises(UsageError, match="version"):
         Loader(data.select("train"), batch_size=8).load_state_dict({"version": 9})
+
+
+@pytest.mark.parametrize(("path", "value"), [("mean", [0.1, 0.2, 0.3]), ("encode", {"jpeg_quality": 70})])
+def test_a_state_of_another_normalisation_or_encoding_is_refused_by_name(tiny_shards, tmp_path, path, value):
+    other = Path(shutil.copytree(tiny_shards, tmp_path / "set"))
+    change_manifest(other, lambda m: m.update({path: m[path] | value if path == "encode" else value}))
+    state = Loader(ShardSet(tiny_shards).select("train"), batch_size=8).state_dict()
+    changed = Loader(ShardSet(other).select("train"), batch_size=8)
+    with pytest.raises(UsageError, match={"mean": "mean .* → ", "encode": "encode_jpeg_quality 90 → 70; use"}[path]):
+        changed.load_state_dict(state)
+    names = ("version", "epoch", "batch", "shard_set", "selection", "seed", "batch_size", "train")
+    changed.load_state_dict({name: state[name] for name in names})  # of an older release, which names no more
 
 
 def test_buffers_are_used_again(tiny_shards):

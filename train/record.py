@@ -209,6 +209,9 @@ def environment(
         "shard_set": {
             "path": str(data.path),
             "index_sha256": data.manifest.index_sha256,
+            "mean": data.manifest.mean,
+            "std": data.manifest.std,
+            "encode": asdict(data.manifest.encode),
             "split": data.manifest.split,
             "source": data.manifest.source,
         },

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from shards import ShardSet
-from shards.common.errors import DataError
+from shards.common.errors import DataError, UsageError
+from tests.support.parity import change_manifest
 from tests.support.train_runs import assert_same_run, at, child_environment, small, start_worker
 from train import checkpoint
 from train import device as devices
@@ -254,6 +256,30 @@ def test_a_damaged_checkpoint_is_named(tiny_shards: Path, tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"checkpoint\.pt: damaged"):
         train_once(small(tiny_shards), tmp_path / "run", resume=True)
+
+
+def test_a_run_goes_on_only_with_the_normalisation_and_encoding_that_it_began_with(
+    tiny_shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_shards, tmp_path / "data"))
+    config, out = small(data), tmp_path / "run"
+    with pytest.raises(Stopped):
+        train_once(config, out, stop=at(2, lambda: True))
+    original = (data / "manifest.json").read_bytes()
+    for change, words in (
+        (lambda m: m.update(std=[0.2, 0.2, 0.3]), r"std \[0\.2, 0\.2, 0\.2\] → \[0\.2, 0\.2, 0\.3\]"),
+        (lambda m: m["encode"].update(max_resolution=200), "encode_max_resolution 400 → 200"),
+    ):
+        change_manifest(data, change)
+        with pytest.raises(UsageError, match=words):
+            train_once(config, out, resume=True)
+        (data / "manifest.json").write_bytes(original)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    names = ("version", "epoch", "batch", "shard_set", "selection", "seed", "batch_size", "train")
+    state["loader"] = {name: state["loader"][name] for name in names}
+    torch.save(state, out / "checkpoint.pt")  # as an older release wrote it
+    train_once(config, out, resume=True)
+    assert_same_run(whole, out)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
 LEAKAGE = "leakage"
 """Subfolder with the study of train.leakage, which may exist before the study of the folder itself."""
 VERSION = 1
+PACKED = "packed"
+"""Key of the settings: normalisation and encoding of the shard set. Studies of older releases lack it."""
 UNWANTED = {"all": (), "weights": ("checkpoint.pt",), "results": ("checkpoint.pt", "model.safetensors")}
 """Files that are deleted from a finished cell, by the value of `--keep`. A checkpoint holds the optimizer's state too,
 and is two to three times as large as the weights."""
@@ -111,6 +113,7 @@ class StudyFolder:
         """
         before = _settings_of(self.path)
         old = settings if before is None else before
+        old = {PACKED: settings.get(PACKED)} | old
         changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
         if changed and _holds_training(self.path):
             raise UsageError(

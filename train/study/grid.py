@@ -10,7 +10,7 @@ import click
 
 from train.config import DECIDES_NOTHING, Config
 from train.study.cells import Cell
-from train.study.folder import UNWANTED, StudyFolder
+from train.study.folder import PACKED, UNWANTED, StudyFolder
 from train.study.pool import Pool, visible_gpus
 from train.study.table import RESULTS, read_row, read_rows, write_table
 from train.study.view import Lines, LiveTable
@@ -25,8 +25,9 @@ _OF_CELLS = ("model", "fraction", "seed", "subset_seed")
 def study_settings(base: Config, budget: str, data: "ShardSet") -> dict[str, Any]:
     """The settings that all cells of a study share. A study can only be continued with the same settings."""
     shared = {k: v for k, v in base.to_dict().items() if k not in (*_OF_CELLS, *DECIDES_NOTHING)}
-    split = data.manifest.split
-    return shared | {"budget": budget, "shard_set": data.manifest.index_sha256, "split_unit": split.get("unit")}
+    packed = data.manifest.identity
+    about = {"budget": budget, "shard_set": packed.pop("shard_set"), "split_unit": data.manifest.split["unit"]}
+    return shared | about | {PACKED: packed}
 
 
 def check_settings(names: Sequence[str], base: Config) -> None:

@@ -54,8 +54,10 @@ def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> 
     from shards.writer import PackedSample, ShardSetWriter
 
     source = {**data.manifest.source, "derived_from": data.manifest.index_sha256, "arm": arm}
-    if (out / MANIFEST).exists() and Manifest.from_file(out / MANIFEST).source == source:
-        return
+    if (out / MANIFEST).exists():
+        there, here = Manifest.from_file(out / MANIFEST), data.manifest
+        if there.source == source and there.identity | {"shard_set": ""} == here.identity | {"shard_set": ""}:
+            return
     names = list(INDEX_TYPES)
     kept = [name for name in names[: names.index("split")] if name != "label"]
     splits = data.column("split")

@@ -149,6 +149,16 @@ def test_a_grid_may_come_after_what_leakage_left_in_its_folder(tmp_path):
         pass
 
 
+def test_a_study_goes_on_only_with_the_normalisation_that_it_began_with(tmp_path):
+    for name, before in (("new", {"packed": {"mean": "[0.7]"}}), ("older", {})):
+        with StudyFolder(tmp_path / name, {"epochs": 4} | before) as folder:
+            leave(folder, "result.json")
+    with pytest.raises(UsageError, match=r"packed: .*0\.7.*, now .*0\.6"):
+        StudyFolder(tmp_path / "new", {"epochs": 4, "packed": {"mean": "[0.6]"}})
+    with StudyFolder(tmp_path / "older", {"epochs": 4, "packed": {"mean": "[0.6]"}}):
+        pass
+
+
 def test_a_truncated_line_of_the_journal_is_skipped(tmp_path):
     cell = Cell(BASE, 1000, 10)
     with StudyFolder(tmp_path / "s", {}) as folder:

@@ -58,8 +58,8 @@ struct image {
 
 struct corpus {
     int64_t augment[37]; /* `struct augment` of plan.c */
-    int32_t count;
-    struct image *images;
+    int32_t count, whole_count;
+    struct image *images, *whole; /* as they are packed; and behind them files without restart markers */
 };
 
 static inline void *exactly(const void *from, int64_t bytes)
@@ -83,10 +83,13 @@ static inline void *read_exactly(FILE *from, int64_t bytes)
 static inline void read_corpus(struct corpus *to, const char *path)
 {
     FILE *const from = fopen(path, "rb");
-    if (!from || fread(to->augment, sizeof to->augment, 1, from) != 1 || fread(&to->count, 4, 1, from) != 1)
+    if (!from || fread(to->augment, sizeof to->augment, 1, from) != 1 || fread(&to->count, 4, 1, from) != 1 ||
+        fread(&to->whole_count, 4, 1, from) != 1)
         FAIL("%s cannot be read", path);
-    to->images = calloc((size_t)to->count, sizeof *to->images);
-    for (struct image *image = to->images; image < to->images + to->count; image++) {
+    const int32_t all = to->count + to->whole_count;
+    to->images = calloc((size_t)all, sizeof *to->images);
+    to->whole = to->images + to->count;
+    for (struct image *image = to->images; image < to->images + all; image++) {
         if (fread(image, 11 * sizeof(int32_t), 1, from) != 1)
             FAIL("the corpus ends early");
         image->file = read_exactly(from, image->length);
@@ -98,7 +101,7 @@ static inline void read_corpus(struct corpus *to, const char *path)
 
 static inline void free_corpus(struct corpus *corpus)
 {
-    for (struct image *image = corpus->images; image < corpus->images + corpus->count; image++) {
+    for (struct image *image = corpus->images; image < corpus->whole + corpus->whole_count; image++) {
         free(image->file);
         free(image->pixels);
         free(image->cut);

@@ -1,4 +1,5 @@
-/* What kernels.c shares with payloads.c, which makes its inputs, and batches.c, which gives them to the threads. */
+/* What kernels.c shares with payloads.c, which makes its inputs, batches.c, which gives them to the threads, and
+ * files.c, which decodes whole files. */
 #ifndef DERMSCALE_FUZZ_INPUTS_H
 #define DERMSCALE_FUZZ_INPUTS_H
 
@@ -26,10 +27,15 @@ int one_in(int64_t many);
 void fill(uint8_t *to, int64_t bytes);
 int32_t runs_of(const struct image *image);
 struct payload some_payload(void);
+void damage(struct payload *of); /* change some bytes, move some, or cut the file off */
 void some_box(int32_t height, int32_t width, int32_t *box); /* within (height, width), or rarely any */
 int is_inside(const int32_t *box, int32_t height, int32_t width);
 
-/* kernels.c: decode a box at all levels. Returns the pixels at the first, NULL where the file is declined. */
+/* kernels.c */
+#define UNALIGNED 1 /* scratch memory starts behind a multiple of 64, so that aligning it takes the most bytes */
+uint8_t *new_scratch(int64_t bytes);
+void free_scratch(uint8_t *scratch);
+/* Decode a box at all levels. Returns the pixels at the first, NULL where the file is declined. */
 const uint8_t *decode_box(const struct payload *of, const int32_t *box, int32_t levels, int64_t *stride);
 
 /* batches.c. The linker lets it take the place of the functions whose names follow __wrap_ (-Wl,--wrap). */
@@ -45,5 +51,7 @@ extern const uint8_t *lost; /* a mapped file that has become shorter */
 void open_benches(void);
 void close_benches(void);
 int64_t try_batch(void);
+
+void try_files(void); /* files.c */
 
 #endif

@@ -1,9 +1,10 @@
 /* Gives damaged files, index rows and boxes to the compiled library, under sanitizers. Usage: kernels SEED COUNT CORPUS
  *
- * COUNT inputs: calls of a kernel, or samples of batches for the threads of workers.c. All follow from SEED, but for
- * which thread loads what. Memory that is given to a kernel ends where it may not be read or written any more. Each
- * result is compared: among all levels of the processor, with the right pixels, or with a plain computation of it. The
- * process ends with a message where one is wrong, or at the first fault (-fsanitize=address,undefined). */
+ * COUNT inputs: calls of a kernel (of jpeg_whole.c: groups of files), or samples of batches for the threads of
+ * workers.c. All follow from SEED, but for which thread loads what. Memory that is given to a kernel ends where it may
+ * not be read or written any more. Each result is compared: among all levels of the processor, with the right pixels,
+ * or with a plain computation of it. The process ends with a message where one is wrong, or at the first fault
+ * (-fsanitize=address,undefined). */
 #include "inputs.h"
 
 #include <math.h>
@@ -21,19 +22,16 @@ struct corpus corpus;
 
 /* The other entry points that Python declares. */
 int64_t dermscale_run_lengths(const uint8_t *scan, int64_t length, uint16_t *lengths, int64_t most);
-void dermscale_two_thirds(const uint8_t *source, int32_t height, int32_t width, uint8_t *out, uint8_t *scratch);
 void dermscale_channel_sums(const uint8_t *pixels, int64_t count, int64_t *sums);
 void dermscale_plan(uint64_t seed, uint64_t epoch, const int64_t *samples, int64_t count, const uint16_t *heights,
                     const uint16_t *widths, const void *augment, int32_t *boxes, uint8_t *symmetry, float *colour);
 int32_t dermscale_order(uint64_t seed, uint64_t epoch, int64_t count, int64_t *order);
 
-/* Scratch memory of the decoder: of exactly the bytes for each image, and for the largest one. It starts behind a
- * multiple of 64, so that aligning it takes the most bytes. */
-#define UNALIGNED 1
+/* Scratch memory of the decoder: of exactly the bytes for each image, and for the largest one. */
 static uint8_t **scratches, *large_scratch;
 static int64_t large_bytes;
 
-static uint8_t *new_scratch(int64_t bytes)
+uint8_t *new_scratch(int64_t bytes)
 {
     uint8_t *const memory = aligned_alloc(64, 64 + (size_t)bytes);
     if (!memory)
@@ -41,6 +39,11 @@ static uint8_t *new_scratch(int64_t bytes)
     memset(memory, 0, 64 + (size_t)bytes);
     ASAN_POISON_MEMORY_REGION(memory + UNALIGNED + bytes, 64 - UNALIGNED);
     return memory + UNALIGNED;
+}
+
+void free_scratch(uint8_t *scratch)
+{
+    free(scratch - UNALIGNED);
 }
 
 const uint8_t *decode_box(const struct payload *of, const int32_t *box, int32_t levels, int64_t *stride)
@@ -297,7 +300,7 @@ int main(int argc, char **argv)
     const int32_t best = __real_dermscale_resample_level();
     const int64_t inputs = strtoll(argv[2], NULL, 10);
     while (input < inputs) {
-        const int64_t what = draw(24);
+        const int64_t what = draw(27);
         if (what < 2) {
             input += try_batch();
             continue;
@@ -314,6 +317,8 @@ int main(int argc, char **argv)
             try_shrink();
         else if (what == 22)
             try_checksum();
+        else if (what > 23)
+            try_files();
         else
             try_plan();
         input++;
@@ -321,9 +326,9 @@ int main(int argc, char **argv)
     printf("%lld inputs, %lld of them decoded, up to level %d\n", (long long)input, (long long)decoded, best);
     close_benches();
     for (int32_t i = 0; i < corpus.count; i++)
-        free(scratches[i] - UNALIGNED);
+        free_scratch(scratches[i]);
     free(scratches);
-    free(large_scratch - UNALIGNED);
+    free_scratch(large_scratch);
     free_corpus(&corpus);
     return 0;
 }

@@ -117,8 +117,7 @@ static void change_sides(struct payload *of)
     }
 }
 
-/* Change some bytes, move some, or cut the file off. */
-static void damage(struct payload *of)
+void damage(struct payload *of)
 {
     uint8_t *const bytes = of->bytes;
     const int64_t table = of->raw ? 0 : of->of->table;

@@ -2,7 +2,8 @@
 
 `kernels.c` gives it damaged files, index rows and boxes under AddressSanitizer and UndefinedBehaviorSanitizer.
 `threads.c` uses its threads from several threads under ThreadSanitizer. Both start from synthetic images that the
-packer's encoder has written. The work is split into pieces, each with a seed, so that a fault can be repeated.
+packer's encoder has written, and `kernels.c` also from files like those of cameras. The work is split into pieces, each
+with a seed, so that a fault can be repeated.
 """
 
 import shutil
@@ -12,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from shards.plan import Augment, _numbers
 from tests.conftest import picture
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("kernels.c", "payloads.c", "batches.c"), ("address", "undefined", "float-cast-overflow")
+KERNELS = ("kernels.c", "payloads.c", "batches.c", "files.c"), ("address", "undefined", "float-cast-overflow")
 THREADS = ("threads.c",), ("thread",)
 PIECE = 50_000
 """Inputs of one seed."""
@@ -106,10 +107,16 @@ def build(own: tuple[str, ...], sanitizers: tuple[str, ...], folder: Path) -> Pr
     raise MissingSanitizerError(f"no C compiler here has -fsanitize={','.join(sanitizers)}: install clang or gcc")
 
 
-def _images(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, int]]:
-    """(image, quality): many small sizes at the edges of blocks, and a few larger ones."""
-    sizes = [(1, 1), (8, 8), (9, 17), (16, 5), (5, 40), (17, 33), (32, 32), (47, 31), (48, 64), (64, 64), (33, 130)]
-    for number, (height, width) in enumerate([*sizes, (2, 300), (150, 210)]):
+_SIZES = [(1, 1), (8, 8), (9, 17), (16, 5), (5, 40), (17, 33), (32, 32), (47, 31), (48, 64), (64, 64), (33, 130)]
+_SIZES += [(2, 300), (150, 210)]
+"""px: many small ones at the edges of blocks, and a few larger ones."""
+_WHOLE_SIZES = [(1, 1), (3, 3), (8, 8), (16, 6), (9, 18), (17, 33), (33, 15), (32, 32), (48, 63), (3, 300), (66, 129)]
+"""px, of files without restart markers. Most sides are multiples of 3, so that they can be reduced."""
+
+
+def _images(rng: np.random.Generator, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, int]]:
+    """(image, quality): two of each size."""
+    for number, (height, width) in enumerate(sizes):
         kinds = (
             picture(rng, number, height, width),
             rng.integers(0, 256, (height, width, 3), np.uint8),
@@ -120,27 +127,46 @@ def _images(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, int]]:
         yield kinds[1 + number % 3], int(rng.integers(1, 101))
 
 
-def _optimised(image: np.ndarray, block_height: int, block_width: int, factor: int, quality: int) -> bytes:
-    """A file with Huffman tables of its own, and a restart table."""
-    interval = jpeg.restart_interval(image.shape[1], block_width)
+def _encode(image: np.ndarray, factor: int, quality: int, optimise: bool, interval: int = 0) -> np.ndarray:
+    """A file, with Huffman tables of its own where it is optimised."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
-    options += [cv2.IMWRITE_JPEG_OPTIMIZE, 1, cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
-    return jpeg._with_table(cv2.imencode(".jpg", image, options)[1], block_height, block_width, interval)
+    options += [cv2.IMWRITE_JPEG_OPTIMIZE, int(optimise), cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
+    return cv2.imencode(".jpg", image, options)[1]
+
+
+def _packed_files(rng: np.random.Generator) -> list[bytes]:
+    """Files as the packer writes them, and some with Huffman tables of their own or without a restart table."""
+    files: list[bytes] = []
+    for number, (image, quality) in enumerate(_images(rng, _SIZES)):
+        for subsampling, (factor, block_height, block_width) in jpeg._SAMPLING.items():
+            files.append(jpeg.encode_jpeg(image, quality, subsampling))
+            if number % 6 == 4:
+                interval = jpeg.restart_interval(image.shape[1], block_width)
+                optimised = _encode(image, factor, quality, True, interval)
+                files.append(jpeg._with_table(optimised, block_height, block_width, interval))
+        if number % 8 == 0:
+            files.append(jpeg.encode_jpeg(image, quality, restart=False))
+    return files
+
+
+def _whole_files(rng: np.random.Generator) -> list[bytes]:
+    """Files without restart markers, as cameras write them. Four in a row have the same size and sampling."""
+    images = list(_images(rng, _WHOLE_SIZES))
+    return [
+        _encode(image, factor, quality, optimise).tobytes()
+        for pair in zip(images[::2], images[1::2], strict=True)
+        for factor, _, _ in jpeg._SAMPLING.values()
+        for image, quality in pair
+        for optimise in (False, True)
+    ]
 
 
 def write_corpus(path: Path) -> None:
     """Write the images that both programs start from, with their right pixels, as fuzz.h reads them."""
     rng = np.random.default_rng(0)
-    files: list[bytes] = []
-    for number, (image, quality) in enumerate(_images(rng)):
-        for subsampling, (factor, block_height, block_width) in jpeg._SAMPLING.items():
-            files.append(jpeg.encode_jpeg(image, quality, subsampling))
-            if number % 6 == 4:
-                files.append(_optimised(image, block_height, block_width, factor, quality))
-        if number % 8 == 0:
-            files.append(jpeg.encode_jpeg(image, quality, restart=False))
-    parts = [_numbers(Augment()).tobytes(), struct.pack("=i", len(files))]
-    for file in files:
+    packed, whole = _packed_files(rng), _whole_files(rng)
+    parts = [_numbers(Augment()).tobytes(), struct.pack("=2i", len(packed), len(whole))]
+    for file in [*packed, *whole]:
         pixels = simplejpeg.decode_jpeg(file)
         height, width = pixels.shape[:2]
         h, w = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))

@@ -1,5 +1,7 @@
 """Whether compiling pays off: the rule, the timing that checks it on a CPU, and what a process keeps."""
 
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -7,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support.train_runs import Heard, small, step_of
+from tests.support.train_runs import Heard, child_environment, small, step_of
 from train import compiling, models
 from train import device as devices
 from train.config import resolution_of
@@ -17,21 +19,22 @@ from train.distributed import World
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_without_a_gpu_nothing_is_said_of_a_cuda_toolkit(monkeypatch, caplog):
-    from torch.utils import cpp_extension
-
-    monkeypatch.setenv("CUDA_HOME", "/toolkit")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cpp_extension.logger, "filters", [])
-    monkeypatch.setattr(cpp_extension.logger, "propagate", True)
-    caplog.clear()
-    cpp_extension._find_cuda_home()
-    assert [record.args for record in caplog.records] == [("/toolkit",)]
-    devices.prepare(CPU)
-    caplog.clear()
-    assert cpp_extension._find_cuda_home() == "/toolkit"
-    cpp_extension.logger.warning("another")
-    assert [record.message for record in caplog.records] == ["another"]
+def test_without_a_gpu_nothing_is_said_of_a_cuda_toolkit():
+    script = """
+import torch
+from train import device
+device.prepare(torch.device("cpu"))
+from torch.utils import cpp_extension  # looks for the toolkit
+cpp_extension.logger.warning("another warning")
+cpp_extension.logger.filters.clear()
+cpp_extension._find_cuda_home()
+"""
+    hidden = {"CUDA_HOME": "/toolkit", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=child_environment() | hidden, capture_output=True, text=True, check=True)
+    first, second = done.stderr.splitlines()
+    assert first.endswith("another warning")
+    assert second.endswith("No CUDA runtime is found, using CUDA_HOME='/toolkit'")
 
 
 def never():

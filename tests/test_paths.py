@@ -23,7 +23,7 @@ from train import predict, report, run
 from train.config import read_config
 from train.study.folder import StudyFolder
 
-Command = Callable[..., tuple[int, str, str]]
+Command = Callable[..., tuple[int, bytes, bytes]]
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[
     """Runs a command as `__main__` does; the exit code, standard output and standard error."""
     before = signal.getsignal(signal.SIGTERM)
 
-    def start(main: click.Command, *arguments: object) -> tuple[int, str, str]:
+    def start(main: click.Command, *arguments: object) -> tuple[int, bytes, bytes]:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             cli.run(main)
         out, errors = capfdbinary.readouterr()
-        return int(stop.value.code or 0), os.fsdecode(out), os.fsdecode(errors)
+        return int(stop.value.code or 0), out, errors
 
     yield start
     signal.signal(signal.SIGTERM, before)
@@ -78,16 +78,16 @@ def test_a_study_keeps_its_settings_and_its_journal(odd: Path) -> None:
 def test_from_images_to_a_report_and_predictions(odd: Path, command: Command) -> None:
     raw, data, out = write_raw(odd / "raw", images=70, size=(60, 80)), odd / "shards", odd / os.fsdecode(b"\xe9t\xe9")
     code, shown, errors = command(shard.main, "--source", raw, "--out", data, "--max-resolution", 64)
-    assert code == 0 and f"70 images packed in {data}" in shown, errors
+    assert code == 0 and os.fsencode(f"70 images packed in {data}") in shown, errors
     small = ("--model", "resnet18", "--epochs", 1, "--batch-size", 16, "--resolution", 32, "--compile", "off")
     options = ("--data", data, "--out", out, *small, "--device", "cpu")
     code, shown, errors = command(run.main, *options)
-    assert code == 0 and f"; {out}\n" in shown, errors
+    assert code == 0 and os.fsencode(f"; {out}\n") in shown, errors
     assert read_config(out / "config.json").data == str(data)
     code, shown, errors = command(run.main, *options, "--resume")
-    assert code == 0 and "this run is finished" in shown, errors
+    assert code == 0 and b"this run is finished" in shown, errors
     code, shown, errors = command(report.main, out, "--pictures", odd / "pictures", "--tiles", 1)
-    assert code == 0 and shown.startswith(f"{out / 'report.html'}: 1 runs"), errors
+    assert code == 0 and shown.startswith(os.fsencode(f"{out / 'report.html'}: 1 runs")), errors
     assert "<title>Study \\udce9t\\udce9</title>" in (out / "report.html").read_text(encoding="utf-8")
 
     with ShardSet(data) as packed:
@@ -95,7 +95,8 @@ def test_from_images_to_a_report_and_predictions(odd: Path, command: Command) ->
     [image] = raw.rglob(f"{name}.jpg")
     asked = ("--run", out, image, odd / "no.jpg", "--device", "cpu")
     code, shown, errors = command(predict.main, *asked, "--explain", "--explain-out", odd / "maps")
-    assert code == 1 and shown.startswith(f"{image}  ") and f"refused: {odd / 'no.jpg'} does not exist" in errors
+    assert code == 1 and shown.startswith(os.fsencode(f"{image}  "))
+    assert os.fsencode(f"refused: {odd / 'no.jpg'} does not exist") in errors
     assert (odd / "maps" / f"{name}.png").is_file()
     assert command(predict.main, *asked, "--out", odd / "table.csv")[0] == 1
     assert pd.read_csv(odd / "table.csv")["file"].tolist() == [encoded(str(image)).decode()]

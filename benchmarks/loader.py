@@ -18,12 +18,15 @@ from benchmarks.worker import take_turns
 
 NOT_IN_QUICK = (
     "dermscale native raw, 1 thread",
+    "dermscale native jpg, 16 threads",
+    "dermscale native raw, 16 threads",
     "dermscale native proportion",
     "dermscale dali jpg (on the CPU)",
     "dermscale resident (on the CPU)",
     "FFCV proportion",
 )
-"""Not in the quick benchmark: sets that are half raw, raw images on one thread, and engines for a GPU on a CPU."""
+"""Not in the quick benchmark: sets that are half raw, raw images on one thread, more threads than cores, and engines
+for a GPU on a CPU."""
 
 RATIOS = (
     ("dermscale native jpg", "FFCV jpg"),
@@ -37,6 +40,8 @@ RATIOS = (
     ("dermscale native jpg", "SPDL"),
     ("dermscale native jpg", "dermscale native jpg, 1 thread"),
     ("dermscale native raw", "dermscale native raw, 1 thread"),
+    ("dermscale native jpg, 16 threads", "dermscale native jpg"),
+    ("dermscale native raw, 16 threads", "dermscale native raw"),
     ("dermscale native jpg", "ceiling: decode only"),
     ("dermscale native raw", "ceiling: memory copy only"),
     ("dermscale dali jpg, on the GPU", "dermscale native jpg, to the GPU"),
@@ -64,8 +69,8 @@ RATIOS = (
 def command(settings: Settings, packed_px: Sequence[int], resolutions_px: Sequence[int], beside_python: bool) -> None:
     """Images per second and CPU seconds of loaders that do the same job.
 
-    --quick does not measure half-raw sets, raw images on one thread, and GPU engines on a CPU, unless --only names
-    them.
+    --quick does not measure half-raw sets, raw images on one thread, more threads than cores, and GPU engines on a
+    CPU, unless --only names them.
     """
     from train import device as devices
 

@@ -55,6 +55,17 @@ TARGETS = (
     _loader("jpg", "torchvision ImageFolder", 15.0),
     _loader("jpg", "ceiling: decode only", 1.25),
     _loader("jpg", "dermscale native jpg, 1 thread", 1.9, workers=2),
+    _loader("raw", "dermscale native raw, 1 thread", 1.9, workers=2),
+    _loader("jpg, 16 threads", "dermscale native jpg", 0.95, workers=2),
+    _loader("raw, 16 threads", "dermscale native raw", 0.95, workers=2),
+    *(
+        Target("loader-beside-python", metric, bound, {"system": f"dermscale native {kind}"})
+        for kind in ("jpg", "raw")
+        for metric, bound in (("kept", 0.90), ("left_to_python", 0.95))
+    ),
+    Target("latency", "first_batch", 30, at_least=False, unit="ms"),
+    Target("latency", "python", 0.5, at_least=False, unit="us"),
+    Target("latency", "plan_memory_1000000", 200, at_least=False, unit="MB"),
     _packer("FFCV jpg", 1.5),
     _packer("ceiling: bare calls", 0.9),
     Target("training", "img_per_s ratio", 1.7, {**_STEP, "resolution_px": 224, "batch_size": 16}),

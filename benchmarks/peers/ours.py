@@ -131,6 +131,8 @@ OURS = (
     _engine("dermscale native raw", SHARDS_RAW, "native", encoding="raw"),
     _engine("dermscale native jpg, 1 thread", SHARDS_JPG, "native", 1),
     _engine("dermscale native raw, 1 thread", SHARDS_RAW, "native", 1, encoding="raw"),
+    _engine("dermscale native jpg, 16 threads", SHARDS_JPG, "native", 16),
+    _engine("dermscale native raw, 16 threads", SHARDS_RAW, "native", 16, encoding="raw"),
     _engine(
         "dermscale native proportion",
         shard_set("shards-proportion", "proportion"),

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 from importlib.util import find_spec
+from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +33,10 @@ def compiled() -> ctypes.CDLL | None:
     found = find_spec(_NAME)
     if found is None or found.origin is None:
         return None
+    built = Path(found.origin)
     library = ctypes.CDLL(found.origin)
-    if not all(hasattr(library, name) for name in _FUNCTIONS):
+    newer = any(source.stat().st_mtime > built.stat().st_mtime for source in built.parent.glob("*.[ch]"))
+    if newer or not all(hasattr(library, name) for name in _FUNCTIONS):
         _log.warning(
             "%s was built from older sources, so images are loaded without it, more slowly: "
             "install dermscale again (make install)",

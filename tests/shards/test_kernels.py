@@ -180,6 +180,17 @@ def test_a_library_of_older_sources_is_left_alone(
     assert re.search("older sources.*make install", said)
 
 
+def test_a_library_older_than_its_sources_is_left_alone(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = shutil.copy2(str(kernels.find_spec(kernels._NAME).origin), tmp_path)
+    spec = importlib.machinery.ModuleSpec(kernels._NAME, None, origin=library)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: spec)
+    (tmp_path / "changed.c").write_text("")  # later than the library
+    [said] = said_by_a_loader(tiny_shards, caplog)
+    assert re.search("older sources.*make install", said)
+
+
 def test_a_library_that_was_not_built_is_warned_of(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -30,6 +30,10 @@ _TOGETHER = 500
 for some. With more elements NumPy releases the GIL, and the loader may wait 5 ms to get it back."""
 
 
+_AHEAD = 256
+"""Samples that are loaded ahead, in 2 to 4 batches: work for the 5 ms for which another thread may keep the GIL."""
+
+
 class Batch(NamedTuple):
     """One rank's part of a global batch; n samples, n the same for every batch of an epoch.
 
@@ -122,7 +126,7 @@ class Loader(IterableDataset[Batch]):
         rank: int | None = None,
         world_size: int | None = None,
         threads: int | None = None,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         augment: Augment | None = None,
         pool: "EnginePool | None" = None,
     ) -> None:
@@ -130,9 +134,10 @@ class Loader(IterableDataset[Batch]):
 
         batch_size: of the global batch, which `world_size` ranks share. resolution: side of the images in px. engine:
         `auto`, `native`, `dali` or `resident`. rank, world_size: default, those of torch.distributed when a pass
-        begins, or 0 and 1 if it is not initialised. threads: default, the cores this process may use. prefetch:
-        batches loaded ahead. pool: keeps engines that take long to build for later loaders. Raises UsageError for a
-        value outside its range, naming the limit.
+        begins, or 0 and 1 if it is not initialised. threads: at most the cores this process may
+        use, which is the default. prefetch: batches loaded ahead; default, 256 samples in 2 to 4 batches. pool: keeps
+        engines that take long to build for later loaders. Raises UsageError for a value outside its range, naming the
+        limit.
         """
         if batch_size < 1:
             raise UsageError(f"batch size {batch_size} is below 1")
@@ -143,6 +148,8 @@ class Loader(IterableDataset[Batch]):
             )
         if not 1 <= resolution <= 4096:
             raise UsageError(f"resolution {resolution} px is outside 1 to 4096")
+        if prefetch is None:
+            prefetch = min(max(_AHEAD // batch_size, 2), 4)
         if prefetch < 1 or (threads is not None and threads < 1):
             raise UsageError(f"prefetch {prefetch} and threads {threads}: both must be at least 1")
         if (rank is None) != (world_size is None):

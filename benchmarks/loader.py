@@ -17,16 +17,12 @@ from benchmarks.tables import pivot
 from benchmarks.worker import take_turns
 
 NOT_IN_QUICK = (
-    "dermscale native raw, 1 thread",
-    "dermscale native jpg, 16 threads",
-    "dermscale native raw, 16 threads",
     "dermscale native proportion",
     "dermscale dali jpg (on the CPU)",
     "dermscale resident (on the CPU)",
     "FFCV proportion",
 )
-"""Not in the quick benchmark: sets that are half raw, raw images on one thread, more threads than cores, and engines
-for a GPU on a CPU."""
+"""Not in the quick benchmark: sets that are half raw, and engines for a GPU on a CPU."""
 
 RATIOS = (
     ("dermscale native jpg", "FFCV jpg"),
@@ -69,8 +65,7 @@ RATIOS = (
 def command(settings: Settings, packed_px: Sequence[int], resolutions_px: Sequence[int], beside_python: bool) -> None:
     """Images per second and CPU seconds of loaders that do the same job.
 
-    --quick does not measure half-raw sets, raw images on one thread, more threads than cores, and GPU engines on a
-    CPU, unless --only names them.
+    --quick does not measure half-raw sets and GPU engines on a CPU, unless --only names them.
     """
     from train import device as devices
 

@@ -9,17 +9,17 @@ import venv
 import zipfile
 from email.parser import Parser
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.test_architecture import MAY_IMPORT, ROOT
 
-SETUPTOOLS = [one.version for one in metadata.distributions(name="setuptools")]
+# Not `find_spec("pip")`: setuptools takes that for a start of pip, and hides its distutils from the whole process.
+PIP, SETUPTOOLS = ([one.version for one in metadata.distributions(name=name)] for name in ("pip", "setuptools"))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not find_spec("pip"), reason="needs pip"),
+    pytest.mark.skipif(not PIP, reason="needs pip"),
     pytest.mark.skipif(not SETUPTOOLS or int(SETUPTOOLS[0].partition(".")[0]) < 77, reason="needs setuptools 77"),
 ]
 

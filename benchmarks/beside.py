@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from benchmarks import systems
 from benchmarks.datasets import Job, stats
@@ -17,7 +16,7 @@ from benchmarks.measure import Measurement, Row, Series, ratio_row, series_row
 from benchmarks.options import Settings
 from benchmarks.pages import Page
 from benchmarks.peers.system import System
-from benchmarks.tables import cell, table
+from benchmarks.tables import by_metric, pivot
 from benchmarks.worker import Running, take_turns
 
 NAME = "loader-beside-python"
@@ -89,15 +88,12 @@ def measure(loaders: Sequence[System], job: Job, measurement: Measurement) -> li
     names = [name for system in loaders for name in (system.name, system.name + _BESIDE)]
     series, _ = take_turns(set_up, [THREAD, *names], job, job.cache / "logs", measurement, at_once=2)
 
-    def columns(system: System) -> dict[str, Any]:
-        packed = f"{size} {system.encoding}"
-        return measurement.columns(NAME, job, packed=packed, page_cache="warm", note=system.note)
-
     rows: list[Row] = []
     for system in loaders:
         alone, beside = series[system.name], series[system.name + _BESIDE]
         counted = Series([replace(sample, count=sample.beside) for sample in beside.samples], beside.failed)
-        own = columns(system) | {"system": system.name}
+        packed = f"{size} {system.encoding}"
+        own = measurement.columns(NAME, job, system=system.name, packed=packed, page_cache="warm", note=system.note)
         rows.append(series_row(alone, lambda s: s.per_s, metric="img_per_s", unit="img/s", **own))
         rows.append(series_row(beside, lambda s: s.per_s, metric="beside_img_per_s", unit="img/s", **own))
         rows.append(ratio_row(beside, alone, **own | {"metric": "kept", "unit": "1"}))
@@ -113,13 +109,9 @@ def tables(rows: Sequence[Row]) -> list[str]:
         "kept": "of its speed alone",
         "left_to_python": "the thread's speed, of its speed alone",
     }
-    lines = []
-    for system in dict.fromkeys(row.system for row in rows):
-        own = {row.metric: row for row in rows if row.system == system}
-        lines.append([system, *(cell(own.get(metric)) for metric in metrics)])
     return [
         "Each loader has one thread or one worker process, and a thread of Python counts beside it.\n",
-        table(["loader", *metrics.values()], lines),
+        pivot(rows, by_metric(metrics)),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from shards.common.errors import UsageError
+from shards.common.errors import DataError, UsageError
 from shards.decode import WRONG_SIZE
 from shards.kernels.load import compiled, holding_the_lock
 
@@ -146,7 +146,6 @@ class Workers:
         count = len(data.manifest.shards)
         self._bytes: list[np.ndarray | None] = [None] * count  # held: the threads read them after the set is closed
         self._addresses, self._sizes = np.zeros(count, np.uint64), np.zeros(count, np.int64)
-        self._missing = np.ones(count, bool)
         self.held: dict[int, tuple[np.ndarray | None, ...]] = {}
         """The arrays of the batches that are under way."""
         self._calls: Any = holding_the_lock()
@@ -170,24 +169,23 @@ class Workers:
         # Held until the batch is done: Ctrl-C may come right after it was submitted, before anything knows its handle.
         self.held[id(status)] = given
         pointers = [None if array is None else array.ctypes.data for array in given]
-        while True:
-            at = self._calls.dermscale_batch_submit(
-                self._engine, result, *pointers[:3], len(samples), side, worth, *pointers[3:]
-            )
-            if at:
-                return at
-            if not self._map(samples):
-                del self.held[id(status)]
-                raise MemoryError
+        arguments = (self._engine, result, *pointers[:3], len(samples), side, worth, *pointers[3:])
+        try:
+            while not (at := self._calls.dermscale_batch_submit(*arguments)):
+                if not self._map(samples):
+                    raise MemoryError
+        except (DataError, MemoryError):  # nothing was submitted
+            del self.held[id(status)]
+            raise
+        return at
 
     def _map(self, samples: np.ndarray) -> bool:
         """Map the shards of these samples that are not mapped yet; return whether there were some."""
         shards = np.unique(self._rows["shard"][samples])
-        missing = shards[self._missing[shards]].tolist()
+        missing = shards[self._addresses[shards] == 0].tolist()
         for shard in missing:
             content = self._bytes[shard] = np.frombuffer(self._data.shard(shard), np.uint8)
             self._sizes[shard], self._addresses[shard] = len(content), content.ctypes.data
-            self._missing[shard] = False
         return bool(missing)
 
     def wait(self, batch: int) -> None:

@@ -139,3 +139,15 @@ def test_more_threads_than_the_system_has_are_refused_in_one_line(shard_sets):
     )
     done = subprocess.run([sys.executable, "-c", script, str(shard_sets["jpg"].path)], capture_output=True, text=True)
     assert "UsageError: threads 100000: the system could not start so many" in done.stderr
+
+
+@pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
+def test_a_batch_whose_shard_cannot_be_mapped_holds_nothing(shard_sets, monkeypatch):
+    def lost(shard):
+        raise DataError("it cannot be mapped")
+
+    with ShardSet(shard_sets["jpg"].path) as data, Workers(data, 1) as workers:
+        monkeypatch.setattr(data, "shard", lost)
+        with pytest.raises(DataError, match="cannot be mapped"):
+            Loading(workers, np.arange(3), np.empty((3, 8, 8, 3), np.uint8), CROPS, boxes=np.ones((3, 4), np.int32))
+        assert not workers.held

@@ -5,11 +5,13 @@ that the order and the plan of an epoch take; and the processor time of the thre
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -19,8 +21,7 @@ from benchmarks.options import WORKERS, Settings, benchmark
 from benchmarks.pages import Page
 from benchmarks.peers.ours import SHARDS_JPG, SHARDS_RAW, loader_of
 from benchmarks.tables import cell, table
-from shards.kernels.load import compiled
-from shards.plan import training_plan
+from shards.kernels.load import compiled, holding_the_lock
 
 if TYPE_CHECKING:
     from shards import Loader, ShardSet
@@ -32,7 +33,7 @@ METRICS = {
     "edge_1000000": ("ms", "the same, 1,000,000 samples"),
     "plan_memory_1000000": ("MB", "memory for order, plan and batches around that edge, 1,000,000 samples"),
     "consumer": ("us", "processor time of the thread that takes the batches, per image"),
-    "python": ("us", "the same without the time in the compiled library, per image"),
+    "python": ("us", "the same without the calls of the compiled library that submit and wait, per image"),
 }
 """Metric → its unit, and what it is."""
 _SETS = {"dermscale native jpg": SHARDS_JPG, "dermscale native raw": SHARDS_RAW}
@@ -73,27 +74,32 @@ def one_round(data: "ShardSet", job: Job) -> dict[str, float]:
     loader.close()
 
     intervals, of_consumer = steady(data, job)
+    with timed_calls() as spent:
+        _, of_python = steady(data, job, spent)
     batch = median(intervals)
     values = {"batch": 1e3 * batch, "first_batch": 1e3 * first}
     for count in (10_000, 1_000_000):
         values[f"edge_{count}"] = 1e3 * (edge(data, job, count) - batch)
     values["plan_memory_1000000"] = plan_memory(data, job, 1_000_000) / 1e6
     values["consumer"] = 1e6 * of_consumer
-    values["python"] = 1e6 * (of_consumer - in_library(data, job))
+    values["python"] = 1e6 * of_python
     return values
 
 
-def steady(data: "ShardSet", job: Job) -> tuple[list[float], float]:
-    """Seconds between batches within epochs, and processor seconds of the consumer's thread per image."""
+def steady(data: "ShardSet", job: Job, spent: list[float] | None = None) -> tuple[list[float], float]:
+    """Seconds between batches within epochs, and processor seconds of the consumer's thread per image.
+
+    spent: seconds that it spends in calls, which are not counted.
+    """
     loader = resized(data, job, 100_000)
     batches = iter(loader)
     for _ in range(_BEHIND):
         next(batches)
-    stamps, used = [time.perf_counter()], time.thread_time()
+    stamps, used, calls = [time.perf_counter()], time.thread_time(), len(spent or ())
     for _ in range(_AROUND):
         next(batches)
         stamps.append(time.perf_counter())
-    used = (time.thread_time() - used) / (_AROUND * job.batch_size)
+    used = (time.thread_time() - used - sum((spent or [])[calls:])) / (_AROUND * job.batch_size)
     loader.close()
     return np.diff(stamps).tolist(), used
 
@@ -134,20 +140,28 @@ def memory(field: str) -> float:
     return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def in_library(data: "ShardSet", job: Job) -> float:
-    """Processor seconds per image for the plan, which is made in the compiled library; 0 without it."""
-    if compiled() is None:
-        return 0.0
-    loader = resized(data, job, 1024)
-    samples = loader.selection.samples
-    sides = data.column("height")[samples], data.column("width")[samples]
-    loader.close()
-    plan: Callable[[int], Any] = lambda epoch: training_plan(0, epoch, samples, *sides, loader.augment)  # noqa: E731
-    plan(0)
-    used = time.thread_time()
-    for epoch in range(20):
-        plan(epoch)
-    return (time.thread_time() - used) / (20 * len(samples))
+@contextmanager
+def timed_calls() -> Iterator[list[float]]:
+    """Time the calls of the compiled library that submit a batch and wait for it: processor seconds of each call.
+
+    What the clock itself takes counts for Python.
+    """
+    spent: list[float] = []
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*arguments: Any) -> Any:
+            began = time.thread_time()
+            result = call(*arguments)
+            spent.append(time.thread_time() - began)
+            return result
+
+        return timed_call
+
+    with ExitStack() as patches:
+        for library, name in ((holding_the_lock(), "dermscale_batch_draw"), (compiled(), "dermscale_batch_wait")):
+            if library is not None:
+                patches.enter_context(patch.object(library, name, timed(getattr(library, name))))
+        yield spent
 
 
 def resized(data: "ShardSet", job: Job, count: int) -> "Loader":

@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,9 +16,10 @@ import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.common.errors import UsageError
-from shards.engines import Request
+from shards.engines import Draw, Request
 from shards.engines.choose import make_engine
 from shards.kernels.load import compiled
+from shards.kernels.workers import Source
 from shards.order import SHORT, batch_count, check_seed, epoch_order, evaluation_order, rank_slice
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 
@@ -90,7 +93,7 @@ class _Block:
 
 @dataclass
 class _Stream:
-    """A running engine. epoch: of the next batch. part: of the rank. rest: what comes with the images of each batch.
+    """A running engine. epoch: of the next batch. part: of the rank. batches: the fields of each Batch.
 
     process: the one that started it. A forked child has none of its threads.
     """
@@ -99,8 +102,7 @@ class _Stream:
     epoch: int
     resolution: int
     part: slice
-    images: Generator[torch.Tensor, None, None]
-    rest: "Iterator[tuple[torch.Tensor, ...]]"
+    batches: Generator[tuple[torch.Tensor, ...], None, None]
 
 
 class Loader(IterableDataset[Batch]):
@@ -226,20 +228,19 @@ class Loader(IterableDataset[Batch]):
         wanted = os.getpid(), self.epoch, self.resolution, self._part()
         if stream is None or start or (stream.process, stream.epoch, stream.resolution, stream.part) != wanted:
             if stream is not None:
-                stream.images.close()
+                stream.batches.close()
             stream = self._open(start)
         try:
             while number < count:
-                images = next(stream.images)
-                rest = next(stream.rest)
+                tensors = next(stream.batches)
                 number += 1
                 last = number == count
                 if self.epoch == epoch:  # else `set_epoch`, or a pass beside this one, has left this epoch
                     self.epoch, self._position = (epoch + self.train, 0) if last else (epoch, number)
                 if last and self._loaded is loaded:
                     self._loaded = None
-                yield Batch(images, *rest)
-                del images  # so that its memory is free as soon as the caller has dropped it
+                yield Batch(*tensors)
+                del tensors  # so that its memory is free as soon as the caller has dropped it
         finally:
             if self._loaded is loaded:
                 self._loaded = None
@@ -247,15 +248,38 @@ class Loader(IterableDataset[Batch]):
                 stream.epoch = epoch + 1
                 self._stream = stream
             else:
-                stream.images.close()
+                stream.batches.close()
 
     def _open(self, start: int) -> "_Stream":
         """Start the engine at batch `start` of the current epoch; in training it continues with the next epochs."""
-        made: deque[_Block] = deque()
         epoch, part = self.epoch, self._part()
+        native: Any = self._engine
+        if self.engine_name == "native" and native.draws:
+            data = self.selection
+            source = Source(data.samples, data.labels, self.augment, self.seed, self.train)
+            batches = native.draw(source, self._draws(epoch, start, part), part.stop - part.start, self.resolution)
+        else:
+            batches = self._planned(self._blocks(epoch, start, part))
+        return _Stream(os.getpid(), epoch, self.resolution, part, batches)
+
+    def _draws(self, epoch: int, start: int, part: slice) -> Iterator[Draw]:
+        """A rank's parts of the global batches from `start` on, to be planned; in training they never end."""
+        for number in itertools.count(epoch):
+            order, counts = self._order(number)
+            address = order.ctypes.data
+            for first in range(start * self.batch_size, len(order), self.batch_size):
+                begin, end = first + part.start, first + part.stop
+                yield Draw(number, order, address + begin * order.itemsize, counts[begin:end])
+            if not self.train:
+                return
+            start = 0
+
+    def _planned(self, blocks: "Iterator[_Block]") -> Generator[tuple[torch.Tensor, ...], None, None]:
+        """The batches of some blocks, from an engine that is given their plan."""
+        made: deque[_Block] = deque()
 
         def requests() -> Iterator[Request]:
-            for block in self._blocks(epoch, start, part):
+            for block in blocks:
                 made.append(block)
                 yield from block.requests()
 
@@ -263,9 +287,10 @@ class Loader(IterableDataset[Batch]):
             while True:  # a batch was requested before its images arrived, so its block is there
                 yield from made.popleft().rest(self.device)
 
-        images = self._engine.run(requests(), self.resolution)
-        # Engines are generators.
-        return _Stream(os.getpid(), epoch, self.resolution, part, images, rest())  # type: ignore[arg-type]
+        with closing(self._engine.run(requests(), self.resolution)) as images:  # type: ignore[type-var]
+            for one, (labels, samples, colour, mask) in zip(images, rest(), strict=False):
+                yield one, labels, samples, colour, mask
+                del one
 
     def _blocks(self, epoch: int, start: int, part: slice) -> Iterator["_Block"]:
         """A rank's parts of the global batches from `start` on; in training they never end."""
@@ -300,7 +325,7 @@ class Loader(IterableDataset[Batch]):
             else:
                 order = epoch_order(length, self.seed, epoch)
             thread = ThreadPoolExecutor(1, thread_name_prefix="shards-order")
-            self._coming = (os.getpid(), epoch + 1), thread.submit(epoch_order, length, self.seed, epoch + 1)
+            self._coming = (os.getpid(), epoch + 1), thread.submit(_order_ahead, length, self.seed, epoch + 1)
             thread.shutdown(wait=False)  # it ends with this order
         whole = len(self) * self.batch_size
         return order[:whole], np.ones(whole, bool)
@@ -372,9 +397,15 @@ class Loader(IterableDataset[Batch]):
     def close(self) -> None:
         """Release the engine's threads and memory; a pool keeps its own engine. Yielded batches stay valid."""
         if self._stream is not None:
-            self._stream.images.close()
+            self._stream.batches.close()
             self._stream = None
         self._engine.close()
+
+
+def _order_ahead(count: int, seed: int, epoch: int) -> np.ndarray:
+    """`epoch_order` on a thread of low priority: there is a whole epoch's time for it, and cores are needed to load."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux: of this thread alone
+    return epoch_order(count, seed, epoch)
 
 
 def _reopened(settings: dict[str, Any], state: dict[str, Any], resolution: int) -> Loader:

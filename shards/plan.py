@@ -103,18 +103,19 @@ def training_plan(
     heights, widths = (np.ascontiguousarray(sides, np.uint16) for sides in (heights, widths))
     count = len(samples)
     plan = Plan(np.empty((count, 4), np.int32), np.empty(count, np.uint8), np.empty((count, 3, 4), np.float32))
-    given = (heights, widths, _numbers(augment), plan.boxes, plan.symmetry, plan.colour)
+    given = (heights, widths, numbers_of(augment), plan.boxes, plan.symmetry, plan.colour)
     library.dermscale_plan(seed, epoch, samples.ctypes.data, count, *(array.ctypes.data for array in given))
     return plan
 
 
 @functools.cache
-def _numbers(augment: Augment) -> np.ndarray:
-    """`struct augment` of plan.c, as 8-byte numbers."""
+def numbers_of(augment: Augment) -> np.ndarray:
+    """`struct augment` of kernels.h, as 8-byte numbers."""
     yiq = [part.ravel() for part in _yiq_parts()]
     shape = [*augment.scale, *augment.ratio, _log(augment.ratio[1])]
     colour = [augment.brightness, augment.contrast, augment.saturation, augment.hue * 2 * np.pi]
-    return np.concatenate([np.concatenate([shape, colour, *yiq]).view(np.int64), [int(augment.symmetries)]])
+    numbers = np.concatenate([shape, colour, *yiq, [augment.eval_crop]])
+    return np.concatenate([numbers.view(np.int64), [int(augment.symmetries)]])
 
 
 def numpy_plan(

@@ -23,6 +23,18 @@ class Request(NamedTuple):
     symmetry: np.ndarray
 
 
+class Draw(NamedTuple):
+    """One batch whose plan the engine makes too.
+
+    positions: (N,) int64, the order of its epoch. at: the address of the batch's first position. mask: (n,) bool.
+    """
+
+    epoch: int
+    positions: np.ndarray
+    at: int
+    mask: np.ndarray
+
+
 class Engine(Protocol):
     """What every engine offers."""
 

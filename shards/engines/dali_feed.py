@@ -69,7 +69,7 @@ class Reader:
         rooms = (_Room(self.data, request) for request in requests)
         with closing(read_ahead(self._submit, rooms, self.ahead + 1)) as read:
             for room, (status,) in read:
-                if status is not None:
+                if self._workers is not None:
                     room.take()
                     self._read(room, left_over(self.data, room.request.samples, status))
                 yield self._batch(room, resolution)

@@ -8,6 +8,7 @@ buffer is reused when no batch refers to it any more.
 
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -22,10 +23,22 @@ from shards.common.errors import DataError
 from shards.common.machine import available_cores
 from shards.common.readahead import read_ahead
 from shards.decode import WRONG_SIZE, cached_pixels, raw_pixels
-from shards.engines import Request
+from shards.engines import Draw, Request
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter
-from shards.kernels.workers import CROPS, LOADED, LOST, LOST_BYTES, Loading, check, left_over, start_workers
+from shards.kernels.workers import (
+    CROPS,
+    LOADED,
+    LOST,
+    LOST_BYTES,
+    Drawing,
+    Loading,
+    Room,
+    Source,
+    check,
+    left_over,
+    start_workers,
+)
 from shards.shardset import ShardSet
 
 if TYPE_CHECKING:
@@ -35,26 +48,35 @@ _CHUNK = 8
 """Minimum images per task: handing over a task costs time. Larger batches get larger tasks, two per thread."""
 
 
-class BufferPool:
-    """Batch buffers (n, S, S, 3) uint8, reused when only this pool refers to them."""
+def _request(room: Room) -> Request:
+    """What was drawn."""
+    return Request(room.samples, room.boxes, room.symmetry)
+
+
+class Rooms:
+    """Memory for batches (n, S, S, 3), used again when only this pool refers to it."""
 
     def __init__(self, allocate: Callable[[tuple[int, ...]], np.ndarray]) -> None:
-        """allocate: makes a buffer of a given shape, in normal or in page-locked memory."""
+        """allocate: makes a uint8 array of a given shape, in normal or in page-locked memory."""
         self._allocate = allocate
-        self._held = [allocate((0,))]
-        self._unused = sys.getrefcount(self._held[0])  # the count if nothing else refers to it
+        self._held = deque([Room((0, 1, 1, 3), allocate)])
+        room = self._held[0]
+        self._unused = sys.getrefcount(room)  # the count if nothing else refers to it
 
-    def take(self, shape: tuple[int, int, int, int]) -> np.ndarray:
-        """A free buffer of this shape. Buffers of other shapes are dropped."""
-        self._held = [buffer for buffer in self._held if buffer.shape == shape]
-        for i in range(len(self._held)):
-            if sys.getrefcount(self._held[i]) == self._unused:
-                return self._held[i]
-        self._held.append(self._allocate(shape))
+    def take(self, shape: tuple[int, int, int, int]) -> Room:
+        """A free room for images of this shape. Rooms for other shapes are dropped."""
+        if self._held and self._held[0].images.shape != shape:
+            self._held.clear()
+        for _ in range(len(self._held)):
+            room = self._held[0]  # the one that was taken longest ago
+            self._held.rotate(-1)
+            if sys.getrefcount(room) == self._unused and not room.in_use:
+                return room
+        self._held.append(Room(shape, self._allocate))
         return self._held[-1]
 
     def clear(self) -> None:
-        """Drop all buffers. Those in use live until their last reference ends."""
+        """Drop all memory. What is in use lives until its last reference ends."""
         self._held.clear()
 
 
@@ -98,11 +120,11 @@ class NativeEngine:
         self._foreign = False  # the files are of another packer
         self._start()
         if device == "cpu":
-            self._buffers = BufferPool(lambda shape: np.empty(shape, np.uint8))
+            self._rooms = Rooms(lambda shape: np.empty(shape, np.uint8))
         else:
             from shards.engines.transfer import pinned_buffer
 
-            self._buffers = BufferPool(pinned_buffer)
+            self._rooms = Rooms(pinned_buffer)
         self._local = local()
         self._mapped = _MappedShards(data)
 
@@ -118,35 +140,71 @@ class NativeEngine:
         import torch
 
         if self.device == "cpu":
-            for buffer in self._filled(requests, resolution):
+            for room in self._filled(requests, resolution):
                 # NumPy's transpose, because PyTorch's releases the GIL and may wait 5 ms to get it back.
-                yield torch.from_numpy(buffer.transpose(0, 3, 1, 2))
+                yield torch.from_numpy(room.turned)
+                del room  # so that the pool sees when the caller drops the tensor
         else:
             from shards.engines.transfer import to_device
 
-            yield from to_device(self._filled(requests, resolution), self.device)
+            yield from to_device((room.images for room in self._filled(requests, resolution)), self.device)
 
-    def _filled(self, requests: Iterable[Request], resolution: int) -> Iterator[np.ndarray]:
-        """Buffers (n, resolution, resolution, 3) uint8 in the order of the requests."""
+    def _filled(self, requests: Iterable[Request], resolution: int) -> Iterator[Room]:
+        """Rooms with the images of the requests, in their order."""
         places = (
-            (request, self._buffers.take((len(request.samples), resolution, resolution, 3))) for request in requests
+            (request, self._rooms.take((len(request.samples), resolution, resolution, 3))) for request in requests
         )
         with closing(read_ahead(self._submit, places, self.prefetch + 1)) as filled:
-            for (request, buffer), results in filled:
+            for (request, room), results in filled:
                 for status in results:
-                    if status is not None and status.any():
-                        self._finish(request, buffer, status)
-                yield buffer
-                del buffer  # so that the pool sees when the caller drops it
+                    if status is not None:
+                        self._finish(request, room.images, status)
+                yield room
+                del room  # so that the pool sees when the caller drops it
 
-    def _submit(self, place: tuple[Request, np.ndarray]) -> "list[Loading] | list[Future[None]]":
+    def _submit(self, place: tuple[Request, Room]) -> "list[Loading] | list[Future[None]]":
         """Start loading a batch, on the library's threads if possible."""
-        (request, buffer) = place
+        request, images = place[0], place[1].images
         if self._pid != os.getpid():
             self._start()
         if self._workers is None or self._foreign:
-            return self._submit_to_python(request, buffer)
-        return [Loading(self._workers, request.samples, buffer, CROPS, boxes=request.boxes, symmetry=request.symmetry)]
+            return self._submit_to_python(request, images)
+        return [Loading(self._workers, request.samples, images, CROPS, boxes=request.boxes, symmetry=request.symmetry)]
+
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` works: on a CPU, with the compiled library."""
+        return self._workers is not None and self.device == "cpu"
+
+    def draw(
+        self, source: Source, draws: Iterable[Draw], count: int, resolution: int
+    ) -> "Iterator[tuple[torch.Tensor, ...]]":
+        """Batches of `count` samples of a source, whose plan the threads make too: tensors of the images, labels,
+        samples, colour and mask of each. Raises DataError naming a damaged sample."""
+        from torch import from_numpy
+
+        def submit(place: tuple[Draw, Room]) -> "list[Loading] | list[Future[None]]":
+            if self._pid != os.getpid():
+                self._start()
+            assert self._workers is not None, "`draws` was false"
+            (number, positions, at, _), room = place
+            side = 0 if self._foreign else resolution
+            drawing = Drawing(self._workers, source, (number, positions, at), room, side)
+            if not self._foreign:
+                return [drawing]
+            drawing.result()  # plans it
+            return self._submit_to_python(_request(room), room.images)
+
+        places = ((draw, self._rooms.take((count, resolution, resolution, 3))) for draw in draws)
+        with closing(read_ahead(submit, places, self.prefetch + 1)) as drawn:
+            for (draw, room), results in drawn:
+                for status in results:
+                    if status is not None:
+                        self._finish(_request(room), room.images, status)
+                arrays = room.turned, room.labels, room.samples, room.colour, draw.mask
+                del room
+                yield tuple(map(from_numpy, arrays))
+                del arrays
 
     def _finish(self, request: Request, buffer: np.ndarray, status: np.ndarray) -> None:
         """Raise DataError for a bad sample. Load the samples that the library cannot decode."""
@@ -218,5 +276,5 @@ class NativeEngine:
             self._pool.shutdown(wait=True, cancel_futures=True)
         if self._workers is not None:
             self._workers.close()
-        self._buffers.clear()
+        self._rooms.clear()
         self._mapped.clear()

@@ -21,8 +21,38 @@ static inline int32_t big16(const uint8_t *at)
     return at[0] << 8 | at[1];
 }
 
-/* plan.c: the four numbers of a counter of Philox4x64-10 take its place. */
+/* plan.c */
+struct augment { /* what `Augment` says, as shards/plan.py lays it out */
+    double scale_low, scale_high, ratio_low, ratio_high, log_ratio_high, brightness, contrast, saturation, turn;
+    double luma[9], chroma[9], turned[9], eval_crop;
+    int64_t symmetries;
+};
+/* The four numbers of a counter of Philox4x64-10 take its place. */
 void dermscale_philox(uint64_t *counter, uint64_t key0, uint64_t key1);
+void dermscale_plan_sample(uint64_t seed, uint64_t epoch, uint64_t sample, double height, double width,
+                           const struct augment *augment, int32_t *box, uint8_t *symmetry, float *colour);
+void dermscale_evaluation_sample(int32_t height, int32_t width, const struct augment *augment, int32_t *box,
+                                 uint8_t *symmetry, float *colour);
+
+/* workers.c */
+/* What a loader draws its batches from: the row numbers and labels of its samples, and how they are planned. */
+struct source {
+    const int64_t *samples, *labels; /* (count,) */
+    int64_t count;
+    const struct augment *augment;
+    uint64_t seed;
+    int64_t train; /* 0 for the plan of an evaluation */
+};
+
+/* Where a drawn batch goes, sample by sample; boxes, symmetry and colour are those of its plan. */
+struct drawn {
+    uint8_t *images; /* (count, side, side, 3) */
+    int64_t *samples, *labels;
+    int32_t *boxes;
+    uint8_t *symmetry;
+    float *colour;
+    int32_t *status;
+};
 
 /* xxh3.c */
 #define XXH3_LEAST 241 /* bytes */

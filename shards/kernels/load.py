@@ -91,6 +91,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dermscale_engine_close.argtypes = [pointer]
     library.dermscale_batch_submit.argtypes = [pointer, number, pointer, pointer, pointer, count, number]
     library.dermscale_batch_submit.argtypes += [ctypes.c_double, pointer, pointer, pointer, pointer]
+    library.dermscale_batch_draw.restype = pointer
+    library.dermscale_batch_draw.argtypes = [pointer, pointer, unsigned, pointer, count, number, pointer]
     library.dermscale_batch_done.argtypes = [pointer, pointer]
     library.dermscale_batch_wait.argtypes = library.dermscale_batch_cancel.argtypes = [pointer, pointer]
     library.dermscale_batch_free.argtypes = [pointer]

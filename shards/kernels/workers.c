@@ -43,11 +43,15 @@ struct batch {
     const int64_t *samples;  /* numbers of rows */
     const int32_t *boxes;    /* y, x, height, width of each */
     const uint8_t *symmetry;
+    const struct source *source; /* NULL, or what the threads plan the samples from before they load them */
+    struct drawn plan;
+    uint64_t epoch;
     uint8_t *out;
     const int64_t *places;
     int64_t (*found)[3];
     int32_t *status;
     int64_t count, taken, done;
+    int32_t incomplete;      /* whether a sample has another status than LOADED */
     double worth;            /* PAYLOADS: a part is cut out where it has at most this share of the image */
     int32_t side;
     enum result result;
@@ -179,7 +183,7 @@ static int32_t load(const struct engine *engine, struct scratch *scratch, const 
     const struct row *row = row_of(engine, batch->samples[place], &payload);
     if (!row)
         return OUTSIDE;
-    if (row->length < XXH3_LEAST)
+    if (row->length < XXH3_LEAST || (batch->result == CROPS && !batch->side))
         return LEFT;
     if (dermscale_xxh3(payload, row->length, engine->level) != row->xxh3)
         return OTHER_CHECKSUM;
@@ -229,6 +233,27 @@ static int32_t load(const struct engine *engine, struct scratch *scratch, const 
 #else
     return LEFT;
 #endif
+}
+
+/* The plan of a drawn sample, where there is such a sample. */
+static void plan(const struct engine *engine, const struct batch *batch, int64_t place)
+{
+    const struct source *source = batch->source;
+    const struct drawn *to = &batch->plan;
+    const int64_t sample = batch->samples[place];
+    if (sample < 0 || sample >= engine->row_count)
+        return;
+    const struct row *row = engine->rows + sample;
+    int32_t *const box = to->boxes + 4 * place;
+    uint8_t *const symmetry = to->symmetry + place;
+    float *const colour = to->colour + 12 * place;
+    if (!row->height || !row->width)
+        memset(box, 0, 4 * sizeof *box); /* no plan has such an image: it gets its error for the box */
+    else if (source->train)
+        dermscale_plan_sample(source->seed, batch->epoch, (uint64_t)sample, row->height, row->width, source->augment,
+                              box, symmetry, colour);
+    else
+        dermscale_evaluation_sample(row->height, row->width, source->augment, box, symmetry, colour);
 }
 
 static int32_t load_or_lose(const struct engine *engine, struct scratch *scratch, const struct batch *batch,
@@ -287,13 +312,19 @@ static void *run(void *argument)
         pthread_mutex_unlock(&engine->lock);
         if (cold)
             ask_for_pages(engine, batch->samples, count); /* batch->count may change once the lock is free */
-        for (int64_t place = from; place < from + some; place++)
+        int32_t incomplete = 0;
+        for (int64_t place = from; place < from + some; place++) {
+            if (batch->source)
+                plan(engine, batch, place);
             batch->status[place] = load_or_lose(engine, &scratch, batch, place);
+            incomplete |= batch->status[place] != LOADED;
+        }
         const long now_awaited = pages_awaited();
         pthread_mutex_lock(&engine->lock);
         if (now_awaited != awaited)
             engine->cold = COLD_FOR;
         awaited = now_awaited;
+        batch->incomplete |= incomplete;
         batch->done += some;
         if (batch->done == batch->count)
             pthread_cond_broadcast(&engine->finished);
@@ -353,14 +384,8 @@ struct engine *dermscale_engine_open(const struct row *rows, int64_t row_count, 
     return engine;
 }
 
-/* Load `count` samples, one at least: their numbers, boxes (count, 4; NULL for whole images) and symmetries, as
- * `enum result` says, and what became of each into status. The arrays must stay until the batch is finished or
- * cancelled; those that the result has no use for are NULL. NULL where a shard is not mapped yet, or there is no
- * memory. */
-struct batch *dermscale_batch_submit(struct engine *engine, int32_t result, const int64_t *samples,
-                                     const int32_t *boxes, const uint8_t *symmetry, int64_t count, int32_t side,
-                                     double worth, uint8_t *out, const int64_t *places, int64_t (*found)[3],
-                                     int32_t *status)
+/* A batch of these samples; NULL where the shard of one is not mapped yet, or there is no memory. */
+static struct batch *new_batch(const struct engine *engine, const int64_t *samples, int64_t count)
 {
     for (int64_t i = 0; i < count; i++) {
         if (samples[i] < 0 || samples[i] >= engine->row_count)
@@ -370,19 +395,15 @@ struct batch *dermscale_batch_submit(struct engine *engine, int32_t result, cons
             return NULL;
     }
     struct batch *batch = calloc(1, sizeof *batch);
-    if (!batch)
-        return NULL;
-    batch->result = (enum result)result;
-    batch->samples = samples;
-    batch->boxes = boxes;
-    batch->symmetry = symmetry;
-    batch->count = count;
-    batch->side = side;
-    batch->worth = worth;
-    batch->out = out;
-    batch->places = places;
-    batch->found = found;
-    batch->status = status;
+    if (batch) {
+        batch->samples = samples;
+        batch->count = count;
+    }
+    return batch;
+}
+
+static struct batch *start(struct engine *engine, struct batch *batch)
+{
     pthread_mutex_lock(&engine->lock);
     if (engine->last)
         engine->last->next = batch;
@@ -392,6 +413,57 @@ struct batch *dermscale_batch_submit(struct engine *engine, int32_t result, cons
     pthread_cond_broadcast(&engine->work);
     pthread_mutex_unlock(&engine->lock);
     return batch;
+}
+
+/* Load `count` samples, one at least: their numbers, boxes (count, 4; NULL for whole images) and symmetries, as
+ * `enum result` says, and what became of each into status. The arrays must stay until the batch is finished or
+ * cancelled; those that the result has no use for are NULL. NULL where a shard is not mapped yet, or there is no
+ * memory. */
+struct batch *dermscale_batch_submit(struct engine *engine, int32_t result, const int64_t *samples,
+                                     const int32_t *boxes, const uint8_t *symmetry, int64_t count, int32_t side,
+                                     double worth, uint8_t *out, const int64_t *places, int64_t (*found)[3],
+                                     int32_t *status)
+{
+    struct batch *batch = new_batch(engine, samples, count);
+    if (!batch)
+        return NULL;
+    batch->result = (enum result)result;
+    batch->boxes = boxes;
+    batch->symmetry = symmetry;
+    batch->side = side;
+    batch->worth = worth;
+    batch->out = out;
+    batch->places = places;
+    batch->found = found;
+    batch->status = status;
+    return start(engine, batch);
+}
+
+/* Draw `count` samples, one at least: those at `positions` of the source. The threads plan each for this epoch and load
+ * it as CROPS. With side 0 they only plan it, and its status is LEFT. The arrays must stay as for
+ * `dermscale_batch_submit`, and NULL means the same. */
+struct batch *dermscale_batch_draw(struct engine *engine, const struct source *source, uint64_t epoch,
+                                   const int64_t *positions, int64_t count, int32_t side, const struct drawn *to)
+{
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t position = positions[i];
+        const int there = position >= 0 && position < source->count;
+        to->samples[i] = there ? source->samples[position] : -1;
+        to->labels[i] = there ? source->labels[position] : -1;
+    }
+    struct batch *batch = new_batch(engine, to->samples, count);
+    if (!batch)
+        return NULL;
+    batch->source = source;
+    batch->epoch = epoch;
+    batch->plan = *to;
+    batch->result = CROPS;
+    batch->boxes = to->boxes;
+    batch->symmetry = to->symmetry;
+    batch->side = side;
+    batch->out = to->images;
+    batch->status = to->status;
+    return start(engine, batch);
 }
 
 /* Whether a batch is done. It waits for nothing, so it may be asked while Python's lock is held. */
@@ -429,8 +501,10 @@ void dermscale_batch_cancel(struct engine *engine, struct batch *batch)
     pthread_mutex_unlock(&engine->lock);
 }
 
-/* Free a batch that is done. */
-void dermscale_batch_free(struct batch *batch)
+/* Free a batch that is done. Returns whether a sample of it has another status than LOADED. */
+int32_t dermscale_batch_free(struct batch *batch)
 {
+    const int32_t incomplete = batch->incomplete;
     free(batch);
+    return incomplete;
 }

@@ -1,7 +1,9 @@
 """The Python side of `workers.c`: threads that load samples without Python."""
 
 import os
+import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import xxhash
 from shards.common.errors import DataError, UsageError
 from shards.decode import WRONG_SIZE
 from shards.kernels.load import compiled, holding_the_lock
+from shards.plan import Augment, numbers_of
 
 if TYPE_CHECKING:
     from shards.shardset import ShardSet
@@ -62,9 +65,12 @@ def start_workers(data: "ShardSet", threads: int) -> "Workers | None":
     return Workers(data, threads) if library is not None and library.dermscale_resample_level() else None
 
 
-def left_over(data: "ShardSet", samples: np.ndarray, status: np.ndarray) -> np.ndarray:
-    """The places of the samples that the threads leave to Python. Raises DataError for a bad sample."""
-    if not status.any():
+def left_over(data: "ShardSet", samples: np.ndarray, status: np.ndarray | None) -> np.ndarray:
+    """The places of the samples that the threads leave to Python. Raises DataError for a bad sample.
+
+    status: what `Loading.result` returned.
+    """
+    if status is None:
         return np.empty(0, np.int64)
     for place in np.flatnonzero(status > LEFT).tolist():
         why = {OTHER_SIZE: [WRONG_SIZE], LOST: [LOST_BYTES]}.get(int(status[place]), [])
@@ -74,6 +80,9 @@ def left_over(data: "ShardSet", samples: np.ndarray, status: np.ndarray) -> np.n
 
 class Loading:
     """A batch that the threads are loading. It has the methods of a future that `read_ahead` calls."""
+
+    _at: int | None = None
+    """The batch's handle until it is freed."""
 
     def __init__(
         self,
@@ -94,9 +103,7 @@ class Loading:
         `places` (n,) on. boxes: (n, 4) y, x, h, w; default, whole images. symmetry: (n,), for CROPS. worth, and found
         (n, 3) int64, which is filled: for PAYLOADS.
         """
-        self._at: int | None = None  # the batch's handle until it is freed
-        self._workers = workers
-        self.status = np.zeros(len(samples), np.int32)
+        status = np.zeros(len(samples), np.int32)
         given = (
             np.ascontiguousarray(samples, np.int64),
             None if boxes is None else np.ascontiguousarray(boxes, np.int32),
@@ -104,18 +111,34 @@ class Loading:
             out,
             None if places is None else np.ascontiguousarray(places, np.int64),
             found,
-            self.status,
+            status,
         )
-        self._at = workers.submit(given, result, out.shape[1] if result == CROPS else 0, worth)
+        pointers = [None if array is None else array.ctypes.data for array in given]
+        side = out.shape[1] if result == CROPS else 0
+        arguments = (result, *pointers[:3], len(samples), side, worth, *pointers[3:])
+        self._start(workers, "dermscale_batch_submit", arguments, samples, status, given)
 
-    def result(self) -> np.ndarray:
-        """Wait for the batch; return the status of each sample, (n,) int32."""
+    def _start(
+        self,
+        workers: "Workers",
+        function: str,
+        arguments: tuple[Any, ...],
+        samples: np.ndarray,
+        status: np.ndarray,
+        held: tuple[Any, ...],
+    ) -> None:
+        """Start by this function of the library. held: what it and the threads read and write."""
+        self._workers, self.status, self._incomplete = workers, status, 0
+        self._at = workers.start(function, arguments, samples, status, held)
+
+    def result(self) -> np.ndarray | None:
+        """Wait for the batch; return the status of each sample, (n,) int32, or None if all are LOADED."""
         if self._at is not None:
             self._workers.wait(self._at)
             at, self._at = self._at, None  # before it is freed: Ctrl-C may come right after that
-            self._workers.free(at)
+            self._incomplete = self._workers.free(at)
             del self._workers.held[id(self.status)]
-        return self.status
+        return self.status if self._incomplete else None
 
     def cancel(self) -> None:
         """Drop the samples that no thread has begun."""
@@ -137,6 +160,64 @@ class Loading:
         self.result()
 
 
+class Source:
+    """What a loader draws its batches from: `struct source` of workers.c, with the arrays it points to."""
+
+    def __init__(self, samples: np.ndarray, labels: np.ndarray, augment: Augment, seed: int, train: bool) -> None:
+        """samples: (N,) row numbers. labels: (N,). train: whether the plan is that of `training_plan`."""
+        self._held = [np.ascontiguousarray(array, np.int64) for array in (samples, labels)]
+        self._held.append(numbers_of(augment))
+        samples_at, labels_at, augment_at = (array.ctypes.data for array in self._held)
+        fields = [samples_at, labels_at, len(samples), augment_at, seed, int(train)]
+        self._held.append(np.array(fields, np.int64))
+        self.at: int = self._held[-1].ctypes.data
+
+
+class Room:
+    """Memory for one batch of n samples, which is used again and again: arrays, and `struct drawn` of workers.c."""
+
+    def __init__(self, shape: tuple[int, ...], allocate: Callable[[tuple[int, ...]], np.ndarray]) -> None:
+        """shape: of the images, (n, S, S, 3). allocate: makes a uint8 array of a given shape.
+
+        The other arrays are samples and labels, (n,) int64; boxes (n, 4) int32, symmetry (n,) uint8 and colour
+        (n, 3, 4) float32 of the plan; and status, (n,) int32.
+        """
+        n = shape[0]
+        self.images = allocate(shape)
+        self.turned = self.images.transpose(0, 3, 1, 2)
+        self.samples, self.labels = np.empty(n, np.int64), np.empty(n, np.int64)
+        self.boxes, self.symmetry = np.empty((n, 4), np.int32), np.empty(n, np.uint8)
+        self.colour, self.status = np.empty((n, 3, 4), np.float32), np.empty(n, np.int32)
+        written = "images", "samples", "labels", "boxes", "symmetry", "colour", "status"
+        self._drawn = np.array([getattr(self, name).ctypes.data for name in written], np.uint64)
+        self.at: int = self._drawn.ctypes.data
+        self._given = self.images, self.turned, self.samples, self.labels, self.colour
+        self._unused = self._references()
+
+    def _references(self) -> tuple[int, ...]:
+        return tuple(map(sys.getrefcount, self._given))
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anybody but the room refers to an array of it, as the tensors do that are made of it."""
+        return self._references() != self._unused
+
+
+class Drawing(Loading):
+    """A batch that the threads plan and load into a room."""
+
+    def __init__(self, workers: "Workers", source: Source, place: tuple[int, np.ndarray, int], room: Room, side: int):
+        """Start. Raises DataError if a shard cannot be mapped.
+
+        place: epoch; the positions of its samples in the source, int64; and the address of the batch's first. side: of
+        the images, or 0 if the batch is only planned: all samples are LEFT then.
+        """
+        epoch, positions, at = place
+        arguments = (source.at, epoch, at, len(room.samples), side, room.at)
+        held = (room, source, positions)
+        self._start(workers, "dermscale_batch_draw", arguments, room.samples, room.status, held)
+
+
 class Workers:
     """`threads` threads that load the samples of one shard set."""
 
@@ -146,32 +227,34 @@ class Workers:
         count = len(data.manifest.shards)
         self._bytes: list[np.ndarray | None] = [None] * count  # held: the threads read them after the set is closed
         self._addresses, self._sizes = np.zeros(count, np.uint64), np.zeros(count, np.int64)
-        self.held: dict[int, tuple[np.ndarray | None, ...]] = {}
-        """The arrays of the batches that are under way."""
+        self.held: dict[int, tuple[Any, ...]] = {}
+        """The memory of the batches that are under way."""
         self._calls: Any = holding_the_lock()
-        self._engine = self._calls.dermscale_engine_open(
+        self._waiting: Any = compiled()
+        engine = self._calls.dermscale_engine_open(
             self._rows.ctypes.data, len(data), self._addresses.ctypes.data, self._sizes.ctypes.data, count, threads
         )
-        if not self._engine:
+        if not engine:
             raise UsageError(f"threads {threads}: the system could not start so many; use fewer")
+        self._engine: list[int] = [engine]  # empty once it is closed, also by the garbage collector
         held = (self._rows, self._addresses, self._sizes, self._bytes, self.held)
         self._close = weakref.finalize(self, _close, self._engine, self._pid, held)
 
-    def submit(self, given: tuple[np.ndarray | None, ...], result: int, side: int, worth: float) -> int:
-        """Start loading a batch; return its handle. given: the arrays of `Loading`, samples first and status last.
+    def start(
+        self, function: str, arguments: tuple[Any, ...], samples: np.ndarray, status: np.ndarray, held: tuple[Any, ...]
+    ) -> int:
+        """Start loading a batch by a function of the library; return its handle.
 
-        Raises DataError if a shard cannot be mapped, and RuntimeError if the threads were stopped.
+        arguments: of the function, after the engine. samples: those of the batch, known after the call. held: what must
+        stay until the batch is done. Raises DataError if a shard cannot be mapped, and RuntimeError if the threads were
+        stopped.
         """
-        if not self._close.alive:
+        if not self._engine:
             raise RuntimeError("this engine was closed, so it cannot load a batch")
-        samples, status = given[0], given[-1]
-        assert samples is not None and status is not None
         # Held until the batch is done: Ctrl-C may come right after it was submitted, before anything knows its handle.
-        self.held[id(status)] = given
-        pointers = [None if array is None else array.ctypes.data for array in given]
-        arguments = (self._engine, result, *pointers[:3], len(samples), side, worth, *pointers[3:])
+        self.held[id(status)] = (status, *held)
         try:
-            while not (at := self._calls.dermscale_batch_submit(*arguments)):
+            while not (at := getattr(self._calls, function)(self._engine[0], *arguments)):
                 if not self._map(samples):
                     raise MemoryError
         except (DataError, MemoryError):  # nothing was submitted
@@ -190,17 +273,17 @@ class Workers:
 
     def wait(self, batch: int) -> None:
         """Wait for a batch. The GIL is released only if the batch is not done."""
-        if self._close.alive and not self._calls.dermscale_batch_done(self._engine, batch):
-            compiled().dermscale_batch_wait(self._engine, batch)  # type: ignore[union-attr]
+        if self._engine and not self._calls.dermscale_batch_done(self._engine[0], batch):
+            self._waiting.dermscale_batch_wait(self._engine[0], batch)
 
-    def free(self, batch: int) -> None:
-        """Free a batch that is done."""
-        self._calls.dermscale_batch_free(batch)
+    def free(self, batch: int) -> int:
+        """Free a batch that is done; return whether a sample of it is not LOADED."""
+        return self._calls.dermscale_batch_free(batch)
 
     def cancel(self, batch: int) -> None:
         """Drop the samples of a batch that no thread has begun."""
-        if self._close.alive:
-            self._calls.dermscale_batch_cancel(self._engine, batch)
+        if self._engine:
+            self._calls.dermscale_batch_cancel(self._engine[0], batch)
 
     @property
     def usable(self) -> bool:
@@ -220,8 +303,9 @@ class Workers:
         self.close()
 
 
-def _close(engine: int, pid: int, held: tuple[Any, ...]) -> None:
-    """Stop an engine's threads. held: memory that they read until then."""
+def _close(opened: list[int], pid: int, held: tuple[Any, ...]) -> None:
+    """Stop an engine's threads. opened: its handle. held: memory that they read until then."""
+    engine = opened.pop()
     if pid == os.getpid():  # a forked child has none of them
         compiled().dermscale_engine_close(engine)  # type: ignore[union-attr]
     del held

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "inputs.h"
 
+#include <math.h>
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -281,14 +282,69 @@ static uint8_t *store(struct bench *bench, int32_t number, const struct payload 
     return block;
 }
 
+/* What a drawn batch needs beside its request. */
+struct order {
+    struct source source;
+    struct drawn to;
+    uint64_t epoch;
+    int64_t *positions, *wanted; /* wanted: the samples at these positions */
+    int64_t *samples, *labels;   /* of the source */
+};
+
+static struct order some_order(const struct request *in, int64_t count)
+{
+    struct order order = {.epoch = (uint64_t)draw(100)};
+    order.samples = exactly(in->samples, 8 * count);
+    order.labels = exactly(in->samples, 8 * count); /* any numbers */
+    order.positions = exactly(NULL, 8 * count);
+    order.wanted = exactly(NULL, 8 * count);
+    for (int64_t k = 0; k < count; k++) { /* each sample once: its payload is at its place */
+        const int outside = one_in(60);
+        order.positions[k] = !outside ? k : one_in(2) ? count + draw(9) : -1 - draw(INT64_MAX);
+        order.wanted[k] = outside ? -1 : in->samples[k];
+    }
+    memset(in->samples, 0, (size_t)(8 * count));
+    order.source = (struct source){.samples = order.samples, .labels = order.labels, .count = count,
+                                   .augment = &corpus.augment, .seed = (uint64_t)draw(INT64_MAX), .train = draw(2)};
+    order.to = (struct drawn){.images = in->out, .samples = in->samples, .labels = exactly(NULL, 8 * count),
+                              .boxes = in->boxes, .symmetry = in->symmetry, .colour = exactly(NULL, 48 * count),
+                              .status = in->status};
+    return order;
+}
+
+static void check_plan(const struct bench *of, const struct order *order, const struct request *in, int64_t place)
+{
+    const int64_t sample = in->samples[place];
+    if (sample != order->wanted[place] || order->to.labels[place] != sample)
+        WRONG("another sample was drawn");
+    if (sample < 0 || sample >= ROWS || !of->rows[sample].height || !of->rows[sample].width)
+        return;
+    const int32_t *const box = in->boxes + 4 * place;
+    if (!is_inside(box, of->rows[sample].height, of->rows[sample].width) || in->symmetry[place] > 7)
+        WRONG("a plan outside the image");
+    for (int64_t k = 12 * place; k < 12 * place + 12; k++)
+        if (!isfinite(order->to.colour[k]))
+            WRONG("a colour that is no number");
+}
+
+static void free_order(struct order *order)
+{
+    free(order->samples);
+    free(order->labels);
+    free(order->positions);
+    free(order->wanted);
+    free(order->to.labels);
+    free(order->to.colour);
+}
+
 /* A batch for the threads. */
 int64_t try_batch(void)
 {
     struct bench *const bench = benches + 1 + draw(LEVELS - 1);
     if (!bench->engine)
         return 1;
-    const int64_t count = 1 + draw(ROWS), cancelled = one_in(10);
-    struct request in = {.result = one_in(2) ? CROPS : 1 + (int32_t)draw(RESULTS - 1)};
+    const int64_t count = 1 + draw(ROWS), cancelled = one_in(10), drawn = one_in(3);
+    struct request in = {.result = drawn || one_in(2) ? CROPS : 1 + (int32_t)draw(RESULTS - 1)};
     struct payload payloads[ROWS];
     uint8_t *blocks[ROWS];
     int is_ending = 0;
@@ -312,9 +368,14 @@ int64_t try_batch(void)
         in.status[k] = -1;
     }
     make_room(&in, bench, count);
+    struct order order = {.source = {0}};
+    if (drawn)
+        order = some_order(&in, count);
     struct batch *const batch =
-        dermscale_batch_submit(bench->engine, in.result, in.samples, in.boxes, in.symmetry, count, in.side, in.worth,
-                               in.out, in.places, in.found, in.status);
+        drawn ? dermscale_batch_draw(bench->engine, &order.source, order.epoch, order.positions, count, in.side,
+                                     &order.to)
+              : dermscale_batch_submit(bench->engine, in.result, in.samples, in.boxes, in.symmetry, count, in.side,
+                                       in.worth, in.out, in.places, in.found, in.status);
     if (!batch)
         WRONG("no memory for a batch");
     if (cancelled)
@@ -326,6 +387,8 @@ int64_t try_batch(void)
     for (int64_t k = 0; k < count; k++) {
         if (in.status[k] == -1 && cancelled)
             continue;
+        if (drawn)
+            check_plan(bench, &order, &in, k);
         const int32_t right = right_status(bench, &in, k, payloads + k);
         if (in.status[k] != right)
             WRONG("sample %lld of a batch has the status %d instead of %d", (long long)k, in.status[k], right);
@@ -336,6 +399,8 @@ int64_t try_batch(void)
         bench->shards[k] = NULL;
         bench->sizes[k] = 0;
     }
+    if (drawn)
+        free_order(&order);
     free(in.samples);
     free(in.boxes);
     free(in.status);

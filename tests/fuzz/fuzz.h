@@ -31,10 +31,12 @@ struct batch *dermscale_batch_submit(struct engine *engine, int32_t result, cons
                                      const int32_t *boxes, const uint8_t *symmetry, int64_t count, int32_t side,
                                      double worth, uint8_t *out, const int64_t *places, int64_t (*found)[3],
                                      int32_t *status);
+struct batch *dermscale_batch_draw(struct engine *engine, const struct source *source, uint64_t epoch,
+                                   const int64_t *positions, int64_t count, int32_t side, const struct drawn *to);
 int32_t dermscale_batch_done(struct engine *engine, const struct batch *batch);
 void dermscale_batch_wait(struct engine *engine, const struct batch *batch);
 void dermscale_batch_cancel(struct engine *engine, struct batch *batch);
-void dermscale_batch_free(struct batch *batch);
+int32_t dermscale_batch_free(struct batch *batch);
 
 #define FAIL(...) (fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), abort())
 
@@ -57,7 +59,7 @@ struct image {
 };
 
 struct corpus {
-    int64_t augment[37]; /* `struct augment` of plan.c */
+    struct augment augment;
     int32_t count, whole_count;
     struct image *images, *whole; /* as they are packed; and behind them files without restart markers */
 };
@@ -83,7 +85,7 @@ static inline void *read_exactly(FILE *from, int64_t bytes)
 static inline void read_corpus(struct corpus *to, const char *path)
 {
     FILE *const from = fopen(path, "rb");
-    if (!from || fread(to->augment, sizeof to->augment, 1, from) != 1 || fread(&to->count, 4, 1, from) != 1 ||
+    if (!from || fread(&to->augment, sizeof to->augment, 1, from) != 1 || fread(&to->count, 4, 1, from) != 1 ||
         fread(&to->whole_count, 4, 1, from) != 1)
         FAIL("%s cannot be read", path);
     const int32_t all = to->count + to->whole_count;

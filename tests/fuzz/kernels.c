@@ -24,7 +24,7 @@ struct corpus corpus;
 int64_t dermscale_run_lengths(const uint8_t *scan, int64_t length, uint16_t *lengths, int64_t most);
 void dermscale_channel_sums(const uint8_t *pixels, int64_t count, int64_t *sums);
 void dermscale_plan(uint64_t seed, uint64_t epoch, const int64_t *samples, int64_t count, const uint16_t *heights,
-                    const uint16_t *widths, const void *augment, int32_t *boxes, uint8_t *symmetry, float *colour);
+                    const uint16_t *widths, const struct augment *augment, int32_t *boxes, uint8_t *symmetry, float *colour);
 int32_t dermscale_order(uint64_t seed, uint64_t epoch, int64_t count, int64_t *order);
 
 /* Scratch memory of the decoder: of exactly the bytes for each image, and for the largest one. */
@@ -241,23 +241,23 @@ static void try_checksum(void)
 static void try_plan(void)
 {
     const int64_t count = draw(40);
-    int64_t *const samples = exactly(NULL, 8 * count), augment[37];
+    int64_t *const samples = exactly(NULL, 8 * count);
+    struct augment augment = corpus.augment;
     uint16_t *const heights = exactly(NULL, 2 * count), *const widths = exactly(NULL, 2 * count);
     int32_t *const boxes = exactly(NULL, 16 * count);
     uint8_t *const symmetry = exactly(NULL, count);
     float *const colour = exactly(NULL, 48 * count);
-    memcpy(augment, corpus.augment, sizeof augment);
     if (one_in(2)) {
         const double low = (1 + (double)draw(999)) / 1000, ratio = 1 + (double)draw(3000) / 1000;
         const double shape[5] = {low, 1, 1 / ratio, ratio, log(ratio)};
-        memcpy(augment, shape, sizeof shape);
+        memcpy(&augment, shape, sizeof shape);
     }
     for (int64_t i = 0; i < count; i++) {
         samples[i] = one_in(8) ? (int64_t)((uint64_t)draw(INT64_MAX)) : draw(10000);
         heights[i] = (uint16_t)(1 + draw(one_in(2) ? 600 : 65535));
         widths[i] = (uint16_t)(1 + draw(one_in(2) ? 600 : 65535));
     }
-    dermscale_plan((uint64_t)draw(INT64_MAX), (uint64_t)draw(100), samples, count, heights, widths, augment, boxes,
+    dermscale_plan((uint64_t)draw(INT64_MAX), (uint64_t)draw(100), samples, count, heights, widths, &augment, boxes,
                    symmetry, colour);
     for (int64_t i = 0; i < count; i++) {
         if (!is_inside(boxes + 4 * i, heights[i], widths[i]) || symmetry[i] > 7)

@@ -28,7 +28,7 @@ from shards.common.cli import run
 from shards.common.errors import DermscaleError
 from shards.common.machine import available_cores
 from shards.common.progress import Progress
-from shards.plan import Augment, _numbers
+from shards.plan import Augment, numbers_of
 from tests.conftest import picture
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def write_corpus(path: Path) -> None:
     """Write the images that both programs start from, with their right pixels, as fuzz.h reads them."""
     rng = np.random.default_rng(0)
     packed, whole = _packed_files(rng), _whole_files(rng)
-    parts = [_numbers(Augment()).tobytes(), struct.pack("=2i", len(packed), len(whole))]
+    parts = [numbers_of(Augment()).tobytes(), struct.pack("=2i", len(packed), len(whole))]
     for file in [*packed, *whole]:
         pixels = simplejpeg.decode_jpeg(file)
         height, width = pixels.shape[:2]

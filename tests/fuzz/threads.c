@@ -31,7 +31,10 @@ struct task {
     int64_t samples[MOST_COUNT], places[MOST_COUNT], found[MOST_COUNT][3], count;
     int32_t boxes[4 * MOST_COUNT], status[MOST_COUNT], result, side, cancelled;
     uint8_t symmetry[MOST_COUNT], *out;
+    int64_t positions[MOST_COUNT], labels[MOST_COUNT];
+    float colour[12 * MOST_COUNT];
 };
+static struct source source; /* each sample at the position of its number */
 
 struct submitter {
     pthread_t id;
@@ -73,9 +76,15 @@ static void submit(struct submitter *by, struct task *task)
                  : task->result == IMAGES ? 3 * (int64_t)image->height * image->width : sizes[task->samples[k]];
     }
     task->out = exactly(NULL, bytes);
-    task->batch = dermscale_batch_submit(by->engine, task->result, task->samples,
-                                         task->result == IMAGES ? NULL : task->boxes, task->symmetry, task->count,
-                                         task->side, 0.5, task->out, task->places, task->found, task->status);
+    const struct drawn to = {task->out, task->samples, task->labels, task->boxes, task->symmetry, task->colour,
+                             task->status};
+    memcpy(task->positions, task->samples, sizeof task->samples);
+    if (task->result == CROPS && draw_from(&by->state, 2))
+        task->batch = dermscale_batch_draw(by->engine, &source, 1, task->positions, task->count, task->side, &to);
+    else
+        task->batch = dermscale_batch_submit(by->engine, task->result, task->samples,
+                                             task->result == IMAGES ? NULL : task->boxes, task->symmetry, task->count,
+                                             task->side, 0.5, task->out, task->places, task->found, task->status);
     if (!task->batch)
         FAIL("no memory for a batch");
 }
@@ -278,6 +287,11 @@ int main(int argc, char **argv)
     rows = calloc(2 * (size_t)corpus.count, sizeof *rows);
     shards = calloc(2 * (size_t)corpus.count, sizeof *shards);
     sizes = calloc(2 * (size_t)corpus.count, sizeof *sizes);
+    int64_t *const numbers = calloc(2 * (size_t)corpus.count, sizeof *numbers);
+    for (int32_t i = 0; i < 2 * corpus.count; i++)
+        numbers[i] = i;
+    source = (struct source){.samples = numbers, .labels = numbers, .count = 2 * corpus.count,
+                             .augment = &corpus.augment, .seed = 1, .train = 1};
     for (int32_t i = 0; i < 2 * corpus.count; i++) {
         const struct image *const image = corpus.images + i % corpus.count;
         const int64_t pixels = (int64_t)image->height * image->width * 3;

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from shards import plan
 from shards.common.errors import UsageError
 from shards.kernels.load import compiled
+from shards.kernels.workers import LEFT, Drawing, Room, Source, start_workers
 from shards.plan import Augment, evaluation_plan, numpy_plan, training_plan
 
 
@@ -130,3 +131,26 @@ def test_the_compiled_plan_is_that_of_numpy_to_the_bit(count, seed, epoch, wild)
     expected = numpy_plan(seed, epoch, samples, heights, widths, augment)
     assert np.array_equal(found.boxes, expected.boxes) and np.array_equal(found.symmetry, expected.symmetry)
     assert np.array_equal(found.colour.view(np.uint32), expected.colour.view(np.uint32))
+
+
+@pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
+@pytest.mark.parametrize("augment", [Augment(), Augment((1.0, 1.0), (0.9, 1 / 0.9), symmetries=False, eval_crop=0.4)])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("side", [8, 0])
+def test_what_the_threads_draw_has_the_plan_of_numpy(shard_sets, augment, train, side):
+    data = shard_sets["sizes"]
+    rows, labels = np.arange(len(data))[::-1].copy(), np.arange(len(data)) + 100
+    positions = np.random.default_rng(1).permutation(len(data))
+    room = Room((len(data), 8, 8, 3), lambda shape: np.empty(shape, np.uint8))
+    with start_workers(data, 2) or pytest.skip("no kernel for this processor") as workers:
+        source = Source(rows, labels, augment, 7, train)
+        status = Drawing(workers, source, (3, positions, positions.ctypes.data), room, side).result()
+    assert (status is None) if side else (status is not None and (status == LEFT).all())
+    sides = data.column("height")[rows[positions]], data.column("width")[rows[positions]]
+    if train:
+        expected = numpy_plan(7, 3, rows[positions], *sides, augment)
+    else:
+        expected = evaluation_plan(*sides, augment)
+    assert np.array_equal(room.samples, rows[positions]) and np.array_equal(room.labels, labels[positions])
+    assert np.array_equal(room.boxes, expected.boxes) and np.array_equal(room.symmetry, expected.symmetry)
+    assert np.array_equal(room.colour.view(np.uint32), expected.colour.view(np.uint32))

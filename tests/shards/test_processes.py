@@ -1,11 +1,13 @@
 """Sets and loaders in other processes: sent there, or inherited by a fork."""
 
 import copy
+import gc
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import weakref
 from contextlib import closing
 from pathlib import Path
 
@@ -129,6 +131,17 @@ def test_a_loader_that_was_closed_loads_nothing_more(shard_sets):
     for iterator in (running, iter(loader)):
         with pytest.raises(RuntimeError, match=r"closed|shutdown"):
             list(iterator)
+
+
+def test_a_loader_is_collected_while_it_runs(shard_sets):
+    loader = Loader(shard_sets["jpg"].select("train"), batch_size=8, resolution=32, threads=2)
+    running = iter(loader)
+    next(running)
+    loader.itself = loader, running  # only the garbage collector finds it, and in any order
+    gone = weakref.ref(loader)
+    del loader, running
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")

@@ -127,7 +127,7 @@ def test_a_closed_engine_gives_its_buffers_back_and_batches_stay_valid(shard_set
     engine = NativeEngine(shard_sets["jpg"], threads=1)
     batch, *others = list(engine.run(requests_of(shard_sets["jpg"], [6, 6, 6]), 32))
     before = batch.clone()
-    held = [weakref.ref(buffer) for buffer in engine._buffers._held]
+    held = [weakref.ref(room.images) for room in engine._rooms._held]
     del others
     assert len(held) == 3
     engine.close()

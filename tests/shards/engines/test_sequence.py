@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shards import Loader, ShardSet
-from shards.engines import ENGINES
+from shards.engines import ENGINES, Request
 
 EPOCHS, BATCH = 2, 12
 
@@ -30,6 +30,19 @@ class Recorded:
                 yield request
 
         yield from self.engine.run(watched(), resolution)
+
+    @property
+    def draws(self):
+        return self.engine.draws
+
+    def draw(self, source, draws, count, resolution):
+        self.requests.clear()
+        rooms, take = deque(), self.engine._rooms.take
+        self.engine._rooms.take = lambda shape: rooms.append(take(shape)) or rooms[-1]
+        for batch in self.engine.draw(source, draws, count, resolution):
+            room = rooms.popleft()
+            self.requests.append(Request(room.samples.copy(), room.boxes.copy(), room.symmetry.copy()))
+            yield batch
 
     def close(self):
         self.engine.close()

@@ -224,7 +224,8 @@ def _opened(archive_path: Path) -> Iterator[zipfile.ZipFile]:
 
 def _members(archive: zipfile.ZipFile, suffix: str) -> dict[str, zipfile.ZipInfo]:
     """File name → member, of those with `suffix` that are not hidden (`._…`, as archives made on a Mac have)."""
-    files = {Path(info.filename).name: info for info in archive.infolist() if not info.is_dir()}
+    members = (info for info in archive.infolist() if info.filename)  # `is_dir` looks at the last letter
+    files = {Path(info.filename).name: info for info in members if not info.is_dir()}
     return {n: info for n, info in files.items() if n.lower().endswith(suffix) and not n.startswith(".")}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shards.common.errors import DataError
+from shards.common.errors import DataError, one_line
 from shards.common.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,8 +26,11 @@ _BUSY = (429, 500, 502, 503, 504)
 _RETRIES = 3
 """Of one request, while the server is busy or cannot be reached."""
 _TRIES = 5
-"""Requests in a row that bring no byte, before the download gives up."""
+"""Requests in a row that bring nothing, or too little in a minute, before the download gives up."""
 _LONGEST_PAUSE_S = 60
+_FLOOR = (60.0, 100_000)
+"""Seconds, and the bytes that must arrive in them; else the server is asked again."""
+_NUMBER = "[0-9]{1,18}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,11 @@ class RemoteFile:
 
 
 class _CutError(Exception):
-    """The transfer ended early. useless: what arrived does not belong to the server's file."""
+    """The transfer ended early. useless: what arrived does not belong to the server's file. slow: it was too slow."""
 
-    def __init__(self, reason: str, useless: bool = False) -> None:
+    def __init__(self, reason: str, useless: bool = False, slow: bool = False) -> None:
         super().__init__(reason)
-        self.useless = useless
+        self.useless, self.slow = useless, slow
 
 
 def open_session(backoff_s: float = 1.0) -> "requests.Session":
@@ -156,10 +159,10 @@ def _fetch_pieces(session: "requests.Session", remote: RemoteFile, part: Path, p
                     part.unlink(missing_ok=True)
                     bar.advance(-before)
                 after = size_of(part)
-                empty = 0 if after > before else empty + 1
+                empty = 0 if after > before and not cut.slow else empty + 1
                 if empty >= _TRIES:
                     raise DataError(
-                        f"{remote.name}: gave up after {_TRIES} attempts that brought nothing ({cut}); "
+                        f"{remote.name}: gave up after {_TRIES} attempts that brought nothing or too little ({cut}); "
                         f"the {after:,} bytes that arrived are kept: start again to resume there"
                     ) from None
                 wait_s = min(_LONGEST_PAUSE_S, pause_s * 2**empty)
@@ -189,18 +192,28 @@ def _fetch_piece(session: "requests.Session", remote: RemoteFile, part: Path, ba
             if start != have:  # the server ignores Range and sends all of it
                 bar.advance(-have)
             with part.open("ab" if start else "wb") as file:
+                since, from_byte = time.monotonic(), file.tell()
                 # read1 returns what has arrived. Larger units would be lost if the connection ends inside one.
                 while chunk := answer.raw.read1(_CHUNK_BYTES):
                     file.write(chunk)
                     bar.advance(len(chunk))
                     if file.tell() > remote.most_bytes:
                         raise DataError(f"{remote.name}: the server sends more than {remote.most_bytes:,} bytes")
+                    if time.monotonic() - since > _FLOOR[0]:
+                        if file.tell() - from_byte < _FLOOR[1]:
+                            raise _CutError(f"fewer than {_FLOOR[1]:,} bytes came in {_FLOOR[0]:.0f} s", slow=True)
+                        since, from_byte = time.monotonic(), file.tell()
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
         cause = str(error).split("Caused by ")[-1]
-        raise _CutError(f"{type(error).__name__}: {cause[:160]}") from None
+        raise _CutError(f"{type(error).__name__}: {one_line(cause, 160)}") from None
+    except ValueError as error:  # of requests, for an address that it is redirected to
+        raise DataError(
+            f"{remote.name}: the answer of {remote.url} cannot be read ({one_line(error, 160)}); "
+            "check the address or try again later"
+        ) from None
     if total is not None and size < total:
         raise _CutError(f"the connection ended at byte {size:,} of {total:,}")
 
@@ -213,16 +226,16 @@ def _extent(answer: "requests.Response", remote: RemoteFile, have: int) -> tuple
     code, content_range = answer.status_code, answer.headers.get("Content-Range", "")
     if code in _BUSY:
         raise _CutError(f"the server answers {code} {answer.reason}")
-    if code == 416:  # no byte there: the file is complete, or another one
+    if code == 416 and have:  # no byte there: the file is complete, or another one
         if content_range == f"bytes */{have}":
             return have, have
         raise _CutError(f"the server has no byte {have:,}", useless=True)
     if code == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
+        match = re.fullmatch(rf"bytes ({_NUMBER})-{_NUMBER}/({_NUMBER}|\*)", content_range)
         if match is None or int(match[1]) != have:
             raise _CutError(f"asked from byte {have:,}, it sends '{content_range}'", useless=True)
         return have, None if match[2] == "*" else int(match[2])
     if code == 200:
         length = answer.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdigit() else None
+        return 0, int(length) if re.fullmatch(_NUMBER, length) else None
     raise DataError(f"{remote.name}: {remote.url} answers {code} {answer.reason}; check the address or try again later")

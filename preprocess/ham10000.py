@@ -6,6 +6,7 @@ the metadata (Tschandl, Rosendahl & Kittler, Sci. Data 5:180161, 2018; data set 
 
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from preprocess.records import COLUMNS, Record, Rejected, Source, list_images, read_table, record_from, sha256_of
@@ -102,15 +103,31 @@ def read_metadata(
         reason = f"line {lines[image_id]}: another line has other values for image_id {image_id}"
         rejected.append(Rejected(image_id, table.name, reason))
     _drop_contradicted_lesions(records, lines, table, rejected)
+    images = _in_another_case(records, {i: file for i, file in images.items() if i not in lines and i not in known})
     elsewhere = {r.image_id for r in rejected}
     for image_id in [i for i, record in records.items() if not record.file]:
         del records[image_id]
         if image_id not in elsewhere:
             rejected.append(Rejected(image_id, f"{image_id}.jpg", f"is missing, and {table.name} lists it"))
-    for image_id, file in images.items():
-        if image_id not in lines and image_id not in known:
-            rejected.append(Rejected(image_id, file, f"is not listed in {table.name}"))
+    rejected += [Rejected(image_id, file, f"is not listed in {table.name}") for image_id, file in images.items()]
     return list(records.values())
+
+
+def _in_another_case(records: dict[str, Record], unlisted: dict[str, str]) -> dict[str, str]:
+    """Give records without an image the unlisted one whose name differs in upper and lower case alone, if there is
+    one such record and one such image. Returns the images that are left."""
+    wanted: dict[str, list[str]] = {}
+    for image_id, record in records.items():
+        if not record.file:
+            wanted.setdefault(image_id.casefold(), []).append(image_id)
+    names, left = Counter(map(str.casefold, unlisted)), {}
+    for name, file in unlisted.items():
+        ids = wanted.get(name.casefold(), [])
+        if len(ids) == names[name.casefold()] == 1:
+            records[ids[0]] = replace(records[ids[0]], file=file)
+        else:
+            left[name] = file
+    return left
 
 
 def _drop_contradicted_lesions(

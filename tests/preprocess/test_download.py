@@ -273,6 +273,15 @@ UNREADABLE = {
 }
 
 
+def test_a_member_without_a_name_is_passed_over(tmp_path):
+    nameless = zipfile.ZipInfo("x")
+    nameless.filename = ""
+    with zipfile.ZipFile(tmp_path / "labels.zip", "w") as archive:
+        archive.writestr("a.csv", b"labels")
+        archive.writestr(nameless, b"")
+    assert dl.read_labels(tmp_path / "labels.zip") == b"labels"
+
+
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_an_archive_of_labels_that_cannot_be_read_is_one_line(tmp_path, kind):
     content, reason = UNREADABLE[kind]

@@ -144,6 +144,52 @@ def test_a_refusal_is_not_repeated(server, tmp_path, status):
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("left", [b"", b"of another file"])
+def test_a_server_that_has_no_byte_at_all(server, tmp_path, left, exact):
+    name = "HAM10000_images_part_1.zip"
+    if left:
+        (tmp_path / f".{name}.part").write_bytes(left)
+    server.script = ["header:416|Content-Range|bytes */0"] * 3
+    with pytest.raises(DataError, match="answers 416"):
+        bring(server, tmp_path, exact=exact)
+    assert tree(tmp_path) == [] and len(server.seen) == 1 + bool(left)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "200|Content-Length|\xb2",
+        "200|Content-Length|" + "9" * 5000,
+        "206|Content-Range|bytes 0-\xb2/\xb2",
+        f"206|Content-Range|bytes 0-9/{'9' * 5000}",
+        "302|Location|http://[::1",
+        "302|Location|http://\xff\xfe/",
+        "302|Location|//",
+        "302|Location|http://a:b/",
+    ],
+)
+def test_headers_that_cannot_be_read_are_no_traceback(server, tmp_path, header):
+    """Either the server is asked again, or it is one line."""
+    server.script = [f"header:{header}"]
+    try:
+        path = bring(server, tmp_path)
+        assert path.read_bytes() == FILES[path.name]
+    except DataError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+
+
+def test_a_server_that_drips_is_asked_again_and_then_left(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(fe, "_FLOOR", (0.2, 1000))
+    server.script = ["drip"] * 2
+    assert bring(server, tmp_path).read_bytes() == FILES["HAM10000_images_part_1.zip"]
+    assert len(server.seen) == 3 and server.seen[2][1] is not None
+    (tmp_path / "HAM10000_images_part_1.zip").unlink()
+    server.script = ["drip"] * 9
+    with pytest.raises(DataError, match=r"gave up after 5 .*fewer than 1,000 bytes came in .*are kept"):
+        bring(server, tmp_path)
+
+
 def test_the_official_metadata_passes(server, tmp_path):
     sample = os.environ.get("HAM10000_SAMPLE")
     if not sample:

@@ -157,6 +157,19 @@ def test_listed_but_missing(raw):
     assert "--on-bad skip" in str(source.error(source.rejected[0]))
 
 
+def test_a_table_and_a_folder_that_differ_in_case(raw):
+    for number in (4, 5):
+        (raw / PART / f"ISIC_000000{number}.jpg").rename(raw / PART / f"isic_000000{number}.JPG")
+    (raw / PART / "Isic_0000005.jpg").write_bytes(jpeg())  # which of the two is meant?
+    source = read_source(raw)
+    assert next(r for r in source.records if r.image_id == "ISIC_0000004").file == f"{PART}/isic_0000004.JPG"
+    assert reasons(source) == {
+        "ISIC_0000005": f"is missing, and {METADATA} lists it",
+        "isic_0000005": f"is not listed in {METADATA}",
+        "Isic_0000005": f"is not listed in {METADATA}",
+    }
+
+
 @pytest.mark.parametrize("name", ["ISIC_9.jpg", "ISIC_9.JPG", "ISIC_9.png"])
 def test_not_listed(raw, name):
     (raw / PART / name).write_bytes(jpeg())

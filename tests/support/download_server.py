@@ -115,6 +115,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if word == "header":  # one header, as it is; value: status, name and content
+            status, name, said = value.split("|")
+            self.send_response(int(status))
+            self.send_header(name, said)
+            self.end_headers()
+            self.wfile.write(content)
+            self.close_connection = True
+            return
         if word == "wrong":
             content = bytes(255 - byte for byte in content)
         start, ranged = 0, False
@@ -140,6 +148,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"x" * 65536)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if word == "drip":
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                if self.server.release.wait(0.01):
+                    return
         if word in ("cut", "stall"):
             self.wfile.write(body[: int(value)])
             self.wfile.flush()

@@ -23,6 +23,13 @@ CITATION = (
 LICENCE = "CC BY-NC 4.0"
 HOME = Path("data/ham10000")
 """Default raw folder of the commands."""
+SAME_LESION = """
+    33481+33421 33556+32634 29152+33173 29036+27027 27820+28209 27689+32647
+    30906+24879 33391+34186 25226+30074 26087+25664 24736+29748 24770+27811
+    27162+29061 24602+32283 29625+24629 30000+31392 24437+31299 33374+33417
+"""
+"""Pairs of images, by their number in `ISIC_00…`, that show one lesion and have two lesion_ids: Abhishek, Jain &
+Hamarneh, Investigating the quality of DermaMNIST and Fitzpatrick17k, Sci. Data 12:196 (2025), arXiv:2401.14497."""
 _MANY_VIEWS = 50
 """A CSV with more images than this of one lesion looks augmented: in HAM10000 no lesion has more than 6."""
 
@@ -50,11 +57,14 @@ def read_source(folder: Path) -> Source:
     if not source.records:
         first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
         raise DataError(f"{table}: lists no image that can be packed{first}")
+    joined = _join_same_lesions(source.records)
     source.warnings = _warnings(source.records)
     synthetic = {record.dataset for record in source.records} == {"synthetic"}
     if synthetic:
         source.citation, source.licence = "computed images (preprocess.synthetic), no patients", "Apache-2.0"
     source.about = {"dataset": "synthetic" if synthetic else "HAM10000", "metadata_sha256": sha256_of(table)}
+    if joined:
+        source.about["joined_lesions"] = joined
     return source
 
 
@@ -128,6 +138,17 @@ def _in_another_case(records: dict[str, Record], unlisted: dict[str, str]) -> di
         else:
             left[name] = file
     return left
+
+
+def _join_same_lesions(records: list[Record]) -> int:
+    """Give the lesions of each pair in SAME_LESION one lesion_id, so that no split divides them; returns how many."""
+    lesions = {record.image_id: record.lesion_id for record in records}
+    pairs = [[f"ISIC_{int(number):07d}" for number in pair.split("+")] for pair in SAME_LESION.split()]
+    names = {lesions[b]: lesions[a] for a, b in pairs if a in lesions and b in lesions and lesions[a] != lesions[b]}
+    for place, record in enumerate(records):
+        if record.lesion_id in names:
+            records[place] = replace(record, lesion_id=names[record.lesion_id])
+    return len(names)
 
 
 def _drop_contradicted_lesions(

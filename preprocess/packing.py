@@ -40,13 +40,16 @@ class Settings:
     """The settings of a shard set; `workers`, `overwrite` and `skip_bad` change no byte of a set without bad images.
 
     ratio: of images in train, val and test. unit: `lesion`, or `image`, which puts views of one lesion into several
-    splits.
+    splits. assigned: image_id → split, instead of the two; what it does not list cannot be packed. assigned_from: what
+    the manifest says of it.
     """
 
     encode: EncodeSpec = field(default_factory=EncodeSpec)
     ratio: tuple[int, int, int] = (70, 10, 20)
     seed: int = 0
     unit: str = "lesion"
+    assigned: dict[str, str] | None = None
+    assigned_from: dict[str, str] = field(default_factory=dict)
     shard_bytes: int = 64 << 20
     workers: int = 1
     skip_bad: bool = False
@@ -114,6 +117,8 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
     sources = [source] if test is None else [source, test]
     if test is not None:
         _drop_seen(source, test)
+    if settings.assigned is not None:
+        _drop_unassigned(sources, settings.assigned)
     if not settings.skip_bad:
         for each in sources:
             if each.rejected:
@@ -143,7 +148,11 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
         if rejected:
             writer.attach(QUARANTINE, quarantine_csv(rejected))
         mean, std = tally.moments()
-        split = {"ratio": list(_ratio(settings, test)), "seed": settings.seed, "unit": settings.unit}
+        ratio, unit = _ratio(settings, test), settings.unit
+        if settings.assigned is not None:
+            given = [job.split for job in jobs]
+            ratio, unit = (given.count("train"), given.count("val"), given.count("test")), _divided_unit(jobs)[0]
+        split = {"ratio": list(ratio), "seed": settings.seed, "unit": unit, **settings.assigned_from}
         about = tally.about(source) | {"quarantined": len(rejected)}
         manifest = writer.finish(
             mean=mean,
@@ -154,7 +163,8 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             licence="; ".join(dict.fromkeys(each.licence for each in sources)),
             versions=library_versions(),
         )
-    return Packed(manifest, rejected, _missing_classes(manifest), time.monotonic() - started)
+    warnings = _missing_classes(manifest) + (_divided_unit(jobs)[1] if settings.assigned is not None else [])
+    return Packed(manifest, rejected, warnings, time.monotonic() - started)
 
 
 def _encoded(
@@ -200,6 +210,40 @@ def _drop_seen(source: Source, test: Source) -> None:
     test.records = kept
 
 
+def _drop_unassigned(sources: list[Source], assigned: dict[str, str]) -> None:
+    """Reject images that no split is given for, and names in the list of splits that no image has."""
+    there = {record.image_id for source in sources for record in source.records}
+    for source in sources:
+        kept = [record for record in source.records if record.image_id in assigned]
+        source.rejected += [
+            Rejected(record.image_id, record.file, "is not in the split file")
+            for record in source.records
+            if record.image_id not in assigned
+        ]
+        source.records = kept
+    known = there | {rejected.image_id for source in sources for rejected in source.rejected}
+    sources[0].rejected += [
+        Rejected(image_id, f"{image_id}.jpg", "is in the split file, and the source does not have it")
+        for image_id in assigned
+        if image_id not in known
+    ]
+
+
+def _divided_unit(jobs: list[_Job]) -> tuple[str, list[str]]:
+    """What given splits do not divide, `lesion` or `image`, and a warning if it is images alone."""
+    splits: dict[str, set[str]] = {}
+    for job in jobs:
+        if job.record.lesion_id is not None:
+            splits.setdefault(job.record.lesion_id, set()).add(job.split)
+    divided = sorted(lesion for lesion, found in splits.items() if len(found) > 1)
+    if not divided:
+        return "lesion", []
+    return "image", [
+        f"the split file puts views of {len(divided):,} lesions into several splits (first: {divided[0]}): "
+        "results look better than they are"
+    ]
+
+
 def _ratio(settings: Settings, test: Source | None) -> tuple[int, int, int]:
     """The ratio that `source` is split by. If `test` is the test split, no image of `source` goes there."""
     return settings.ratio if test is None else (*settings.ratio[:2], 0)
@@ -210,6 +254,21 @@ def _jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]
 
     The hash mixes the classes, so that a reader that goes through the tars in order sees all classes early.
     """
+    if settings.assigned is not None:
+        records = [(each, record) for each in (source, test) if each is not None for record in each.records]
+        jobs = [_Job(each, record, settings.assigned[record.image_id]) for each, record in records]
+    else:
+        jobs = _split_jobs(source, test, settings)
+
+    def place(job: _Job) -> tuple[int, int, str]:
+        image_id = job.record.image_id
+        return SPLITS.index(job.split), xxhash.xxh3_64_intdigest(f"order/{settings.seed}/{image_id}".encode()), image_id
+
+    return sorted(jobs, key=place)
+
+
+def _split_jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
+    """Every image with its split, which a seed decides."""
     labels = [CLASSES.index(record.dx) for record in source.records]
     by_image = settings.unit == "image"
     lesions = [
@@ -220,12 +279,7 @@ def _jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]
     jobs = [_Job(source, record, split) for record, split in zip(source.records, splits, strict=True)]
     if test is not None:
         jobs += [_Job(test, record, "test") for record in test.records]
-
-    def place(job: _Job) -> tuple[int, int, str]:
-        image_id = job.record.image_id
-        return SPLITS.index(job.split), xxhash.xxh3_64_intdigest(f"order/{settings.seed}/{image_id}".encode()), image_id
-
-    return sorted(jobs, key=place)
+    return jobs
 
 
 def _encode(jobs: list[_Job], spec: EncodeSpec) -> list[Encoded | Rejected]:

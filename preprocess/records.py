@@ -94,34 +94,37 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def table_columns(path: Path) -> tuple[list[str], str]:
-    """Column names of a CSV or tab-separated file, and its delimiter. Raises DataError if it has none."""
+def table_columns(path: Path, official: str = "the official CSV") -> tuple[list[str], str]:
+    """Column names of a CSV or tab-separated file, and its delimiter. Raises DataError if it has none.
+
+    official: what the error tells the user to use instead.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             head = file.readline()
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text; use the official CSV") from None
+        raise DataError(f"{path}: is not UTF-8 text; use {official}") from None
     if not head.strip():
-        raise DataError(f"{path}: is empty; use the official CSV")
+        raise DataError(f"{path}: is empty; use {official}")
     delimiter = "\t" if "\t" in head else ","
     try:
         return [name.strip() for name in next(csv.reader([head], delimiter=delimiter))], delimiter
     except csv.Error as error:
-        raise DataError(f"{path}: line 1 cannot be read ({error}); use the official CSV") from None
+        raise DataError(f"{path}: line 1 cannot be read ({error}); use {official}") from None
 
 
-def read_table(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def read_table(
+    path: Path, needed: Iterable[str], official: str = "the official metadata"
+) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows of a CSV or tab-separated file, with their line numbers; values are stripped of spaces.
 
     A short row lacks the missing fields; surplus fields are dropped. Raises DataError if a needed column is missing, or
     if the file is not a table.
     """
-    columns, delimiter = table_columns(path)
+    columns, delimiter = table_columns(path, official)
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise DataError(
-            f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}); use the official metadata"
-        )
+        raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}); use {official}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, delimiter=delimiter, strict=True)
@@ -130,9 +133,34 @@ def read_table(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[st
                 if row:
                     yield rows.line_num, dict(zip(columns, (value.strip() for value in row), strict=False))
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text; use the official CSV") from None
+        raise DataError(f"{path}: is not UTF-8 text; use {official}") from None
     except csv.Error as error:
-        raise DataError(f"{path}: line {rows.line_num} cannot be read ({error}); use the official CSV") from None
+        raise DataError(f"{path}: line {rows.line_num} cannot be read ({error}); use {official}") from None
+
+
+_SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+_SPLIT_NAMES |= {"test": "test", "testing": "test"}
+
+
+def read_splits(path: Path) -> dict[str, str]:
+    """image_id → train, val or test, from a table with the columns `image_id` and `split`, as splits are published.
+
+    Image names may have an extension. Raises DataError naming the line for another split, and for an image that is
+    listed in two splits.
+    """
+    found: dict[str, str] = {}
+    for line, row in read_table(path, ("image_id", "split"), "a table with the columns image_id and split"):
+        image_id, split = Path(row.get("image_id", "")).stem, _SPLIT_NAMES.get(row.get("split", "").lower())
+        if not image_id or split is None:
+            raise DataError(
+                f"{path}: line {line}: image '{image_id}', split '{row.get('split', '')}': an image and one of train, "
+                "val and test are needed"
+            )
+        if found.setdefault(image_id, split) != split:
+            raise DataError(f"{path}: line {line}: {image_id} is in {found[image_id]} and in {split}; choose one")
+    if "train" not in found.values():
+        raise DataError(f"{path}: puts no image into train, so there is nothing to train on")
+    return found
 
 
 def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -> dict[str, str]:

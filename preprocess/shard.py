@@ -89,6 +89,11 @@ class Ratio(click.ParamType):
     default="lesion",
     help="image lets lesions leak into the test split: for comparison only.",
 )
+@click.option(
+    "--split-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Published splits instead of --split: a table with the columns image_id and split.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed gives another split.")
 @click.option(
     "--on-bad",
@@ -105,6 +110,7 @@ def main(
     workers: int | None,
     split: tuple[int, int, int],
     split_unit: str,
+    split_file: Path | None,
     seed: int,
     on_bad: str,
     overwrite: bool,
@@ -114,13 +120,19 @@ def main(
     spec = EncodeSpec(**encode)
     if shard_mb < 1:
         raise UsageError(f"--shard-mb {shard_mb}: at least 1")
+    given = click.get_current_context().get_parameter_source
+    if split_file is not None and click.core.ParameterSource.COMMANDLINE in (given("split"), given("split_unit")):
+        raise UsageError("--split-file names the split of each image: leave --split and --split-unit out")
 
     from preprocess.ham10000 import read_source
     from preprocess.isic2018 import read_test_source
     from preprocess.packing import Settings, pack
+    from preprocess.records import read_splits, sha256_of
     from shards.place import refuse_occupied
 
     refuse_occupied(out, overwrite)
+    assigned = None if split_file is None else read_splits(split_file)
+    assigned_from = {} if split_file is None else {"file": split_file.name, "file_sha256": sha256_of(split_file)}
     raw = read_source(source)
     test = read_test_source(test_source) if test_source else None
     for warning in raw.warnings + (test.warnings if test else []):
@@ -135,6 +147,8 @@ def main(
         ratio=split,
         seed=seed,
         unit=split_unit,
+        assigned=assigned,
+        assigned_from=assigned_from,
         shard_bytes=shard_mb << 20,
         workers=workers or available_cores(),
         skip_bad=on_bad == "skip",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.ham10000 import read_source
+from preprocess.ham10000 import SAME_LESION, read_source
 from preprocess.records import quarantine_csv
 from shards.common.errors import DataError
 from tests.support.rawdata import jpeg, rows, write_raw, write_table
@@ -235,6 +235,32 @@ def test_quarantine_lists_a_file_whose_name_is_no_utf8(raw):
     (raw / PART / os.fsdecode(b"caf\xe9.jpg")).write_bytes(jpeg())
     (line,) = list(csv.DictReader(io.StringIO(quarantine_csv(read_source(raw).rejected).decode())))
     assert line["file"] == f"{PART}/caf\\udce9.jpg" and "is not listed" in line["reason"]
+
+
+def test_images_of_one_lesion_under_two_names_are_joined(tmp_path):
+    raw, table = tmp_path / "raw", rows(60)
+    # 33421 and 32634 are views of the lesions of 33481 and 33556; the third lesion has a further view
+    ids = ["ISIC_0033481", "ISIC_0033421", "ISIC_0033556", "ISIC_0032634", "ISIC_0000004"]
+    write_raw(raw)
+    for number, image_id in enumerate(ids):
+        (raw / PART / f"{table[number]['image_id']}.jpg").rename(raw / PART / f"{image_id}.jpg")
+        table[number] |= {"image_id": image_id, "lesion_id": f"HAM_{number}", "dx": "nv"}
+    table[4]["lesion_id"] = "HAM_3"
+    write_table(raw / METADATA, table)
+    source = read_source(raw)
+    found = {r.image_id: r.lesion_id for r in source.records}
+    assert [found[i] for i in ids] == ["HAM_0", "HAM_0", "HAM_2", "HAM_2", "HAM_2"]
+    assert source.about["joined_lesions"] == 2 and len(set(found.values())) == len({r["lesion_id"] for r in table}) - 2
+
+
+def test_the_known_pairs_are_those_of_the_published_list(real_images):
+    published = real_images.parent / "tables" / "dermamnist" / "newly_discovered_duplicates.csv"
+    if not published.is_file():
+        pytest.skip("the published list is not here")
+    with published.open() as file:
+        expected = [(row["from_img"], row["to_img"]) for row in csv.DictReader(file)]
+    pairs = [pair.split("+") for pair in SAME_LESION.split()]
+    assert [tuple(f"ISIC_{int(number):07d}.jpg" for number in pair) for pair in pairs] == expected
 
 
 def test_the_official_metadata(real_images):

@@ -226,6 +226,56 @@ def test_splitting_by_image_is_warned_of_and_recorded(raw, tmp_path, command):
     assert len(pairs) > len(set(data.column("lesion_id")))
 
 
+def splits_of(folder: Path) -> dict[str, str]:
+    with ShardSet(folder) as data:
+        return dict(zip(data.column("image_id").tolist(), data.column("split").tolist(), strict=True))
+
+
+def test_published_splits_are_taken_as_they_are(raw, tmp_path, command):
+    ids = [row["image_id"] for row in rows(150)]
+    wanted = {i: ("train", "val", "test")[n // 3 % 3] for n, i in enumerate(ids)}  # a lesion has two views in a row
+    table = [{"split": s.upper(), "index": n, "image_id": f"{i}.jpg"} for n, (i, s) in enumerate(wanted.items())]
+    write_table(tmp_path / "splits.csv", table)
+    arguments = "--source", raw, "--out", tmp_path / "set", "--split-file", tmp_path / "splits.csv"
+    code, _, err = command(shard.main, *arguments)
+    assert code == 0 and splits_of(tmp_path / "set") == wanted
+    with ShardSet(tmp_path / "set") as data:
+        about = data.manifest.split
+    assert about["ratio"] == [51, 51, 48] and about["file"] == "splits.csv" and len(about["file_sha256"]) == 64
+    assert about["unit"] == "image" and "the split file puts views of" in err  # these splits divide lesions
+
+
+def test_published_splits_that_keep_lesions_together_say_so(raw, tmp_path):
+    by_lesion = {row["image_id"]: "test" if int(row["lesion_id"][4:]) % 5 == 0 else "train" for row in rows(150)}
+    packed = pack(read_source(raw), tmp_path / "set", Settings(assigned=by_lesion))
+    assert packed.manifest.split["unit"] == "lesion" and not any("split file" in line for line in packed.warnings)
+
+
+def test_a_split_file_that_does_not_fit_is_one_line(raw, tmp_path, command):
+    table = [{"image_id": row["image_id"], "split": "train"} for row in rows(150)]
+
+    def packing(table, *options):
+        write_table(tmp_path / "splits.csv", table)
+        arguments = "--source", raw, "--out", tmp_path / "set", "--split-file", tmp_path / "splits.csv"
+        return command(shard.main, *arguments, *options)
+
+    for wrong, text in (
+        ([*table, {"image_id": "ISIC_7", "split": "valley"}], "line 152: image 'ISIC_7', split 'valley'"),
+        ([*table, {"image_id": "ISIC_0000001", "split": "test"}], "is in train and in test; choose one"),
+        ([{"image": "ISIC_0000001", "split": "test"}], "has no column image_id"),
+        ([row | {"split": "test"} for row in table], "nothing to train on"),
+        (table[1:], "ISIC_0000000.jpg: is not in the split file; fix the source"),
+        ([*table, {"image_id": "ISIC_7", "split": "val"}], "ISIC_7.jpg: is in the split file, and the source does not"),
+    ):
+        code, _, err = packing(wrong)
+        assert code == 1 and text in err and err.count("\n") == 1, err
+        assert not (tmp_path / "set").exists()
+    code, _, err = packing(table, "--split", "80/10/10")
+    assert code == 2 and "leave --split and --split-unit out" in err
+    code, *_ = packing(table[1:], "--on-bad", "skip")
+    assert code == 0 and len(splits_of(tmp_path / "set")) == 149
+
+
 def test_the_official_test_set_becomes_the_test_split(raw, official_test, tmp_path, command):
     arguments = ["--source", raw, "--test-source", official_test, "--out", tmp_path / "set"]
     code, out, err = command(shard.main, *arguments)

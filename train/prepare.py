@@ -9,7 +9,7 @@ import torch
 
 from shards import Loader, Selection, ShardSet
 from shards.common.errors import UsageError
-from shards.engines.resident import check_memory
+from shards.engines.choose import choose
 from shards.plan import evaluation_plan
 from train import checkpoint
 from train import device as devices
@@ -113,7 +113,13 @@ def prepare(
     counts = torch.from_numpy(selections["train"].labels).bincount(minlength=len(data.manifest.classes)).tolist()
     step = TrainingStep(net, config, counts, precision.value)
     loaders: dict[str, Loader] = {}
-    engine = earlier["engine"].value if earlier else config.engine
+
+    def choose_engine() -> Decision:
+        name, _, reason = choose(config.engine, selections["train"], device, workspace.engines)
+        return Decision(name, reason)
+
+    # on the first rank, for all: one that has less free memory says so
+    engine = earlier.get("engine") or world.from_first(choose_engine)
     for split, selection in selections.items():
         loaders[split] = Loader(
             selection,
@@ -121,23 +127,20 @@ def prepare(
             resolution=config.resolution,
             train=split == "train",
             seed=config.seed,
-            engine=engine,
+            engine=engine.value,
             device=device,
             rank=world.rank,
             world_size=world.size,
             pool=workspace.engines,
         )
         stack.callback(loaders[split].close)
-        engine = loaders[split].engine_name
-    if engine == "resident":  # each split alone may fit, and the test split is decoded after hours of training
-        check_memory(list(selections.values()), str(device))
     length = len(loaders["train"])
     total = config.steps or config.epochs * length
     epochs = math.ceil(total / length)
     sizes = [resolution_of(config, epoch, epochs) for epoch in range(epochs)]
     workspace.compilation.decide(step, config, sizes, total, world, earlier.get("compile"))
     chosen = {
-        "engine": Decision(loaders["train"].engine_name, loaders["train"].engine_reason),
+        "engine": engine,
         "precision": precision,
         "threads": Decision(str(torch.get_num_threads()), "PyTorch's own choice"),
     }

@@ -47,8 +47,8 @@ def single_threaded_opencv() -> Iterator[None]:
 def free_bytes(device: str) -> int:
     """Bytes that can be allocated on `device`: `cpu`, `cuda` or `cuda:N`.
 
-    On CUDA: what the driver has free plus what PyTorch's allocator holds unused. On the CPU: what Linux calls
-    available, within the limit of the container.
+    On CUDA: what the driver has free plus what PyTorch's allocator holds unused, without fragments. On the CPU: what
+    Linux calls available, within the limit of the container.
     """
     if device == "cpu":
         import psutil
@@ -57,7 +57,8 @@ def free_bytes(device: str) -> int:
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fragments = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - fragments
 
 
 def _container_room(cgroup: Path) -> int:

@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from shards.common.errors import UsageError
 from shards.engines import ENGINES, Engine, Request
@@ -24,16 +27,14 @@ def make_engine(
     prefetch: int,
     pool: "EnginePool | None" = None,
 ) -> tuple[Engine, str, str]:
-    """Returns the engine, its name and the reason for the choice. pool: keeps dali engines.
+    """Returns the engine, its name and the reason for the choice. pool: keeps dali and resident engines.
 
-    `auto` is native on a CPU. On CUDA it is dali if a check in another process shows that it works (`selfcheck.py`),
-    else native. Raises UsageError for an unknown name, a missing device, an engine that is not installed or does not
-    work here, and a selection that does not fit the device's memory.
+    `auto` is native on a CPU. On CUDA it is resident if the decoded images take at most 40 % of the free memory; else
+    dali, if a check in another process shows that it works (`selfcheck.py`); else native. With a pool, resident holds
+    the whole set, for all loaders of the process. Raises UsageError for an unknown name, a missing device, an engine
+    that is not installed or does not work here, and images that do not fit the device's memory.
     """
-    if name not in ("auto", *ENGINES):
-        raise UsageError(f"engine '{name}' is unknown: use auto, {', '.join(ENGINES)}")
-    _check_device(device)
-    choice, variant, reason = _choose(name, selection, device)
+    choice, variant, reason = choose(name, selection, device, pool)
     _log.info("engine %s on %s: %s", choice, device, reason)
     if choice == "native":
         from shards.engines.native import NativeEngine
@@ -47,7 +48,11 @@ def make_engine(
     if choice == "resident":
         from shards.engines.resident import ResidentEngine
 
-        return ResidentEngine(selection, str(device), threads), choice, reason
+        if pool is None:
+            return ResidentEngine(selection, str(device), threads), choice, reason
+        whole = _whole(selection)
+        engine = pool.get(selection.data, _resident(device), lambda: ResidentEngine(whole, str(device), threads))
+        return engine, choice, reason
     from shards.engines.dali import DaliEngine
     from shards.engines.selfcheck import contents
 
@@ -61,12 +66,19 @@ def make_engine(
     return pool.get(selection.data, (str(device), threads, prefetch, kinds, variant), make), choice, reason
 
 
-def _choose(name: str, selection: "Selection", device: "torch.device") -> tuple[str, str, str]:
-    """The engine, the variant of dali's graph, and the reason."""
+def choose(
+    name: str, selection: "Selection", device: "torch.device", pool: "EnginePool | None" = None
+) -> tuple[str, str, str]:
+    """The engine, the variant of dali's graph, and the reason: as `make_engine`, which also says what is raised."""
+    if name not in ("auto", *ENGINES):
+        raise UsageError(f"engine '{name}' is unknown: use auto, {', '.join(ENGINES)}")
+    _check_device(device)
     if name in ("native", "resident"):
         return name, "", "asked for"
     if name == "auto" and device.type == "cpu":
         return "native", "", "the device is a CPU"
+    if name == "auto" and (reason := _fits(selection, device, pool)):
+        return "resident", "", reason
     if not _dali_installed():
         if name == "dali":
             raise UsageError("engine 'dali' needs the package nvidia-dali-cuda120: install it or use --engine native")
@@ -83,6 +95,34 @@ def _choose(name: str, selection: "Selection", device: "torch.device") -> tuple[
         raise UsageError(f"engine 'dali' does not work on {device}: {reason}; use --engine native")
     _log.warning("dali does not work on %s: images are decoded on the CPU by the native engine", device)
     return "native", "", reason
+
+
+_RESIDENT_SHARE = 0.4
+"""Of the free memory. The model and its activations need the rest."""
+
+
+def _fits(selection: "Selection", device: "torch.device", pool: "EnginePool | None") -> str | None:
+    """Why resident is chosen; None if the decoded images would take too much of the device's memory."""
+    from shards.engines.resident import free_bytes, needed_bytes
+
+    if pool is not None and pool.holds(selection.data, _resident(device)):
+        return "the decoded images are in the device's memory already"
+    needed, free = needed_bytes(selection if pool is None else _whole(selection)), free_bytes(str(device))
+    if needed > _RESIDENT_SHARE * free:
+        _log.info("resident would take %.3g GB of the %.3g GB that are free on %s", needed / 1e9, free / 1e9, device)
+        return None
+    share = f"at most {100 * _RESIDENT_SHARE:.0f} % of the {free / 1e9:.3g} GB that are free"
+    return f"the decoded images take {needed / 1e9:.3g} GB, {share}"
+
+
+def _whole(selection: "Selection") -> "Selection":
+    """All samples of the set."""
+    return replace(selection, samples=np.arange(len(selection.data)))
+
+
+def _resident(device: "torch.device") -> Hashable:
+    """The options of a resident engine, for the pool."""
+    return "resident", str(device)
 
 
 def _dali_installed() -> bool:
@@ -110,8 +150,8 @@ def _check_device(device: "torch.device") -> None:
 class EnginePool:
     """Keeps engines in a process that makes many loaders of one set: for the splits of a run, or the runs of a study.
 
-    That is for dali, whose engines serve a whole set and take long to build: on an H100 the first batch of a new
-    engine came after 1.9 s.
+    That is for dali and resident, whose engines serve a whole set and take long to build: on an H100 the first batch of
+    a new dali engine came after 1.9 s.
     """
 
     def __init__(self) -> None:
@@ -123,6 +163,10 @@ class EnginePool:
         if key not in self._kept:
             self._kept[key] = data, make()  # the set too, so that no other one gets its id
         return _PooledEngine(self._kept[key][1])
+
+    def holds(self, data: "ShardSet", options: Hashable) -> bool:
+        """Whether the engine of this set and these options was built already."""
+        return (id(data), options) in self._kept
 
     def close(self, data: "ShardSet | None" = None) -> None:
         """Close the engines of a set, or all of them."""

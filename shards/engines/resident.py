@@ -1,14 +1,15 @@
-"""The resident engine: the selection stays decoded in the device's memory, and a batch is one gather from it.
+"""The resident engine: images stay decoded in the device's memory, and a batch is one gather from it.
 
 Everything is integers, so every device computes the same bits. The position of an output pixel in the box is a fraction
 with a known denominator, its weights have 14 or 15 bits, and products fit 32 bits. Weights and rounding are as in the
 native engine's kernel (`resample.c`), so the pixels are the same. Without the kernel, the native engine uses OpenCV,
-which differs by 1 in about one value of eight. `resident` is for a GPU: on a CPU the native engine is faster.
+which differs by 1 in about one value of eight. On a GPU the gather is one Triton kernel (`shards/kernels/gather.py`).
+`resident` is for a GPU: on a CPU the native engine is faster.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -47,47 +48,41 @@ def _sides(selection: "Selection") -> tuple[np.ndarray, np.ndarray]:
     return height, width
 
 
-def check_memory(selections: "Sequence[Selection]", device: str) -> None:
-    """Raise UsageError, with the bytes needed, if `device` has no memory for all these selections at once."""
-    needed, free = sum(needed_bytes(selection) for selection in selections), free_bytes(device)
+def check_memory(selection: "Selection", device: str) -> None:
+    """Raise UsageError, with the bytes needed, if `device` has no memory for these images."""
+    needed, free, count = needed_bytes(selection), free_bytes(device), len(selection)
     if needed > free * (1 - _SPARE):
-        count = sum(len(selection) for selection in selections)
         raise UsageError(
             f"engine 'resident' needs {needed / 1e9:.3g} GB on {device} for {count:,} images of "
             f"{needed / 3 / count:,.0f} px on average; {free / 1e9:.3g} GB are free, and a tenth of that is left for "
-            "the model: use another engine or a smaller fraction, or pack with a smaller --max-resolution"
+            "the model: use another engine, or pack with a smaller --max-resolution"
         )
 
 
 class ResidentEngine:
     """Holds a selection's pixels on the device: (pixels, 3) uint8, image after image, of any sizes."""
 
-    def __init__(
-        self, selection: "Selection", device: str = "cpu", threads: int | None = None, *, compiled: bool | None = None
-    ) -> None:
-        """compiled: fuse the gather with `torch.compile`; default, on CUDA only. threads: for decoding, once.
+    def __init__(self, selection: "Selection", device: str = "cpu", threads: int | None = None) -> None:
+        """threads: for decoding, once.
 
         Nothing is decoded before the first batch. Raises UsageError, with the bytes needed and free, if the memory
         does not suffice.
         """
         self.selection, self.device = selection, device
         self.threads = min(threads or available_cores(), available_cores())
-        self.compiled = device != "cpu" if compiled is None else compiled
         heights, self._widths = _sides(selection)
         self._starts = np.concatenate([[0], np.cumsum(heights * self._widths)])  # in pixels
         self._pixels: torch.Tensor | None = None
-        self._gather: Callable[..., torch.Tensor] = _gather_in_parts
-        check_memory([selection], device)
+        self._gather = _gather_in_parts if device == "cpu" else _triton_gather()
+        check_memory(selection, device)
 
     def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. The first run decodes the selection."""
         import torch
 
         if self._pixels is None:
-            check_memory([self.selection], self.device)  # again: something may have filled it since
+            check_memory(self.selection, self.device)  # again: something may have filled it since
             self._pixels = self._load()
-            if self.compiled:
-                self._gather = _compiled(self._pixels)
         for request in requests:
             table = torch.from_numpy(self._table(request))
             if self.device != "cpu":
@@ -167,8 +162,8 @@ def _pinned(pixels: int) -> "torch.Tensor":
 def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "torch.Tensor":
     """Crop, resize and turn a batch: (n, S, S, 3) uint8. Bilinear, half-pixel centres, edges clamped to the box.
 
-    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine._table`. Everything but the reads is pointwise,
-    so `torch.compile` makes one kernel of it.
+    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine._table`. The Triton kernel computes the
+    same.
     """
     import torch
 
@@ -228,25 +223,11 @@ def _gather_in_parts(pixels: "torch.Tensor", table: "torch.Tensor", resolution: 
     return torch.cat([gather(pixels, rows, resolution) for rows in table.split(part)])
 
 
-def _compiled(held: "torch.Tensor") -> "Callable[..., torch.Tensor]":
-    """`gather` fused by `torch.compile`. If the compiler fails: not fused, with a warning."""
-    import torch
-    from torch._dynamo import mark_dynamic
-    from torch._dynamo.exc import TorchDynamoException
-
-    mark_dynamic(held, 0)  # otherwise it would be compiled again for every selection
-    fused = torch.compile(gather)
-    failed = False
-
-    def run(pixels: torch.Tensor, table: torch.Tensor, resolution: int) -> torch.Tensor:
-        nonlocal failed
-        if not failed:
-            try:
-                return fused(pixels, table, resolution)
-            except TorchDynamoException as error:  # no compiler, or one that fails
-                failed = True
-                reason = one_line(error)
-                _log.warning("resident: torch.compile failed on %s, continuing without it: %s", pixels.device, reason)
-        return _gather_in_parts(pixels, table, resolution)
-
-    return run
+def _triton_gather() -> "Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]":
+    """The Triton kernel, or with a warning `_gather_in_parts` if Triton is not installed."""
+    try:
+        from shards.kernels.gather import gather as kernel
+    except ImportError as error:
+        _log.warning("resident: no Triton here, so the gather is slower: %s", one_line(error))
+        return _gather_in_parts
+    return lambda pixels, table, side: kernel(pixels, table, side, _ROW_BITS, _COLUMN_BITS, _FRACTION)

@@ -7,7 +7,7 @@ import torch
 
 from shards import Loader
 from shards.common.errors import UsageError
-from shards.engines import choose, dali, native, selfcheck
+from shards.engines import choose, dali, native, resident, selfcheck
 from shards.engines.choose import EnginePool
 from tests.support.parity import assert_parity, batches
 
@@ -23,6 +23,7 @@ class Recorder:
 def a_gpu(monkeypatch):
     """Choose as on a machine with a GPU, with engines that do nothing."""
     monkeypatch.setattr(choose, "_check_device", lambda device: None)
+    monkeypatch.setattr(resident, "free_bytes", lambda device: 0)
     monkeypatch.setattr(native, "NativeEngine", Recorder)
     monkeypatch.setattr(dali, "DaliEngine", Recorder)
 
@@ -63,6 +64,25 @@ def test_auto_on_a_gpu_takes_the_variant_that_passed(shard_sets, caplog, a_gpu, 
     assert engine.args == (shard_sets[kind], "cuda:1", 3, 4)
     assert engine.options == {"contents": kind, "variant": variant}
     assert f"{variant} agreed" in caplog.text
+
+
+def test_auto_on_a_gpu_holds_what_takes_at_most_40_percent_of_the_free_memory(shard_sets, monkeypatch, a_gpu):
+    a_gpu("region", "region agreed")
+    monkeypatch.setattr(resident, "ResidentEngine", Recorder)
+    data, pool = shard_sets["jpg"], EnginePool()
+    train, size = data.select("train", fraction=0.5), 72 * 96 * 3
+    for pool_or_none, images in ((None, len(train)), (pool, len(data))):  # with a pool: the images of all splits
+        needed = images * size
+        for free, expected in ((2.51 * needed, "resident"), (2.49 * needed, "dali")):
+            monkeypatch.setattr(resident, "free_bytes", lambda device, free=free: int(free))
+            assert choose.choose("auto", train, torch.device("cuda:1"), pool_or_none)[0] == expected
+    monkeypatch.setattr(resident, "free_bytes", lambda device: int(2.51 * len(data) * size))
+    made = [choose.make_engine("auto", train, device=torch.device("cuda:1"), threads=3, prefetch=4, pool=pool)]
+    monkeypatch.setattr(resident, "free_bytes", lambda device: 0)  # most of it is taken, by these images too
+    made.append(choose.make_engine("auto", train, device=torch.device("cuda:1"), threads=3, prefetch=4, pool=pool))
+    assert [name for _, name, _ in made] == ["resident"] * 2 and made[1][2].endswith("memory already")
+    assert made[0][0]._engine is made[1][0]._engine
+    assert len(made[0][0]._engine.args[0]) == len(data)
 
 
 def test_auto_falls_back_to_native_and_says_why(shard_sets, caplog, a_gpu):

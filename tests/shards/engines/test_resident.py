@@ -1,7 +1,8 @@
 """The resident engine: every box, its check of the memory, and its compiled gather."""
 
-import logging
-import shutil
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from shards import Augment, Loader
 from shards.common import machine as memory
 from shards.common.errors import UsageError
 from shards.engines import Request, resident
+from shards.engines.choose import EnginePool
 from shards.engines.native import NativeEngine
 from shards.engines.resident import ResidentEngine
-from tests.support.parity import assert_parity, batches, distances, requests_of
+from tests.support.parity import assert_parity, batches, distances
 
 
 def test_every_box_and_symmetry_equals_native(shard_sets):
@@ -76,7 +78,7 @@ def test_too_little_memory_is_refused_in_numbers(shard_sets, monkeypatch):
     monkeypatch.setattr(resident, "free_bytes", lambda device: 2 * needed)
     loader = Loader(selection, batch_size=4, resolution=32, engine="resident")
     monkeypatch.setattr(resident, "free_bytes", lambda device: needed // 2)  # taken by another in the meantime
-    with pytest.raises(UsageError, match="a smaller fraction"):
+    with pytest.raises(UsageError, match="a smaller --max-resolution"):
         next(iter(loader))
 
 
@@ -91,37 +93,59 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path):
     assert 1 << 20 < memory.free_bytes("cpu") < 1 << 50
 
 
-def test_without_a_compiler_the_gather_goes_on_unfused_and_says_so(shard_sets, monkeypatch, caplog):
-    from torch._dynamo.exc import BackendCompilerFailed
+KERNEL = """
+import numpy as np, torch
+from shards.engines.resident import _COLUMN_BITS, _FRACTION, _ROW_BITS, gather
+from shards.kernels import gather as kernel
 
-    def broken(function):
-        def run(*args):
-            raise BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", broken)
-    selection = shard_sets["jpg"].select("train")
-    requests = requests_of(shard_sets["jpg"], [8, 8, 8])
-    with caplog.at_level(logging.WARNING):
-        found = list(ResidentEngine(selection, compiled=True).run(requests, 32))
-    assert len([r for r in caplog.records if "torch.compile failed" in r.message]) == 1
-    expected = list(ResidentEngine(selection).run(requests, 32))
-    assert all(map(torch.equal, found, expected))
+rng, rows, start = np.random.default_rng(4), [], 0
+for symmetry in [*range(8)] * 3:
+    height, width = rng.integers(1, 60, 2)
+    y, x = rng.integers(0, (height, width))
+    h, w = rng.integers(1, (height - y + 1, width - x + 1))
+    rows.append([start, width, y, x, h, w, symmetry])
+    start += height * width
+pixels, table = torch.from_numpy(rng.integers(0, 256, (start, 3), dtype=np.uint8)), torch.tensor(rows)
+for side in (1, 7, 32):
+    found = kernel.gather(pixels, table, side, _ROW_BITS, _COLUMN_BITS, _FRACTION)
+    assert torch.equal(found, gather(pixels, table, side)), side
+"""
 
 
-@pytest.mark.slow
-def test_the_compiled_gather_equals_the_unfused_one(shard_sets, caplog):
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    selection = shard_sets["sizes"].select("train")
-    requests = requests_of(shard_sets["sizes"], [8, 8, 8])
-    compiled, plain = (ResidentEngine(selection, compiled=c) for c in (True, False))
-    with caplog.at_level(logging.WARNING, logger="shards"):
-        for resolution in (32, 48):
-            pairs = zip(compiled.run(requests, resolution), plain.run(requests, resolution), strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs)
-    assert not [r for r in caplog.records if "torch.compile failed" in r.message]
+def test_the_triton_kernel_equals_the_gather_to_the_bit():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when the kernel is made
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_triton_kernel_can_be_compiled_for_a_gpu():
+    """The compiler needs no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from shards.kernels import gather
+
+    signature = dict.fromkeys(("pixels", "out"), "*u8") | {"table": "*i64", "side": "i32"}
+    constants = {"row_bits": 15, "column_bits": 14, "fraction": 6, "count": 256}
+    source = triton.compiler.ASTSource(gather._gather, signature | dict.fromkeys(constants, "constexpr"), constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert "ld.global" in compiled.asm["ptx"]
+
+
+def test_loaders_with_one_pool_share_the_decoded_images(shard_sets):
+    data, pool = shard_sets["sizes"], EnginePool()
+    options = {"batch_size": 6, "resolution": 40, "engine": "resident", "pool": pool}
+    splits = [(data.select("train", fraction=0.5), True), (data.select("val"), False), (data.select("train"), True)]
+    loaders = [Loader(selection, train=train, **options) for selection, train in splits]
+    for loader, (selection, train) in zip(loaders, splits, strict=True):
+        alone = Loader(selection, batch_size=6, resolution=40, train=train, engine="resident")
+        assert distances(batches(alone), batches(loader)).max() == 0
+        loader.close()
+    (engine,) = {id(loader._engine._engine) for loader in loaders}  # one
+    assert loaders[0]._engine._engine._pixels is not None
+    pool.close(data)
+    assert loaders[0]._engine._engine._pixels is None and engine
 
 
 def test_evaluation_crops_are_exact_at_their_own_size(shard_sets):

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from shards.common.errors import UsageError, one_line
 from train.config import RAMP_STEP_PX
+from train.device import Decision
 from train.head import InputHead
 from train.weights import Norm, Weights, downloading, load_fitting, read_weights
 
@@ -42,6 +44,19 @@ IMAGENET_NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation that torchvision's weights are trained with (torchvision's `transforms._presets`)."""
 
 
+_CONVERSIONS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+"""Names of timm's functions that rename the tensors of a paper's own code, and resample position embeddings."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a network starts from. loaded: what did not fit. norm: that of the given weights, if it is known."""
+
+    weights: str = "random"
+    loaded: str = "no weights were given"
+    norm: Norm | None = None
+
+
 class Classifier(nn.Module):
     """Input head and network: bytes and colour maps to logits."""
 
@@ -50,6 +65,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.head = head
         self.body = body
+        self.decisions: dict[str, Decision] = {}
+        """What it starts from, for the run's record."""
 
     def forward(self, images: Tensor, colour: Tensor) -> Tensor:
         """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → logits (N, classes) float32."""
@@ -134,13 +151,13 @@ def _size_arguments(name: str, px: int | None, ramp: bool) -> dict[str, Any]:
     return arguments
 
 
-def _skeleton(name: str, px: int | None) -> nn.Module:
-    """A model of timm on the meta device: it has no memory for its weights."""
+def _skeleton(name: str, px: int | None, classes: int = 2) -> nn.Module:
+    """A model of timm on the meta device: it has no memory for its weights. Without classes it has no classifier."""
     import timm
 
     with torch.device("meta"):
         try:
-            return timm.create_model(name, num_classes=2, **_size_arguments(name, px, ramp=True))
+            return timm.create_model(name, num_classes=classes, **_size_arguments(name, px, ramp=True))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             raise UsageError(f"{name}: timm cannot build it for {px} px ({one_line(error, 160)})") from None
 
@@ -168,15 +185,17 @@ def build(
     check_resolution(name, resolution, start_resolution)
     found = read_weights(weights) if weights is not None else None
     if timm_model is None:
-        body, norm = _alexnet(classes, pretrained, found)
+        body, start = _alexnet(classes, pretrained, found)
     else:
         sizes = _size_arguments(timm_model, resolution, ramp=start_resolution not in (None, resolution))
-        body, norm = _from_timm(name, timm_model, classes, sizes, pretrained, found)
-    head = InputHead(*(norm or (tuple(mean), tuple(std))))
-    return Classifier(head, body).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        body, start = _from_timm(name, timm_model, classes, sizes, pretrained, found)
+    head = InputHead(*(start.norm or (tuple(mean), tuple(std))))
+    net = Classifier(head, body)
+    net.decisions = {"weights": Decision(start.weights, start.loaded)}
+    return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> tuple[nn.Module, Norm | None]:
+def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> "tuple[nn.Module, Start]":
     import torchvision
 
     body = torchvision.models.alexnet(num_classes=classes)
@@ -186,9 +205,9 @@ def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> tuple[nn.
         found = Weights("torchvision's AlexNet weights", dict(state), IMAGENET_NORM)
     if found is None:
         _he_init(body)
-        return body, None
-    load_fitting(body, found, "classifier.6")
-    return body, found.norm
+        return body, Start()
+    loaded = load_fitting(body, found, ("classifier.6.weight", "classifier.6.bias"))
+    return body, Start(found.source, loaded, found.norm)
 
 
 def _he_init(body: nn.Module) -> None:
@@ -203,21 +222,22 @@ def _he_init(body: nn.Module) -> None:
 
 def _from_timm(
     name: str, timm_model: str, classes: int, sizes: dict[str, Any], pretrained: bool, found: Weights | None
-) -> tuple[nn.Module, Norm | None]:
+) -> "tuple[nn.Module, Start]":
     import timm
 
     with downloading(name) if pretrained else nullcontext():
         body: Any = timm.create_model(timm_model, pretrained=pretrained, num_classes=classes, **sizes)
     if pretrained:
-        return body, (tuple(body.pretrained_cfg["mean"]), tuple(body.pretrained_cfg["std"]))
+        norm = (tuple(body.pretrained_cfg["mean"]), tuple(body.pretrained_cfg["std"]))
+        return body, Start(f"timm's {timm_model}", f"its classifier is new if it is not for {classes} classes", norm)
     if found is None:
-        return body, None
-    adapt = getattr(import_module(type(body).__module__), "checkpoint_filter_fn", None)
-    if adapt is not None:  # timm's own renaming, and resampling of position embeddings
-        found.state = dict(adapt(found.state, body))
-    head = body.pretrained_cfg.get("classifier", "")
-    load_fitting(body, found, head if isinstance(head, str) else "")
-    return body, found.norm
+        return body, Start()
+    heads = body.state_dict().keys() - _skeleton(timm_model, None, classes=0).state_dict().keys()
+    module = import_module(type(body).__module__)
+    convert = next((getattr(module, one) for one in _CONVERSIONS if hasattr(module, one)), None)
+    takes_body = convert is not None and len(inspect.signature(convert).parameters) > 1
+    adapt = convert if takes_body or convert is None else lambda state, _: convert(state)
+    return body, Start(found.source, load_fitting(body, found, heads, adapt), found.norm)
 
 
 # ------------------------------------------------------------------ parameters and cost

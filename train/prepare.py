@@ -31,7 +31,8 @@ class Run:
     """Everything that takes part in one run.
 
     selections, loaders: by split. class_counts: training images of each class. total: optimizer steps of the whole run.
-    sizes: resolution of each epoch, px. chosen: what `auto` chose for engine, precision and threads.
+    sizes: resolution of each epoch, px. chosen: what `auto` chose for engine, precision and threads, and what the
+    network starts from.
     """
 
     config: Config
@@ -48,7 +49,7 @@ class Run:
 
     @property
     def decisions(self) -> dict[str, Decision]:
-        """What `auto` chose, and why, by name: `engine`, `precision`, `threads`, `compile`."""
+        """What was chosen, and why, by name: `engine`, `precision`, `threads`, `weights`, `compile` …"""
         return self.chosen | {"compile": self.compilation.decision}
 
 
@@ -155,7 +156,7 @@ def prepare(
         compilation=workspace.compilation,
         total=total,
         sizes=sizes,
-        chosen={name: earlier.get(name, decision) for name, decision in chosen.items()},
+        chosen={name: earlier.get(name, decision) for name, decision in chosen.items()} | net.decisions,
     )
 
 

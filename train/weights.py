@@ -1,17 +1,21 @@
 """Weights in files: reading them safely, loading them into a network, downloading and writing them."""
 
+import argparse
 import json
 import logging
 import os
+import pathlib
 import pickle
 import socket
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Collection, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +25,36 @@ from shards.common.files import whole_file
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation, RGB, of pixels from 0 to 1."""
 
-_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
-_PREFIXES = ("_orig_mod.", "module.")
+_WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "net", "network", "teacher", "student"),
+    *("state_dict_ema", "model_ema", "ema"),
+)
+"""Keys under which training code saves tensors. The first that a file has is taken: plain weights before averages."""
+_PREFIXES = (
+    *("module.", "_orig_mod.", "_forward_module.", "model.", "net.", "network.", "backbone.", "encoder."),
+    *("teacher.", "student."),
+)
+"""What training code puts before the names of a network that it wraps, in any order and number."""
+_NAMES_SHOWN = 3
+_NUMPY_SCALAR = np.float64().__reduce__()[0]
+"""What makes a number of NumPy when it is unpickled."""
+
+
+def _harmless() -> list[Any]:
+    """What a PyTorch file may hold besides tensors and plain values: options, paths, NumPy's numbers.
+
+    Their constructors keep values and do nothing else. timm's `train.py` saves its options as a Namespace.
+    """
+    paths = ((pathlib.PurePosixPath, "PosixPath"), (pathlib.PureWindowsPath, "WindowsPath"))
+    numbers = [np.dtype(code) for code in "?bhilqBHILQefd"]
+    return [
+        argparse.Namespace,
+        types.SimpleNamespace,
+        *((kind, f"{module}.{name}") for kind, name in paths for module in ("pathlib", "pathlib._local")),
+        np.dtype,
+        *{type(number) for number in numbers},
+        *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
 
 
 @dataclass
@@ -64,35 +96,114 @@ def read_weights(path: Path) -> Weights:
             if "mean" in metadata and "std" in metadata:
                 norm = (tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"])))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_harmless()):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise DataError(f"{path}: no readable weights ({one_line(error, 160)})") from None
-    for wrapper in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-            break
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    return Weights(str(path), _state_dict(state, path), norm)
+
+
+def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors by name in what a file holds, at its top or under the usual keys. Raises DataError without any."""
+    for _ in _WRAPPERS:  # they may be nested, and a hostile file nests one in itself
+        inner = [found[key] for key in _WRAPPERS if key in found] if isinstance(found, dict) else []
+        found = next((one for one in inner if isinstance(one, dict)), found)
+    if not isinstance(found, dict) or not found:
         raise DataError(f"{path}: holds no state dict (names and tensors)")
-    for prefix in _PREFIXES:
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return Weights(str(path), state, norm)
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise DataError(
+                f"{path}: holds no state dict (names and tensors): its key {_shown([name])} is no name of a tensor"
+            )
+    return found
 
 
-def load_fitting(body: nn.Module, weights: Weights, classifier: str = "", assign: bool = False) -> None:
-    """Load weights into a network. A classifier for another number of classes keeps its random weights.
+def _shown(names: Collection[Any]) -> str:
+    """The first names, and how many more there are. A file can hold any text as a name."""
+    first = [name if isinstance(name, str) and name.isprintable() else repr(name) for name in list(names)]
+    more = f" and {len(first) - _NAMES_SHOWN} more" if len(first) > _NAMES_SHOWN else ""
+    return ", ".join(one_line(name, 60) for name in first[:_NAMES_SHOWN]) + more
 
-    classifier: the name of the last layer. assign: as for `load_state_dict`. Raises DataError, with the first tensors
-    that do not fit.
+
+def _innermost(state: dict[str, Tensor], own: Set[str], most: int = 8) -> dict[str, Tensor]:
+    """`state` without the prefixes of wrappers: of all stacks of them, the one with the most names of the network.
+
+    Names beside the chosen prefix are left out, for example a second network or the weights of a loss. most: prefixes
+    in a stack.
     """
-    own, state = body.state_dict(), dict(weights.state)
-    for name in (f"{classifier}.weight", f"{classifier}.bias"):
-        if name in state and name in own and state[name].shape != own[name].shape:
-            state[name] = own[name]
-    try:
-        body.load_state_dict(state, assign=assign)
-    except RuntimeError as error:
-        reason = one_line(str(error).partition(":")[2], 200)
-        raise DataError(f"{weights.source}: weights of another model or size ({reason})") from None
+    best = state
+    for prefix in _PREFIXES if most else ():
+        inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if inner:
+            inner = _innermost(inner, own, most - 1)
+            more = len(own & inner.keys()) - len(own & best.keys())
+            if more > 0 or (more == 0 and len(inner) == len(state)):
+                best = inner
+    return best
+
+
+def load_fitting(
+    body: nn.Module,
+    weights: Weights,
+    heads: Collection[str] = (),
+    adapt: "Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None" = None,
+    assign: bool = False,
+) -> str:
+    """Load weights into a network. A layer in `heads` that the file lacks or has in another shape stays random.
+
+    heads: names of the classifier's tensors; if it is empty, everything must fit. adapt: converts the file's names and
+    tensors to the network's. assign: as for `load_state_dict`. Returns what was left out or is new, in words. Raises
+    DataError, with the first tensors that differ, if the rest does not fit.
+    """
+    own = body.state_dict()
+    state, notes = _innermost(weights.state, own.keys()), []
+    if left := len(weights.state) - len(state):
+        notes.append(f"{left} tensors beside the network left out")
+    failed = ""
+    if adapt is not None:
+        try:
+            state = dict(adapt(dict(state), body))
+        except Exception as error:  # noqa: BLE001 (it meets whatever the file holds; the error is raised below)
+            failed = f"timm's conversion of its tensors fails: {type(error).__name__} {one_line(error, 100)}"
+    for layer in sorted({name.rpartition(".")[0] for name in heads}):
+        names = {name for name in heads if name.rpartition(".")[0] == layer}
+        given = {name for name in state if name.startswith(f"{layer}.")}
+        if given != names or any(state[name].shape != own[name].shape for name in names):
+            has = ", ".join(f"{_shown([name])} of {_size(state[name])}" for name in sorted(given)[:2]) or "none"
+            notes.append(f"the layer {layer} is new, the file has {has}")
+            state = {name: value for name, value in state.items() if name not in given}
+            state |= {name: own[name] for name in names}
+    for name in own:
+        if name.endswith(".num_batches_tracked") and name not in state:  # PyTorch before 0.4.1, and exports, lack them
+            state[name] = torch.zeros((), dtype=torch.int64)
+    reason = _differences(own, state) or failed
+    if reason:
+        raise DataError(f"{weights.source}: weights of another model or size ({reason})")
+    body.load_state_dict(state, assign=assign)
+    return "; ".join(notes) or "all tensors fit"
+
+
+def _size(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a number"
+
+
+def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    """In which names and shapes a file's tensors differ from a network's; empty if in none."""
+
+    lacking = [name for name in own if name not in state]
+    beside = [name for name in state if name not in own]
+    other = [
+        f"{_shown([name])} is {_size(state[name])} in the file and {_size(own[name])} in the network"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    parts = (
+        f"only the network has {_shown(lacking)}" if lacking else "",
+        f"only the file has {_shown(beside)}" if beside else "",
+        "; ".join(other[:_NAMES_SHOWN])
+        + (f" and {len(other) - _NAMES_SHOWN} more" if len(other) > _NAMES_SHOWN else ""),
+    )
+    return "; ".join(filter(None, parts))
 
 
 def write_weights(path: Path, body: nn.Module, metadata: dict[str, str]) -> None:

@@ -64,6 +64,7 @@ class Workspace:
         key = (config.model, config.resolution, ramp, config.sync_batch_norm, str(world.device), str(norm))
         if world.size == 1 and key == self._key and self._net is not None:
             self._net.load_state_dict(fresh.state_dict())
+            self._net.decisions = fresh.decisions
             for parameter in self._net.parameters():
                 parameter.grad = None
             return self._net.train()

@@ -152,7 +152,7 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_decisions(
         train_once(config, out, stop=at(1, crash))
     assert not (out / "checkpoint.pt").exists()
     environment = json.loads((out / "environment.json").read_text())
-    environment["decisions"] = decided_otherwise(environment)
+    environment["decisions"] |= decided_otherwise(environment)
     (out / "environment.json").write_text(json.dumps(environment))
 
     def again(*_: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from shards.common.errors import DataError, UsageError
 
 LOSSES = ("logit-adjusted", "class-weighted", "plain")
+NORMALIZE = ("auto", "data", "imagenet", "half")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("auto", "on", "off")
 ENGINES = ("auto", "native", "dali", "resident")
@@ -92,6 +93,12 @@ class Config:
     engine: str = _option("auto", "Loader", choices=ENGINES)
     pretrained: bool = _option(False, "Start from ImageNet weights (downloaded once).")
     weights: str | None = _option(None, "Start from the weights in this file (.safetensors or .pt).", path=True)
+    normalize: str = _option(
+        "auto",
+        "Mean and deviation of the input. auto: as the given weights were trained; without weights, those of the "
+        "training images (data). half: 0.5. Choices",
+        choices=NORMALIZE,
+    )
     sync_batch_norm: bool = _option(False, "Batch norm over all processes of the job; needs GPUs.", run_only=True)
     checkpoint_s: float = _option(60.0, "Minimum seconds between two checkpoints; 0: one after every step.")
     eval_epochs: int = _option(1, "Evaluate on the validation split every so many epochs.", least=1)
@@ -183,6 +190,7 @@ def read_config(path: Path) -> Config:
     """The settings in a run folder's config.json. Raises DataError if it is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = {"normalize": "auto"} | raw  # older releases did not write it
         return Config(**{field.name: raw[field.name] for field in fields(Config)})
     except FileNotFoundError:
         raise DataError(f"{path.parent}: not a run folder (no {path.name})") from None

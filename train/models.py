@@ -40,6 +40,7 @@ MODELS = {
     "mixer_b16": Known("mixer_b16_224", "layernorm", least_px=16, multiple_px=16),
 }
 
+HALF_NORM: Norm = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET_NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation that torchvision's weights are trained with (torchvision's `transforms._presets`)."""
 
@@ -50,11 +51,11 @@ _CONVERSIONS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretr
 
 @dataclass(frozen=True)
 class Start:
-    """What a network starts from. loaded: what did not fit. norm: that of the given weights, if it is known."""
+    """What a network starts from. loaded: what did not fit. norm: that of the given weights, and how it is known."""
 
     weights: str = "random"
     loaded: str = "no weights were given"
-    norm: Norm | None = None
+    norm: tuple[Norm, str] | None = None
 
 
 class Classifier(nn.Module):
@@ -175,11 +176,12 @@ def build(
     start_resolution: int | None = None,
     pretrained: bool = False,
     weights: Path | None = None,
+    normalize: str = "auto",
 ) -> Classifier:
     """A model on the CPU in channels-last layout, its random weights drawn from torch's global generator.
 
-    mean, std: RGB, 0 to 1, of the training images; given weights replace them if their file names others. Raises
-    UsageError for an unknown model or an impossible size, DataError for weights that are missing or do not fit.
+    mean, std: RGB, 0 to 1, of the training images. normalize: one of `config.NORMALIZE`. Raises UsageError for an
+    unknown model or an impossible size, DataError for weights that are missing or do not fit.
     """
     timm_model = timm_name(name)
     check_resolution(name, resolution, start_resolution)
@@ -189,10 +191,20 @@ def build(
     else:
         sizes = _size_arguments(timm_model, resolution, ramp=start_resolution not in (None, resolution))
         body, start = _from_timm(name, timm_model, classes, sizes, pretrained, found)
-    head = InputHead(*(start.norm or (tuple(mean), tuple(std))))
-    net = Classifier(head, body)
-    net.decisions = {"weights": Decision(start.weights, start.loaded)}
+    norm, why = _normalisation(normalize, (tuple(mean), tuple(std)), start)
+    net = Classifier(InputHead(*norm), body)
+    shown = ", ".join(
+        f"{name} {' '.join(f'{x:.6g}' for x in of)}" for name, of in zip(("mean", "std"), norm, strict=True)
+    )
+    net.decisions = {"weights": Decision(start.weights, start.loaded), "normalisation": Decision(shown, why)}
     return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _normalisation(normalize: str, data: Norm, start: Start) -> tuple[Norm, str]:
+    """Mean and deviation of the input, and why these."""
+    if normalize == "auto":
+        return start.norm or (data, "of the training images")
+    return {"data": data, "imagenet": IMAGENET_NORM, "half": HALF_NORM}[normalize], f"--normalize {normalize}"
 
 
 def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> "tuple[nn.Module, Start]":
@@ -202,12 +214,12 @@ def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> "tuple[nn
     if pretrained:
         with downloading("alexnet"):
             state = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-        found = Weights("torchvision's AlexNet weights", dict(state), IMAGENET_NORM)
+        found = Weights("torchvision's AlexNet weights", dict(state))
     if found is None:
         _he_init(body)
         return body, Start()
     loaded = load_fitting(body, found, ("classifier.6.weight", "classifier.6.bias"))
-    return body, Start(found.source, loaded, found.norm)
+    return body, Start(found.source, loaded, _own_norm(found) or (IMAGENET_NORM, "that of torchvision's weights"))
 
 
 def _he_init(body: nn.Module) -> None:
@@ -228,8 +240,8 @@ def _from_timm(
     with downloading(name) if pretrained else nullcontext():
         body: Any = timm.create_model(timm_model, pretrained=pretrained, num_classes=classes, **sizes)
     if pretrained:
-        norm = (tuple(body.pretrained_cfg["mean"]), tuple(body.pretrained_cfg["std"]))
-        return body, Start(f"timm's {timm_model}", f"its classifier is new if it is not for {classes} classes", norm)
+        about = f"its classifier is new if it is not for {classes} classes"
+        return body, Start(f"timm's {timm_model}", about, _timm_norm(body.pretrained_cfg))
     if found is None:
         return body, Start()
     heads = body.state_dict().keys() - _skeleton(timm_model, None, classes=0).state_dict().keys()
@@ -237,7 +249,20 @@ def _from_timm(
     convert = next((getattr(module, one) for one in _CONVERSIONS if hasattr(module, one)), None)
     takes_body = convert is not None and len(inspect.signature(convert).parameters) > 1
     adapt = convert if takes_body or convert is None else lambda state, _: convert(state)
-    return body, Start(found.source, load_fitting(body, found, heads, adapt), found.norm)
+    loaded = load_fitting(body, found, heads, adapt)
+    return body, Start(found.source, loaded, _own_norm(found) or _timm_norm(body.pretrained_cfg))
+
+
+def _own_norm(found: Weights) -> tuple[Norm, str] | None:
+    return None if found.norm is None else (found.norm, "the file of the weights names it")
+
+
+def _timm_norm(config: dict[str, Any]) -> tuple[Norm, str]:
+    """The normalisation of a timm model's weights, and what else its images were like."""
+    name = f"{config['architecture']}.{config['tag']}" if config.get("tag") else config["architecture"]
+    resized = config["interpolation"]
+    other = "" if resized == "bilinear" else f"; its images were resized with {resized}, here with bilinear"
+    return (tuple(config["mean"]), tuple(config["std"])), f"that of timm's {name}{other}"
 
 
 # ------------------------------------------------------------------ parameters and cost

@@ -78,6 +78,16 @@ def safetensors_file(path: Path, framework: str) -> Iterator[Any]:
         yield content
 
 
+def read_norm(metadata: dict[str, str]) -> Norm:
+    """Mean and deviation in the metadata of a file. Raises ValueError if they are not three numbers each, std > 0."""
+    mean, std = (json.loads(metadata[name]) for name in ("mean", "std"))
+    for name, values, least in (("mean", mean, -100.0), ("std", std, 1e-6)):
+        right = isinstance(values, list) and len(values) == 3
+        if not right or not all(type(x) in (int, float) and least <= x <= 100.0 for x in values):
+            raise ValueError(f"its {name} is {one_line(str(values), 60)}, expected 3 numbers from {least:g} to 100")
+    return tuple(mean), tuple(std)
+
+
 def read_weights(path: Path) -> Weights:
     """Read a .safetensors file, or a PyTorch file with `weights_only`: neither can run code.
 
@@ -94,7 +104,7 @@ def read_weights(path: Path) -> Weights:
                 metadata = file.metadata() or {}
                 state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if "mean" in metadata and "std" in metadata:
-                norm = (tuple(json.loads(metadata["mean"])), tuple(json.loads(metadata["std"])))
+                norm = read_norm(metadata)
         else:
             with torch.serialization.safe_globals(_harmless()):
                 state = torch.load(path, map_location="cpu", weights_only=True)

@@ -58,6 +58,7 @@ class Workspace:
             start_resolution=config.start_resolution,
             pretrained=config.pretrained,
             weights=Path(config.weights) if config.weights else None,
+            normalize=config.normalize,
         )
         norm = (fresh.head.mean.tolist(), fresh.head.std.tolist())
         ramp = config.start_resolution not in (None, config.resolution)

@@ -81,6 +81,9 @@ def test_configuration_survives_its_file(tmp_path: Path) -> None:
     config = resolved(Config(model="vit_b16", ema=0.99, start_resolution=96), "layernorm")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert read_config(tmp_path / "config.json") == config
+    older = {name: value for name, value in config.to_dict().items() if name != "normalize"}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert read_config(tmp_path / "config.json") == config
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match="damaged"):
         read_config(tmp_path / "config.json")

@@ -16,9 +16,10 @@ from torch import Tensor
 from shards.common.errors import DataError
 from tests.support.train_runs import small
 from train import models
+from train.inference.predictor import read_about
 from train.loop import train_once
 from train.models import Classifier
-from train.weights import Weights, load_fitting
+from train.weights import Weights, load_fitting, write_weights
 
 MEAN, STD = (0.7, 0.5, 0.4), (0.2, 0.15, 0.1)
 
@@ -163,9 +164,79 @@ def test_a_tensor_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
 def test_log_and_record_say_what_a_run_starts_from(tiny_shards: Path, tmp_path: Path) -> None:
     state = {k: v for k, v in build().body.state_dict().items() if not k.startswith("fc.")}
     torch.save(state, tmp_path / "backbone.pt")
-    train_once(small(tiny_shards, epochs=1, weights=str(tmp_path / "backbone.pt")), tmp_path / "run")
-    expected = {"value": str(tmp_path / "backbone.pt"), "reason": "the layer fc is new, the file has none"}
-    for name in ("environment", "result"):
-        record = json.loads((tmp_path / "run" / f"{name}.json").read_text())
-        assert record["decisions"]["weights"] == expected
-    assert f"weights: {expected['value']} ({expected['reason']})" in (tmp_path / "run" / "log.txt").read_text()
+    run = tmp_path / "run"
+    train_once(small(tiny_shards, epochs=1, weights=str(tmp_path / "backbone.pt"), normalize="half"), run)
+    expected = {
+        "weights": {"value": str(tmp_path / "backbone.pt"), "reason": "the layer fc is new, the file has none"},
+        "normalisation": {"value": "mean 0.5 0.5 0.5, std 0.5 0.5 0.5", "reason": "--normalize half"},
+    }
+    for file in ("environment", "result"):
+        record = json.loads((run / f"{file}.json").read_text())["decisions"]
+        assert {name: record[name] for name in expected} == expected
+    for name, one in expected.items():
+        assert f"{name}: {one['value']} ({one['reason']})" in (run / "log.txt").read_text()
+    about = read_about(run)  # what `predict` normalises with
+    assert about.mean == about.std == (0.5, 0.5, 0.5)
+
+
+# ------------------------------------------------------------------ normalisation
+
+
+def timm_norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    config = timm.models.get_pretrained_cfg(name)
+    assert config is not None
+    return torch.tensor(config.mean), torch.tensor(config.std)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224.fb_in1k"])
+def test_a_file_of_a_timm_model_is_normalised_as_pretrained_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source = timm.create_model(name, num_classes=1000, img_size=32)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    found = build(name, weights=tmp_path / "w.pth")
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)  # without the download
+    downloaded = build(name, pretrained=True)
+    for net in (found, downloaded):
+        torch.testing.assert_close((net.head.mean, net.head.std), timm_norm(name), rtol=0, atol=0)
+    assert found.decisions["normalisation"] == downloaded.decisions["normalisation"]
+    assert "that of timm's " + name in found.decisions["normalisation"].reason
+    assert "resized with bicubic, here with bilinear" in found.decisions["normalisation"].reason
+
+
+def test_alexnets_files_are_normalised_as_torchvisions_weights(tmp_path: Path) -> None:
+    torch.save(build("alexnet", 64).body.state_dict(), tmp_path / "w.pth")
+    head = build("alexnet", 64, weights=tmp_path / "w.pth").head
+    torch.testing.assert_close(head.mean, torch.tensor([0.485, 0.456, 0.406]), rtol=0, atol=0)
+
+
+def test_normalize_overrides_and_random_weights_take_the_datas(tmp_path: Path) -> None:
+    own = {"mean": "[0.1, 0.2, 0.3]", "std": "[1, 2, 3]"}
+    write_weights(tmp_path / "own.safetensors", build().body, own)
+    for normalize, weights, mean, std in (
+        ("auto", None, MEAN, STD),
+        ("auto", "own.safetensors", (0.1, 0.2, 0.3), (1, 2, 3)),
+        ("data", "own.safetensors", MEAN, STD),
+        ("half", "own.safetensors", (0.5,) * 3, (0.5,) * 3),
+        ("imagenet", None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ):
+        net = build(weights=tmp_path / weights if weights else None, normalize=normalize)
+        torch.testing.assert_close(net.head.mean, torch.tensor(mean))
+        torch.testing.assert_close(net.head.std, torch.tensor(std, dtype=torch.float32))
+        assert (f"--normalize {normalize}" == net.decisions["normalisation"].reason) == (normalize != "auto")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ("[0.5, 0.5]", "[1, 1, 1]"),
+        ("5", "[1, 1, 1]"),
+        ("[0, 0, NaN]", "[1, 1, 1]"),
+        ("[0, 0, 0]", "[1, 0, 1]"),
+        ("{", ""),
+    ],
+)
+def test_a_normalisation_that_is_none_is_one_line(tmp_path: Path, mean: str, std: str) -> None:
+    write_weights(tmp_path / "w.safetensors", build().body, {"mean": mean, "std": std})
+    with pytest.raises(DataError, match=r"w\.safetensors: no readable weights"):
+        build(weights=tmp_path / "w.safetensors")

@@ -113,7 +113,8 @@ class StudyFolder:
         """
         before = _settings_of(self.path)
         old = settings if before is None else before
-        old = {PACKED: settings.get(PACKED)} | old
+        # what studies of older releases lack; they normalised by the data also if a file of weights was given
+        old = {PACKED: settings.get(PACKED), "normalize": "data" if old.get("weights") else "auto"} | old
         changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
         if changed and _holds_training(self.path):
             raise UsageError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from train.metrics.differences import Tested
 
 
-EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "ema")
+EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "normalize", "ema")
 """Settings that must be equal in all runs of a report. Learning rates and batch sizes may differ: they depend on the
 model and on the size of the training set."""
 

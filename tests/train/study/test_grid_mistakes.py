@@ -72,6 +72,17 @@ def test_a_study_that_trained_nothing_yet_takes_other_settings_and_forgets_its_f
         assert (folder.cell(cell.name) / kept).exists()
 
 
+def test_a_study_of_an_older_release_goes_on_with_the_normalisation_that_it_had(tmp_path):
+    """Without `--normalize` a file of weights was trained with that of the training images."""
+    for name, settings, had in (("random", {"weights": None}, "auto"), ("file", {"weights": "w.pt"}, "data")):
+        with StudyFolder(tmp_path / name, settings) as folder:
+            leave(folder, "result.json")
+        with StudyFolder(tmp_path / name, settings | {"normalize": had}):
+            pass
+        with pytest.raises(UsageError, match=f"normalize: {had}, now half"):
+            StudyFolder(tmp_path / name, settings | {"normalize": "half"})
+
+
 def test_a_study_that_was_made_a_moment_ago_is_not_overwritten(tmp_path, monkeypatch):
     """Another start makes the study after this one has found the folder empty."""
     out = tmp_path / "study"

@@ -6,13 +6,16 @@ import logging
 import os
 import pathlib
 import pickle
+import re
 import socket
 import types
+import warnings
+import zipfile
 from collections.abc import Callable, Collection, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -35,6 +38,7 @@ _PREFIXES = (
     *("teacher.", "student."),
 )
 """What training code puts before the names of a network that it wraps, in any order and number."""
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMES_SHOWN = 3
 _NUMPY_SCALAR = np.float64().__reduce__()[0]
 """What makes a number of NumPy when it is unpickled."""
@@ -88,10 +92,45 @@ def read_norm(metadata: dict[str, str]) -> Norm:
     return tuple(mean), tuple(std)
 
 
-def read_weights(path: Path) -> Weights:
-    """Read a .safetensors file, or a PyTorch file with `weights_only`: neither can run code.
+def read_pickled(file: IO[bytes]) -> Any:
+    """What a PyTorch file holds, with its tensors on the CPU. It makes nothing but these and `_harmless`: no code runs.
 
-    Raises DataError, with the file's name, if it is missing, damaged, or holds something other than tensors.
+    Raises ValueError with the reason in one line. PyTorch's own texts advise to load unsafely, and have escape codes.
+    """
+    try:
+        if file.read(4) == b"PK\x03\x04":
+            with zipfile.ZipFile(file) as archive:
+                if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+                    raise zipfile.BadZipFile  # PyTorch compresses nothing; a few bytes could become any number
+        file.seek(0)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
+            warnings.simplefilter("ignore")  # about kinds of tensors that `_unusable` refuses
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (a hostile file may provoke any; it is raised in other words)
+        raise ValueError(_why_unreadable(error)) from None
+
+
+def _why_unreadable(error: Exception) -> str:
+    """Why a PyTorch file cannot be read, in words of this project."""
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if foreign:
+        return (
+            f"it holds an object of {foreign[1][:80]}, which is not loaded because it could run code; save its tensors "
+            "alone, with torch.save(model.state_dict(), FILE)"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "it needs more memory than there is"
+    if "TorchScript" in str(error):
+        return "it is a TorchScript archive; save its tensors alone, with torch.save(model.state_dict(), FILE)"
+    return "it is damaged, or not a file of PyTorch"
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a .safetensors file, or a PyTorch file: neither can run code.
+
+    Raises DataError, with the file's name, if it is missing, damaged, or holds something other than plain tensors.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file (--weights)")
@@ -106,10 +145,10 @@ def read_weights(path: Path) -> Weights:
             if "mean" in metadata and "std" in metadata:
                 norm = read_norm(metadata)
         else:
-            with torch.serialization.safe_globals(_harmless()):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: no readable weights ({one_line(error, 160)})") from None
+            with path.open("rb") as file:
+                state = read_pickled(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path}: no readable weights ({one_line(error, 300)})") from None
     return Weights(str(path), _state_dict(state, path), norm)
 
 
@@ -125,7 +164,24 @@ def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
             raise DataError(
                 f"{path}: holds no state dict (names and tensors): its key {_shown([name])} is no name of a tensor"
             )
+        if reason := _unusable(value):
+            raise DataError(f"{path}: its tensor {_shown([name])} {reason}; save it as a plain tensor of floats")
     return found
+
+
+def _unusable(value: Tensor) -> str:
+    """Why a tensor cannot be a network's weights, whatever its shape; empty if it can."""
+    if type(value) not in (Tensor, nn.Parameter) or value.is_nested:
+        return "is of a special class"
+    if value.is_quantized:
+        return "is quantized"
+    if value.layout is not torch.strided:
+        return "is sparse"
+    if value.device.type != "cpu":
+        return f"has no values (it is on the device {value.device.type})"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"claims {value.numel()} values and has fewer"
+    return ""
 
 
 def _shown(names: Collection[Any]) -> str:
@@ -189,6 +245,15 @@ def load_fitting(
     reason = _differences(own, state) or failed
     if reason:
         raise DataError(f"{weights.source}: weights of another model or size ({reason})")
+    for name, value in state.items():
+        if own[name].is_floating_point():
+            if value.dtype not in _FLOATS:
+                raise DataError(
+                    f"{weights.source}: {_shown([name])} holds {str(value.dtype).removeprefix('torch.')}, not floats"
+                )
+            if not torch.isfinite(value).all():
+                raise DataError(f"{weights.source}: {_shown([name])} holds NaN or infinite values; use another file")
+        state[name] = value.to(own[name].dtype)
     body.load_state_dict(state, assign=assign)
     return "; ".join(notes) or "all tensors fit"
 

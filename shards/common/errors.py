@@ -1,5 +1,7 @@
 """Errors that the user can fix: exceptions whose text is the one line that the user sees. And errors as text."""
 
+import re
+
 
 class DermscaleError(Exception):
     """Base of every error that the user can fix. Its text says what, where, the limit and what to do."""
@@ -17,9 +19,13 @@ class UsageError(DermscaleError):
     exit_code = 2
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Among them the escape character, with which a text could change a terminal."""
+
+
 def one_line(error: BaseException | str, most: int | None = None) -> str:
     """The text of an error on one line, at most `most` characters; its type if it has no text."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_CONTROL.sub(" ", str(error)).split()) or type(error).__name__
     return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 

@@ -96,15 +96,6 @@ def test_saved_weights_load_here_and_into_plain_timm(tmp_path: Path) -> None:
     assert all(torch.equal(v, net.body.state_dict()[k]) for k, v in plain.state_dict().items())
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"module." + k: s[k] for k in s}])
-def test_pytorch_files_in_their_usual_forms(tmp_path: Path, wrap) -> None:
-    net = build("test_resnet")
-    torch.save(wrap(net.body.state_dict()), tmp_path / "w.pt")
-    torch.manual_seed(9)
-    again = models.build("test_resnet", 32, 7, MEAN, STD, weights=tmp_path / "w.pt")
-    assert torch.equal(logits(net), logits(again))
-
-
 def test_alexnet_starts_with_activations_of_one_scale() -> None:
     """Without normalisation a signal that shrinks by layer does not learn: logits must vary with the image."""
     torch.manual_seed(0)
@@ -136,33 +127,6 @@ def test_a_mixer_of_another_size_is_refused() -> None:
         large = timm.create_model("mixer_b16_224", num_classes=7, img_size=64)
     with pytest.raises(DataError, match=r"another model or size.*mlp_tokens"):
         load_fitting(large, Weights("w.safetensors", small.state_dict()), ("head.weight", "head.bias"))
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("this must not run",)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("missing.pt", None, "no such file"),
-        ("noise.pt", b"noise", "no readable weights"),
-        ("noise.safetensors", b"noise", "no readable weights"),
-        ("list.pt", [1, 2], "no state dict"),
-        ("evil.pt", {"w": Evil()}, "no readable weights"),
-        ("other.pt", {"a": torch.zeros(1)}, "another model or size .only the network has conv1"),
-    ],
-)
-def test_bad_weight_files_end_in_one_line(tmp_path: Path, name: str, content: object, words: str) -> None:
-    if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
-    elif content is not None:
-        torch.save(content, tmp_path / name)
-    with pytest.raises(DataError, match=words) as error:
-        build("test_resnet", weights=tmp_path / name)
-    assert name in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_pretrained_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.utils.checkpoint_saver import CheckpointSaver
-from torch import Tensor
+from torch import Tensor, nn
 
 from shards.common.errors import DataError
 from tests.support.train_runs import small
@@ -177,6 +180,144 @@ def test_log_and_record_say_what_a_run_starts_from(tiny_shards: Path, tmp_path: 
         assert f"{name}: {one['value']} ({one['reason']})" in (run / "log.txt").read_text()
     about = read_about(run)  # what `predict` normalises with
     assert about.mean == about.std == (0.5, 0.5, 0.5)
+
+
+# ------------------------------------------------------------------ damaged and hostile files
+
+
+class Foreign:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("this must not run",)
+
+
+class Escaping(Foreign):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo this must not run",)
+
+
+def saved(path: Path, content: Any) -> None:
+    torch.save(content, path)
+
+
+def damaged(path: Path, content: Any) -> None:
+    torch.save(content, path.with_name("whole"))
+    path.write_bytes(path.with_name("whole").read_bytes()[:900])
+
+
+def compressed(path: Path, content: Any) -> None:
+    """A small file of many zeros."""
+    torch.save(content, path.with_name("whole"))
+    with ZipFile(path.with_name("whole")) as whole, ZipFile(path, "w", ZIP_DEFLATED) as file:
+        for name in whole.namelist():
+            file.writestr(name, whole.read(name))
+
+
+def claiming(path: Path, content: Any) -> None:
+    """A file in PyTorch's old format whose tensor of 1,000 values claims 2⁴⁵."""
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    many = b"\x8a\x08" + (2**45).to_bytes(8, "little")
+    assert b"M\xe8\x03" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"M\xe8\x03", many))
+
+
+ONE = torch.zeros(1000)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about the kinds of tensors that are saved here
+@pytest.mark.parametrize(
+    ("content", "write", "words"),
+    [
+        (None, None, "no such file"),
+        (b"noise", Path.write_bytes, "damaged, or not a file of PyTorch"),
+        (b"", Path.write_bytes, "damaged, or not a file of PyTorch"),
+        ({"w": ONE}, damaged, "damaged, or not a file of PyTorch"),
+        ({"w": torch.zeros(10**6)}, compressed, "damaged, or not a file of PyTorch"),
+        ({"w": ONE}, claiming, "it needs more memory than there is"),
+        ({"w": Foreign()}, saved, "an object of print, which is not loaded because it could run code"),
+        ({"w": Escaping()}, saved, r"an object of posix\.system, which is not loaded"),
+        (nn.Linear(2, 2), saved, r"an object of torch\.nn\.modules\.linear\.Linear.*state_dict"),
+        ([1, 2], saved, "no state dict"),
+        ({}, saved, "no state dict"),
+        ({"state_dict": 3}, saved, "its key state_dict is no name of a tensor"),
+        ({"w": ONE, "epoch": 3}, saved, "its key epoch is no name of a tensor"),
+        ({1: ONE, 2: ONE}, saved, "its key 1 is no name of a tensor"),
+        ({"\x1b[31m\nw": 1}, saved, r"its key '\\x1b\[31m\\nw' is no name of a tensor"),
+        ({"w": torch.eye(3).to_sparse()}, saved, "its tensor w is sparse"),
+        ({"w": torch.zeros(3, device="meta")}, saved, "its tensor w has no values"),
+        ({"w": torch.zeros(1).expand(10**12)}, saved, "claims 1000000000000 values and has fewer"),
+    ],
+)
+def test_damaged_and_hostile_files_are_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: Any, write: Any, words: str
+) -> None:
+    path = tmp_path / "w.pt"
+    if write is not None:
+        write(path, content)
+    with pytest.raises(DataError, match=words) as error:
+        build(weights=path)
+    text = str(error.value)
+    assert str(path) in text and text.isprintable()
+    assert not any(word in text for word in ("weights_only", "trust", "torch.load"))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_and_nested_tensors_are_named(tmp_path: Path) -> None:
+    quantized = torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+    for tensor, words in ((quantized, "quantized"), (torch.nested.nested_tensor([ONE, ONE[:2]]), "special class")):
+        torch.save({"fc.weight": tensor}, tmp_path / "w.pt")
+        with pytest.raises(DataError, match=rf"its tensor fc\.weight is .*{words}"):
+            build(weights=tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.tensor(float("nan")), "holds NaN or infinite values"),
+        (torch.tensor(float("inf")), "holds NaN or infinite values"),
+        (torch.tensor(3, dtype=torch.int8), "holds int8, not floats"),
+        (torch.tensor(1 + 1j), "holds complex64, not floats"),
+        (torch.tensor(1.0).to(torch.float8_e4m3fn), "holds float8_e4m3fn, not floats"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_that_are_no_finite_floats_are_named(
+    tmp_path: Path, value: torch.Tensor, words: str, suffix: str
+) -> None:
+    state = {name: one.contiguous() for name, one in build().body.state_dict().items()}
+    state["fc.bias"] = value.expand(7).contiguous()
+    path = tmp_path / f"w.{suffix}"
+    torch.save(state, path) if suffix == "pt" else save_file(state, path)
+    with pytest.raises(DataError, match=rf"w\.{suffix}: fc\.bias {words}"):
+        build(weights=path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in build().body.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    net = build(weights=tmp_path / "w.pt")
+    assert_same(net, {k: v.to(net.body.state_dict()[k].dtype) for k, v in state.items()})
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "words"),
+    [
+        ({"shape": [2], "data_offsets": [0, 8]}, 4, "not fully covered"),
+        ({"shape": [2**40, 2**40], "data_offsets": [0, 8]}, 8, "overflow"),
+        ({"shape": [2**40], "data_offsets": [0, 2**42]}, 8, "not fully covered"),
+        ({"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, 0, "another model or size"),
+        ({"dtype": "\x1b[31m", "shape": [2], "data_offsets": [0, 8]}, 8, "unknown variant"),
+    ],
+)
+def test_damaged_safetensors_are_one_line(tmp_path: Path, header: dict[str, Any], size: int, words: str) -> None:
+    text = json.dumps({"w": {"dtype": "F32"} | header}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(DataError, match=words) as error:
+        build(weights=tmp_path / "w.safetensors")
+    assert str(tmp_path / "w.safetensors") in str(error.value) and str(error.value).isprintable()
 
 
 # ------------------------------------------------------------------ normalisation

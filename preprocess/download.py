@@ -32,7 +32,7 @@ from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT
 from preprocess.records import list_images
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
-from shards.common.files import exclusive, write_durably
+from shards.common.files import exclusive, full_disk_names, write_durably
 from shards.common.progress import Progress
 
 TEST_FOLDER = "ISIC2018_Task3_Test"
@@ -175,7 +175,7 @@ def download(items: Sequence[Item], out: Path, base_url: str | None = None, paus
 
     base_url: a mirror that serves the files under their names. pause_s: before a retry. Raises DataError.
     """
-    with exclusive(out, "downloading to it"):
+    with full_disk_names(out), exclusive(out, "downloading to it"):
         missing = [item for item in items if not is_done(item, out)]
         check_space(missing, out)
         with open_session(pause_s) as session:

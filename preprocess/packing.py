@@ -23,6 +23,7 @@ import xxhash
 
 from preprocess.records import Record, Rejected, Source, quarantine_csv
 from shards.common.errors import DataError
+from shards.common.files import full_disk_names
 from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
@@ -128,6 +129,7 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
     rejected = [r for each in sources for r in each.rejected]
     tally = _Tally()
     with (
+        full_disk_names(out),
         single_threaded_opencv(),
         ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite) as writer,
         Progress("packing", len(jobs), "images") as bar,

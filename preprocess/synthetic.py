@@ -24,6 +24,7 @@ from preprocess.ham10000 import METADATA
 from preprocess.records import COLUMNS
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
+from shards.common.files import full_disk_names
 from shards.common.machine import available_cores, single_threaded_opencv
 from shards.format import CLASSES
 
@@ -219,7 +220,8 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
 def main(out: Path, images: int, seed: int, difficulty: float, workers: int | None) -> None:
     """Write a folder of computed skin lesions in HAM10000's layout, to try things out without the real data."""
     started = time.monotonic()
-    lesions = write_folder(out, images, seed, difficulty, workers or available_cores())
+    with full_disk_names(out):
+        lesions = write_folder(out, images, seed, difficulty, workers or available_cores())
     seconds = time.monotonic() - started
     click.echo(f"{'class':8}{'lesions':>9}{'images':>9}")
     of_class = Counter(lesion.dx for lesion in lesions)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shards.common.errors import DermscaleError
+from shards.common.errors import DermscaleError, UsageError
+from shards.common.files import full_disk_names
 from train import checkpoint, models
 from train import device as devices
 from train.checkpoint import Progress
@@ -65,6 +66,7 @@ def train_once(
     started = time.perf_counter() if started is None else started
     world, console = world or World(), console or Silent()
     with ExitStack() as stack:
+        stack.enter_context(full_disk_names(out))
         stack.enter_context(_full_memory_in_one_line(config))
         if workspace is None:
             workspace = Workspace()
@@ -100,8 +102,12 @@ def train_once(
 
         # ------------------------------------------------------------------ network, decisions, compiling
 
-        progress = Progress(**state["progress"]) if state else Progress()
         run: Run = prepare(config, family, world, workspace, selections, earlier, stack)
+        if state:
+            parameters = [one.shape for group in run.step.optimizer.param_groups for one in group["params"]]
+            own = _state(run, Progress(), [{"torch": devices.random_state(device)}], 0)
+            checkpoint.check(out, state, own, parameters, len(run.loaders["train"]), run.total)
+        progress = Progress(**state["progress"]) if state else Progress()
         progress.seconds["start"] += time.perf_counter() - started
         if (warning := reduction_warning(run.loaders["test"])) and warning not in workspace.warned:
             workspace.warned.add(warning)
@@ -111,6 +117,11 @@ def train_once(
         if state:
             run.step.load_state_dict(state, progress.step)
             run.loaders["train"].load_state_dict(state["loader"])
+            if state["normalisation"] != (here := _state(run, progress, [], 0)["normalisation"]):
+                raise UsageError(
+                    f"{out}: was started with the normalisation {state['normalisation']}, now {here}: the file of "
+                    "--weights is another; use the same, or choose another --out"
+                )
             checkpoint.set_random_states(device, state["random"], world.rank, (config.seed, progress.step))
             say(f"{out}: continuing at step {progress.step} of {run.total}")
         if folder is not None:
@@ -152,8 +163,7 @@ def train_once(
             began = time.perf_counter()
             random_states = world.gather({"torch": devices.random_state(device)})
             if folder is not None:
-                state = {"random": random_states, "metrics_bytes": folder.metrics_bytes(), "progress": asdict(progress)}
-                checkpoint.save(folder.path, state | run.step.state_dict() | {"loader": loader.state_dict()})
+                checkpoint.save(folder.path, _state(run, progress, random_states, folder.metrics_bytes()))
             saved = time.monotonic()
             progress.seconds["save"] += time.perf_counter() - began
 
@@ -229,6 +239,19 @@ def train_once(
         result = finish(run, folder, progress, val, test, unwanted)
         say(result["summary"])
         return result
+
+
+def _state(run: Run, progress: Progress, random_states: list[Any], metrics_bytes: int) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    head = run.step.net.head
+    return {
+        "random": random_states,
+        "metrics_bytes": metrics_bytes,
+        "progress": asdict(progress),
+        "normalisation": {"mean": head.mean.tolist(), "std": head.std.tolist()},
+        **run.step.state_dict(),
+        "loader": run.loaders["train"].state_dict(),
+    }
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards.common.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError, one_line
 from shards.common.files import encoded, lock, write_durably
 from shards.common.machine import available_cores
 from shards.format import CLASSES
@@ -41,6 +41,8 @@ METRICS, PREDICTIONS, WEIGHTS, LOG = "metrics.jsonl", "predictions.parquet", "mo
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "nvidia-dali-cuda120", "dermscale")
 _DECIDED_FROM = ("device", "cuda", "capability", "memory_bytes", "cores", "versions", "kernels", "world_size")
 """What decisions depend on. If any of it differs from an earlier start's, they are made again."""
+_RESULT = {"model": str, "steps": int, "test": dict, "seconds": dict, "decisions": dict, "shard_set_sha256": str}
+"""Without these, result.json is not that of a finished run."""
 _CHOICES = {"compile": COMPILE, "engine": ENGINES, "precision": PRECISIONS}
 
 
@@ -55,9 +57,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [n for n, kind in _RESULT.items() if type(result) is not dict or type(result.get(n)) is not kind]
+        if wrong:
+            raise ValueError(f"it has no {wrong[0]}")
     except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); delete it and start again with --resume") from None
+        raise DataError(f"{path}: damaged ({one_line(error, 160)}); delete it and start again with --resume") from None
+    return result
 
 
 class RunFolder:
@@ -106,6 +112,11 @@ class RunFolder:
 
     def rewind(self, metrics_bytes: int, step: int) -> None:
         """Start recording. Drop what a checkpoint does not know: metrics beyond `metrics_bytes`, events from `step`."""
+        if (size := self._metrics.seek(0, os.SEEK_END)) < metrics_bytes:
+            raise DataError(
+                f"{self.path / METRICS}: has {size} bytes, and {metrics_bytes} when the checkpoint was written; "
+                "delete checkpoint.pt to start the run from its beginning"
+            )
         self._metrics.truncate(metrics_bytes)
         self._metrics.seek(0, os.SEEK_END)
         self._events = Events(self.path, step)

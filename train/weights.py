@@ -1,6 +1,7 @@
 """Weights in files: reading them safely, loading them into a network, downloading and writing them."""
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from shards.common.errors import DataError, DermscaleError, one_line
@@ -38,6 +40,8 @@ _PREFIXES = (
     *("teacher.", "student."),
 )
 """What training code puts before the names of a network that it wraps, in any order and number."""
+_DIGEST, _NO_DIGEST = "content_xxh3", "0" * 16
+"""Key of the digest in our files' metadata, and what stands there while it is computed."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMES_SHOWN = 3
 _NUMPY_SCALAR = np.float64().__reduce__()[0]
@@ -141,6 +145,8 @@ def read_weights(path: Path) -> Weights:
         if path.suffix == ".safetensors":
             with safetensors_file(path, "pt") as file:
                 metadata = file.metadata() or {}
+                if _DIGEST in metadata:  # files of older releases and of other people have none
+                    _check_digest(path, metadata[_DIGEST])
                 state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if "mean" in metadata and "std" in metadata:
                 norm = read_norm(metadata)
@@ -282,15 +288,36 @@ def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
 
 
 def write_weights(path: Path, body: nn.Module, metadata: dict[str, str]) -> None:
-    """Write a network's tensors as safetensors, under their plain names. The file is replaced as a whole."""
+    """Write a network's tensors as safetensors, under their plain names. The file is replaced as a whole.
+
+    Its metadata get the XXH3 of all its bytes, which `read_weights` checks.
+    """
     from safetensors.torch import save
 
     plain = {name: value.detach().cpu().contiguous() for name, value in body.state_dict().items()}
-    content = save(plain, metadata=metadata)
+    content = save(plain, metadata=metadata | {_DIGEST: _NO_DIGEST})
     header, tensors_at = _in_order(content)
+    tensors = memoryview(content)[tensors_at:]  # no copy of hundreds of MB: it would take longer than writing
+    digest = xxhash.xxh3_64(header)
+    digest.update(tensors)
     with whole_file(path) as file:
-        file.write(header)
-        file.write(memoryview(content)[tensors_at:])  # no copy of hundreds of MB: it would take longer than writing
+        file.write(header.replace(_digest_field(_NO_DIGEST), _digest_field(digest.hexdigest()), 1))
+        file.write(tensors)
+
+
+def _digest_field(digest: str) -> bytes:
+    return f'"{_DIGEST}":"{digest}"'.encode()
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    """Raise ValueError if a safetensors file's bytes are not those that `write_weights` gave this digest."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        found = xxhash.xxh3_64(size + header.replace(_digest_field(digest), _digest_field(_NO_DIGEST), 1))
+        hashlib.file_digest(file, lambda: found)  # pyright: ignore[reportArgumentType]
+    if found.hexdigest() != digest:
+        raise ValueError(f"its bytes are not those of its {_DIGEST}: it was damaged or changed after it was written")
 
 
 def _in_order(content: bytes) -> tuple[bytes, int]:

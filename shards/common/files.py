@@ -1,5 +1,6 @@
 """Files that are either complete on the disk or absent, and locks that let only one process write to a place."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -35,6 +36,17 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             partial.unlink()
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def full_disk_names(folder: Path) -> Iterator[None]:
+    """Name `folder` in the error of a full disk that names no file, such as that of a file which is open for long."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            error.filename = str(folder)
+        raise
 
 
 def write_durably(path: Path, content: bytes) -> None:

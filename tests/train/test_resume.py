@@ -1,5 +1,8 @@
 """A run that dies or is stopped anywhere is resumed to the same bits, with the decisions of its first start."""
 
+import copy
+import errno
+import functools
 import json
 import resource
 import shutil
@@ -15,12 +18,13 @@ import torch
 from shards import ShardSet
 from shards.common.errors import DataError, UsageError
 from tests.support.parity import change_manifest
-from tests.support.train_runs import assert_same_run, at, child_environment, small, start_worker
+from tests.support.train_runs import assert_same_run, at, child_environment, small, start_worker, step_of
 from train import checkpoint
 from train import device as devices
 from train.device import Decision
 from train.loop import Stopped, train_once
 from train.record import environment, read_decisions
+from train.weights import write_weights
 
 PLAIN = {}
 """SGD, batch norm."""
@@ -258,6 +262,173 @@ def test_a_damaged_checkpoint_is_named(tiny_shards: Path, tmp_path: Path) -> Non
         train_once(small(tiny_shards), tmp_path / "run", resume=True)
 
 
+def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path: Path) -> None:
+    """PyTorch reads such a file without a word, unless the bit is in its directory or changes a length."""
+    checkpoint.save(tmp_path, {"weights": torch.randn(20), "step": 1})
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"checkpoint\.pt: damaged"):
+            checkpoint.load(tmp_path)
+    for content in (whole[:-1], whole + b"0", whole[:-21], b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"damaged, or written by another release; delete it"):
+            checkpoint.load(tmp_path)
+    path.write_bytes(whole)
+    state = checkpoint.load(tmp_path)
+    assert state is not None and state["step"] == 1
+
+
+@pytest.fixture(scope="module")
+def checked(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """The arguments of `checkpoint.check` where a run with AdamW goes on after 6 of its 8 steps."""
+    out, config = tmp_path_factory.mktemp("checked") / "run", small(tiny_shards, **RICH)
+    with pytest.raises(Stopped):
+        train_once(config, out, stop=at(8, lambda: True))
+    taken: list[Any] = []
+
+    def check(*arguments: Any) -> None:
+        checkpoint_check(*arguments)
+        taken.extend(arguments)
+        raise Crash
+
+    checkpoint_check = checkpoint.check
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(checkpoint, "check", check)
+        train_once(config, out, resume=True)
+    assert taken[1]["progress"]["step"] == 6
+    return tuple(taken)
+
+
+GONE = object()
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model", GONE, "it lacks model"),
+        ("evil", 1, "it has a foreign key evil"),
+        ("model", None, "model is no dictionary"),
+        ("model.body.head.bias", GONE, "model lacks body.head.bias"),
+        ("model.body.head.weight", torch.zeros(3), "model.body.head.weight is not a float32 tensor of shape"),
+        ("model.body.head.weight", 3, "model.body.head.weight is not a float32 tensor"),
+        ("model.more", torch.zeros(3), "model has a foreign key more"),
+        ("average", None, "average is no dictionary"),
+        ("progress.epoch", 99, "its epoch is 99, and the run has 2"),
+        ("progress.epoch", 1.0, "progress.epoch is 1.0, expected a whole number from 0"),
+        ("progress.epoch_step", 3, "its step is 6: not that of step 3 after 1 epochs of 4 steps"),
+        ("progress.epoch_step", 9, "its step is 6: not that of step 9"),
+        ("progress.step", -1, "progress.step is -1"),
+        ("progress.step", True, "progress.step is True"),
+        ("progress.train_s", NAN, "progress.train_s is nan"),
+        ("progress.train_s", "1", "progress.train_s is '1'"),
+        ("progress.loss", GONE, "progress lacks loss"),
+        ("progress.seconds.eval", None, "progress.eval is None"),
+        ("progress.seconds", 3, "progress.seconds is no dictionary"),
+        ("metrics_bytes", -1, "its metrics_bytes are -1"),
+        ("metrics_bytes", "all", "metrics_bytes is 'all'"),
+        ("normalisation.mean", [0.5, 0.5], "normalisation.mean is not a list of 3"),
+        ("random", [], "random is no list"),
+        ("random", [{"torch": {"cpu": torch.zeros(3)}}], "cpu is not a uint8 tensor"),
+        ("random", [{"numpy": 3}], r"random\[0\] lacks torch"),
+        ("optimizer.state", {9999: {}}, "optimizer.state is not of the run's parameters"),
+        ("optimizer.state", None, "optimizer.state is not of the run's parameters"),
+        ("optimizer.param_groups", [], "optimizer.param_groups is not a list of 2"),
+        ("scaler", {"scale": 1.0}, "its scaler has other keys"),
+        ("scaler", 3, "its scaler has other keys"),
+        ("loader.batch", 3, "its loader is at batch 3 of epoch 1, its step is another"),
+        ("loader.batch", GONE, "loader lacks batch"),
+        ("loader.epoch", "1", "loader.epoch is '1'"),
+    ],
+)
+def test_a_checkpoint_of_another_content_is_one_line(
+    checked: tuple[Any, ...], path: str, value: Any, words: str
+) -> None:
+    folder, state, *rest = checked
+    *parents, name = path.split(".", 2 if path.startswith("progress.seconds.") else 1)
+    state = copy.deepcopy(state)
+    place = functools.reduce(lambda of, key: of[key], parents, state)
+    if value is GONE:
+        del place[name]
+    else:
+        place[name] = value
+    with pytest.raises(DataError, match=f"checkpoint.pt: not a state of this run .*{words}") as error:
+        checkpoint.check(folder, state, *rest)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["slot", "shape", "decay"])
+def test_an_optimizers_state_of_another_content_is_one_line(checked: tuple[Any, ...], change: str) -> None:
+    folder, state, *rest = checked
+    state = copy.deepcopy(state)
+    first = state["optimizer"]["state"][0]
+    if change == "slot":
+        first["momentum_buffer"] = first.pop("exp_avg")
+    elif change == "shape":
+        first["exp_avg"] = torch.zeros(1)
+    else:
+        state["optimizer"]["param_groups"][0]["weight_decay"] = 9.0
+    words = {"slot": "lacks exp_avg", "shape": "exp_avg is not a float32 tensor", "decay": "weight_decay is not that"}
+    with pytest.raises(DataError, match=f"not a state of this run .*{words[change]}"):
+        checkpoint.check(folder, state, *rest)
+
+
+def test_a_run_goes_on_only_with_the_normalisation_of_its_weights(tiny_shards: Path, tmp_path: Path) -> None:
+    """The file of the weights is read again, and may be another one by then."""
+    net = step_of(small(tiny_shards)).net
+    for mean in ("[0.1, 0.2, 0.3]", "[0.3, 0.2, 0.1]"):
+        write_weights(tmp_path / "w.safetensors", net.body, {"mean": mean, "std": "[1, 1, 1]"})
+        config = small(tiny_shards, weights=str(tmp_path / "w.safetensors"))
+        resumed = (tmp_path / "run").exists()
+        with pytest.raises(UsageError if resumed else Stopped, match="normalisation" if resumed else "--resume"):
+            train_once(config, tmp_path / "run", stop=at(2, lambda: True), resume=resumed)
+
+
+def test_metrics_that_are_shorter_than_a_checkpoint_knows_are_one_line(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train_once(small(tiny_shards), tmp_path / "run", stop=at(2, lambda: True))
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match=r"metrics\.jsonl: has 0 bytes, and \d+ when the checkpoint was written"):
+        train_once(small(tiny_shards), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")], ids=["int", "disk"]
+)
+def test_ctrl_c_and_a_full_disk_anywhere_in_a_checkpoints_write_leave_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    checkpoint.save(tmp_path, {"step": 1})
+    write, left = checkpoint._Hashed.write, [0]
+
+    def interrupted(self: Any, content: bytes) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return write(self, content)
+
+    monkeypatch.setattr(checkpoint._Hashed, "write", interrupted)
+    for writes in range(12):
+        left[0] = writes
+        with pytest.raises((KeyboardInterrupt, OSError)) as raised:
+            checkpoint.save(tmp_path, {"step": 2, "weights": torch.zeros(1000)})
+        assert (raised.type is KeyboardInterrupt) == (error is KeyboardInterrupt)
+    state = checkpoint.load(tmp_path)
+    assert state is not None and state["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_result_without_its_content_does_not_make_a_run_finished(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train_once(small(tiny_shards), tmp_path / "run", stop=at(2, lambda: True))
+    for content in ("{}", "[]", "null", '{"model": 3}', "{"):
+        (tmp_path / "run" / "result.json").write_text(content)
+        with pytest.raises(DataError, match=r"result\.json: damaged .*delete it and start again with --resume"):
+            train_once(small(tiny_shards), tmp_path / "run", resume=True)
+
+
 def test_a_run_goes_on_only_with_the_normalisation_and_encoding_that_it_began_with(
     tiny_shards: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -274,10 +445,6 @@ def test_a_run_goes_on_only_with_the_normalisation_and_encoding_that_it_began_wi
         with pytest.raises(UsageError, match=words):
             train_once(config, out, resume=True)
         (data / "manifest.json").write_bytes(original)
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    names = ("version", "epoch", "batch", "shard_set", "selection", "seed", "batch_size", "train")
-    state["loader"] = {name: state["loader"][name] for name in names}
-    torch.save(state, out / "checkpoint.pt")  # as an older release wrote it
     train_once(config, out, resume=True)
     assert_same_run(whole, out)
 

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.utils.checkpoint_saver import CheckpointSaver
 from torch import Tensor, nn
 
 from shards.common.errors import DataError
 from tests.support.train_runs import small
 from train import models
-from train.inference.predictor import read_about
+from train.inference.predictor import load_network, read_about
 from train.loop import train_once
 from train.models import Classifier
-from train.weights import Weights, load_fitting, write_weights
+from train.weights import Weights, load_fitting, read_weights, write_weights
 
 MEAN, STD = (0.7, 0.5, 0.4), (0.2, 0.15, 0.1)
 
@@ -318,6 +319,67 @@ def test_damaged_safetensors_are_one_line(tmp_path: Path, header: dict[str, Any]
     with pytest.raises(DataError, match=words) as error:
         build(weights=tmp_path / "w.safetensors")
     assert str(tmp_path / "w.safetensors") in str(error.value) and str(error.value).isprintable()
+
+
+# ------------------------------------------------------------------ our own files
+
+
+def test_no_flipped_bit_in_a_tensor_of_our_own_file_goes_unseen(tmp_path: Path) -> None:
+    path, net = tmp_path / "w.safetensors", nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    write_weights(path, net, {"temperature": "1.5"})
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+    read_weights(path)
+    for place in range(header, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        with pytest.raises(DataError, match="its bytes are not those of its content_xxh3"):
+            read_weights(path)
+    path.write_bytes(whole.replace(b'"1.5"', b'"1.7"'))
+    with pytest.raises(DataError, match="content_xxh3"):
+        read_weights(path)
+
+
+def test_predict_reads_no_damaged_weights_and_older_ones_without_a_digest(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    content = (whole / path.name).read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match="content_xxh3"):
+        load_network(tmp_path, read_about(tmp_path))
+    with safe_open(whole / path.name, framework="pt") as file:
+        metadata = {name: value for name, value in file.metadata().items() if name != "content_xxh3"}
+    save_file(load_file(whole / path.name), path, metadata)
+    older, newer = (load_network(run, read_about(run)).state_dict() for run in (tmp_path, whole))
+    assert all(torch.equal(value, newer[name]) for name, value in older.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in ("0", "nan", "-1", "inf", "hot")),
+        *(
+            (name, value)
+            for name in ("mean", "std")
+            for value in ("[0.5, 0.5]", "3", "[0.5, 0.5, null]", "[NaN, 1, 1]")
+        ),
+        ("std", "[0.5, 0.5, 0]"),
+        *(("resolution", value) for value in ("0", "2.5", "99999999")),
+        *(("classes", value) for value in ("[]", "[1, 2]", '["nv", "nv"]', "7")),
+        *(("eval_crop", value) for value in ("0", "1.5", "nan")),
+        ("logits_prior", "uniform"),
+        *(
+            ("training_images_per_class", value)
+            for value in ("[1, 2]", "[0, 0, 0, 0, 0, 0, 0]", "[1, 2, 3, 4, 5, 6, -7]")
+        ),
+        *(("encode", value) for value in ("[]", '{"jpeg_quality": 0}', '{"jpeg_quality": "high"}')),
+    ],
+)
+def test_a_description_with_an_impossible_value_is_one_line(whole: Path, tmp_path: Path, name: str, value: str) -> None:
+    with safe_open(whole / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata() | {name: value}
+    write_weights(tmp_path / "model.safetensors", nn.Linear(2, 2), metadata)
+    with pytest.raises(DataError, match=r"model\.safetensors: its description is damaged") as error:
+        read_about(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------ normalisation

@@ -9,6 +9,7 @@ model.safetensors is read: it names the model, the packer's settings, the prior 
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -32,11 +33,11 @@ from shards.format import EncodeSpec
 from shards.plan import Augment, evaluation_plan
 from train import device as devices
 from train.inference.images import Picture, read_image
-from train.inference.output import About, Prediction, Refused
+from train.inference.output import PRIORS, About, Prediction, Refused
 from train.inference.resnet import LAYERS, ResNet
 from train.metrics.calibration import probabilities
-from train.record import CONFIG, RESULT, WEIGHTS
-from train.weights import load_fitting, read_weights, safetensors_file
+from train.record import CONFIG, WEIGHTS, read_result
+from train.weights import load_fitting, read_norm, read_weights, safetensors_file
 
 if TYPE_CHECKING:
     from train.inference.explain import Explainer
@@ -69,27 +70,49 @@ def read_about(run: Path) -> About:
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: no readable weights ({error})") from None
     try:
-        return About(
-            model=raw["model"],
-            resolution=int(raw["resolution"]),
-            classes=tuple(json.loads(raw["classes"])),
-            mean=tuple(json.loads(raw["mean"])),
-            std=tuple(json.loads(raw["std"])),
-            encode=EncodeSpec(**json.loads(raw["encode"])),
-            eval_crop=float(raw["eval_crop"]),
-            prior=raw["logits_prior"],
-            temperature=float(raw["temperature"]),
-            class_counts=tuple(json.loads(raw["training_images_per_class"])),
-        )
+        return _described(raw)
     except KeyError as error:
         raise DataError(f"{path}: lacks its {error.args[0]}; train the run again with this release") from None
     except (TypeError, ValueError, UsageError) as error:
         raise DataError(f"{path}: its description is damaged ({error})") from None
 
 
+def _described(raw: dict[str, str]) -> About:
+    """The metadata of model.safetensors. Raises KeyError for what is missing, ValueError for what is impossible."""
+    mean, std = read_norm(raw)
+    about = About(
+        model=raw["model"],
+        resolution=int(raw["resolution"]),
+        classes=tuple(json.loads(raw["classes"])),
+        mean=mean,
+        std=std,
+        encode=EncodeSpec(**json.loads(raw["encode"])),
+        eval_crop=float(raw["eval_crop"]),
+        prior=raw["logits_prior"],
+        temperature=float(raw["temperature"]),
+        class_counts=tuple(json.loads(raw["training_images_per_class"])),
+    )
+    classes, counts = about.classes, about.class_counts
+    for name, right, expected in (
+        ("resolution", 1 <= about.resolution <= 65_535, "1 to 65535"),
+        ("classes", all(type(one) is str for one in classes) and 1 < len(set(classes)) == len(classes), "names"),
+        ("eval_crop", 0.0 < about.eval_crop <= 1.0, "above 0 and at most 1"),
+        ("logits_prior", about.prior in PRIORS, " or ".join(PRIORS)),
+        ("temperature", 0.0 < about.temperature < math.inf, "a number above 0"),
+        (
+            "training_images_per_class",
+            len(counts) == len(classes) and all(type(one) is int and one >= 0 for one in counts) and sum(counts) > 0,
+            "a number for each class",
+        ),
+    ):
+        if not right:
+            raise ValueError(f"its {name} is {raw[name]}, expected {expected}")
+    return about
+
+
 def _why_without_weights(run: Path) -> str:
     """Why a folder holds no weights, and what the user can do."""
-    if (run / RESULT).is_file():
+    if read_result(run) is not None:
         return (
             "the weights of this finished run were deleted (as a grid does with `--keep results`); to get them, delete "
             "this folder and train again; if it is a grid's cell, run the grid again with --keep weights"

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from shards.common.cli import typed
 from shards.common.errors import DataError, UsageError
-from shards.common.files import encoded, lock, write_durably
+from shards.common.files import encoded, full_disk_names, lock, write_durably
 from train.study.cells import Cell
 
 STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
@@ -173,7 +173,8 @@ class StudyFolder:
             "note": cell.note,
             "error": error,
         }
-        self._journal.write(encoded(json.dumps(entry, ensure_ascii=False)) + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with full_disk_names(self.path / JOURNAL):
+            self._journal.write(encoded(json.dumps(entry, ensure_ascii=False)) + b"\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
         return entry

@@ -1,5 +1,6 @@
 """Mistakes in the options of a grid: each is refused before anything is written, with the right message."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,11 +106,14 @@ def test_batch_norm_over_processes_is_offered_only_where_there_are_several():
     assert offering == [run]
 
 
-def test_deleted_weights_and_an_unfinished_run_give_different_messages(tmp_path: Path):
+def test_deleted_weights_and_an_unfinished_run_give_different_messages(whole: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match="not finished; continue it with --resume"):
         read_about(tmp_path)
     (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(DataError, match=r"result\.json: damaged"):
+        read_about(tmp_path)
+    shutil.copy(whole / "result.json", tmp_path)
     with pytest.raises(
         DataError, match=r"weights of this finished run were deleted .*train again.*--keep weights"
     ) as error:

@@ -1,6 +1,7 @@
 """Image files of any origin: each is read as it looks, or refused with the reason."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from shards.encode import BadImageError
 from shards.jpeg import encode_jpeg
 from tests.conftest import picture
-from train.inference.images import find_images, open_image, read_image
+from train.inference.images import _NEWER, _newer_formats, find_images, open_image, read_image
 
 RGB = picture(np.random.default_rng(0), 3, 40, 60)
 
@@ -104,6 +105,24 @@ def test_what_has_no_sure_reading_is_refused_by_name():
             open_image(data)
 
 
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_avif_and_heic_are_read_or_refused_with_what_helps(kind, monkeypatch):
+    brand = {"AVIF": b"avif", "HEIF": b"heic"}[kind]
+    data = b"\0\0\0\x18ftyp" + brand + bytes(200)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.inference.images._newer_formats", tuple)
+        with pytest.raises(BadImageError, match=f"format {kind}, which cannot be read here.*: pip install '.*'$"):
+            open_image(data)
+    if kind not in _newer_formats():
+        pytest.skip(f"Pillow cannot read {kind} here ({_NEWER[kind]})")
+    with pytest.raises(BadImageError, match="is damaged"):
+        open_image(data)
+    found = open_image(saved(Image.fromarray(RGB), kind, quality=95)).pixels
+    assert found.shape == RGB.shape and np.abs(found.astype(int) - RGB).mean() < 5
+    with pytest.raises(BadImageError, match="holds 2 images"):
+        open_image(saved(Image.fromarray(RGB), kind, save_all=True, append_images=[Image.fromarray(RGB)]))
+
+
 def test_only_files_of_a_shard_set_count_as_packed():
     assert open_image(encode_jpeg(RGB)).packed
     assert not open_image(encode_jpeg(RGB, restart=False)).packed
@@ -114,7 +133,7 @@ def test_only_files_of_a_shard_set_count_as_packed():
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_damage_ends_in_a_picture_or_a_reason(data):
-    kind = data.draw(st.sampled_from(["PNG", "TIFF", "BMP", "WEBP", "JPEG"]))
+    kind = data.draw(st.sampled_from(["PNG", "TIFF", "BMP", "WEBP", "JPEG", *_newer_formats()]))
     content = bytearray(saved(Image.fromarray(RGB[:16, :16]), kind))
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -135,11 +154,49 @@ def test_files_are_found_in_folders_and_named_ones_are_taken_as_they_are(tmp_pat
     assert [f.name for f in left_out] == ["notes.csv"]
 
 
+def test_linked_folders_are_followed_and_circles_are_not(tmp_path: Path):
+    for name in ("a/1.jpg", "a/deep/2.jpg", "elsewhere/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "a/deep/elsewhere").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a/deep/up").symlink_to(tmp_path / "a")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "a")
+    (tmp_path / "a/self").symlink_to(tmp_path / "a/self")
+    (tmp_path / "a/gone.jpg").symlink_to(tmp_path / "none.jpg")
+    found, left_out = find_images([tmp_path / "a"])
+    assert [str(f.relative_to(tmp_path)) for f in found] == [
+        "a/1.jpg", "a/deep/2.jpg", "a/deep/elsewhere/3.jpg", "a/gone.jpg", "a/link/3.jpg"
+    ]  # fmt: skip
+    assert [f.name for f in left_out] == ["self"]
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypatch):
+    for name in ("a/1.jpg", "b/2.jpg", "c/3.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    listing = Path.iterdir
+
+    def iterdir(folder: Path):  # root may read every folder, so no permissions are changed here
+        if folder.name == "b":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    found, _ = find_images([tmp_path])
+    assert [str(f.relative_to(tmp_path)) for f in found] == ["a/1.jpg", "b", "c/3.jpg"]
+    with pytest.raises(BadImageError, match="is a folder that cannot be read; check its permissions"):
+        read_image(found[1])
+
+
 def test_paths_that_are_no_file_are_refused(tmp_path: Path):
     with pytest.raises(BadImageError, match="does not exist"):
         read_image(tmp_path / "missing.jpg")
+    with pytest.raises(BadImageError, match="is a folder that cannot be read"):
+        read_image(tmp_path)  # find_images names only such folders
+    os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(BadImageError, match="is not a file"):
-        read_image(tmp_path)
+        read_image(tmp_path / "pipe.jpg")
     huge = tmp_path / "huge.tif"
     with huge.open("wb") as file:
         file.truncate(301_000_000)  # takes no room on the disk

@@ -6,19 +6,29 @@ python -m train.predict --run runs/resnet18_f1_s0_u0 photos/ --out predictions.c
 Research software, not a medical device.
 """
 
+import os
+import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import click
 
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
+from shards.common.files import encoded, growing_file
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")
 @click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a finished run.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write to this file: CSV, or as --json or --isic say.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write to this file: CSV, or as --json or --isic say. Until all is done, the answers so far are in FILE.part.",
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON, which also lists the refused files with the reasons.")
 @click.option("--isic", is_flag=True, help="CSV in the submission format of ISIC 2018 Task 3.")
 @click.option(
@@ -46,8 +56,9 @@ def main(
 ) -> int:
     """Print or write the probability of each class for each image. Research software, not a medical device.
 
-    Reads JPEG, PNG, TIFF, BMP and WebP files, and searches folders for them. A file that cannot be used is named on
-    standard error with the reason. All other files are still predicted, and the exit code is 1.
+    Reads JPEG, PNG, TIFF, BMP, WebP, AVIF and HEIC files, and searches folders and linked folders for them. A file or
+    folder that cannot be used is named on standard error with the reason. All other files are still predicted, and the
+    exit code is 1.
     """
     if as_json and isic:
         raise UsageError("--json and --isic exclude each other: choose one")
@@ -63,46 +74,76 @@ def main(
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         click.echo(f"skipped, its name does not end like that of an image: {left_out[0]}{more}", err=True)
     if not files:
-        raise DataError(f"{images[0]}: holds no image (JPEG, PNG, TIFF, BMP or WebP)")
+        raise DataError(f"{images[0]}: holds no image (JPEG, PNG, TIFF, BMP, WebP, AVIF or HEIC)")
     if isic:
         output.check_names(files)
-    with cli.importing():
-        from train.inference.predictor import Predictor, predict_files
-
-        predictor = Predictor(folder, device)
-    explainer = None
-    if explain:
-        from train.inference.explain import Explainer
-
-        explainer = Explainer(predictor)
-        explain_out.mkdir(parents=True, exist_ok=True)
-    click.echo(output.NOTICE, err=True)
-    found: list[output.Prediction | output.Refused] = []
-    with Progress("predicting", len(files), "images", transient=True) as progress:
-        for batch in predict_files(predictor, files, prior, flips, explainer, explain_out, batch_size):
-            found += batch
-            progress.advance(len(batch))
-    predictions = [one for one in found if isinstance(one, output.Prediction)]
-    refused = [one for one in found if isinstance(one, output.Refused)]
-    for one in refused:
-        click.echo(f"refused: {one.file} {one.reason}", err=True)
-    results = output.Results(predictor.about, folder, prior or predictor.about.prior, flips, predictions, refused)
+    form: Callable[[output.Settings, output.Answers], Iterator[str]]
     form = output.as_json if as_json else output.as_isic if isic else output.as_csv if out else output.as_lines
-    text = form(results)
-    if out is None:
-        click.echo(text, nl=False)
-    else:
-        from shards.common.files import encoded, write_durably
+    refused = 0
+    with _opened(out) as file:
+        with cli.importing():
+            from train.inference.predictor import Predictor, predict_files
 
-        write_durably(out, encoded(text))
-        click.echo(f"{len(predictions)} images predicted, {len(refused)} refused: {out}", err=True)
+            predictor = Predictor(folder, device)
+        explainer = None
+        if explain:
+            from train.inference.explain import Explainer
+
+            explainer = Explainer(predictor)
+            explain_out.mkdir(parents=True, exist_ok=True)
+            if not os.access(explain_out, os.W_OK | os.X_OK):
+                raise UsageError(f"--explain-out {explain_out}: cannot be written; check the permissions")
+        longest = max(len(str(one)) for one in files)
+        settings = output.Settings(predictor.about, folder, prior or predictor.about.prior, flips, longest)
+        click.echo(output.NOTICE, err=True)
+        with Progress("predicting", len(files), "images", transient=True) as progress:
+
+            def answers() -> output.Answers:
+                nonlocal refused
+                for batch in predict_files(predictor, files, prior, flips, explainer, explain_out, batch_size):
+                    for one in batch:
+                        if isinstance(one, output.Refused):
+                            refused += 1
+                            progress.warn(f"{one.file} {one.reason}", "refused")
+                        yield one
+                        progress.advance(1)
+
+            for text in form(settings, answers()):
+                if out is None and sys.stdout.isatty():
+                    progress.say(text.removesuffix("\n"))
+                else:  # only lines for people show a path that is not UTF-8 with its own bytes
+                    file.write(os.fsencode(text) if form is output.as_lines else encoded(text))
+                    file.flush()
+    if out is not None:
+        click.echo(f"{len(files) - refused} images predicted, {refused} refused: {out}", err=True)
     return 1 if refused else 0
+
+
+@contextmanager
+def _opened(out: Path | None) -> Iterator[IO[bytes]]:
+    """The file for the answers, or standard output. If an error ends the command, a line names what was written."""
+    if out is None:
+        yield sys.stdout.buffer
+        return
+    with growing_file(out) as file:
+        try:
+            yield file
+        except BaseException:
+            if os.fstat(file.fileno()).st_size:
+                click.echo(f"the answers so far are in {file.name}", err=True)
+            raise
 
 
 def _check_outputs(out: Path | None, explain_out: Path | None) -> None:
     """Raise UsageError if the results could not be written, before anything is computed."""
+    from train.inference.images import SUFFIXES
+
     if out is not None and out.is_dir():
         raise UsageError(f"--out {out}: is a folder; give the name of a file")
+    if out is not None and out.exists() and not out.is_file():
+        raise UsageError(f"--out {out}: is not a regular file; leave --out out and redirect the output instead")
+    if out is not None and out.suffix.lower() in SUFFIXES:
+        raise UsageError(f"--out {out}: is the name of an image; give one that ends in .csv or .json")
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {out}: {out.parent} is not a folder; create it or choose another")
     if explain_out is not None and explain_out.exists() and not explain_out.is_dir():

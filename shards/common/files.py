@@ -5,6 +5,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -47,6 +48,31 @@ def full_disk_names(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
             error.filename = str(folder)
         raise
+
+
+@contextmanager
+def growing_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file next to `path` for results that come one by one; at the end it is flushed and renamed to `path`.
+
+    If the block fails or the process is killed, the file stays, unless it is empty. It is named `path`.part, or
+    `path`.part2 and so on if there is one already: what another process left is not overwritten. An OSError names it.
+    """
+    names = (path.with_name(f"{path.name}.part{number if number > 1 else ''}") for number in count(1))
+    part = next(name for name in names if not os.path.lexists(name))
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(part)
+        with suppress(OSError):
+            if not part.stat().st_size:
+                part.unlink()
+        raise
+    sync_folder(path.parent)
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -97,12 +97,12 @@ class Progress:
             click.echo(text)
             sys.stdout.flush()
 
-    def warn(self, text: str) -> None:
-        """Print one warning on standard error, above the bar."""
+    def warn(self, text: str, kind: str = "warning") -> None:
+        """Print one line on standard error, above the bar: what it is, and the text."""
         if self._bar is not None:
-            self._bar.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            self._bar.console.print(f"{kind}: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         else:
-            click.echo(f"warning: {text}", err=True)
+            click.echo(f"{kind}: {text}", err=True)
 
     def _draw(self) -> None:
         self._bar.update(self._task, description=self.what, completed=self.done, total=self.total or None)

@@ -6,7 +6,7 @@ This file needs neither torch nor scipy, because the process of the web page imp
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,70 +84,76 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Results:
-    """The results of one command. prior: that of the probabilities. flips: whether mirror images were averaged."""
+class Settings:
+    """What all answers of one command share. prior: that of the probabilities.
+
+    flips: whether mirror images were averaged. longest: characters of the longest file name.
+    """
 
     about: About
     run: Path
     prior: str
     flips: bool
-    predictions: Sequence[Prediction]
-    refused: Sequence[Refused]
+    longest: int = 0
 
 
-def as_lines(results: Results) -> str:
+Answers = Iterable[Prediction | Refused]
+"""One for each file, in order. The functions below give the text of each as soon as they get it."""
+
+
+def as_lines(settings: Settings, answers: Answers) -> Iterator[str]:
     """The three most likely classes of each image, for people."""
-    about = results.about
-    width = max((len(str(one.file)) for one in results.predictions), default=0)
-    lines = []
-    for one in results.predictions:
+    about = settings.about
+    for one in _predictions(answers):
         best = np.argsort(-one.probabilities, kind="stable")[:3]
         shown = "  ".join(f"{about.classes[c]:5s} {100 * one.probabilities[c]:5.1f} %" for c in best)
-        lines.append(f"{one.file!s:{width}s}  {shown}")
+        yield f"{one.file!s:{settings.longest}s}  {shown}\n"
     scaled = f"The logits were divided by a temperature of {about.temperature:.3g}."
     if about.temperature == 1:
         scaled = "There is no temperature scaling: the run's validation images did not determine a temperature."
-    lines.append(f"The probabilities assume that {PRIORS[results.prior]} ({results.prior} prior). {scaled}")
-    return "\n".join(lines) + "\n"
+    yield f"The probabilities assume that {PRIORS[settings.prior]} ({settings.prior} prior). {scaled}\n"
 
 
-def as_csv(results: Results) -> str:
+def as_csv(settings: Settings, answers: Answers) -> Iterator[str]:
     """One row per image: image, file, prediction, prior, temperature, and `prob_<dx>` for each class."""
-    about = results.about
-    head = ["image", "file", "prediction", "prior", "temperature", *(f"prob_{dx}" for dx in about.classes)]
-    rows = []
-    for one in results.predictions:
+    about = settings.about
+    yield _row("image", "file", "prediction", "prior", "temperature", *(f"prob_{dx}" for dx in about.classes))
+    for one in _predictions(answers):
         likeliest = about.classes[int(one.probabilities.argmax())]
-        row = [one.name, one.file, likeliest, results.prior, f"{about.temperature:.6g}"]
-        rows.append(row + [f"{p:.6f}" for p in one.probabilities])
-    return _csv(head, rows)
+        shown = (f"{p:.6f}" for p in one.probabilities)
+        yield _row(one.name, one.file, likeliest, settings.prior, f"{about.temperature:.6g}", *shown)
 
 
-def as_json(results: Results) -> str:
-    """All predictions and settings, and the refused files."""
-    about = results.about
-    images = [
-        {
+def as_json(settings: Settings, answers: Answers) -> Iterator[str]:
+    """All settings; a line for each prediction, which is an object of its own; the refused files."""
+    about = settings.about
+    head = {
+        "notice": NOTICE,
+        "run": str(settings.run),
+        "model": about.model,
+        "resolution_px": about.resolution,
+        "prior": settings.prior,
+        "temperature": about.temperature,
+        "flips": settings.flips,
+    }
+    yield json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False).removesuffix("\n}") + ',\n  "images": [\n'
+    refused: list[Refused] = []
+    separator = "   "
+    for one in answers:
+        if isinstance(one, Refused):
+            refused.append(one)
+            continue
+        image = {
             "image": one.name,
             "file": str(one.file),
             "prediction": about.classes[int(one.probabilities.argmax())],
             "probabilities": {dx: round(float(p), 6) for dx, p in zip(about.classes, one.probabilities, strict=True)},
             "explanation": str(one.explanation) if one.explanation else None,
         }
-        for one in results.predictions
-    ]
-    content = {
-        "notice": NOTICE,
-        "run": str(results.run),
-        "model": about.model,
-        "resolution_px": about.resolution,
-        "prior": results.prior,
-        "temperature": about.temperature,
-        "flips": results.flips,
-        "images": images,
-        "refused": [{"file": str(one.file), "reason": one.reason} for one in results.refused],
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        yield f"{separator} {json.dumps(image, ensure_ascii=False, allow_nan=False)}\n"
+        separator = "  ,"
+    tail = {"refused": [{"file": str(one.file), "reason": one.reason} for one in refused]}
+    yield "  ],\n" + json.dumps(tail, indent=2, ensure_ascii=False).removeprefix("{\n") + "\n"
 
 
 def check_names(files: Sequence[Path]) -> None:
@@ -159,16 +165,19 @@ def check_names(files: Sequence[Path]) -> None:
         seen[file.stem] = file
 
 
-def as_isic(results: Results) -> str:
+def as_isic(settings: Settings, answers: Answers) -> Iterator[str]:
     """The submission of ISIC 2018 Task 3: `image,MEL,NV,BCC,AKIEC,BKL,DF,VASC`, values from 0 to 1."""
-    order = [results.about.classes.index(column.lower()) for column in ISIC_COLUMNS]
-    rows = [[one.name, *(f"{one.probabilities[c]:.6f}" for c in order)] for one in results.predictions]
-    return _csv(["image", *ISIC_COLUMNS], rows)
+    order = [settings.about.classes.index(column.lower()) for column in ISIC_COLUMNS]
+    yield _row("image", *ISIC_COLUMNS)
+    for one in _predictions(answers):
+        yield _row(one.name, *(f"{one.probabilities[c]:.6f}" for c in order))
 
 
-def _csv(head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
+def _predictions(answers: Answers) -> Iterator[Prediction]:
+    return (one for one in answers if isinstance(one, Prediction))
+
+
+def _row(*values: object) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue()

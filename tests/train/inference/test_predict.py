@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -221,6 +222,64 @@ def test_files_keep_their_order_whatever_the_batch(runs, mixed):
         assert [one.file for batch in predict_files(predictor, files, batch_size=size) for one in batch] == files
 
 
+@pytest.mark.parametrize(("options", "ending"), [((), "csv"), (("--json",), "json"), (("--isic",), "csv")])
+def test_answers_so_far_outlive_an_end_before_the_last(options, ending, runs, raw, tmp_path, monkeypatch, capsys):
+    images = sorted(raw.rglob("*.jpg"))[:8]
+    out = tmp_path / f"answers.{ending}"
+    part = tmp_path / f"answers.{ending}.part"
+    asked = ("--run", runs["quick"], *images, *options, "--out", out, "--batch-size", 3)
+    assert predict_here(*asked) == 0
+    whole = out.read_text()
+    assert not part.exists()
+    seen = []
+
+    def two_batches(*arguments: object):
+        for number, batch in enumerate(predict_files(*arguments)):  # pyright: ignore[reportArgumentType]
+            seen.append(part.read_text())  # as another process reads it, or this one after a kill
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.inference.predictor.predict_files", two_batches)
+        out.write_text("an older file")
+        with pytest.raises(click.Abort):
+            predict_here(*asked)
+    assert out.read_text() == "an older file"
+    assert f"the answers so far are in {part}" in capsys.readouterr().err
+    assert all(whole.startswith(text) for text in seen)
+    assert [text.count("ISIC") for text in seen] == [n * whole.count("ISIC") // 8 for n in (0, 3, 6)]
+    assert part.read_text() == seen[-1]
+    if ending == "json":  # each prediction is a line, and an object of its own
+        [line] = [line for line in seen[-1].splitlines() if images[5].stem in line]
+        assert json.loads(line.lstrip(" ,"))["image"] == images[5].stem
+    assert predict_here(*asked) == 0
+    assert out.read_text() == whole
+    assert part.read_text() == seen[-1]  # nobody deletes them but the user
+    assert sorted(tmp_path.iterdir()) == [out, part]
+
+
+def test_names_that_are_not_utf8_keep_their_answers(runs, raw, tmp_path, capfdbinary):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.jpg")
+    odd.write_bytes(next(raw.rglob("*.jpg")).read_bytes())
+    bad = tmp_path / os.fsdecode(b"\xff.jpg")
+    bad.touch()
+    asked = ("--run", runs["quick"], odd, bad)
+    assert predict_here(*asked) == 1
+    assert capfdbinary.readouterr().out.startswith(os.fsencode(odd) + b"  ")
+    for options in ((), ("--out", tmp_path / "answers.json")):
+        assert predict_here(*asked, "--json", *options) == 1
+        text = (tmp_path / "answers.json").read_bytes() if options else capfdbinary.readouterr().out
+        answers = json.loads(text)
+        assert answers["images"][0]["file"] == str(odd) and answers["refused"][0]["file"] == str(bad)
+    for options in (("--isic",), ("--isic", "--out", tmp_path / "a.csv"), ("--out", tmp_path / "a.csv")):
+        assert predict_here(*asked, *options) == 1
+        text = capfdbinary.readouterr().out if "--out" not in options else (tmp_path / "a.csv").read_bytes()
+        assert list(table(text.decode()).index) == ["caf\\udce9"]
+    out = tmp_path / os.fsdecode(b"\xe9.csv")
+    assert predict_here(*asked, "--out", out) == 1 and len(table(out.read_text())) == 1
+
+
 def test_the_isic_submission_follows_the_rules_of_its_scorer(runs, raw, tmp_path):
     # the rules of isic_challenge_scoring/load_csv.py 5.6; the scorer itself needs pandas 2, so it is not installed here
     out = tmp_path / "submission.csv"
@@ -262,6 +321,10 @@ def test_wrong_usage_is_reported_before_any_work(runs, raw, mixed, tmp_path):
         ((tmp_path, image, "--out", tmp_path), UsageError, "is a folder; give the name of a file"),
         ((tmp_path, image, "--out", tmp_path / "none" / "a.csv"), UsageError, "none is not a folder; create it"),
         ((tmp_path, image, "--out", tmp_path / "file" / "a.csv"), UsageError, "file is not a folder; create it"),
+        ((tmp_path, image, "--out", "/dev/null"), UsageError, "not a regular file"),
+        ((tmp_path, image, "--out", image), UsageError, "is the name of an image"),
+        ((tmp_path, image, "--out", "/proc/a.csv"), OSError, "a.csv.part"),  # before it is seen that there is no run
+        ((tmp_path, image, "--out", tmp_path / "new.csv"), DataError, "not a run folder"),
         ((tmp_path, image, "--explain", "--explain-out", tmp_path / "file"), UsageError, "is a file; choose a folder"),
         ((run, image, "--explain", "--explain-out", tmp_path / "file" / "a"), NotADirectoryError, "file"),
         ((run, tmp_path / "empty"), DataError, "holds no image"),
@@ -271,6 +334,7 @@ def test_wrong_usage_is_reported_before_any_work(runs, raw, mixed, tmp_path):
     ):
         with pytest.raises(kind, match=text):
             predict_here("--run", *arguments)
+    assert not list(tmp_path.glob("new.csv*"))
 
 
 def test_weights_of_another_model_are_refused(runs):

@@ -189,7 +189,7 @@ def renewed(text: str, tables: str, name: str) -> str:
     return f"{text[: marks[0].end()]}\n{tables}{text[marks[1].start() :]}"
 
 
-@click.command()
+@click.command(cls=cli.Command)
 @click.option(
     "--write",
     "page",

@@ -77,7 +77,7 @@ def run_checks(
     return evidence
 
 
-@click.command()
+@click.command(cls=cli.Command)
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Evidence file.  [default: {FOLDER}/<gpu>.json]"
 )

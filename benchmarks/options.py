@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.common.cli import typed_line
+from shards.common.cli import Command, typed_line
 from shards.common.errors import UsageError
 from shards.common.machine import available_cores
 
@@ -203,7 +203,7 @@ def benchmark(
         built: Callable = call
         for option in reversed([*_COMMON, *timing, *options]):
             built = option(built)
-        return click.command(name)(built)
+        return click.command(name, cls=Command)(built)
 
     return make
 

@@ -15,7 +15,7 @@ from benchmarks.options import OUT
 from benchmarks.pages import Page, packed_sizes
 from benchmarks.tables import number, read_csv
 from benchmarks.utilization import START_UP, TRAINING, Moment, read_timeline, timeline_of
-from shards.common.cli import typed
+from shards.common.cli import Command, typed
 from shards.common.errors import DataError
 from shards.common.files import write_durably
 
@@ -30,7 +30,7 @@ PAGES: dict[str, Page] = {
 """Every benchmark by its name, in the order of the report."""
 
 
-@click.command("report")
+@click.command("report", cls=Command)
 @OUT
 def command(out: Path) -> None:
     """RESULTS.md and charts (SVG) from the CSV files of the other subcommands, and the Markdown beside each of them."""

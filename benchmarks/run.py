@@ -12,7 +12,7 @@ from benchmarks import grid, latency, loader, pack, predict, report, stalls, tra
 from shards.common import cli
 
 
-@click.group()
+@click.group(cls=cli.Group)
 def main() -> None:
     """Measure this project beside its peers: interleaved rounds, medians with intervals, the machine in every row."""
 

@@ -301,7 +301,7 @@ def _check_whole(items: Sequence[Item], out: Path) -> None:
             )
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=cli.Command, context_settings={"show_default": True})
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

@@ -59,7 +59,7 @@ class Ratio(click.ParamType):
         return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=cli.Command, context_settings={"show_default": True})
 @click.option("--source", type=click.Path(path_type=Path), default=Path("data/ham10000"), help="Raw HAM10000 folder.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards"), help="Shard set to write.")
 @click.option(

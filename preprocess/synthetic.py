@@ -206,7 +206,7 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
     return lesions
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=cli.Command, context_settings={"show_default": True})
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New or empty folder to write.")
 @click.option("--images", type=int, default=700, help=f"Number of images, at least {LEAST_IMAGES}.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed gives other lesions.")

@@ -12,7 +12,7 @@ from shards.common import cli
 from shards.common.errors import DataError
 
 
-@click.group()
+@click.group(cls=cli.Group)
 def main() -> None:
     """Look at a packed shard set."""
 

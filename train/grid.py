@@ -18,7 +18,7 @@ from train.study.cells import BUDGETS, EIGHT, FRACTIONS
 from train.study.folder import UNWANTED
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=cli.Command, context_settings={"show_default": True})
 @click.option("--models", default="all", help=f"Names, separated by commas; all: {', '.join(EIGHT)}.")
 @click.option(
     "--fractions",

@@ -18,7 +18,7 @@ from shards.common.errors import DataError
 from train.config import training_options
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=cli.Command, context_settings={"show_default": True})
 @click.option("--model", default="resnet18", help="Name of the model to train.")
 @click.option("--seeds", default="0,1,2", help="Seeds of weights, order and augmentation. Each trains on both sets.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study/leakage"), help="Folder to write.")

@@ -21,7 +21,7 @@ from shards.common.errors import DataError, UsageError
 from shards.common.files import encoded, growing_file
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")
 @click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a finished run.")
 @click.option(

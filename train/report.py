@@ -14,7 +14,7 @@ from shards.common import cli
 from shards.common.errors import UsageError
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=cli.Command, context_settings={"show_default": True})
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), show_default="STUDY/report.html", help="Page to write.")
 @click.option(

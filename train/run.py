@@ -18,7 +18,7 @@ from train.config import Config, training_options
 _STARTED = time.perf_counter()
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
 @partial(training_options, run_only=True)
 @click.option(
     "--out", type=click.Path(), default=None, show_default="runs/MODEL_fFRACTION_sSEED_uSUBSET", help="Run folder."

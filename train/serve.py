@@ -32,7 +32,7 @@ HOST = "127.0.0.1"
 _STARTED = time.perf_counter()
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a finished run.")
 @click.option(
     "--data", type=click.Path(path_type=Path), show_default="the run's own", help="Shard set of the training lesions."

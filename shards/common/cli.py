@@ -54,6 +54,31 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+class Command(click.Command):
+    """A command that refuses an option which is given twice; click would use the last value in silence.
+
+    Options for several values may be repeated, and so may flags that can only be switched on.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words of the command line. Raises click.UsageError."""
+        given = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(list(args))[2]
+        for option in self.params:
+            times = given.count(option)
+            if times < 2 or not isinstance(option, click.Option) or option.multiple:
+                continue
+            if not option.is_flag or option.secondary_opts:
+                name = "/".join((*option.opts, *option.secondary_opts))
+                raise click.UsageError(f"{name} is given {times} times: give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+
+
 def _names() -> dict[str, str]:
     """What the user types for a module if `dermscale` started this process; otherwise nothing."""
     context = click.get_current_context(silent=True)

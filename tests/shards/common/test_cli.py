@@ -1,13 +1,17 @@
 """What the system says of a file becomes one line on every command line; what names no file stays a traceback."""
 
+import ast
 import errno
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import click
 import pytest
 
+import dermscale
+from benchmarks import evidence
 from preprocess import synthetic
 from shards import __main__ as shards_command
 from shards.common import cli
@@ -36,6 +40,46 @@ def failing(error: OSError) -> click.Command:
 )
 def test_an_error_with_a_file_is_one_line(number, file, line, command):
     assert command(failing(OSError(number, os.strerror(number), file))) == (1, "", f"error: {line}\n")
+
+
+@click.command(cls=cli.Command)
+@click.option("--run")
+@click.option("--model", multiple=True)
+@click.option("--on/--off", default=True)
+@click.option("--json", is_flag=True)
+@click.argument("images", nargs=-1)
+def example(**given: object) -> None:
+    click.echo(str(given))
+
+
+def test_an_option_with_one_value_is_refused_the_second_time(command):
+    for words, name in (
+        (("--run", "a", "--run", "b"), "--run is given 2 times: give it once"),
+        (("--run=a", "x.jpg", "--run", "a", "--run", "c"), "--run is given 3 times: give it once"),
+        (("--on", "--off"), "--on/--off is given 2 times: give it once"),
+    ):
+        assert command(example, *words) == (2, "", f"error: {name}\n")
+    code, out, _ = command(example, "--model", "a", "--model", "b", "--json", "--json", "--run", "--run", "--off")
+    assert code == 0
+    expected = {"model": ("a", "b"), "json": True, "run": "--run", "on": False, "images": ()}
+    assert ast.literal_eval(out) == expected
+
+
+def test_every_command_refuses_a_second_value():
+    seen = []
+
+    def check(command: click.Command) -> None:
+        if isinstance(command, click.Group):
+            for one in command.commands.values():
+                check(one)
+            return
+        assert isinstance(command, cli.Command), command.name
+        seen.append(command)
+
+    for entry in dermscale.COMMANDS.values():
+        check(getattr(import_module(entry.module), entry.function))
+    check(evidence.main)
+    assert len(seen) > len(dermscale.COMMANDS)
 
 
 def test_an_error_without_a_file_keeps_its_traceback(monkeypatch):

@@ -2,8 +2,8 @@
 
 python -m train.serve --run runs/resnet18_f1_s0_u0        # then open http://127.0.0.1:7860
 
-Only this machine can open the page. An uploaded file is deleted as soon as its results are shown. Research software,
-not a medical device.
+Only this machine can open the page, and no other page in its browser can use it. An uploaded file is deleted as soon as
+its results are shown. Research software, not a medical device.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -26,6 +27,8 @@ from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError, one_line
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from train.inference.worker import Answer
 
 HOST = "127.0.0.1"
@@ -39,29 +42,47 @@ _STARTED = time.perf_counter()
 )
 @click.option("--port", default=7860, type=click.IntRange(1, 65_535), help=f"Port on {HOST}.")
 @click.option("--max-upload-mb", default=20, type=click.IntRange(1, 300), help="Larger files are refused.")
+@click.option(
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Also answer requests that name this host, for a proxy before the page. Can be repeated.",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-def main(folder: Path, data: Path | None, port: int, max_upload_mb: int, device: str) -> int:
+def main(folder: Path, data: Path | None, port: int, max_upload_mb: int, hosts: tuple[str, ...], device: str) -> int:
     """Serve a web page on this machine that predicts images. Research software, not a medical device.
 
     The first start computes the features of the training lesions in the background and saves them in the run folder.
     """
-    _check_port(port)
+    from train.inference.guard import host_name
+
+    if unclear := [host for host in hosts if not host_name(host)]:
+        raise UsageError(f"--allow-host {unclear[0]}: is not the name of a host; give one such as derma.example.org")
     signal.signal(signal.SIGTERM, _exit)
-    with tempfile.TemporaryDirectory(prefix="dermscale-uploads-") as uploads:
+    with _listening(port) as listener, tempfile.TemporaryDirectory(prefix="dermscale-uploads-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-        os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), HOST)))
-        serve(folder, data, port, max_upload_mb, device)
+        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):  # nothing here leaves this machine
+            os.environ.pop(name, None)
+            os.environ.pop(name.upper(), None)
+        serve(folder, data, listener, max_upload_mb, map(host_name, hosts), device)
     return 0
 
 
-def serve(folder: Path, data: Path | None, port: int, max_upload_mb: int, device: str) -> None:
-    """Serve until Ctrl-C. Raises DermscaleError if the run cannot be loaded."""
+def serve(
+    folder: Path, data: Path | None, listener: socket.socket, max_upload_mb: int, hosts: Iterable[str], device: str
+) -> None:
+    """Serve until Ctrl-C. Raises DermscaleError if the run cannot be loaded.
+
+    listener: a socket that listens. hosts: names that requests may give this machine, beside those of the loopback.
+    """
     from train.inference import worker
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         starting = process.submit(worker.start, folder, data, device)
         _import_gradio()  # while the other process imports torch
         from train.inference import page
+        from train.inference.guard import Guard
         from train.inference.output import NOTICE
 
         try:
@@ -69,30 +90,35 @@ def serve(folder: Path, data: Path | None, port: int, max_upload_mb: int, device
         except BrokenExecutor:
             raise DermscaleError("the model process ended while it loaded the run; is the memory full?") from None
         try:
-            blocks = page.build(partial(ask, process), about, credit)
-            blocks.queue(max_size=20).launch(
-                server_name=HOST,
-                server_port=port,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                max_file_size=max_upload_mb * 1_000_000,
-                footer_links=[],
-                run_history=False,
-                ssr_mode=False,
-                enable_monitoring=False,
-                css=page.STYLE,
-            )
-            with contextlib.suppress(KeyboardInterrupt):  # from the line on that tells the user to press Ctrl-C
+            app = page.application(partial(ask, process), about, credit, max_upload_mb * 1_000_000)
+            with _answering(Guard(app, hosts), listener), contextlib.suppress(KeyboardInterrupt):
+                # from the line on that tells the user to press Ctrl-C
                 click.echo(NOTICE, err=True)
                 seconds = time.perf_counter() - _STARTED
-                click.echo(f"http://{HOST}:{port} is ready after {seconds:.1f} s; press Ctrl-C to stop")
+                address = f"http://{HOST}:{listener.getsockname()[1]}"
+                click.echo(f"{address} is ready after {seconds:.1f} s; press Ctrl-C to stop")
                 sys.stdout.flush()
                 threading.Event().wait()
-            blocks.close(verbose=False)
         finally:
             with contextlib.suppress(BrokenExecutor):
                 process.submit(worker.stop)
+
+
+@contextlib.contextmanager
+def _answering(app: "ASGIApp", listener: socket.socket) -> Iterator[None]:
+    """Answer requests in a thread until the block ends."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],), name="answering", daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise DermscaleError("the page could not be started; the lines above say why")
+        time.sleep(0.005)
+    yield
+    server.should_exit = True
+    thread.join(5)
 
 
 def ask(process: ProcessPoolExecutor, image: bytes) -> "Answer | str":
@@ -125,14 +151,13 @@ def _exit(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _check_port(port: int) -> None:
-    """Raise UsageError if another program listens on the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UsageError(f"--port {port} cannot be used ({error.strerror}): choose another") from None
+def _listening(port: int) -> socket.socket:
+    """A socket that listens on the port. Raises UsageError if another program does."""
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UsageError(f"--port {port} cannot be used ({reason}): choose another") from None
 
 
 if __name__ == "__main__":

@@ -31,11 +31,16 @@ def own_signals() -> Iterator[None]:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Runs the command as `__main__` does; the exit code, standard output and standard error."""
+    """Runs the command as `__main__` does, with the last value of each option; the exit code, output and errors."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.run", "--device", "cpu", *map(str, arguments)])
+        words: dict[str, list[str]] = {}  # of each option its last value, as no option may be given twice
+        for word in ("--device", "cpu", *map(str, arguments)):
+            if word.startswith("--"):
+                option = words[word] = []
+            option.append(word)
+        monkeypatch.setattr(sys, "argv", ["train.run", *(word for option in words.values() for word in option)])
         with pytest.raises(SystemExit) as stop:
             cli.run(main)
         out, errors = capsys.readouterr()

@@ -3,13 +3,21 @@
 import base64
 import html
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.inference.output import NOTICE, PRIORS, About
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from train.inference.worker import Answer
+
+Ask = Callable[[bytes], "Answer | str"]
+
+_WAITING = 20
+"""Images that wait for their turn; more are refused."""
 
 NAMES = {
     "akiec": "actinic keratosis or intraepithelial carcinoma",
@@ -36,7 +44,29 @@ def class_name(dx: str) -> str:
     return f"{dx}: {NAMES[dx]}" if dx in NAMES else dx
 
 
-def build(ask: Callable[[bytes], "Answer | str"], about: About, credit: str) -> Any:
+def application(ask: Ask, about: About, credit: str, most_bytes: int) -> "FastAPI":
+    """The page as an ASGI application. most_bytes: larger uploads are refused. For the others see `build`."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    page = build(ask, about, credit)
+    page.queue(max_size=_WAITING)
+    page.state_session_capacity = _WAITING  # Gradio keeps 50 kB for each visit, for states that this page does not have
+    page.has_launched = True  # otherwise Gradio would take any file of this machine for an upload
+    return gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
+        path="/",
+        max_file_size=most_bytes,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        css=STYLE,
+    )
+
+
+def build(ask: Ask, about: About, credit: str) -> Any:
     """The page, a `gradio.Blocks`.
 
     ask: the bytes of an image file → its results, or the reason why there are none. Called for one image at a time.
@@ -55,14 +85,19 @@ def build(ask: Callable[[bytes], "Answer | str"], about: About, credit: str) -> 
                 pictures = gr.HTML(elem_id="pictures")
                 similar = gr.HTML(elem_id="similar")
 
-        def show(path: str | None) -> tuple[Any, ...]:
-            if path is None:
+        def show(uploaded: dict[str, Any] | None) -> tuple[Any, ...]:
+            if uploaded is None:
                 return None, "", None, "", ""
-            file = Path(path)
+            file = Path(uploaded["path"])  # Gradio lets no path pass but that of an upload
             try:
                 answer = ask(file.read_bytes())
+            except FileNotFoundError:
+                answer = "was deleted with the results for another drop of the same file; drop it again"
             finally:
                 file.unlink(missing_ok=True)
+                with suppress(OSError):  # another upload of this content under another name is in the folder
+                    file.parent.rmdir()
+                page.upload_file_set.discard(str(file))  # Gradio remembers the names of all uploads
             if isinstance(answer, str):
                 refused = f'<p class="refused">{html.escape(file.name)} {html.escape(answer)}.</p>'
                 return None, refused, None, "", ""
@@ -70,7 +105,9 @@ def build(ask: Callable[[bytes], "Answer | str"], about: About, credit: str) -> 
             return None, _message(file.name, about), probabilities, _pictures(answer), _similar(answer, credit)
 
         outputs = [upload, message, label, pictures, similar]
-        upload.upload(show, upload, outputs, concurrency_limit=1, api_visibility="private", show_progress="minimal")
+        # without preprocess=False, gr.File makes an empty file for each upload, which stays
+        options: Any = {"preprocess": False, "concurrency_limit": 1, "api_visibility": "private"}
+        upload.upload(show, upload, outputs, show_progress="minimal", **options)
     return page
 
 

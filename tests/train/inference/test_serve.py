@@ -32,6 +32,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 
+PROXIES = {"ALL_PROXY": "socks5://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": ".cluster"}
+"""As on the nodes of a cluster; nobody listens there, and httpx has no SOCKS without another package."""
+
 
 @dataclass
 class Server:
@@ -49,7 +52,7 @@ def serving(run: Path, temporary: Path, *options: object) -> Iterator[Server]:
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
-        env=child_environment() | {"TMPDIR": str(temporary)},
+        env=child_environment() | PROXIES | {"TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -236,6 +239,7 @@ def test_a_mistake_ends_in_one_line(run, raw, tmp_path):
             (("--run", run, "--port", taken), 2, f"--port {taken} cannot be used"),
             (("--run", tmp_path, "--port", free_port()), 1, "not a run folder"),
             (("--run", run, "--port", free_port(), "--data", raw), 1, "not a shard set"),
+            (("--run", run, "--allow-host", "[::1"), 2, "--allow-host [::1: is not the name of a host"),
         ):
             command = [sys.executable, "-m", "train.serve", *map(str, arguments)]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=child_environment())

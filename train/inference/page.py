@@ -74,7 +74,7 @@ def build(ask: Ask, about: About, credit: str) -> Any:
     """
     import gradio as gr
 
-    with gr.Blocks(title="dermscale", analytics_enabled=False, delete_cache=(60, 60)) as page:
+    with gr.Blocks(title="dermscale", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# dermscale: {about.model} at {about.resolution} px\n\n**{NOTICE}**")
         with gr.Row():
             with gr.Column():
@@ -97,7 +97,8 @@ def build(ask: Ask, about: About, credit: str) -> Any:
                 file.unlink(missing_ok=True)
                 with suppress(OSError):  # another upload of this content under another name is in the folder
                     file.parent.rmdir()
-                page.upload_file_set.discard(str(file))  # Gradio remembers the names of all uploads
+                for names in page.temp_file_sets:  # Gradio would remember the names of all uploads
+                    names.discard(str(file))
             if isinstance(answer, str):
                 refused = f'<p class="refused">{html.escape(file.name)} {html.escape(answer)}.</p>'
                 return None, refused, None, "", ""

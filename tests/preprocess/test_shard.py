@@ -18,7 +18,7 @@ import simplejpeg
 from preprocess import shard
 from preprocess.ham10000 import read_source
 from preprocess.packing import Settings, pack
-from shards import ShardSet
+from shards import Loader, ShardSet
 from shards.common.errors import DataError
 from shards.encode import decode_strictly, shrink
 from shards.format import CLASSES, EncodeSpec
@@ -89,6 +89,31 @@ def test_the_set_holds_the_source(raw, tmp_path):
     text = (tmp_path / "set" / "manifest.json").read_text()
     assert str(raw) not in text and str(tmp_path) not in text
     assert set(packed.manifest.versions) >= {"numpy", "opencv", "simplejpeg", "pyarrow", "libjpeg-turbo", "dermscale"}
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw"])
+def test_an_image_of_one_pixel_is_packed_and_loaded_in_its_colour(spoilt, tmp_path, mode):
+    colours = {}
+    for image_id, colour in (("ISIC_0000007", (200, 100, 50)), ("ISIC_0000020", (20, 40, 60))):
+        pixel = np.full((1, 1, 3), colour, np.uint8)
+        data = simplejpeg.encode_jpeg(pixel, quality=100, colorsubsampling="444")
+        next(spoilt.rglob(f"{image_id}.jpg")).write_bytes(data)
+        colours[image_id] = decode_strictly(data).reshape(3, 1).astype(int)
+    pack(read_source(spoilt), tmp_path / "set", Settings(encode=EncodeSpec(write_mode=mode, max_resolution=40)))
+    data = ShardSet(tmp_path / "set")
+    seen = set()
+    for split in ("train", "val", "test"):
+        for train in (True, False):
+            loader = Loader(data.select(split), batch_size=4, resolution=32, train=train, engine="native")
+            for batch in loader:
+                for image, sample in zip(batch.images[batch.mask], batch.samples[batch.mask], strict=True):
+                    image_id = data.column("image_id")[int(sample)]
+                    if image_id in colours:
+                        far = np.abs(image.numpy().reshape(3, -1) - colours[image_id]).max()
+                        assert far <= (0 if mode == "raw" else 6)
+                        seen.add((image_id, train))
+            loader.close()
+    assert {image_id for image_id, train in seen if not train} == set(colours) and any(train for _, train in seen)
 
 
 def test_lesions_stay_together_and_classes_mix(raw, tmp_path):

@@ -43,6 +43,27 @@ def test_lossless_files_give_their_pixels(kind, options):
     assert np.array_equal(open_image(saved(Image.fromarray(RGB), kind, **options)).pixels, RGB)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])
+def test_images_of_one_pixel_or_row_are_read(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for kind, options in (("PNG", {}), ("TIFF", {}), ("BMP", {}), ("WEBP", {"lossless": True})):
+        assert np.array_equal(open_image(saved(Image.fromarray(pixels), kind, **options)).pixels, pixels)
+    for kind in ("JPEG", *_newer_formats()):
+        assert open_image(saved(Image.fromarray(pixels), kind)).pixels.shape == pixels.shape
+
+
+def test_files_that_claim_no_pixels_are_refused():
+    frame = bytearray(saved(Image.fromarray(RGB), "JPEG"))
+    sides = frame.index(b"\xff\xc0") + 5
+    bitmap = bytearray(saved(Image.fromarray(RGB), "BMP"))
+    for height, width in ((0, 0), (0, 8), (8, 0)):
+        frame[sides : sides + 4] = struct.pack(">HH", height, width)
+        bitmap[18:26] = struct.pack("<ii", width, height)
+        for data in (bytes(frame), bytes(bitmap), png_header(width, height)):
+            with pytest.raises(BadImageError, match=r"is damaged|is not an image"):
+                open_image(data)
+
+
 def test_grey_files_of_8_and_16_bits_give_three_equal_channels():
     grey = RGB[:, :, 1]
     expected = np.repeat(grey[:, :, None], 3, axis=2)

@@ -201,6 +201,21 @@ def test_bad_files_are_named_and_the_rest_goes_on(runs, mixed, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_images_of_one_pixel_are_predicted_and_empty_ones_refused(runs, tmp_path, capsys):
+    for name, size in (("one", (1, 1)), ("row", (300, 1)), ("column", (1, 300))):
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / f"{name}.png")
+    (tmp_path / "zero.jpg").touch()
+    maps = ("--explain", "--explain-out", tmp_path / "maps")
+    assert predict_here("--run", runs["quick"], tmp_path, "--json", "--flips", *maps) == 1
+    output, errors = capsys.readouterr()
+    found = json.loads(output)
+    shown = {one["image"]: list(one["probabilities"].values()) for one in found["images"]}
+    # the evaluation crop of an even colour is that colour, of whatever size; JPEG changes it a little
+    assert set(shown) == {"one", "row", "column"} and np.ptp(np.array(list(shown.values())), axis=0).max() < 0.01
+    assert all(Path(one["explanation"]).is_file() for one in found["images"])
+    assert f"refused: {tmp_path / 'zero.jpg'} is empty\n" in errors
+
+
 def test_an_image_too_large_for_memory_is_refused_and_the_rest_goes_on(runs, raw, monkeypatch, capsys):
     shrink = cv2.resize
 

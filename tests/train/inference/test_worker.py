@@ -1,5 +1,6 @@
 """The model process of the page: if a part of an answer is impossible, the other parts are still there."""
 
+import io
 import os
 import shutil
 import signal
@@ -10,9 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from shards import ShardSet
 from shards.common.errors import DataError, UsageError
+from shards.encode import BadImageError
+from tests.conftest import growth_bytes
 from train import serve
 from train.inference import page, worker
 from train.inference.neighbours import FILE
@@ -71,6 +75,29 @@ def test_damaged_training_images_cost_only_the_similar_lesions(folder):
     assert sum(found.probabilities.values()) == pytest.approx(1) and found.overlay
     assert not found.similar
     assert "cannot be shown" in found.similar_note and "damaged in" in found.similar_note
+
+
+def test_an_image_of_one_pixel_has_a_whole_answer_and_an_empty_file_a_reason(folder):
+    started(folder)
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1), (200, 100, 50)).save(file, "PNG")
+    found = worker.answer(file.getvalue())
+    assert sum(found.probabilities.values()) == pytest.approx(1) and len(found.similar) == worker.NEIGHBOURS
+    assert Image.open(io.BytesIO(found.image)).size == Image.open(io.BytesIO(found.overlay)).size == (1, 1)
+    with pytest.raises(BadImageError, match="is empty"):
+        worker.answer(b"")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_answers(folder):
+    image, _ = training_image(folder)
+    started(folder)
+
+    def answers(_: int) -> None:
+        for _ in range(4):
+            worker.answer(image)
+
+    assert growth_bytes(answers) < 15 * 4 * 10_000
 
 
 def test_a_failure_while_features_are_computed_is_shown(folder, monkeypatch):

@@ -237,7 +237,8 @@ def test_stop_names_the_file_in_one_line_and_leaves_nothing(spoilt, tmp_path, co
     ],
 )
 def test_wrong_usage_ends_in_one_line(raw, tmp_path, command, arguments, code, text):
-    got, out, err = command(shard.main, "--source", raw, "--out", tmp_path / "set", *arguments)
+    source = () if "--source" in arguments else ("--source", raw)
+    got, out, err = command(shard.main, *source, "--out", tmp_path / "set", *arguments)
     assert (got, out) == (code, "") and text in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -116,9 +116,11 @@ def _answering(app: "ASGIApp", listener: socket.socket) -> Iterator[None]:
         if not thread.is_alive():
             raise DermscaleError("the page could not be started; the lines above say why")
         time.sleep(0.005)
-    yield
-    server.should_exit = True
-    thread.join(5)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(5)
 
 
 def ask(process: ProcessPoolExecutor, image: bytes) -> "Answer | str":

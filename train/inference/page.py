@@ -58,6 +58,7 @@ def application(ask: Ask, about: About, credit: str, most_bytes: int) -> "FastAP
         page,
         path="/",
         max_file_size=most_bytes,
+        show_error=False,
         footer_links=[],
         run_history=False,
         ssr_mode=False,

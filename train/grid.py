@@ -60,7 +60,8 @@ def main(
     """Train every model on every fraction with every seed. Writes one run folder per cell, and results.csv.
 
     Run the same command again to continue: finished cells are skipped. If a fraction has fewer images than a batch, the
-    batch is made smaller, and the table says so. Ctrl-C and SIGTERM write checkpoints and stop.
+    batch is made smaller, and the table says so. Ctrl-C, SIGTERM and SIGHUP write checkpoints and stop; a second signal
+    does not wait for them.
     """
     from shards.shardset import ShardSet
     from train.config import Config

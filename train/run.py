@@ -4,7 +4,6 @@ python -m train.run --model mixer_b16 --fraction 0.5
 torchrun --nproc-per-node 2 -m train.run --model resnet50 --batch-size 256
 """
 
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ _STARTED = time.perf_counter()
 def main(out: str | None, resume: bool, **options: Any) -> int:
     """Train and evaluate one model; write everything about it into a run folder.
 
-    It prints one line per epoch and writes metrics with 95 % intervals to OUT/result.json. On SIGTERM it writes a
-    checkpoint and ends.
+    It prints one line per epoch and writes metrics with 95 % intervals to OUT/result.json. On Ctrl-C, SIGTERM and
+    SIGHUP it writes a checkpoint and ends; a second signal ends it at once.
     """
     from train.study.cells import cell_name
 
@@ -38,8 +37,9 @@ def main(out: str | None, resume: bool, **options: Any) -> int:
 
 def run(config: Config, out: Path, resume: bool) -> int:
     """Train with the processes that torchrun started, or alone; return the exit code."""
-    stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    from train.interrupts import asked_to_stop
+
+    signals = asked_to_stop(second_ends=True)
     with cli.importing():
         from shards.common.progress import Progress
         from train.console import Silent
@@ -53,14 +53,14 @@ def run(config: Config, out: Path, resume: bool) -> int:
                 out,
                 resume=resume or here.restart > 0,
                 world=here,
-                stop=lambda: bool(stopping),
+                stop=lambda: bool(signals),
                 console=display if here.first else Silent(),
                 started=_STARTED,
             )
         except Stopped as error:
             if here.first:
                 display.say(str(error))
-            return error.exit_code
+            return 128 + signals[0] if signals else error.exit_code
     return 0
 
 

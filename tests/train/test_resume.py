@@ -4,11 +4,14 @@ import copy
 import errno
 import functools
 import json
+import os
+import pty
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from tests.support.train_runs import assert_same_run, at, child_environment, sma
 from train import checkpoint
 from train import device as devices
 from train.device import Decision
+from train.interrupts import ASKING, asked_to_stop
 from train.loop import Stopped, train_once
 from train.record import environment, read_decisions
 from train.weights import write_weights
@@ -101,29 +105,78 @@ def test_a_checkpoint_that_is_due_at_the_end_of_training_is_written(tiny_shards:
     assert state["progress"]["epoch"] == 2
 
 
-def test_sigterm_writes_a_checkpoint_and_exits(tiny_shards: Path, tmp_path: Path) -> None:
+def start_long_run(data: Path, out: Path, launcher: tuple[str, ...] = (), **streams: Any) -> subprocess.Popen[str]:
+    """Start `train.run` with 500 epochs, and wait until it trains. launcher: a command that starts it."""
     options = "--model test_resnet --epochs 500 --batch-size 16 --resolution 32 --device cpu --compile off"
-    folders = ["--data", str(tiny_shards), "--out", str(tmp_path / "run")]
-    with subprocess.Popen(
-        [sys.executable, "-m", "train.run", *options.split(), *folders],
-        env=child_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            if line.startswith("epoch"):
-                break
+    process = subprocess.Popen(
+        [*launcher, sys.executable, "-m", "train.run", *options.split(), "--data", str(data), "--out", str(out)],
+        **{"env": child_environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | streams,
+    )
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
+        time.sleep(0.05)
+    return process
+
+
+def test_sigterm_writes_a_checkpoint_and_exits(tiny_shards: Path, tmp_path: Path) -> None:
+    with start_long_run(tiny_shards, tmp_path / "run") as process:
         process.send_signal(signal.SIGTERM)
-        rest = process.stdout.read()
-        errors = process.stderr.read()
-        assert process.wait(60) == 143, errors
-    assert "--resume" in rest.splitlines()[-1]
-    assert "Traceback" not in errors
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "--resume" in output.splitlines()[-1]
+    assert errors == "stopping after this step, with a checkpoint; a second Ctrl-C ends at once, without one\n"
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] >= 4
+
+
+def test_nohup_outlives_its_terminal_and_ctrl_c_writes_a_checkpoint(tiny_shards: Path, tmp_path: Path) -> None:
+    with start_long_run(tiny_shards, tmp_path / "run", ("nohup",)) as process:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in output.splitlines()[-1] and "Traceback" not in errors
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(tiny_shards: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    with start_long_run(tiny_shards, tmp_path / "run", stdout=theirs) as process:
+        os.close(theirs)
+        process.send_signal(signal.SIGHUP)
+        os.close(ours)  # from now on each write to the terminal fails
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 129, errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that is ignored stays so; torchrun repeats each signal, so there the second one means nothing new."""
+    before = {number: signal.getsignal(number) for number in ASKING}
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    try:
+        for second_ends, launched in ((True, False), (True, True), (False, False)):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            if launched:
+                monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+            else:
+                monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+            asked = asked_to_stop(second_ends)
+            signal.raise_signal(signal.SIGHUP)
+            assert asked == []
+            signal.raise_signal(signal.SIGINT)
+            assert asked == [signal.SIGINT]
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            ends = second_ends and not launched
+            assert all((signal.getsignal(one) == signal.SIG_DFL) == ends for one in (signal.SIGINT, signal.SIGTERM))
+            if not ends:
+                signal.raise_signal(signal.SIGTERM)
+                assert asked == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_finished_run_is_not_trained_again(tiny_shards: Path, whole: Path) -> None:

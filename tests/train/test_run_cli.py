@@ -8,12 +8,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
+import torch
 
 from shards.common import cli
 from tests.conftest import write_set
 from tests.train.test_record import full_disk
+from train.interrupts import ASKING
 from train.record import RunFolder
 from train.run import main
 
@@ -23,10 +26,11 @@ SMALL = ["--model", "test_resnet", "--epochs", "1", "--batch-size", "16", "--res
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """The command sets a handler of SIGTERM; put the old one back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The command sets handlers of signals; put the old ones back."""
+    before = {number: signal.getsignal(number) for number in ASKING}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -151,6 +155,24 @@ def test_a_full_disk_is_one_line(command: Command, tiny_shards: Path, tmp_path: 
     assert len(errors.splitlines()) == 1
     assert "disk is full" in errors
     assert "checkpoint.pt" in errors
+
+
+def test_ctrl_c_within_the_write_of_a_checkpoint_is_one_line(
+    command: Command, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def interrupted(state: object, file: IO[bytes]) -> None:
+        monkeypatch.setattr(torch, "save", save)
+        signal.raise_signal(signal.SIGINT)
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    arguments = ["--data", tiny_shards, "--out", tmp_path / "run", "--checkpoint-s", "0"]
+    code, out, errors = command(*SMALL, *arguments)
+    assert (code, errors) == (130, "")
+    assert out.splitlines()[-1].endswith("stopped at step 2 of 4; go on with --resume")
+    assert command(*SMALL, *arguments, "--resume")[0] == 0
 
 
 @pytest.mark.parametrize("moment", ["log", "steps", "epoch"])

@@ -1,6 +1,5 @@
 """Check the settings of a grid and train its cells: for `train.grid`, and for `train.leakage`, which has two arms."""
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from train.config import DECIDES_NOTHING, Config
+from train.interrupts import asked_to_stop
 from train.study.cells import Cell
 from train.study.folder import PACKED, UNWANTED, StudyFolder
 from train.study.pool import Pool, visible_gpus
@@ -52,13 +52,11 @@ def check_settings(names: Sequence[str], base: Config) -> None:
 
 
 def train_cells(cells: Sequence[Cell], folder: StudyFolder, device: str, keep: str = "weights") -> int:
-    """Train the cells that are not finished. Returns the exit code: 0 all finished, 1 some failed, 130 or 143 stopped.
+    """Train the cells that are not finished. Returns the exit code: 0 finished, 1 some failed, 128 + signal stopped.
 
     keep: a key of UNWANTED: what is kept of a finished cell.
     """
-    signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: signals.append(n))
+    signals = asked_to_stop(second_ends=False)  # the pool kills its workers at the second one
     rows = read_rows(folder.path)
     left = [cell for cell in cells if rows.get(cell.name, {}).get("status") != "finished"]
     done = len(cells) - len(left)

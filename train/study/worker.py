@@ -115,7 +115,8 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
     """
     parent = os.getppid()
     stopping: list[int] = []
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach all processes of a terminal; the parent handles them
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
     _redirect_output(log)
     if gpu is not None:

@@ -280,7 +280,7 @@ def test_a_failing_cell_is_recorded_and_the_exit_code_is_1(tiny_shards, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_a_grid_with_a_checkpoint(tiny_shards, tmp_path, number):
     line = command(tiny_shards, tmp_path / "s", "--seeds", 0, "--batch-size", 16, epochs=400, fractions="1")
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -70,12 +70,21 @@ def picture(rng: np.random.Generator, label: int, height: int, width: int) -> np
     return np.clip(skin * (1 - blob) + lesion * blob + noise, 0, 255).astype(np.uint8)
 
 
-def write_set(out: Path, encoding: str = "jpg", images: int = 120, size: tuple[int, int] | None = (72, 96)) -> Path:
-    """Write a set of `images` pictures, seven classes, lesions of one to three views. encoding: jpg, raw or mixed."""
+def write_set(
+    out: Path,
+    encoding: str = "jpg",
+    images: int = 120,
+    size: tuple[int, int] | None = (72, 96),
+    shares: tuple[float, float, float] = (0.6, 0.2, 0.2),
+) -> Path:
+    """Write a set of `images` pictures, seven classes, lesions of one to three views. encoding: jpg, raw or mixed.
+
+    shares: of train, val and test.
+    """
     rng = np.random.default_rng(0)
     with ShardSetWriter(out, EncodeSpec(write_mode="jpg" if encoding == "jpg" else "raw"), 1 << 20) as writer:
         number = 0
-        for split, share in (("train", 0.6), ("val", 0.2), ("test", 0.2)):
+        for split, share in zip(("train", "val", "test"), shares, strict=True):
             for i in range(int(images * share)):
                 label = i % 7
                 height, width = size or (int(rng.integers(40, 120)), int(rng.integers(40, 120)))

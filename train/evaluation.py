@@ -67,40 +67,40 @@ def finish(
     run: Run,
     folder: RunFolder,
     progress: Progress,
-    val_logits: np.ndarray,
-    test_logits: np.ndarray,
+    logits: dict[str, np.ndarray],
     unwanted: Collection[str],
 ) -> dict[str, Any]:
     """Write predictions.parquet, model.safetensors (if it is wanted) and, last, result.json; return its content.
 
-    val_logits, test_logits: `logits_of`, in float32 whatever the training precision, so that anyone can repeat them.
+    logits: `logits_of` test, and of val where there is one, in float32 whatever the training precision, so that anyone
+    can repeat them.
     """
     began = time.perf_counter()
     config, prior = run.config, LOGITS_PRIOR[run.config.loss]
-    val, test = run.selections["val"], run.selections["test"]
-    lesions = {split: _lesions(selection) for split, selection in run.selections.items()}
+    evaluated = [run.selections[split] for split in logits]
+    val, test = run.selections.get("val"), run.selections["test"]
+    lesions = {"val": 0} | {split: _lesions(selection) for split, selection in run.selections.items()}
     measured = functools.partial(
         evaluate,
-        test_logits,
+        logits["test"],
         test.labels,
         None if lesions["test"] is None else test.lesion_ids,
         split=run.data.column("split")[test.samples],
         image_id=test.image_ids,
         logits_prior=prior,
         training_prior=run.class_counts,
-        val_logits=val_logits,
-        val_labels=val.labels,
+        val_logits=logits.get("val"),
+        val_labels=None if val is None else val.labels,
     )
     metrics = measured(prior=prior)
     at_training_prior = metrics if prior == "training" else measured(prior="training")
     progress.seconds["eval"] += time.perf_counter() - began
     began = time.perf_counter()
-    temperature, logits = used_temperature(metrics), [val_logits, test_logits]
+    temperature = used_temperature(metrics)
     priors = {"estimated": prior, "wanted": prior, "training_prior": run.class_counts}
     about = {"prior": prior, "temperature": repr(temperature)}
-    write_predictions(
-        folder.path, [val, test], logits, [probabilities(one, temperature, **priors) for one in logits], about
-    )
+    shares = [probabilities(one, temperature, **priors) for one in logits.values()]
+    write_predictions(folder.path, evaluated, list(logits.values()), shares, about)
     if WEIGHTS not in unwanted:
         write_weights(folder.path / WEIGHTS, run.step.reported.body, _metadata(run, prior, temperature))
     parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
@@ -117,14 +117,14 @@ def finish(
         "fraction": config.fraction,
         "seed": config.seed,
         "subset_seed": config.subset_seed,
-        "images": {split: len(selection) for split, selection in run.selections.items()},
+        "images": {"val": 0} | {split: len(selection) for split, selection in run.selections.items()},
         "lesions": lesions,
         "training_images_per_class": dict(zip(CLASSES, run.class_counts, strict=True)),
         "epochs": len(run.sizes),
         "steps": progress.step,
         "test": metrics,
         "test_training_prior": at_training_prior,
-        "val": {"balanced_accuracy": balanced_accuracy(val_logits, val.labels)},
+        "val": {"balanced_accuracy": None if val is None else balanced_accuracy(logits["val"], val.labels)},
         "train_loss": progress.loss,
         "weights": f"average with decay {config.ema}" if config.ema else "of the last step",
         "parameters": parameters,
@@ -152,10 +152,10 @@ def _lesions(selection: Selection) -> int | None:
 def used_temperature(metrics: dict[str, Any]) -> float:
     """What the logits are divided by before they become probabilities: the temperature that fits val best.
 
-    It is 1 if the fit ends at its limit. metrics: of `run_metrics.evaluate` with val logits.
+    It is 1 if the fit ends at its limit, and without a validation split. metrics: of `run_metrics.evaluate`.
     """
     fitted = metrics["temperature_scaling"]
-    return 1.0 if fitted["at_limit"] else float(fitted["temperature"])
+    return 1.0 if fitted is None or fitted["at_limit"] else float(fitted["temperature"])
 
 
 def _number(value: float | None) -> str:

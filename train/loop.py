@@ -130,6 +130,8 @@ def train_once(
         for name, decision in run.decisions.items():
             say(f"{name}: {decision.value} ({decision.reason})")
         sizes = ", ".join(f"{split} {len(selection)}" for split, selection in selections.items())
+        if "val" not in selections:
+            say("no validation split: all metrics are of the test split, and probabilities are not scaled on val")
         say(f"images: {sizes}; {len(run.sizes)} epochs, {run.total} steps of {config.batch_size} images")
         progress.seconds["start"] += time.perf_counter() - mark
 
@@ -216,7 +218,7 @@ def train_once(
             }
             line = f"epoch {epoch + 1:3d}/{len(run.sizes)}  loss {numbers['loss']:.4f}"
             due = (epoch + 1) % config.eval_epochs == 0 or epoch + 1 == len(run.sizes)
-            if due and (found := evaluate("val", run.step.precision)) is not None:
+            if due and "val" in selections and (found := evaluate("val", run.step.precision)) is not None:
                 numbers["val_balanced_accuracy"] = balanced_accuracy(found, selections["val"].labels)
                 line += f"  val balanced accuracy {numbers['val_balanced_accuracy']:.3f}"
             line += f"  {numbers['img_per_s']:.1f} img/s  data wait {100 * numbers['data_wait_fraction']:.1f} %"
@@ -232,11 +234,12 @@ def train_once(
         # due: after a crash, training continues from the last one, or from the start, to the same weights.
         if world.from_first(lambda: checkpoint.FILE not in unwanted or time.monotonic() - saved >= config.checkpoint_s):
             save()
-        val, test = evaluate("val", "fp32"), evaluate("test", "fp32")
+        logits = {split: evaluate(split, "fp32") for split in selections if split != "train"}
         world.settle()
-        if folder is None or val is None or test is None:  # on ranks after the first
+        known = {split: found for split, found in logits.items() if found is not None}
+        if folder is None or not known:  # on ranks after the first
             return {}
-        result = finish(run, folder, progress, val, test, unwanted)
+        result = finish(run, folder, progress, known, unwanted)
         say(result["summary"])
         return result
 

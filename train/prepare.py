@@ -54,12 +54,14 @@ class Run:
 
 
 def choose_data(config: Config, data: ShardSet, family: str, world: World) -> dict[str, Selection]:
-    """The selections of a run by split. Raises UsageError if the images, the ranks or the device do not allow it."""
-    found = {
-        "train": data.select("train", config.fraction, config.subset_seed),
-        "val": data.select("val"),
-        "test": data.select("test"),
-    }
+    """The selections of a run by split, without `val` if that is empty.
+
+    Raises UsageError if the images, the ranks or the device do not allow the run.
+    """
+    found = {"train": data.select("train", config.fraction, config.subset_seed)}
+    if "val" in data.column("split"):
+        found["val"] = data.select("val")
+    found["test"] = data.select("test")
     if config.sync_batch_norm and family != "batchnorm":
         raise UsageError(f"--sync-batch-norm: {config.model} has no batch norm; leave the option out")
     if config.sync_batch_norm and world.device.type == "cpu":

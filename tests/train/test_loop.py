@@ -15,9 +15,11 @@ from shards import ShardSet
 from shards.common.errors import DataError, DermscaleError, UsageError
 from shards.engines import dali
 from shards.format import CLASSES
+from tests.conftest import write_set
 from tests.support.train_runs import Heard, assert_same_run, at, losses, small, weights
 from train.distributed import World
 from train.evaluation import used_temperature
+from train.inference.predictor import read_about
 from train.loop import Stopped, train_once
 from train.metrics.scores import balanced_accuracy
 from train.record import write_predictions
@@ -100,6 +102,26 @@ def test_a_test_split_without_lesions_has_no_number_of_them(
     result = train_once(small(tiny_shards, epochs=1), tmp_path / "run")
     assert result["lesions"] == named | {"test": None}
     assert (result["test"]["lesions"], result["test"]["resampled"]) == (None, "image")
+
+
+def test_a_set_without_a_validation_split_is_measured_on_test_alone(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "data", images=60, shares=(0.6, 0.0, 0.4))
+    result = train_once(small(data, epochs=1), tmp_path / "run")
+    assert result["images"] == {"train": 36, "val": 0, "test": 24}
+    assert (result["val"]["balanced_accuracy"], result["test"]["temperature_scaling"]) == (None, None)
+    assert result["test"]["balanced_accuracy"]["value"] is not None
+    row = finished_row(result, small(data).to_dict(), "cell")
+    assert (row["n_val"], row["val_balanced_accuracy"], row["temperature"]) == (0, None, None)
+    table = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
+    assert set(table["split"]) == {"test"} and len(table) == 24
+    assert read_about(tmp_path / "run").temperature == 1.0
+    assert "no validation split" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_the_last_epoch_is_evaluated_however_rarely_the_others_are(tiny_shards: Path, tmp_path: Path) -> None:
+    train_once(small(tiny_shards, epochs=3, eval_epochs=100), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["val_balanced_accuracy" in line for line in lines if line["kind"] == "epoch"] == [False, False, True]
 
 
 def test_metrics_are_told_at_the_training_prior_too(tiny_shards: Path, whole: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ logs/         everything that workers and libraries printed
 import json
 import os
 import shutil
+from collections.abc import Collection
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -156,9 +157,16 @@ class StudyFolder:
         """The log of a worker: everything that it and its libraries print."""
         return self.path / LOGS / f"{worker}.log"
 
-    def ended(self, cell: Cell, outcome: str, error: str, wall_s: float) -> dict[str, Any]:
-        """Write how a cell ended to the journal; returns the entry. wall_s: seconds since it was given to a worker."""
+    def ended(
+        self, cell: Cell, outcome: str, error: str, wall_s: float, unwanted: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Write how a cell ended to the journal; returns the entry. wall_s: seconds since it was given to a worker.
+
+        unwanted: files of a finished cell, which are deleted first: a cell without an entry is looked at again.
+        """
         config = cell.config
+        for name in unwanted if outcome == "finished" else ():
+            (self.cell(cell.name) / name).unlink(missing_ok=True)
         entry = {
             "cell": cell.name,
             "outcome": outcome,

@@ -9,8 +9,9 @@ import click
 
 from train.config import DECIDES_NOTHING, Config
 from train.interrupts import asked_to_stop
+from train.record import read_result
 from train.study.cells import Cell
-from train.study.folder import PACKED, UNWANTED, StudyFolder
+from train.study.folder import PACKED, UNWANTED, StudyFolder, read_journal
 from train.study.pool import Pool, visible_gpus
 from train.study.table import RESULTS, read_row, read_rows, write_table
 from train.study.view import Lines, LiveTable
@@ -57,6 +58,7 @@ def train_cells(cells: Sequence[Cell], folder: StudyFolder, device: str, keep: s
     keep: a key of UNWANTED: what is kept of a finished cell.
     """
     signals = asked_to_stop(second_ends=False)  # the pool kills its workers at the second one
+    _record_unrecorded(cells, folder, UNWANTED[keep])
     rows = read_rows(folder.path)
     left = [cell for cell in cells if rows.get(cell.name, {}).get("status") != "finished"]
     done = len(cells) - len(left)
@@ -64,9 +66,6 @@ def train_cells(cells: Sequence[Cell], folder: StudyFolder, device: str, keep: s
 
     def recorded(entry: dict[str, Any]) -> None:
         row = read_row(folder.path, entry["cell"], entry)
-        if entry["outcome"] == "finished":
-            for name in UNWANTED[keep]:
-                (folder.cell(entry["cell"]) / name).unlink(missing_ok=True)
         if row is not None:
             rows[entry["cell"]] = row
             write_table(folder.path, rows)
@@ -85,3 +84,12 @@ def train_cells(cells: Sequence[Cell], folder: StudyFolder, device: str, keep: s
         click.echo(f"error: {len(failed)} cells failed ({some}); run the same command to try them again", err=True)
         return 1
     return 0
+
+
+def _record_unrecorded(cells: Sequence[Cell], folder: StudyFolder, unwanted: Sequence[str]) -> None:
+    """Write the journal's entry of each cell that finished after the grid was killed; its phases are its seconds."""
+    journal = read_journal(folder.path)
+    for cell in cells:
+        known = journal.get(cell.name, {}).get("outcome") == "finished"
+        if not known and (result := read_result(folder.cell(cell.name))) is not None:
+            folder.ended(cell, "finished", "", sum(result["seconds"].values()), unwanted)

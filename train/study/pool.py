@@ -71,7 +71,8 @@ class Pool:
                             failed.append(cell.name)
                             self._end_worker(slot)  # after a failure the next cell gets a new process
                         self.view.ended(cell, ended, wall_s)
-                        self.recorded(self.folder.ended(cell, ended.outcome, ended.error, wall_s))
+                        entry = self.folder.ended(cell, ended.outcome, ended.error, wall_s, self.unwanted)
+                        self.recorded(entry)
         finally:
             for slot in slots:
                 self._end_worker(slot)

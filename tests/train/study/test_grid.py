@@ -9,9 +9,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shards.common.errors import DataError, UsageError
+from tests.support import made_study
 from train.config import Config
 from train.record import RunFolder
 from train.study.cells import (
@@ -24,7 +26,8 @@ from train.study.cells import (
     parse_models,
     parse_seeds,
 )
-from train.study.folder import LEAKAGE, StudyFolder, read_journal
+from train.study.folder import LEAKAGE, UNWANTED, StudyFolder, read_journal
+from train.study.grid import train_cells
 from train.study.view import Forecast, LiveTable, duration
 from train.study.worker import Ended
 
@@ -200,6 +203,28 @@ def test_the_live_table_shows_cells_done_running_left_and_time():
 
 
 # ------------------------------------------------------------------ the whole command, on tiny pictures
+
+
+@pytest.mark.parametrize("keep", UNWANTED)
+def test_a_cell_that_finished_after_its_grid_was_killed_is_recorded_and_its_files_are_deleted(
+    tmp_path, keep, monkeypatch
+):
+    monkeypatch.setattr("train.study.grid.asked_to_stop", lambda second_ends: [])
+    cell = Cell(BASE, 1000, 124)
+    with StudyFolder(tmp_path, {}) as folder:
+        run = folder.cell(cell.name)
+        result = made_study.write_run(run, BASE, 1000, made_study.test_set(np.random.default_rng(0), 30))
+        for name in ("checkpoint.pt", "model.safetensors"):
+            (run / name).touch()
+        folder.ended(cell, "stopped", "stopped", 1.0)
+        assert train_cells([cell], folder, "cpu", keep) == 0
+        entry = read_journal(tmp_path)[cell.name]
+        assert entry["outcome"] == "finished"
+        assert float(rows_of(tmp_path)[cell.name]["wall_s"]) == pytest.approx(sum(result["seconds"].values()))
+        left = {"all": {"checkpoint.pt", "model.safetensors"}, "weights": {"model.safetensors"}, "results": set()}
+        assert {path.name for path in run.iterdir()} & left["all"] == left[keep]
+        assert train_cells([cell], folder, "cpu", keep) == 0
+        assert read_journal(tmp_path)[cell.name] == entry  # it is recorded once
 
 
 def command(data: Path, out: Path, *more: object, epochs: int = 1, fractions: str = "0.3,1") -> list[str]:

@@ -88,16 +88,22 @@ class Compilation:
     def compile(self, step: TrainingStep, config: Config, sizes: list[int], world: World, console: Console) -> float:
         """Make `step` call compiled code if that is the decision; return the seconds that this took.
 
-        sizes: the resolutions still to come, ascending, px. If the compiler fails, the step stays eager, with a
-        warning.
+        sizes: the resolutions still to come, ascending, px. If the compiler fails in any process, all steps stay eager,
+        with a warning.
         """
         if config.compile == "on" and self.decision.value == "off":
             console.warn(f"training without torch.compile: {self.decision.reason}")
         if self.decision.value == "off" or not sizes:
             return 0.0
         began = time.perf_counter()
+        failed: RuntimeError | OSError | None = None
         try:
-            self._make_code(step, config, sizes, world, console)
+            try:
+                self._make_code(step, config, sizes, world, console)
+            except (RuntimeError, OSError) as error:
+                failed = error
+            if world.sum(torch.tensor(float(failed is not None), device=step.device)):
+                raise failed or RuntimeError("it failed in another process")
             if step.device.type == "cpu" and config.compile == "auto" and not self._recorded and not self._timed:
                 images = _own_images(config, world)
                 self.decision = self._earlier = world.from_first(lambda: faster(step, images, config.resolution))

@@ -91,18 +91,25 @@ class World:
             self._pending = None
 
     def from_first(self, compute: Callable[[], _T]) -> _T:
-        """`compute()` of the first rank, on every rank. A known error there is raised on every rank."""
+        """`compute()` of the first rank, on every rank. An error there is raised on every rank: no rank waits for it.
+
+        Other ranks get a DermscaleError or OSError as it is, and any other error as a RuntimeError with its text.
+        """
         if self.size == 1:
             return compute()
         parcel: list[Any] = [None, None]
+        failed: Exception | None = None
         if self.first:
             try:
                 parcel[0] = compute()
-            except DermscaleError as error:
-                parcel[1] = error
+            except Exception as error:  # noqa: BLE001 (raised below, on every rank)
+                failed = error
+                known = isinstance(error, (DermscaleError, OSError))
+                parcel[1] = error if known else RuntimeError(one_line(error, 200))
         dist.broadcast_object_list(parcel, src=0, group=self.flags)
-        if parcel[1] is not None:
-            raise parcel[1]
+        failed = failed or parcel[1]
+        if failed is not None:
+            raise failed
         return parcel[0]
 
     def gather(self, mine: _T) -> list[_T]:

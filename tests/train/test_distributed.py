@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ import torch.multiprocessing as mp
 from shards.common.errors import DataError, UsageError
 from tests.conftest import free_port
 from tests.support.train_runs import WORKER, child_environment, losses, small, start_worker
+from train.compiling import Compilation
+from train.console import Silent
+from train.device import Decision
 from train.distributed import World, world
 from train.loop import train_once
 
@@ -120,6 +124,24 @@ def check_parts(rank: int, ranks: int, port: int) -> None:
     with pytest.raises(DataError, match="of the first rank"):
         world.from_first(fail)
     assert world.from_first(lambda: rank) == 0
+
+    # so are others, and a compiler that fails in one process is given up in all
+    with pytest.raises(ZeroDivisionError if rank == 0 else RuntimeError, match="by zero"):
+        world.from_first(lambda: 1 // 0)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("it broke")
+
+    for broken_in, timing in ((None, broken), (1, None)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Compilation, "_make_code", broken if rank == broken_in else lambda *_: None)
+            patch.setattr("train.compiling.faster", timing)
+            compilation, step = Compilation(), SimpleNamespace(device=torch.device("cpu"), net="eager", model="code")
+            compilation.decision = Decision("on", "it pays")
+            compilation.compile(step, small(Path("data"), compile="auto"), [32], world, Silent())  # type: ignore[arg-type]
+        assert (compilation.decision.value, step.model) == ("off", "eager")
+        mine = timing is not None or rank == broken_in
+        assert compilation.decision.reason.endswith(": it broke" if mine else ": it failed in another process")
     assert world.gather(rank) == (list(range(ranks)) if rank == 0 else [])
     dist.destroy_process_group()
 

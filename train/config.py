@@ -100,6 +100,7 @@ class Config:
         choices=NORMALIZE,
     )
     sync_batch_norm: bool = _option(False, "Batch norm over all processes of the job; needs GPUs.", run_only=True)
+    threads: int | None = _option(None, "CPU threads.", least=1, shown="the cores")
     checkpoint_s: float = _option(60.0, "Minimum seconds between two checkpoints; 0: one after every step.")
     eval_epochs: int = _option(1, "Evaluate on the validation split every so many epochs.", least=1)
 
@@ -107,7 +108,7 @@ class Config:
         """Refuse values that no run can have. Raises UsageError naming the value, the limit and what to do."""
         for one in fields(self):
             value, option = getattr(self, one.name), f"--{one.name.replace('_', '-')}"
-            if "least" in one.metadata and value < one.metadata["least"]:
+            if "least" in one.metadata and value is not None and value < one.metadata["least"]:
                 raise UsageError(f"{option} {value} is under {one.metadata['least']}")
             if "choices" in one.metadata and value not in one.metadata["choices"]:
                 raise UsageError(f"{option} '{value}' is unknown: use one of {', '.join(one.metadata['choices'])}")
@@ -186,20 +187,25 @@ def check_batch(batch_size: int, family: str, processes: int = 1) -> None:
         raise UsageError(f"--batch-size {batch_size}{shared}: {why}; choose {least} or more")
 
 
+_ADDED = ("threads", "normalize")
+"""Fields that the files of older releases lack; they have their defaults then."""
+
+
 def read_config(path: Path) -> Config:
     """The settings in a run folder's config.json. Raises DataError if it is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        raw = {"normalize": "auto"} | raw  # older releases did not write it
-        return Config(**{field.name: raw[field.name] for field in fields(Config)})
+        names = [one.name for one in fields(Config) if one.name in raw or one.name not in _ADDED]
+        return Config(**{name: raw[name] for name in names})
     except FileNotFoundError:
         raise DataError(f"{path.parent}: not a run folder (no {path.name})") from None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}); start the run again in another folder") from None
 
 
-DECIDES_NOTHING = ("checkpoint_s", "eval_epochs", "data")
-"""Fields that may differ when a run is resumed. The data are compared by the hash of their index instead."""
+DECIDES_NOTHING = ("checkpoint_s", "eval_epochs", "data", "threads")
+"""Fields that may differ when a run is resumed. The data are compared by the hash of their index instead. Another
+number of threads changes the last bits on a CPU: the run says so (`train.device.use_threads`)."""
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shards.common.errors import UsageError
-from shards.common.machine import give_back_freed_memory, keep_all_freed_memory
+from shards.common.machine import available_cores, give_back_freed_memory, keep_all_freed_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -116,6 +116,28 @@ def sync_batch_norm(model: nn.Module) -> None:
     from timm.layers.norm_act import convert_sync_batchnorm  # also converts timm's layers with an activation inside
 
     convert_sync_batchnorm(model)
+
+
+def use_threads(wanted: int | None, earlier: Decision | None = None) -> Decision:
+    """Set the number of PyTorch's CPU threads; return it with the reason. It decides the last bits on a CPU.
+
+    wanted: `--threads`. earlier: what an earlier start of the run used, which stays if nothing is wanted. The default
+    is PyTorch's own number, which `OMP_NUM_THREADS` sets, but not more than the cores that this process may use.
+    """
+    own, cores = torch.get_num_threads(), available_cores()
+    if wanted is not None:
+        changed = earlier is not None and earlier.value != str(wanted)
+        before = f"; {earlier.value} until now, so the last bits of the weights change" if earlier and changed else ""
+        found = Decision(str(wanted), f"asked for{before}")
+    elif earlier is not None:
+        found = earlier
+    elif own > cores and "OMP_NUM_THREADS" not in os.environ:
+        found = Decision(str(cores), "the cores that this process may use")
+    else:
+        found = Decision(str(own), "PyTorch's own choice")
+    if int(found.value) != own:
+        torch.set_num_threads(int(found.value))
+    return found
 
 
 # ------------------------------------------------------------------ precision

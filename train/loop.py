@@ -20,6 +20,7 @@ from train import device as devices
 from train.checkpoint import Progress
 from train.config import Config, learning_rate, resolved
 from train.console import Console, Silent
+from train.crowding import CROWDED, Crowding
 from train.device import Decision
 from train.distributed import World
 from train.evaluation import finish, logits_of
@@ -100,6 +101,11 @@ def train_once(
             if folder is not None:
                 folder.log(text)
 
+        def warn(text: str) -> None:
+            console.warn(text)
+            if folder is not None:
+                folder.log(f"warning: {text}")
+
         # ------------------------------------------------------------------ network, decisions, compiling
 
         run: Run = prepare(config, family, world, workspace, selections, earlier, stack)
@@ -138,6 +144,8 @@ def train_once(
         # ------------------------------------------------------------------ what happens between steps
 
         loader = run.loaders["train"]
+        watched = device.type == "cpu" and CROWDED not in workspace.warned
+        crowding = Crowding(int(run.chosen["threads"].value)) if watched else None
         losses = torch.zeros(LOG_STEPS, device=device)
         rates: list[float] = []  # learning rates of the steps whose losses are still on the device
         saved = time.monotonic()
@@ -189,6 +197,8 @@ def train_once(
         for epoch, px in list(enumerate(run.sizes))[progress.epoch :]:
             steps = min(len(loader), run.total - epoch * len(loader))
             mark = time.perf_counter()
+            if crowding is not None:
+                crowding.pause()
             for batch in _batches(loader, epoch, px, steps, progress):
                 lr = learning_rate(config, progress.step, run.total)
                 losses[len(rates)] = run.step(batch.images, batch.colour, batch.labels, lr)
@@ -196,6 +206,9 @@ def train_once(
                 progress.step += 1
                 progress.epoch_step += 1
                 console.at(f"epoch {epoch + 1}/{len(run.sizes)}", progress.epoch_step, steps)
+                if crowding is not None and (text := crowding.after_step(px)):
+                    workspace.warned.add(CROWDED)
+                    warn(text)
                 due = world.first and time.monotonic() - saved >= config.checkpoint_s
                 stopping, saving = world.agree(stop(), due)
                 if stopping or saving or len(rates) == LOG_STEPS or progress.epoch_step == steps:

@@ -41,6 +41,7 @@ from shards.common.files import encoded, growing_file
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch-size", default=32, type=click.IntRange(1), help="Images in a batch.")
+@click.option("--threads", type=click.IntRange(1), show_default="the cores", help="CPU threads of the network.")
 def main(
     images: tuple[Path, ...],
     folder: Path,
@@ -53,6 +54,7 @@ def main(
     explain_out: Path,
     device: str,
     batch_size: int,
+    threads: int | None,
 ) -> int:
     """Print or write the probability of each class for each image. Research software, not a medical device.
 
@@ -82,8 +84,11 @@ def main(
     refused = 0
     with _opened(out) as file:
         with cli.importing():
+            from train import device as devices
+            from train.crowding import Crowding
             from train.inference.predictor import Predictor, predict_files
 
+            crowding = Crowding(int(devices.use_threads(threads).value))
             predictor = Predictor(folder, device)
         explainer = None
         if explain:
@@ -107,6 +112,8 @@ def main(
                             progress.warn(f"{one.file} {one.reason}", "refused")
                         yield one
                         progress.advance(1)
+                    if predictor.device.type == "cpu" and (text := crowding.after_step(len(batch))):
+                        progress.warn(text)
 
             for text in form(settings, answers()):
                 if out is None and sys.stdout.isatty():

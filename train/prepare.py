@@ -105,12 +105,14 @@ def prepare(
 ) -> Run:
     """Build a run, not yet compiled or distributed.
 
-    earlier: the decisions of an earlier start that still hold. stack: closes the loaders. Raises UsageError or
-    DataError as the parts do.
+    earlier: the decisions of an earlier start that still hold. stack: closes the loaders, and puts back the number of
+    threads. Raises UsageError or DataError as the parts do.
     """
     device, data = world.device, selections["train"].data
-    if earlier:
-        torch.set_num_threads(int(earlier["threads"].value))
+    before = torch.get_num_threads()
+    threads = devices.use_threads(config.threads, earlier.get("threads"))
+    if int(threads.value) != before:
+        stack.callback(torch.set_num_threads, before)  # for the next run of a worker
     precision = earlier.get("precision") or devices.precision(device, config.precision)
     net = workspace.network(config, data, world)
     counts = torch.from_numpy(selections["train"].labels).bincount(minlength=len(data.manifest.classes)).tolist()
@@ -132,6 +134,7 @@ def prepare(
             seed=config.seed,
             engine=engine.value,
             device=device,
+            threads=config.threads,
             rank=world.rank,
             world_size=world.size,
             pool=workspace.engines,
@@ -145,7 +148,6 @@ def prepare(
     chosen = {
         "engine": engine,
         "precision": precision,
-        "threads": Decision(str(torch.get_num_threads()), "PyTorch's own choice"),
     }
     return Run(
         config=config,
@@ -158,7 +160,9 @@ def prepare(
         compilation=workspace.compilation,
         total=total,
         sizes=sizes,
-        chosen={name: earlier.get(name, decision) for name, decision in chosen.items()} | net.decisions,
+        chosen={name: earlier.get(name, decision) for name, decision in chosen.items()}
+        | net.decisions
+        | {"threads": threads},
     )
 
 

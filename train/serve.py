@@ -25,6 +25,7 @@ import click
 
 from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError, one_line
+from shards.common.machine import available_cores
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -50,7 +51,16 @@ _STARTED = time.perf_counter()
     help="Also answer requests that name this host, for a proxy before the page. Can be repeated.",
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-def main(folder: Path, data: Path | None, port: int, max_upload_mb: int, hosts: tuple[str, ...], device: str) -> int:
+@click.option("--threads", type=click.IntRange(1), show_default="the cores", help="CPU threads of the network.")
+def main(
+    folder: Path,
+    data: Path | None,
+    port: int,
+    max_upload_mb: int,
+    hosts: tuple[str, ...],
+    device: str,
+    threads: int | None,
+) -> int:
     """Serve a web page on this machine that predicts images. Research software, not a medical device.
 
     The first start computes the features of the training lesions in the background and saves them in the run folder.
@@ -60,6 +70,9 @@ def main(folder: Path, data: Path | None, port: int, max_upload_mb: int, hosts: 
     if unclear := [host for host in hosts if not host_name(host)]:
         raise UsageError(f"--allow-host {unclear[0]}: is not the name of a host; give one such as derma.example.org")
     signal.signal(signal.SIGTERM, _exit)
+    limited = available_cores() < len(os.sched_getaffinity(0)) and "OMP_NUM_THREADS" not in os.environ
+    if threads is not None or limited:
+        os.environ["OMP_NUM_THREADS"] = str(threads or available_cores())  # for the model process, which imports torch
     with _listening(port) as listener, tempfile.TemporaryDirectory(prefix="dermscale-uploads-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):  # nothing here leaves this machine

@@ -1,11 +1,14 @@
-"""This machine: its cores, its free memory, and what the C library does with freed memory."""
+"""This machine: its cores and who uses them, its free memory, and what the C library does with freed memory."""
 
 import ctypes
 import math
 import os
+import resource
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -18,17 +21,73 @@ _KEPT = 512 << 20
 
 
 def available_cores() -> int:
-    """Cores that this process may use, within the limit of the container."""
+    """Cores that this process may use: those of its affinity, within the processor time of its control groups."""
     return min(len(os.sched_getaffinity(0)), _container_cores(_CGROUP))
 
 
-def _container_cores(cgroup: Path) -> int:
-    """The processor time of the control group (version 2), in whole cores and rounded up."""
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-    except FileNotFoundError:
-        return sys.maxsize
-    return sys.maxsize if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
+def _container_cores(cgroup: Path, of_process: Path = Path("/proc/self/cgroup")) -> int:
+    """The processor time of the process's control group and of all above it, in whole cores and rounded up.
+
+    cgroup: where they are mounted. of_process: lines `number:controllers:/path`; version 2 names no controllers.
+    """
+    lines = [line.split(":", 2) for line in of_process.read_text().splitlines()] if of_process.exists() else []
+    groups = [(cgroup, "/")]
+    groups += [(cgroup, path) for number, _, path in lines if number == "0"]
+    groups += [(cgroup / "cpu", path) for _, controllers, path in lines if "cpu" in controllers.split(",")]
+    least = sys.maxsize
+    for root, path in groups:
+        below = root / path.lstrip("/")
+        for folder in (below, *below.parents[: len(below.parts) - len(root.parts)]):
+            with suppress(OSError, ValueError):  # no such file here, or `max` or -1: no limit
+                least = min(least, _quota(folder))
+    return least
+
+
+def _quota(folder: Path) -> int:
+    """The cores of one control group, of version 2 or 1. Raises OSError or ValueError if it has no limit."""
+    if (folder / "cpu.max").exists():
+        quota, period = (folder / "cpu.max").read_text().split()
+    else:
+        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+    if int(quota) < 0:
+        raise ValueError("no limit")
+    return max(1, math.ceil(int(quota) / int(period)))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What happened on the cores of this process in some time.
+
+    others: cores that other processes used, on average. interruptions: how often a second the system took a core from
+    a thread of this process that still had work (involuntary context switches).
+    """
+
+    others: float
+    interruptions: float
+
+
+class LoadMeter:
+    """Measures the load on the cores that this process may use, from one reading to the next."""
+
+    def __init__(self) -> None:
+        """Begin now."""
+        self._cores = sorted(os.sched_getaffinity(0))
+        self._last = self._now()
+
+    def read(self) -> Load:
+        """The load since the last reading."""
+        last, self._last = self._last, self._now()
+        passed, busy, own, switches = (new - old for new, old in zip(self._last, last, strict=True))
+        return Load(max(0.0, (busy - own) / passed), switches / passed)
+
+    def _now(self) -> tuple[float, float, float, int]:
+        """The time, busy seconds of the cores, processor seconds of this process, and its involuntary switches."""
+        import psutil
+
+        cores = psutil.cpu_times(percpu=True)
+        busy = sum(one.user + one.nice + one.system for number, one in enumerate(cores) if number in self._cores)
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        return time.monotonic(), busy, time.process_time(), switches
 
 
 @contextmanager

@@ -49,6 +49,7 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"epochs": 0}, "--epochs 0"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"seed": -1}, "--seed -1"),
+        ({"threads": 0}, "--threads 0 is under 1"),
         ({"loss": "focal"}, "logit-adjusted"),
         ({"precision": "fp8"}, "bf16"),
         ({"compile": "yes"}, "auto, on, off"),
@@ -81,7 +82,7 @@ def test_configuration_survives_its_file(tmp_path: Path) -> None:
     config = resolved(Config(model="vit_b16", ema=0.99, start_resolution=96), "layernorm")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert read_config(tmp_path / "config.json") == config
-    older = {name: value for name, value in config.to_dict().items() if name != "normalize"}
+    older = {name: value for name, value in config.to_dict().items() if name not in ("normalize", "threads")}
     (tmp_path / "config.json").write_text(json.dumps(older))
     assert read_config(tmp_path / "config.json") == config
     (tmp_path / "config.json").write_text("{}")
@@ -91,7 +92,7 @@ def test_configuration_survives_its_file(tmp_path: Path) -> None:
 
 def test_differences_name_what_would_change_the_weights() -> None:
     a = Config(model="resnet18")
-    assert differences(a, Config(model="resnet18", data="elsewhere", checkpoint_s=1.0, eval_epochs=9)) == []
+    assert differences(a, Config(model="resnet18", data="elsewhere", checkpoint_s=1.0, eval_epochs=9, threads=1)) == []
     assert differences(a, Config(model="resnet18", epochs=3)) == ["epochs: 30, now 3"]
 
 

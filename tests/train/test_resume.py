@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,8 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_decisions(
     monkeypatch.setattr(torch, "compile", lambda net, **_: net)
     try:
         result = train_once(config, out, resume=True)
-        assert str(torch.get_num_threads()) == environment["decisions"]["threads"]["value"]
+        assert result["device"].endswith(f", {environment['decisions']['threads']['value']} threads")
+        assert torch.get_num_threads() == threads  # of the next run of this process
     finally:
         torch.set_num_threads(threads)
     assert result["decisions"] == environment["decisions"]
@@ -272,6 +274,7 @@ def test_with_a_checkpoint_too_decisions_are_kept_only_where_they_were_taken(
     config, out, threads = small(tiny_shards, epochs=1), tmp_path / "run", torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)  # as torchrun, which gives each process one
+        monkeypatch.setenv("OMP_NUM_THREADS", "as torchrun")
         with pytest.raises(Stopped):
             train_once(config, out, stop=at(2, lambda: True))
         torch.set_num_threads(threads)
@@ -286,6 +289,36 @@ def test_with_a_checkpoint_too_decisions_are_kept_only_where_they_were_taken(
         assert f"threads: {taken['threads']['value']} ({taken['threads']['reason']})" in log
     finally:
         torch.set_num_threads(threads)
+
+
+def test_another_number_of_threads_is_taken_where_it_is_asked_for_and_said(tiny_shards: Path, tmp_path: Path) -> None:
+    config, out, own = small(tiny_shards, threads=1), tmp_path / "run", torch.get_num_threads()
+    for more, value, reason in (
+        ({}, "1", "asked for"),
+        ({"threads": None}, "1", "asked for"),  # it stays
+        ({"threads": 2}, "2", "asked for; 1 until now, so the last bits of the weights change"),
+    ):
+        with pytest.raises(Stopped):
+            train_once(replace(config, **more), out, resume=out.exists(), stop=at(2, lambda: True))
+        taken = json.loads((out / "environment.json").read_text())["decisions"]["threads"]
+        assert (taken["value"], taken["reason"]) == (value, reason)
+        assert f"threads: {value} ({reason})" in (out / "log.txt").read_text()
+        assert torch.get_num_threads() == own
+
+
+def test_the_default_is_pytorchs_own_number_within_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, set_to = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "available_cores", lambda: own)
+    assert devices.use_threads(None) == Decision(str(own), "PyTorch's own choice")
+    assert set_to == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: own + 2)
+    assert devices.use_threads(None) == Decision(str(own), "the cores that this process may use")
+    assert set_to == [own]
+    monkeypatch.setenv("OMP_NUM_THREADS", str(own + 2))
+    assert devices.use_threads(None).value == str(own + 2)
+    assert set_to == [own]
 
 
 # ------------------------------------------------------------------ the checkpoint

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Pool:
     recorded: Callable[[dict[str, Any]], None]
     unwanted: tuple[str, ...] = ()
     worker: Callable[[Connection, str | None, Path, float], None] = work
+    _warned: set[str] = field(default_factory=set)
 
     def run(self, cells: Sequence[Cell], stop: Callable[[], int]) -> list[str]:
         """Train every cell. Returns the names of the cells that failed.
@@ -148,7 +149,7 @@ class Pool:
                 if isinstance(message, Status):
                     slot.status = message
                 elif isinstance(message, Warned):
-                    self.view.warn(f"{slot.cell.name if slot.cell else slot.model}: {message.text}")
+                    self._warn(slot, message.text)
         except (EOFError, OSError):
             slot.process.join(GRACE_S)
         if slot.process.is_alive():
@@ -156,6 +157,13 @@ class Pool:
         if slot.stopped_at is not None:
             return Ended("stopped", error="ended before it could write a checkpoint")
         return Ended("failed", error=self._exit_reason(slot))
+
+    def _warn(self, slot: Slot, text: str) -> None:
+        """Show a warning, unless there was one that begins alike (up to its colon): each worker warns once itself."""
+        what = text.partition(":")[0]
+        if what not in self._warned:
+            self._warned.add(what)
+            self.view.warn(f"{slot.cell.name if slot.cell else slot.model}: {text}")
 
     @staticmethod
     def _exit_reason(slot: Slot) -> str:

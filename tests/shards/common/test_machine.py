@@ -3,7 +3,10 @@
 import platform
 import subprocess
 import sys
+from collections import namedtuple
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from shards.common import machine
@@ -35,6 +38,53 @@ def test_a_container_limits_the_cores(tmp_path, monkeypatch, limit, cores):
     assert machine.available_cores() == 64
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
     assert machine.available_cores() == (cores or 64)
+
+
+def test_the_limits_of_the_groups_above_count_too(tmp_path):
+    of_process = tmp_path / "cgroup"
+    of_process.write_text("4:memory:/x\n1:cpu,cpuacct:/jobs/mine\n0::/slice/job\n")
+
+    def cores() -> int | None:
+        found = machine._container_cores(tmp_path, of_process)
+        return None if found == sys.maxsize else found
+
+    def limit(folder: str, quota: str, version: int = 2) -> None:
+        place = tmp_path / folder
+        place.mkdir(parents=True, exist_ok=True)
+        files = {"cpu.max": f"{quota} 100000"}
+        if version == 1:
+            files = {"cpu.cfs_quota_us": quota, "cpu.cfs_period_us": "100000"}
+        for name, content in files.items():
+            (place / name).write_text(f"{content}\n")
+
+    assert cores() is None
+    limit("slice/job", "max")
+    limit("slice/other", "100000")
+    limit("cpu/jobs/mine", "-1", version=1)
+    assert cores() is None
+    limit("slice", "700000")
+    assert cores() == 7
+    limit("slice/job", "550000")
+    assert cores() == 6
+    limit("cpu/jobs", "250000", version=1)
+    assert cores() == 3
+
+
+def test_the_load_is_what_others_use_on_the_cores_of_this_process(monkeypatch):
+    core = namedtuple("core", "user nice system idle iowait")
+    now = {"time": 0.0, "own": 0.0, "switches": 0, "cores": [core(0, 0, 0, 0, 0)] * 3}
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 2})
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now["time"])
+    monkeypatch.setattr(machine.time, "process_time", lambda: now["own"])
+    monkeypatch.setattr(machine.resource, "getrusage", lambda _: SimpleNamespace(ru_nivcsw=now["switches"]))
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: now["cores"])
+    meter = machine.LoadMeter()
+    now |= {"time": 10.0, "own": 8.0, "switches": 500}
+    now["cores"] = [core(4, 1, 2, 3, 0), core(10, 0, 0, 0, 0), core(5, 0, 1, 0, 4)]
+    assert meter.read() == machine.Load(others=0.5, interruptions=50.0)
+    now |= {"time": 20.0, "own": 28.5}  # the clocks of cores and process are read one after the other
+    now["cores"] = [core(14, 1, 2, 3, 0), core(10, 0, 0, 0, 0), core(15, 0, 1, 0, 4)]
+    assert meter.read() == machine.Load(others=0.0, interruptions=0.0)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")

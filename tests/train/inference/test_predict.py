@@ -21,6 +21,7 @@ from torch import nn
 
 from shards import Loader, ShardSet
 from shards.common.errors import DataError, UsageError
+from shards.common.machine import Load
 from shards.format import CLASSES, EncodeSpec
 from tests.support.train_runs import child_environment
 from tests.train.inference.conftest import train_on
@@ -374,3 +375,17 @@ def test_predicting_with_a_resnet_imports_neither_timm_nor_the_compiler(runs, mi
     )
     done = predict("--run", runs["quick"], mixed / "good.jpg", python=("-c", program))
     assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]"
+
+
+def test_threads_are_set_and_other_programs_on_their_cores_are_named_once(runs, mixed, monkeypatch, capsys):
+    own = torch.get_num_threads()
+    monkeypatch.setattr("train.crowding.LOOK_S", 0.0)
+    monkeypatch.setattr("train.crowding.LoadMeter.read", lambda self: Load(1.0, 300.0))
+    monkeypatch.setattr("train.crowding.available_cores", lambda: 2)
+    try:
+        for threads in (2, 1):
+            predict_here("--run", runs["quick"], "--device", "cpu", "--threads", threads, "--batch-size", 1, mixed)
+            assert torch.get_num_threads() == threads
+            assert capsys.readouterr().err.count("warning: other programs slow this one down") == threads - 1
+    finally:
+        torch.set_num_threads(own)

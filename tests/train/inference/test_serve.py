@@ -23,6 +23,7 @@ from PIL import Image
 from shards.format import CLASSES
 from tests.conftest import free_port
 from tests.support.train_runs import child_environment
+from train import serve
 from train.inference.images import open_image
 from train.inference.page import class_name
 from train.inference.predictor import Predictor
@@ -255,3 +256,21 @@ def test_the_page_starts_in_a_process_without_torch_or_timm():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=os.environ)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "said", "threads"),
+    [(3, 8, None, "3"), (None, 8, None, None), (None, 2, None, "2"), (None, 2, "5", "5")],
+)
+def test_the_model_process_gets_its_threads(asked, cores, said, threads, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(serve, "available_cores", lambda: cores)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if said is not None:
+        os.environ["OMP_NUM_THREADS"] = said
+    monkeypatch.setattr(serve, "serve", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    arguments = ["--run", "x", "--port", str(free_port()), *(["--threads", str(asked)] if asked else [])]
+    serve.main.main(arguments, standalone_mode=False)
+    assert os.environ.get("OMP_NUM_THREADS") == threads

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks import beside, grid, latency, loader, pack, predict, stalls, training, utilization
+from benchmarks import beside, grid, latency, loader, pack, predict, stalls, together, training, utilization
 from benchmarks.measure import Row
 from benchmarks.monitor import in_order, metric
 from benchmarks.options import OUT
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PAGES: dict[str, Page] = {
     benchmark.PAGE.name: benchmark.PAGE
-    for benchmark in (loader, beside, latency, pack, training, stalls, utilization, grid, predict)
+    for benchmark in (loader, beside, latency, pack, training, together, stalls, utilization, grid, predict)
 }
 """Every benchmark by its name, in the order of the report."""
 

@@ -60,9 +60,14 @@ class Crowding:
         return text
 
 
+def fitting(cores: int, others: float) -> int:
+    """The threads that have a core of their own, where other programs use `others` of the cores on average."""
+    return max(1, round(cores - others))
+
+
 def warning(load: Load, threads: int, cores: int, slower: float) -> str | None:
     """One line if other programs disturb `threads` threads on `cores` cores, with the number that would fit."""
-    fit = max(1, round(cores - load.others))
+    fit = fitting(cores, load.others)
     if fit >= threads or load.interruptions < INTERRUPTED:
         return None
     steps = f", and its steps take {slower:.1f} times as long as the first ones" if slower >= SLOWER else ""

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from benchmarks import beside, loader, pack, training
+from benchmarks import beside, loader, pack, together, training
 from benchmarks.grid import SHARED
 from benchmarks.measure import Row
 from benchmarks.targets import TARGETS, targets_text, verdict
@@ -59,7 +59,7 @@ def test_the_table_holds_the_judged_rows_and_no_others() -> None:
 
 
 def test_every_target_names_systems_that_are_measured() -> None:
-    pairs = {"loader": loader.RATIOS, "pack": pack.RATIOS, "training": training.RATIOS}
+    pairs = {"loader": loader.RATIOS, "pack": pack.RATIOS, "training": training.RATIOS, "together": together.RATIOS}
     for target in TARGETS:
         if "beside" in target.fields:
             assert (target.fields["system"], target.fields["beside"]) in pairs[target.benchmark]

@@ -194,14 +194,14 @@ def renewed(text: str, tables: str, name: str) -> str:
     "--write",
     "page",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Page whose tables are written again, docs/gpu.md for example.",
+    help="Page whose tables are written again, docs/gpu.md for example; the rest of it stays.",
 )
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
     default=FOLDER,
     show_default=True,
-    help="Folder of the evidence files.",
+    help="Folder of the evidence files. It is only read.",
 )
 def main(page: Path | None, folder: Path) -> None:
     """Show what was measured on which GPU, or write it between the marks of a page."""

@@ -79,12 +79,22 @@ def run_checks(
 
 @click.command(cls=cli.Command)
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Evidence file.  [default: {FOLDER}/<gpu>.json]"
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"Evidence file. An older one is replaced.  [default: {FOLDER}/<gpu>.json]",
 )
 @click.option(
-    "--data", type=click.Path(path_type=Path, file_okay=False), help="A shard set to check instead of computed images."
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A shard set to check instead of computed images. A large one takes longer.",
 )
-@click.option("--device", "device_name", default="cuda", show_default=True, help="cuda or cuda:N.")
+@click.option(
+    "--device",
+    "device_name",
+    default="cuda",
+    show_default=True,
+    help="cuda or cuda:N. N is the number of a GPU if there are several.",
+)
 def main(out: Path | None, data: Path | None, device_name: str) -> int:
     """Check everything on a GPU and write the results to a file of evidence."""
     import torch

@@ -24,9 +24,19 @@ _FRACTIONS = "1/8,1/4,1/2,1"
 
 
 @benchmark("grid", *training_options(["resnet18"], resolution=64), rounds=(6, 5))
-@quick_option("--epochs", kind=click.IntRange(1), text="Epochs of every cell.", default=20, quick=1)
-@quick_option("--fractions", kind=str, text="Fractions of every model and seed.", default=_FRACTIONS, quick="1")
-@quick_option("--compile", kind=click.Choice(["on", "off"]), text="torch.compile.", default="on", quick="off")
+@quick_option(
+    "--epochs", kind=click.IntRange(1), text="Epochs of every cell. The time grows in proportion.", default=20, quick=1
+)
+@quick_option(
+    "--fractions", kind=str, text="Fractions of every model and seed. Each adds a cell.", default=_FRACTIONS, quick="1"
+)
+@quick_option(
+    "--compile",
+    kind=click.Choice(["on", "off"]),
+    text="torch.compile. Compiling takes a minute or more for each process.",
+    default="on",
+    quick="off",
+)
 def command(settings: Settings, epochs: int, fractions: str, compile: str) -> None:
     """A study whose cells share a worker process, beside one with a process per cell."""
     from train.study.cells import parse_fractions

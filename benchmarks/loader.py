@@ -52,7 +52,7 @@ RATIOS = (
     "--resolution",
     "resolutions_px",
     kind=click.IntRange(1),
-    text="Side of the images that come out, px. Repeatable.",
+    text="Side of the images that come out, px. Each is timed for itself. Repeatable.",
     default=(224, 128),
     quick=(224,),
     multiple=True,

@@ -23,17 +23,25 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 OUT = click.option(
-    "--out", type=_FOLDER, default="benchmarks/results", show_default=True, help="Folder for tables and charts."
+    "--out",
+    type=_FOLDER,
+    default="benchmarks/results",
+    show_default=True,
+    help="Folder for tables and charts. Older ones of the same name are replaced.",
 )
-ONLY = click.option("--only", multiple=True, help="Only systems whose name contains this text. Repeatable.")
+ONLY = click.option(
+    "--only", multiple=True, help="Only systems whose name contains this text, which saves time. Repeatable."
+)
 WORKERS = click.option(
     "--workers",
     type=click.IntRange(1),
     default=available_cores,
     show_default="the cores",
-    help="Threads or processes of a loader.",
+    help="Threads or processes of a loader. More than the cores gain nothing.",
 )
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one."
+)
 ADD = click.option("--add", is_flag=True, help="Keep the rows that the table in --out has for other models.")
 _COMMON = (
     click.option(
@@ -42,10 +50,14 @@ _COMMON = (
         envvar="HAM10000_SAMPLE",
         default="data/ham10000",
         show_default=True,
-        help="HAM10000-shaped folder of original images, or its parent [env HAM10000_SAMPLE].",
+        help="HAM10000-shaped folder of original images, or its parent [env HAM10000_SAMPLE]. It is only read.",
     ),
     click.option(
-        "--cache", type=_FOLDER, default="data/bench", show_default=True, help="Folder that keeps prepared data."
+        "--cache",
+        type=_FOLDER,
+        default="data/bench",
+        show_default=True,
+        help="Folder that keeps prepared data, so that a second run starts sooner; it grows to some GB.",
     ),
     OUT,
     click.option("--quick", is_flag=True, is_eager=True, help="About two minutes: fewer systems, images and rounds."),
@@ -75,7 +87,7 @@ def quick_option(
 
 def packed_option(default: Sequence[int], quick: Sequence[int]) -> Decorator:
     """The option for the sizes of the packed images."""
-    text = "Longer side of the packed images, px. Repeatable."
+    text = "Longer side of the packed images, px. Larger ones are decoded more slowly. Repeatable."
     kind = click.IntRange(1)
     return quick_option(
         "--packed", "packed_px", kind=kind, text=text, default=tuple(default), quick=tuple(quick), multiple=True
@@ -86,9 +98,27 @@ def training_options(models: Sequence[str] = (), quick: Sequence[str] = (), reso
     """The options of the benchmarks that train, with their defaults. models: none for all eight."""
     model = {"default": tuple(models), "quick": tuple(quick or models), "shown": " ".join(models) or "all eight"}
     return [
-        quick_option("--model", "models", kind=str, text="Repeatable.", multiple=True, **model),
-        click.option("--resolution", default=resolution, show_default=True, help="Side of the images, px."),
-        click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per step."),
+        quick_option(
+            "--model",
+            "models",
+            kind=str,
+            text="Model to train; each takes its own time. Repeatable.",
+            multiple=True,
+            **model,
+        ),
+        click.option(
+            "--resolution",
+            default=resolution,
+            show_default=True,
+            help="Side of the images, px. A step takes longer with its square.",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1),
+            default=16,
+            show_default=True,
+            help="Images per step. More take more memory.",
+        ),
         DEVICE,
     ]
 
@@ -188,8 +218,11 @@ def benchmark(
     options: those of `Settings` that it has beside the common ones. rounds, seconds: the default, and that of --quick;
     without seconds a round is one pass.
     """
-    length = {"text": "Minimum length of a round, s.", "kind": click.FloatRange(0, min_open=True)}
-    times = {"text": "Timed rounds per system.", "kind": click.IntRange(5)}
+    length = {
+        "text": "Minimum length of a round, s. Longer ones vary less.",
+        "kind": click.FloatRange(0, min_open=True),
+    }
+    times = {"text": "Timed rounds per system. More make the intervals narrower.", "kind": click.IntRange(5)}
     timing = [quick_option("--rounds", default=rounds[0], quick=rounds[1], **times)]
     if seconds:
         timing.append(quick_option("--seconds", default=seconds[0], quick=seconds[1], **length))

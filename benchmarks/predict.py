@@ -61,9 +61,14 @@ _NOTES = {
     type=click.IntRange(1),
     default=400,
     show_default=True,
-    help="Longer side of the packed images, px.",
+    help="Longer side of the packed images, px. Larger ones are decoded more slowly.",
 )
-@click.option("--resolution", default=224, show_default=True, help="Side of the images, px.")
+@click.option(
+    "--resolution",
+    default=224,
+    show_default=True,
+    help="Side of the images, px. The network takes longer with its square.",
+)
 def command(settings: Settings, packed_px: int) -> None:
     """Prediction beside evaluation with a resnet18, and the start-up time of `train.predict` and `train.serve`."""
     from train.models import check_resolution

@@ -37,15 +37,15 @@ AU_LINE = 0.90
     type=click.Choice(STYLES),
     default=LAST,
     show_default=True,
-    help="How the models are run.",
+    help="How the models are run. Compiling takes a minute or more for each model.",
 )
 @click.option(
     "--engine",
     "engines",
     type=click.Choice(list(ENGINES)),
     multiple=True,
-    help="native with JPEG or raw files, resident, or dali with JPEG files. Repeatable.  [default: the first three, on "
-    "a GPU all four; quick jpg]",
+    help="native with JPEG or raw files, resident, or dali with JPEG files; each adds its time. Repeatable.  [default: "
+    "the first three, on a GPU all four; quick jpg]",
 )
 def command(settings: Settings, style: str, engines: tuple[str, ...]) -> None:
     """How much of training waits for data: cached batch, warm files, cold files, and the counted wait.

@@ -119,7 +119,11 @@ class TrainingJob:
 @benchmark(
     "training", ONLY, WORKERS, *training_options(quick=["alexnet"]), ADD, rounds=(6, 5), seconds=(4, 0.25)
 )  # alexnet compiles fastest
-@click.option("--fp32", is_flag=True, help="Also eager and compiled in float32, if the device trains in less.")
+@click.option(
+    "--fp32",
+    is_flag=True,
+    help="Also eager and compiled in float32, if the device trains in less. Takes two systems more.",
+)
 def command(settings: Settings, fp32: bool) -> None:
     """Images per second of the models: eager, channels-last, compiled, each beside a cached batch.
 

@@ -306,9 +306,9 @@ def _check_whole(items: Sequence[Item], out: Path) -> None:
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     default=HOME,
-    help="Folder for the files; archives are removed once unpacked.",
+    help="Folder for the files, about 2.8 GB; archives are removed once unpacked.",
 )
-@click.option("--test-set", is_flag=True, help="Fetch the official test set of ISIC 2018 Task 3 too.")
+@click.option("--test-set", is_flag=True, help="Fetch the official test set of ISIC 2018 Task 3 too: 0.4 GB more.")
 @click.option(
     "--base-url",
     metavar="URL",

@@ -60,34 +60,79 @@ class Ratio(click.ParamType):
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True})
-@click.option("--source", type=click.Path(path_type=Path), default=Path("data/ham10000"), help="Raw HAM10000 folder.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("data/shards"), help="Shard set to write.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    default=Path("data/ham10000"),
+    help="Raw HAM10000 folder. It is only read.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("data/shards"),
+    help="Shard set to write. It must be new, except with --overwrite.",
+)
 @click.option(
     "--test-source",
     type=click.Path(path_type=Path),
-    help="Official ISIC 2018 Task 3 test images and labels, used as the test split.",
+    help="Official ISIC 2018 Task 3 test images and labels, used as the test split. --source then has "
+    "train and val alone.",
 )
 @click.option(
-    "--write-mode", type=click.Choice(WRITE_MODES), default="jpg", help="How images are stored, in FFCV's terms."
+    "--write-mode",
+    type=click.Choice(WRITE_MODES),
+    default="jpg",
+    help="How images are stored, in FFCV's terms. raw loads faster and takes about ten times the disk of jpg.",
 )
-@click.option("--max-resolution", type=int, default=400, help="Longer side in px; larger images are reduced to this.")
-@click.option("--jpeg-quality", type=int, default=90, help="1 to 100.")
-@click.option("--subsampling", type=click.Choice(("420", "422", "444")), default="420", help="Chroma of the JPEGs.")
+@click.option(
+    "--max-resolution",
+    type=int,
+    default=400,
+    help="Longer side in px; larger images are reduced to this, which loses detail and saves disk and time.",
+)
+@click.option(
+    "--jpeg-quality", type=int, default=90, help="1 to 100. A higher one keeps more detail and takes more disk."
+)
+@click.option(
+    "--subsampling",
+    type=click.Choice(("420", "422", "444")),
+    default="420",
+    help="Chroma of the JPEGs. 444 keeps all colour detail, takes more disk and loads slower.",
+)
 @click.option(
     "--restart/--no-restart", default=True, help="Add a restart table, for decoding regions (about 2 % more bytes)."
 )
 @click.option(
-    "--compress-probability", type=float, default=0.5, help="With proportion: share of JPEGs; the rest is raw."
+    "--compress-probability",
+    type=float,
+    default=0.5,
+    help="With --write-mode proportion: share of JPEGs; the rest is raw.",
 )
-@click.option("--smart-threshold", type=int, default=500_000, help="With smart: JPEG above this many raw bytes.")
-@click.option("--shard-mb", type=int, default=64, help="Largest size of a tar, MiB.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: the cores]")
-@click.option("--split", type=Ratio(), default="70/10/20", help="Ratio of images in each split, in any unit.")
+@click.option(
+    "--smart-threshold",
+    type=int,
+    default=500_000,
+    help="With --write-mode smart: images of more raw bytes than this become JPEGs.",
+)
+@click.option("--shard-mb", type=int, default=64, help="Largest size of a tar, MiB. A smaller one makes more files.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    show_default="the cores",
+    help="Threads. Their number changes the time, and no byte.",
+)
+@click.option(
+    "--split",
+    type=Ratio(),
+    default="70/10/20",
+    help="Ratio of images in train, val and test, in any unit. More for test makes intervals narrower, and "
+    "leaves less to train on.",
+)
 @click.option(
     "--split-unit",
     type=click.Choice(("lesion", "image")),
     default="lesion",
-    help="image lets lesions leak into the test split: for comparison only.",
+    help="What is kept in one split. image lets lesions leak into the test split: for comparison only.",
 )
 @click.option(
     "--split-file",
@@ -99,7 +144,7 @@ class Ratio(click.ParamType):
     "--on-bad",
     type=click.Choice(("stop", "skip")),
     default="stop",
-    help="What to do at an image that cannot be packed.",
+    help="What to do at an image that cannot be packed. skip leaves it out and lists it in quarantine.csv.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the set in --out when the new one is complete.")
 def main(

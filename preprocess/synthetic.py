@@ -207,8 +207,18 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True})
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="New or empty folder to write.")
-@click.option("--images", type=int, default=700, help=f"Number of images, at least {LEAST_IMAGES}.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="New or empty folder to write. An image takes about 260 kB.",
+)
+@click.option(
+    "--images",
+    type=int,
+    default=700,
+    help=f"Number of images, at least {LEAST_IMAGES}. Time and disk grow in proportion.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed gives other lesions.")
 @click.option(
     "--difficulty",
@@ -216,7 +226,12 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
     default=0.5,
     help="0: classes look clearly different; 1: most lesions resemble another class, and light varies most.",
 )
-@click.option("--workers", type=click.IntRange(min=1), default=None, help="Threads.  [default: the cores]")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    show_default="the cores",
+    help="Threads. Their number changes the time, and no byte.",
+)
 def main(out: Path, images: int, seed: int, difficulty: float, workers: int | None) -> None:
     """Write a folder of computed skin lesions in HAM10000's layout, to try things out without the real data."""
     started = time.monotonic()

@@ -83,12 +83,16 @@ def verify(folder: Path) -> None:
     default="batch.png",
     show_default=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="PNG to write.",
+    help="PNG to write. An older one is replaced.",
 )
-@click.option("--images", default=24, show_default=True, help="Number of images.")
-@click.option("--resolution", default=128, show_default=True, help="Side of each image in px.")
+@click.option("--images", default=24, show_default=True, help="Number of images. The picture has a row for each eight.")
+@click.option(
+    "--resolution", default=128, show_default=True, help="Side of each image in px. A larger one makes a larger file."
+)
 @click.option("--eval", "evaluation", is_flag=True, help="Show images as in evaluation, not augmented.")
-@click.option("--seed", default=0, show_default=True, help="Seed of order and augmentation.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed of order and augmentation. Another seed shows other images."
+)
 def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool, seed: int) -> None:
     """Draw the first training batch of the set in FOLDER, with colour augmentation and each image's diagnosis."""
     import cv2

@@ -1,10 +1,11 @@
 """The command `dermscale`: it has all commands, imports only the one that is called, and speaks of itself."""
 
+import importlib
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -77,6 +78,30 @@ def test_a_command_is_that_of_its_module(name):
     module, _, function = dermscale.COMMANDS[name]
     _, same = started(["-m", module.removesuffix(".__main__"), *([] if function == "main" else [name]), "--help"])
     assert body(shown).split() == body(same).split()
+
+
+def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    """A command, or those of a group, with their names."""
+    if isinstance(command, click.Group):
+        for sub, one in command.commands.items():
+            yield from commands(one, f"{name} {sub}")
+    else:
+        yield name, command
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_option_says_what_it_does_in_whole_sentences(entry):
+    module = importlib.import_module("shards.__main__" if entry == "shards" else entry)
+    seen = 0
+    for name, one in commands(module.main, entry):
+        for option in one.params:
+            if isinstance(option, click.Option):
+                seen += 1
+                said, _, rest = (option.help or "").partition("  [default: ")
+                assert said.endswith(".") and len(said.split()) > 3, f"{name} {option.opts[0]}: {said}"
+                assert not rest or rest.endswith("]")
+                assert "{" not in said
+    assert seen > 1
 
 
 def test_no_command_and_a_wrong_one(command: Command):

@@ -54,8 +54,9 @@ everything else (ViT, Mixer, ConvNeXt, Swin …)."""
 def _option(default: Any, help: str, **more: Any) -> Any:
     """A field of Config that is a command-line option too; `training_options` makes the option.
 
-    default: `...` if there is none. more: choices: all allowed values. least: the smallest allowed one. path: True for
-    a file or folder. shown: what `--help` shows as the default. run_only: True if a grid has no such option.
+    default: `...` if there is none. help: says what the option costs or changes; `{choices}` stands for these. more:
+    choices: all allowed values. least: the smallest allowed one. path: True for a file or folder. shown: what `--help`
+    shows as the default. run_only: True if a grid has no such option.
     """
     metadata = {"help": help, **more}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
@@ -70,39 +71,105 @@ class Config:
     largest gradient norm.
     """
 
-    model: str = _option(..., "alexnet, resnet18/34/50/101/152, vit_b16, mixer_b16 or any timm model.", run_only=True)
-    data: str = _option("data/shards", "Folder of the shard set.", path=True)
-    fraction: float = _option(1.0, "Share of the training lesions, in (0, 1].", run_only=True)
-    seed: int = _option(0, "Seed of weights, order and augmentation.", least=0, run_only=True)
-    subset_seed: int = _option(0, "Seed that picks the lesions of a fraction.", least=0, run_only=True)
-    epochs: int = _option(30, "Passes over the training images.", least=1)
+    model: str = _option(
+        ...,
+        "alexnet, resnet18/34/50/101/152, vit_b16, mixer_b16 or any timm model. Larger ones take longer.",
+        run_only=True,
+    )
+    data: str = _option(
+        "data/shards", "Folder of the shard set. A run goes on only with the set that it began with.", path=True
+    )
+    fraction: float = _option(
+        1.0, "Share of the training lesions, in (0, 1]. An epoch takes so much of the time.", run_only=True
+    )
+    seed: int = _option(
+        0,
+        "Seed of weights, order and augmentation. Another seed gives another result of the same quality.",
+        least=0,
+        run_only=True,
+    )
+    subset_seed: int = _option(
+        0, "Seed that picks the lesions of a fraction. It changes nothing at fraction 1.", least=0, run_only=True
+    )
+    epochs: int = _option(30, "Passes over the training images. The time grows in proportion.", least=1)
     steps: int | None = None
-    batch_size: int = _option(64, "Images in a global batch, shared by all processes.", least=1)
-    resolution: int = _option(224, "Side of the images in px.", least=1)
-    start_resolution: int | None = _option(None, "Start at this side and go up in steps of 32 px.")
+    batch_size: int = _option(
+        64,
+        "Images in a global batch, shared by all processes. Memory grows with it, and so does the default of --lr.",
+        least=1,
+    )
+    resolution: int = _option(224, "Side of the images in px. Time and memory grow with its square.", least=1)
+    start_resolution: int | None = _option(
+        None, "Start at this side and go up in steps of 32 px. Saves time; compiling takes longer, once for each size."
+    )
     optimizer: str | None = None
-    lr: float | None = _option(None, "Peak learning rate, after the warm-up.", shown="by model")
-    weight_decay: float | None = _option(None, "Weight decay. Biases and normalisation have none.", shown="by model")
+    lr: float | None = _option(
+        None,
+        "Peak learning rate, after the warm-up. If it is too high, the loss stops being a number.",
+        shown="by model",
+    )
+    weight_decay: float | None = _option(
+        None, "Weight decay: more keeps weights smaller. Biases and normalisation have none.", shown="by model"
+    )
     warmup: float | None = None
     clip: float | None = None
-    loss: str = _option("logit-adjusted", "Cross-entropy", choices=LOSSES)
-    ema: float | None = _option(None, "Evaluate and save a moving average of the weights with this decay, e.g. 0.999.")
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
-    precision: str = _option("auto", "Number format of the matrix products", choices=PRECISIONS)
-    compile: str = _option("auto", "torch.compile", choices=COMPILE)
-    engine: str = _option("auto", "Loader", choices=ENGINES)
-    pretrained: bool = _option(False, "Start from ImageNet weights (downloaded once).")
-    weights: str | None = _option(None, "Start from the weights in this file (.safetensors or .pt).", path=True)
+    loss: str = _option(
+        "logit-adjusted",
+        "Cross-entropy: {choices}. Only plain keeps the frequencies of the training images.",
+        choices=LOSSES,
+    )
+    ema: float | None = _option(
+        None,
+        "Evaluate and save a moving average of the weights with this decay, e.g. 0.999. Costs one copy of the weights.",
+    )
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")
+    precision: str = _option(
+        "auto",
+        "Number format of the matrix products: {choices}. auto takes the fastest, fp32 is the most exact.",
+        choices=PRECISIONS,
+    )
+    compile: str = _option(
+        "auto",
+        "torch.compile: {choices}. Compiling takes a minute or more; auto estimates whether it pays.",
+        choices=COMPILE,
+    )
+    engine: str = _option(
+        "auto",
+        "Loader: {choices}. All load the same batches; resident keeps the whole set in the memory of the device.",
+        choices=ENGINES,
+    )
+    pretrained: bool = _option(
+        False, "Start from ImageNet weights (downloaded once). The default of --lr is lower then."
+    )
+    weights: str | None = _option(
+        None, "Start from the weights in this file (.safetensors or .pt). The default of --lr is lower then.", path=True
+    )
     normalize: str = _option(
         "auto",
-        "Mean and deviation of the input. auto: as the given weights were trained; without weights, those of the "
-        "training images (data). half: 0.5. Choices",
+        "Mean and deviation of the input: {choices}. auto: as the given weights were trained; without weights, those of "
+        "the training images (data). half: 0.5. Another choice than that of the weights costs accuracy.",
         choices=NORMALIZE,
     )
-    sync_batch_norm: bool = _option(False, "Batch norm over all processes of the job; needs GPUs.", run_only=True)
-    threads: int | None = _option(None, "CPU threads.", least=1, shown="the cores")
-    checkpoint_s: float = _option(60.0, "Minimum seconds between two checkpoints; 0: one after every step.")
-    eval_epochs: int = _option(1, "Evaluate on the validation split every so many epochs.", least=1)
+    sync_batch_norm: bool = _option(
+        False,
+        "Batch norm over all processes of the job; needs GPUs. Costs an exchange for each such layer and step.",
+        run_only=True,
+    )
+    threads: int | None = _option(
+        None,
+        "CPU threads. Fewer leave cores to other programs; on a CPU another number changes the last bits.",
+        least=1,
+        shown="the cores",
+    )
+    checkpoint_s: float = _option(
+        60.0,
+        "Minimum seconds between two checkpoints; 0: one after every step. A kill costs the time since the last one.",
+    )
+    eval_epochs: int = _option(
+        1,
+        "Evaluate on val every so many epochs, and after the last. Costs time, changes no weights.",
+        least=1,
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have. Raises UsageError naming the value, the limit and what to do."""
@@ -147,7 +214,7 @@ def training_options(command: Callable[..., Any], run_only: bool = False) -> Cal
         about = one.metadata
         if not about or (about.get("run_only") and not run_only):
             continue
-        choices = f": {', '.join(about['choices'][:-1])} or {about['choices'][-1]}." if "choices" in about else ""
+        *others, last = about.get("choices", ("",))
         kind = next(kind for kind in (*get_args(one.type), one.type) if kind is not type(None))
         # click 8.5 takes `default=None` for a value: an option that has it is not required any more
         given: dict[str, Any] = {"required": True} if one.default is MISSING else {"default": one.default}
@@ -156,7 +223,7 @@ def training_options(command: Callable[..., Any], run_only: bool = False) -> Cal
             type=click.Path() if about.get("path") else kind,
             is_flag=kind is bool,
             show_default=about.get("shown"),
-            help=about["help"] + choices,
+            help=about["help"].replace("{choices}", f"{', '.join(others)} or {last}"),
             **given,
         )(command)
     return command

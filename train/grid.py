@@ -19,33 +19,47 @@ from train.study.folder import UNWANTED
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True})
-@click.option("--models", default="all", help=f"Names, separated by commas; all: {', '.join(EIGHT)}.")
+@click.option(
+    "--models",
+    default="all",
+    help=f"Names, separated by commas. Each adds a cell for every fraction and seed. all: {', '.join(EIGHT)}.",
+)
 @click.option(
     "--fractions",
     default=",".join(f"{f:g}" for f in FRACTIONS),
     show_default="1/64,1/32,1/16,1/8,1/4,1/2,1",
-    help="Shares of the training lesions, in (0, 1].",
+    help="Shares of the training lesions, in (0, 1]. An epoch of each takes so much of the time.",
 )
-@click.option("--seeds", default="0,1,2", help="Seeds of weights, order and augmentation.")
+@click.option(
+    "--seeds",
+    default="0,1,2",
+    help="Seeds of weights, order and augmentation. More make the intervals narrower, and the study longer.",
+)
 @click.option(
     "--subset-seeds",
     show_default="the seed of the run",
-    help="Seeds that choose the lesions of a fraction. Each is combined with each of --seeds.",
+    help="Seeds that choose the lesions of a fraction. Each is combined with each of --seeds: so many more runs.",
 )
 @click.option(
     "--budget",
     type=click.Choice(BUDGETS),
     default="epochs",
     help="epochs: each fraction trains for --epochs. steps: each fraction trains for as many optimizer steps as the "
-    "whole training split.",
+    "whole training split, which takes longer.",
 )
 @click.option(
     "--keep",
     type=click.Choice(tuple(UNWANTED)),
     default="weights",
-    help="Files to keep of a finished cell: its results, also its weights, or all with the checkpoint.",
+    help="Files to keep of a finished cell: its results, also its weights, or all with the checkpoint, which is two to "
+    "three times as large as the weights.",
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study"), help="Folder of the study.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/study"),
+    help="Folder of the study. One that holds a study is continued.",
+)
 @training_options
 def main(
     models: str,

@@ -19,9 +19,20 @@ from train.config import training_options
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True})
-@click.option("--model", default="resnet18", help="Name of the model to train.")
-@click.option("--seeds", default="0,1,2", help="Seeds of weights, order and augmentation. Each trains on both sets.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/study/leakage"), help="Folder to write.")
+@click.option(
+    "--model", default="resnet18", help="Name of the model to train. A larger one takes longer and more memory."
+)
+@click.option(
+    "--seeds",
+    default="0,1,2",
+    help="Seeds of weights, order and augmentation. Each trains on both sets, so it adds two runs.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/study/leakage"),
+    help="Folder to write. One that holds this experiment is continued.",
+)
 @training_options
 def main(model: str, seeds: str, out: Path, **options: Any) -> int:
     """Measure how much a split by image overestimates accuracy. --data: a set packed with --split-unit image."""

@@ -23,25 +23,47 @@ from shards.common.files import encoded, growing_file
 
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")
-@click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a finished run.")
+@click.option(
+    "--run",
+    "folder",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of a finished run, whose weights predict.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Write to this file: CSV, or as --json or --isic say. Until all is done, the answers so far are in FILE.part.",
+    help="Write to this file instead of the terminal: CSV, or as --json or --isic say. Until all is done, the answers so "
+    "far are in FILE.part.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON, which also lists the refused files with the reasons.")
 @click.option("--isic", is_flag=True, help="CSV in the submission format of ISIC 2018 Task 3.")
 @click.option(
-    "--prior", type=click.Choice(["balanced", "training"]), show_default="the run's own", help="Frequencies of classes."
+    "--prior",
+    type=click.Choice(["balanced", "training"]),
+    show_default="the run's own",
+    help="Class frequencies that the probabilities assume. Another prior moves them all.",
 )
 @click.option("--flips", is_flag=True, help="Average over the image and its three mirror images (4 times the work).")
-@click.option("--explain", is_flag=True, help="Also draw which parts of each image support its most likely class.")
 @click.option(
-    "--explain-out", default="explanations", type=click.Path(path_type=Path), help="Folder for the PNG files."
+    "--explain",
+    is_flag=True,
+    help="Also draw which parts of each image support its most likely class. Takes longer than predicting.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--batch-size", default=32, type=click.IntRange(1), help="Images in a batch.")
-@click.option("--threads", type=click.IntRange(1), show_default="the cores", help="CPU threads of the network.")
+@click.option(
+    "--explain-out",
+    default="explanations",
+    type=click.Path(path_type=Path),
+    help="Folder for the PNG files of --explain. Files of the same name are replaced.",
+)
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")
+@click.option("--batch-size", default=32, type=click.IntRange(1), help="Images in a batch. More take more memory.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    show_default="the cores",
+    help="CPU threads of the network. Fewer leave cores to other programs.",
+)
 def main(
     images: tuple[Path, ...],
     folder: Path,

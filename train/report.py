@@ -16,15 +16,35 @@ from shards.common.errors import UsageError
 
 @click.command(cls=cli.Command, context_settings={"show_default": True})
 @click.argument("study", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), show_default="STUDY/report.html", help="Page to write.")
 @click.option(
-    "--pictures", type=click.Path(path_type=Path), help="Also write every picture as SVG, PDF and PNG into this folder."
+    "--out",
+    type=click.Path(path_type=Path),
+    show_default="STUDY/report.html",
+    help="Page to write. An older one is replaced.",
 )
 @click.option(
-    "--tiles", type=click.IntRange(min=0), default=0, help="Show this many of the most confident mistakes as images."
+    "--pictures",
+    type=click.Path(path_type=Path),
+    help="Also write every picture as SVG, PDF and PNG into this folder. Takes some seconds more.",
 )
-@click.option("--data", type=click.Path(path_type=Path), show_default="that of the runs", help="Shard set for --tiles.")
-@click.option("--resamples", type=click.IntRange(min=200), default=1000, help="Resamples for the intervals.")
+@click.option(
+    "--tiles",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Show this many of the most confident mistakes as images. The page then holds images under their own licence.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    show_default="that of the runs",
+    help="Shard set for --tiles, where the runs' own has moved.",
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(min=200),
+    default=1000,
+    help="Resamples for the intervals. More make their ends steadier and the report slower.",
+)
 def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data: Path | None, resamples: int) -> None:
     """Write the report of STUDY: a folder that a grid wrote, a folder of run folders, or one run folder."""
     from shards.common.files import encoded, write_durably

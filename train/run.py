@@ -20,9 +20,17 @@ _STARTED = time.perf_counter()
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
 @partial(training_options, run_only=True)
 @click.option(
-    "--out", type=click.Path(), default=None, show_default="runs/MODEL_fFRACTION_sSEED_uSUBSET", help="Run folder."
+    "--out",
+    type=click.Path(),
+    default=None,
+    show_default="runs/MODEL_fFRACTION_sSEED_uSUBSET",
+    help="Run folder. It must be new, except with --resume.",
 )
-@click.option("--resume", is_flag=True, help="Continue from the run folder's checkpoint, if it has one.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue from the run folder's checkpoint, if it has one. On a CPU the result is the same to the bit.",
+)
 def main(out: str | None, resume: bool, **options: Any) -> int:
     """Train and evaluate one model; write everything about it into a run folder.
 

@@ -37,12 +37,33 @@ _STARTED = time.perf_counter()
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
-@click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a finished run.")
 @click.option(
-    "--data", type=click.Path(path_type=Path), show_default="the run's own", help="Shard set of the training lesions."
+    "--run",
+    "folder",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of a finished run, whose weights predict.",
 )
-@click.option("--port", default=7860, type=click.IntRange(1, 65_535), help=f"Port on {HOST}.")
-@click.option("--max-upload-mb", default=20, type=click.IntRange(1, 300), help="Larger files are refused.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    show_default="the run's own",
+    help="Shard set of the training lesions, which are shown if they are similar.",
+)
+@click.option("--port", default=7860, type=click.IntRange(1, 65_535), help=f"Port on {HOST}. Two pages need two ports.")
+@click.option(
+    "--max-upload-mb",
+    default=20,
+    type=click.IntRange(1, 300),
+    help="Larger files are refused. A larger limit lets one upload take more memory and disk.",
+)
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    show_default="the cores",
+    help="CPU threads of the network. Fewer leave cores to other programs.",
+)
 @click.option(
     "--allow-host",
     "hosts",
@@ -50,8 +71,6 @@ _STARTED = time.perf_counter()
     metavar="NAME",
     help="Also answer requests that name this host, for a proxy before the page. Can be repeated.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(1), show_default="the cores", help="CPU threads of the network.")
 def main(
     folder: Path,
     data: Path | None,

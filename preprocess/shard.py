@@ -137,7 +137,7 @@ class Ratio(click.ParamType):
 @click.option(
     "--split-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Published splits instead of --split: a table with the columns image_id and split.",
+    help="Published splits instead of --split: a table with the columns image_id and split. It must list all images.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed gives another split.")
 @click.option(

@@ -146,8 +146,8 @@ class Config:
     )
     normalize: str = _option(
         "auto",
-        "Mean and deviation of the input: {choices}. auto: as the given weights were trained; without weights, those of "
-        "the training images (data). half: 0.5. Another choice than that of the weights costs accuracy.",
+        "Mean and deviation of the input: {choices}. auto: as the given weights were trained; without weights, those "
+        "of the training images (data). half: 0.5. Another choice than that of the weights costs accuracy.",
         choices=NORMALIZE,
     )
     sync_batch_norm: bool = _option(

@@ -33,8 +33,8 @@ from shards.common.files import encoded, growing_file
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Write to this file instead of the terminal: CSV, or as --json or --isic say. Until all is done, the answers so "
-    "far are in FILE.part.",
+    help="Write to this file instead of the terminal: CSV, or as --json or --isic say. Until all is done, the answers "
+    "so far are in FILE.part.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON, which also lists the refused files with the reasons.")
 @click.option("--isic", is_flag=True, help="CSV in the submission format of ISIC 2018 Task 3.")

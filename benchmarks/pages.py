@@ -1,4 +1,4 @@
-"""The page of a benchmark: its rows as tables in Markdown, and as sentences for the report."""
+"""The page of a benchmark: its rows as tables in Markdown."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.measure import Row
 from benchmarks.tables import busy_text, cell, machine_text, notes, read_csv, table
-from benchmarks.targets import targets_text, verdict
+from benchmarks.targets import targets_text
 from shards.common.files import write_durably
 
 _SIZE = re.compile(r"\d+x\d+")
@@ -17,15 +17,13 @@ _SIZE = re.compile(r"\d+x\d+")
 class Page:
     """How the rows of a benchmark are shown.
 
-    name: of the benchmark, and of its CSV. tables: rows → parts in Markdown. words: rows → the findings as sentences;
-    `findings` by default. chart: the metric that its chart shows, and its title. noted: the rows whose notes and
-    failures are listed.
+    name: of the benchmark, and of its CSV. tables: rows → parts in Markdown. chart: the metric that its chart shows,
+    and its title. noted: the rows whose notes and failures are listed.
     """
 
     name: str
     title: str
     tables: Callable[[Sequence[Row]], list[str]]
-    words: Callable[[Sequence[Row]], list[str]] | None = None
     chart: tuple[str, str] = ("img_per_s", "images per second")
     noted: Callable[[Row], bool] = lambda row: True
 
@@ -41,35 +39,6 @@ class Page:
         text = self.text(read_csv(path))
         write_durably(path.with_suffix(".md"), text.encode())
         return text
-
-    def in_words(self, rows: Sequence[Row]) -> list[str]:
-        """The main findings as sentences, from the rows alone."""
-        return self.words(rows) if self.words else findings(self.title, rows)
-
-
-def findings(title: str, rows: Sequence[Row]) -> list[str]:
-    """A sentence for each ratio of the first sizes, for each row with a target, and for each system that failed. The
-    other ratios are in the tables."""
-    said = []
-    places: dict[tuple[str, int | None], None] = {}
-    for row, size in zip(rows, packed_sizes(rows), strict=True):
-        judged = verdict(row)
-        if row.value is None or not (row.beside or judged):
-            continue
-        if row.beside:
-            places[size, row.resolution_px] = None
-            if (size, row.resolution_px) != next(iter(places)) and not judged:
-                continue
-            found = f"{row.system} is {cell(row)} times {row.beside}"
-        else:
-            found = f"{row.system}: {row.metric} is {cell(row)}{'' if row.unit == '1' else f' {row.unit}'}"
-        where = ", ".join(filter(None, (row.packed, f"{row.resolution_px} px" if row.resolution_px else "")))
-        said.append(f"{title}: {found}{where and f' ({where})'}{judged and f'; target {judged}'}.")
-    if len(places) > 1:
-        others = ", ".join(f"{size} → {px} px" if px else size for size, px in list(places)[1:])
-        said.append(f"{title}: the same for {others} is in the tables.")
-    failed = dict.fromkeys((row.system, row.failed) for row in rows if row.failed and not row.beside)
-    return said + [f"{title}: {system} failed: {reason}." for system, reason in failed]
 
 
 def packed_sizes(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`report`: RESULTS.md and charts (SVG) from the CSV files of all benchmarks, with the findings in words."""
+"""`report`: RESULTS.md and charts (SVG) from the CSV files of all benchmarks."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,10 +50,6 @@ def tables_in(folder: Path) -> list[tuple[Path, Page]]:
     return [(path, PAGES[name]) for path, name in named if name in PAGES]
 
 
-_BOUND = 0.95
-"""A system that reaches this share of its ceiling is limited by the ceiling."""
-
-
 def read_results(folder: Path) -> dict[str, list[Row]]:
     """The rows of every benchmark that has a CSV in the folder, a quick one where it has no other.
 
@@ -83,18 +79,14 @@ def read_timelines(folder: Path) -> list[Moment]:
 
 
 def markdown(results: dict[str, list[Row]], charts: Iterable[str] = ()) -> str:
-    """RESULTS.md: the findings in words, then every table with its charts. charts: names of the files."""
+    """RESULTS.md: every table with its charts. charts: names of the files."""
     parts = [
         "# Results\n",
         "Made by `python -m benchmarks.run report` from the CSV files beside this one; every row there names the "
         "machine, the versions and the command. Systems took turns in every round; figures are medians with an "
-        "interval of at least 95 % from six rounds on (93.75 % with five), and ratios are taken within each round.\n",
+        "interval of at least 95 % from six rounds on (93.75 % with five), and ratios are taken within each round. "
+        "Each part ends with the machine that it was measured on; do not compare figures of different machines.\n",
     ]
-    said = [line for name, rows in results.items() for line in in_words(name, rows, results.get("stalls", ()))]
-    if machines := machines_text(results):
-        parts.append(f"{machines}\n")
-    if said:
-        parts.append("\n".join(f"- {line}" for line in said) + "\n")
     charts = sorted(charts)
     for name, rows in results.items():
         heading, _, tables = PAGES[name].text(rows).partition("\n")
@@ -102,73 +94,6 @@ def markdown(results: dict[str, list[Row]], charts: Iterable[str] = ()) -> str:
         links = "".join(f"\n![Chart of the values in the tables below]({chart})\n" for chart in own)
         parts.append(f"{heading}\n{links}{tables}")
     return "\n".join(parts)
-
-
-def in_words(name: str, rows: Sequence[Row], stalls: Sequence[Row] = ()) -> list[str]:
-    """The main findings of a benchmark as sentences, from its rows alone.
-
-    stalls: rows of that benchmark; its many short turns may decide what limits a model where those of training do not.
-    """
-    if name == "training":
-        return [line for model in dict.fromkeys(row.model for row in rows) for line in _limit_of(model, rows, stalls)]
-    return PAGES[name].in_words(rows)
-
-
-def _limit_of(model: str, rows: Sequence[Row], stalls: Sequence[Row]) -> list[str]:
-    """What limits a model on this machine: its own arithmetic, or the loader."""
-    own = [row for row in rows if row.model == model and row.value]
-    loaded = [row for row in own if row.metric == "img_per_s" and "native" in row.system]
-    if not loaded:
-        return []
-    best = max(loaded, key=lambda row: row.value or 0.0)
-    style = best.system.partition(", ")[0]
-    of_best = [row for row in own if row.system == best.system]
-    text = f"Training: {model} runs fastest {style}, at {number(best.value)} img/s"
-    headspace = next((row for row in of_best if row.beside.startswith(style)), None)
-    if headspace is not None:
-        text += f", {_percent(headspace.value)} % of its speed without a loader"
-        limit = _limit(headspace)
-        if not limit:
-            text += f" [{', '.join(map(_percent, headspace.ends))}]"
-            fits = (model, best.system, "accelerator_utilization", "warm", _machine(best))
-            of = ((r, (r.model, r.system, r.metric, r.page_cache, _machine(r))) for r in stalls if r.value)
-            finer = next((row for row, key in of if key == fits), None)
-            limit = _limit(finer) if finer else ""
-            if finer and limit:
-                text += f", [{', '.join(map(_percent, finer.ends))}] in the stalls benchmark"
-        text += f": {limit} limits it" if limit else ": the figures do not show whether loading limits it"
-    share = next((row for row in of_best if row.metric == "share_of_peak"), None)
-    if share is not None:
-        text += f"; its operations are {_percent(share.value)} % of the measured matrix peak"
-    return [text + "."]
-
-
-def _percent(share: float | None) -> str:
-    return f"{100 * (share or 0.0):.0f}"
-
-
-def _limit(share: Row) -> str:
-    """What limits a system that reaches this share of its ceiling; empty where the interval lies across the bound."""
-    low, high = share.ends
-    return "its own arithmetic" if low >= _BOUND else "loading" if high < _BOUND else ""
-
-
-def _machine(row: Row) -> str:
-    """The machine that a row was measured on; empty if unknown."""
-    of = row.environment
-    return "" if of is None else f"{of.cpu}, {of.cores} cores, {of.ram_gib} GiB; GPU: {of.gpu}"
-
-
-def machines_text(results: Mapping[str, Sequence[Row]]) -> str:
-    """The machine that the benchmarks ran on, in a sentence; if there were several, which benchmark ran where."""
-    on: dict[str, dict[str, None]] = {}  # machine → benchmarks, in order
-    for name, rows in results.items():
-        for text in filter(None, map(_machine, rows)):
-            on.setdefault(text, {})[PAGES[name].title] = None
-    if len(on) < 2:
-        return "".join(f"{text}." for text in on)
-    of_each = " ".join(f"{', '.join(names)}: {text}." for text, names in on.items())
-    return f"{of_each} Do not compare figures of different machines."
 
 
 # ------------------------------------------------------------------ charts

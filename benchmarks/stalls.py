@@ -181,20 +181,5 @@ def _line(row: Row | None) -> str:
     return f" ({said} {AU_LINE:.0%})"
 
 
-def in_words(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each model, engine and state of the page cache."""
-    said = []
-    for model, engine, found in by_engine(rows):
-        for cache, kind in (("warm", "prep_stall"), ("cold", "whole_stall")):
-            stall, wait = found.get((cache, kind)), found.get((cache, "data_wait"))
-            if stall is None or stall.value is None:
-                continue
-            text = f"Stalls: {model}, {engine}, {cache} files: {100 * stall.value:.1f} % of the time lost"
-            if wait is not None and wait.value is not None:
-                text += f" (counted as waiting in the loop: {100 * wait.value:.1f} %; {agreement(stall, wait)})"
-            said.append(f"{text}.")
-    return said
-
-
 _CHART = ("accelerator_utilization", "share of the speed with a cached batch")
-PAGE = Page("stalls", "Stalls", tables, in_words, _CHART)
+PAGE = Page("stalls", "Stalls", tables, chart=_CHART)

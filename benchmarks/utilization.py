@@ -7,7 +7,6 @@ the cached-batch ceiling, and the time that the loop waited for data.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from time import perf_counter
 from typing import Any
 
@@ -388,33 +387,6 @@ def _cost(rows: Sequence[Row]) -> str:
     )
 
 
-def in_words(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each model and loader: speed, ceiling and wait first, what the device did after them."""
-    said = []
-    for row in rows:
-        if row.metric != "img_per_s" or CACHED in row.system:
-            continue
-        own = {r.metric: r for r in rows if (r.model, r.system) == (row.model, row.system)}
-        wait, share = own["data_wait"], own.get("img_per_s ratio")
-        if row.value is None or wait.value is None:
-            said.append(f"Utilization: {row.model}, {row.system} failed: {row.failed}.")
-            continue
-        text = f"Utilization: {row.model}, {row.system}: {number(row.value)} img/s"
-        if share is not None and share.value is not None:
-            text += f", {cell(share)} of the ceiling ({share.beside})"
-        text += f", {100 * wait.value:.1f} % of the time waiting for data"
-        cores = core_means(list(own.values()))
-        if cores:
-            text += f"; the CPU's cores were busy {fmean(cores):.0f} % of the time, by all processes on the machine"
-        busy, full = own.get("busy_percent mean"), own.get("sm_percent mean")
-        if full is not None and full.value is not None:
-            text += f"; {full.value:.0f} % of the GPU's multiprocessors were busy (GPM)"
-        if busy is not None and busy.value is not None:
-            text += f"; a kernel ran {busy.value:.0f} % of the time (NVML), which does not mean that the GPU was full"
-        said.append(text + ".")
-    return said
-
-
 def core_means(rows: Sequence[Row]) -> list[float]:
     """The mean use of each CPU core, percent, in the order of the cores."""
     return [
@@ -422,4 +394,4 @@ def core_means(rows: Sequence[Row]) -> list[float]:
     ]
 
 
-PAGE = Page("utilization", "Utilization", tables, in_words, noted=_noted)
+PAGE = Page("utilization", "Utilization", tables, noted=_noted)

@@ -66,8 +66,6 @@ def test_rows_are_judged_by_their_interval():
     assert (speed.value, speed.batch_size, verdict(speed)) == (50.0, 14, "")
     text = PAGE.text(rows)
     assert f"| {START_PREDICT} | 6.00 [6.00, 6.00] |" in text and "no gradio" in text
-    words = PAGE.in_words(rows)
-    assert len(words) == 4 and any(line.endswith("failed: SystemFailedError: no gradio.") for line in words)
 
 
 def test_one_run_of_a_system_decides_nothing():

@@ -1,4 +1,4 @@
-"""The report: sentences that say only what the rows say, every table, and charts that are the same every time."""
+"""The report: every table, and charts that are the same every time."""
 
 import re
 from dataclasses import replace
@@ -12,7 +12,7 @@ from benchmarks.machine import environment
 from benchmarks.measure import Row, Series, median_interval, ratio_row, series_rows, summary_row
 from benchmarks.pages import packed_sizes
 from benchmarks.predict import EVALUATION, PREDICT, START_PREDICT
-from benchmarks.report import PAGES, bars, draw, in_words, machines_text, markdown, read_results, tables_in
+from benchmarks.report import PAGES, bars, draw, markdown, read_results, tables_in
 from benchmarks.systems import SYSTEMS
 from benchmarks.tables import read_csv, write_csv
 from benchmarks.utilization import read_timeline
@@ -48,57 +48,6 @@ def results(tmp_path_factory) -> Path:
     return out
 
 
-def test_words_say_only_what_the_rows_say(results):
-    found = read_results(results)
-    loader = in_words("loader", found["loader"])
-    assert any("dermscale native jpg is 3.01 [2.94, 3.05] times FFCV jpg" in line for line in loader)
-    assert [line.endswith("met.") for line in in_words("predict", found["predict"])] == [True, True]
-    assert any(line == "Loading: SPDL failed: no | luck <here>." for line in loader)
-    (training,) = in_words("training", found["training"])
-    assert "resnet18 runs fastest compiled, at 18.0 img/s, 90 % of its speed without a loader" in training
-    assert ": loading limits it" in training
-
-
-@pytest.mark.parametrize(
-    ("ends", "said"),
-    [
-        ((0.96, 0.99), ", [96, 99] in the stalls benchmark: its own arithmetic limits it."),
-        ((0.80, 0.94), ", [80, 94] in the stalls benchmark: loading limits it."),
-        ((0.90, 0.99), "[80, 110]: the figures do not show whether loading limits it."),
-    ],
-)
-def test_many_short_turns_tell_the_limit_where_training_cannot(ends, said):
-    system, cached = "channels-last, native loader", "channels-last, cached batch"
-    own = [
-        Row("training", system, "img_per_s", "img/s", 20.0, model="resnet18"),
-        Row("training", system, "img_per_s ratio", "×", 0.97, 0.80, 1.10, beside=cached, model="resnet18"),
-    ]
-    finer = Row("stalls", system, "accelerator_utilization", "1", 0.97, *ends, model="resnet18", page_cache="warm")
-    others = [replace(finer, page_cache="cold"), replace(finer, model="alexnet"), replace(finer, metric="prep_stall")]
-    others.append(replace(finer, environment=environment("x")))  # on another machine
-    assert in_words("training", own, [*others, finer])[0].endswith(said)
-    assert in_words("training", own, others)[0].endswith(
-        "[80, 110]: the figures do not show whether loading limits it."
-    )
-    sure = [own[0], replace(own[1], low=0.96)]
-    assert in_words("training", sure, [finer])[0].endswith("without a loader: its own arithmetic limits it.")
-
-
-def test_tables_of_several_machines_say_which_is_of_which(results):
-    found = read_results(results)
-    one = machines_text(found)
-    assert one.endswith("GPU: none.") and "Loading" not in one and one in markdown(found)
-    rows = [
-        replace(row, environment=replace(row.environment, cpu="Abacus")) if row.environment else row
-        for row in found["training"]
-    ]
-    several = found | {"training": rows}
-    said = machines_text(several)
-    assert f"Loading, Predicting: {one}" in said and "Training: Abacus, " in said and "Do not compare" in said
-    assert said in markdown(several)
-    assert machines_text({"training": []}) == ""
-
-
 def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_measured_in():
     def job(size: str, rate: float) -> list[Row]:
         known = {"benchmark": "loader", "resolution_px": 224}
@@ -120,27 +69,6 @@ def test_what_reads_no_packed_images_comes_after_what_says_their_size(tmp_path, 
         rows += measure_loaders(systems, one, measurement())
     assert packed_sizes(rows) == ["341x1"] * 4 + ["400x1"] * 4
     assert {row.system for row in rows[:4]} == {"torchvision ImageFolder", "webdataset"}
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "sizes", "first", "others"),
-    [
-        ("pack", [("400x300", None), ("600x450", None)], "(400x300 jpg)", "600x450"),
-        (
-            "loader",
-            [("341x256", 224), ("341x256", 128), ("400x300", 224)],
-            "(341x256 jpg, 224 px)",
-            "341x256 → 128 px, 400x300 → 224 px",
-        ),
-    ],
-)
-def test_words_are_of_the_first_sizes_and_name_the_others(benchmark, sizes, first, others):
-    def ratio(size: str, px: int | None) -> Row:
-        own = {"benchmark": benchmark, "system": "A", "packed": f"{size} jpg", "resolution_px": px}
-        return ratio_row(series(*[300.0] * 6), series(*[100.0] * 6), beside="webdataset", **own)
-
-    said, rest = in_words(benchmark, [ratio(*size) for size in sizes])
-    assert first in said and f": the same for {others} is in the tables." in rest
 
 
 def test_bars_are_as_long_as_their_values():

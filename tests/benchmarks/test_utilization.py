@@ -145,9 +145,6 @@ def test_nvmls_utilization_is_never_the_headline(on_stand_in):
     drawn = [axes.get_ylabel() for axes in timeline([m for m in moments if m.round == 1]).axes]
     assert drawn.index("SM busy, %") < drawn.index("power, W") < drawn.index("NVML busy, %")
     assert STAND_IN in text and re.search(r"took [\d.]+ to [\d.]+ % of a core", text)
-    for line in PAGE.in_words(rows):
-        assert line.index("img/s") < line.index("waiting for data") < line.index("(NVML)")
-    assert len(PAGE.in_words(rows)) == 2
 
 
 def test_a_gpu_that_cannot_tell_something_says_so(job):
@@ -172,8 +169,6 @@ def test_what_fails_is_in_the_table_with_its_reason(job):
     text = PAGE.text(rows)
     assert "stopped answering" in text and "no such loader" in text
     assert {m.system for m in moments} <= {CEILING}
-    (said,) = PAGE.in_words(rows)
-    assert "no such loader" in said
 
 
 def test_timelines_come_back_as_they_were_written(on_stand_in, tmp_path):

@@ -7,7 +7,7 @@ wait and the cached-batch ceiling.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
 from types import TracebackType
@@ -49,19 +49,13 @@ METRICS = {
     "memory_busy_percent": Metric("NVML memory busy", "%", 1, "share of time in which device memory was used"),
     "busy_percent": Metric("NVML busy", "%", 1, "share of time in which at least one kernel ran"),
 }
-"""Each reading of a GPU, in the order of tables and charts: NVML's "utilization" is the last one."""
+"""Each reading of a GPU, in the order of tables: NVML's "utilization" is the last one."""
 
 
 def metric(name: str) -> Metric:
     """What a reading is; those of a CPU are `core_0_percent`, `core_1_percent`, …"""
     label = f"CPU {name.removesuffix('_percent').replace('_', ' ')}"
     return METRICS.get(name) or Metric(label, "%", 1, "share of time in which it was not idle")
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Each name once: a GPU's readings in the order of `METRICS`, then the cores as they came."""
-    found = dict.fromkeys(names)
-    return [*(name for name in METRICS if name in found), *(name for name in found if name not in METRICS)]
 
 
 def reader_of(device: "torch.device") -> "CoreReader | GpuReader":

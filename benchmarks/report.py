@@ -1,20 +1,17 @@
 """`report`: RESULTS.md and charts (SVG) from the CSV files of all benchmarks."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from benchmarks import beside, grid, latency, loader, pack, predict, stalls, together, training, utilization
 from benchmarks.measure import Row
-from benchmarks.monitor import in_order, metric
 from benchmarks.options import OUT
 from benchmarks.pages import Page, packed_sizes
 from benchmarks.tables import number, read_csv
-from benchmarks.utilization import START_UP, TRAINING, Moment, read_timeline, timeline_of
 from shards.common.cli import Command, typed
 from shards.common.errors import DataError
 from shards.common.files import write_durably
@@ -35,10 +32,10 @@ PAGES: dict[str, Page] = {
 def command(out: Path) -> None:
     """RESULTS.md and charts (SVG) from the CSV files of the other subcommands, and the Markdown beside each of them."""
     results = read_results(out)
-    charts = draw(results, read_timelines(out))
+    charts = draw(results)
     for name, svg in charts.items():
         write_durably(out / name, svg)
-    write_durably(out / "RESULTS.md", markdown(results, charts).encode())
+    write_durably(out / "RESULTS.md", markdown(results).encode())
     for path, page in tables_in(out):
         page.write(path)
     click.echo(f"wrote {out / 'RESULTS.md'} and {len(charts)} charts from {', '.join(results)}")
@@ -69,17 +66,8 @@ def _table(folder: Path, name: str) -> Path | None:
     return next(filter(Path.is_file, (folder / f"{name}.csv", folder / f"{name}-quick.csv")), None)
 
 
-def read_timelines(folder: Path) -> list[Moment]:
-    """The raw readings of the utilization table that `read_results` reads; none without such a table.
-
-    Raises DataError where they are damaged or missing.
-    """
-    table = _table(folder, "utilization")
-    return [] if table is None else read_timeline(timeline_of(table))
-
-
-def markdown(results: dict[str, list[Row]], charts: Iterable[str] = ()) -> str:
-    """RESULTS.md: every table with its charts. charts: names of the files."""
+def markdown(results: dict[str, list[Row]]) -> str:
+    """RESULTS.md: every table, each benchmark's after its chart."""
     parts = [
         "# Results\n",
         "Made by `python -m benchmarks.run report` from the CSV files beside this one; every row there names the "
@@ -87,12 +75,9 @@ def markdown(results: dict[str, list[Row]], charts: Iterable[str] = ()) -> str:
         "interval of at least 95 % from six rounds on (93.75 % with five), and ratios are taken within each round. "
         "Each part ends with the machine that it was measured on; do not compare figures of different machines.\n",
     ]
-    charts = sorted(charts)
     for name, rows in results.items():
         heading, _, tables = PAGES[name].text(rows).partition("\n")
-        own = [chart for chart in charts if chart.removesuffix(".svg").partition("-")[0] == name]
-        links = "".join(f"\n![Chart of the values in the tables below]({chart})\n" for chart in own)
-        parts.append(f"{heading}\n{links}{tables}")
+        parts.append(f"{heading}\n\n![Chart of the values in the tables below]({name}.svg)\n{tables}")
     return "\n".join(parts)
 
 
@@ -110,20 +95,12 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw(results: Mapping[str, Sequence[Row]], timelines: Sequence[Moment] = ()) -> dict[str, bytes]:
-    """File name → SVG: bars for each benchmark, and a timeline of the first round for each model that was watched.
-
-    The same rows give the same bytes.
-    """
+def draw(results: Mapping[str, Sequence[Row]]) -> dict[str, bytes]:
+    """File name → SVG: bars for each benchmark. The same rows give the same bytes."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        found = {f"{name}.svg": _svg(bars(name, rows)) for name, rows in results.items()}
-        for model in dict.fromkeys(moment.model for moment in timelines):
-            own = [moment for moment in timelines if moment.model == model]
-            first = min(moment.round for moment in own)
-            found[f"utilization-{model}.svg"] = _svg(timeline([moment for moment in own if moment.round == first]))
-    return found
+        return {f"{name}.svg": _svg(bars(name, rows)) for name, rows in results.items()}
 
 
 def _svg(figure: "Figure") -> bytes:
@@ -169,39 +146,3 @@ def _bar(axes: "Axes", at: int, row: Row) -> None:
     axes.barh(at, scale * row.value, color=colour, height=0.7)
     axes.hlines(at, low, high, color="black", linewidth=1)
     axes.text(max(high, 0), at, f" {number(scale * row.value)} {unit}", va="center", fontsize=7)
-
-
-def timeline(moments: Sequence[Moment]) -> "Figure":
-    """The readings of one round of one model: a row of panels per reading, a column per system.
-
-    A row has one scale: percent from 0 to 100, otherwise from 0 to the largest reading. Start-up is grey, and shown for
-    at most a third of the training after it. Raises ValueError without readings.
-    """
-    from matplotlib.figure import Figure
-
-    if not moments:
-        raise ValueError("a timeline of no readings")
-    systems = list(dict.fromkeys(moment.system for moment in moments))
-    names = in_order(name for moment in moments for name in moment.values)
-    end_s = max(moment.at_s for moment in moments)
-    shown = [moment for moment in moments if moment.at_s >= -end_s / 3]
-    figure = Figure(figsize=(1.5 + 2.6 * len(systems), 1.2 + 0.8 * len(names)), layout="constrained")
-    figure.suptitle(f"{moments[0].device} while {moments[0].model} trains, round {moments[0].round}", fontsize=9)
-    grid = figure.subplots(len(names), len(systems), squeeze=False, sharex=True, sharey="row")
-    for panels, name in zip(grid, names, strict=True):
-        what = metric(name)
-        for axes, system in zip(panels, systems, strict=True):
-            own = [moment for moment in shown if moment.system == system and name in moment.values]
-            for phase, colour in ((START_UP, "0.6"), (TRAINING, "C0")):
-                points = [(m.at_s, m.values[name] / what.divisor) for m in own if m.phase == phase]
-                axes.plot([at_s for at_s, _ in points], [value for _, value in points], color=colour, linewidth=0.9)
-            if counted := [m.values[name] / what.divisor for m in own if m.phase == TRAINING]:
-                axes.set_title(f"mean {number(fmean(counted))} {what.unit}", fontsize=7, loc="right", pad=2)
-            axes.axvline(0, color="0.6", linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylim(0, 100 if what.unit == "%" else None)
-        panels[0].set_ylabel(f"{what.label}, {what.unit}", rotation=0, ha="right", va="center")
-    for axes, system in zip(grid[0], systems, strict=True):
-        axes.annotate(system, (0.5, 1.5), xycoords="axes fraction", ha="center")
-    figure.supxlabel("seconds of training; grey: start-up, not counted", fontsize=8)
-    return figure

@@ -74,10 +74,10 @@ def set_up(name: str, job: Job) -> Running:
     return replace(running, once=lambda: counter.during(running.once), beside=lambda: float(counter.count))
 
 
-def run(settings: Settings, packed_px: int, resolution_px: int) -> None:
+def run(settings: Settings, packed_px: int) -> None:
     """The command: time the loaders that --only names, or all, and publish the table."""
     chosen = settings.chosen({name: systems.SYSTEMS[name] for name in SYSTEMS})
-    job = replace(settings.job(packed_px, 2496, quick=2496, whole_batches=True), resolution_px=resolution_px)
+    job = settings.job(packed_px, 2496, quick=2496, whole_batches=True)
     with settings.measurement(job, (2 * len(chosen) + 1) * (2 + settings.rounds)) as measurement:
         settings.publish(PAGE, measure(chosen, job, measurement))
 

@@ -9,42 +9,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
-
 from benchmarks.datasets import Job, prepared
 from benchmarks.measure import Measurement, Row, ratio_row, series_row, summary_row
-from benchmarks.options import Settings, benchmark, quick_option, training_options
+from benchmarks.options import Settings, benchmark, training_options
 from benchmarks.pages import Page, ratios
 from benchmarks.peers.ours import SHARDS_SPLIT
 from benchmarks.tables import by_metric, pivot
 from benchmarks.worker import SET_UP_LIMIT_S, Running, SystemFailedError, run_module, take_turns
 
 SHARED, ALONE = "one grid, shared worker", "one process per cell"
-_FRACTIONS = "1/8,1/4,1/2,1"
 
 
-@benchmark("grid", *training_options(["resnet18"], resolution=64), rounds=(6, 5))
-@quick_option(
-    "--epochs", kind=click.IntRange(1), text="Epochs of every cell. The time grows in proportion.", default=20, quick=1
-)
-@quick_option(
-    "--fractions", kind=str, text="Fractions of every model and seed. Each adds a cell.", default=_FRACTIONS, quick="1"
-)
-@quick_option(
-    "--compile",
-    kind=click.Choice(["on", "off"]),
-    text="torch.compile. Compiling takes a minute or more for each process.",
-    default="on",
-    quick="off",
-)
-def command(settings: Settings, epochs: int, fractions: str, compile: str) -> None:
-    """A study whose cells share a worker process, beside one with a process per cell."""
-    from train.study.cells import parse_fractions
+@benchmark("grid", *training_options(["resnet18"]), rounds=(6, 5))
+def command(settings: Settings) -> None:
+    """A study at 64 px whose cells share a worker process, beside one with a process per cell.
 
+    --quick trains each cell for one epoch on all images, and does not compile.
+    """
     settings.check_models()
-    shares = tuple(parse_fractions(fractions))
-    images = settings.job(200, 312, quick=96)
-    job = GridJob(images, settings.models, shares, (0, 1), epochs, compile, settings.device)
+    images = replace(settings.job(200, 312, quick=96), resolution_px=64)
+    study = {"fractions": (1.0,), "epochs": 1, "compile": "off"} if settings.quick else {}
+    job = GridJob(images, settings.models, device=settings.device, **study)
     with settings.measurement(images, 2 * (2 + settings.rounds)) as measurement:
         rows = measure_grid(job, measurement)
     settings.publish(PAGE, rows)
@@ -58,8 +43,8 @@ class GridJob:
     models: tuple[str, ...]
     fractions: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
     seeds: tuple[int, ...] = (0, 1)
-    epochs: int = 1
-    compile: str = "off"
+    epochs: int = 20
+    compile: str = "on"
     device: str = "auto"
 
     @property

@@ -1,6 +1,6 @@
 """The `loader` benchmark: images per second and CPU seconds of every loader at equal work, beside the ceilings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +9,11 @@ import click
 from benchmarks import beside
 from benchmarks.datasets import Job, stats
 from benchmarks.measure import Measurement, Row, ratio_rows, series_rows
-from benchmarks.options import ONLY, WORKERS, Settings, benchmark, packed_option, quick_option
-from benchmarks.pages import Page, packed_sizes, ratios
+from benchmarks.options import ONLY, WORKERS, Settings, benchmark
+from benchmarks.pages import Page, place, ratios
 from benchmarks.peers.system import System
 from benchmarks.systems import SYSTEMS, set_up
-from benchmarks.tables import pivot
+from benchmarks.tables import by_metric, pivot
 from benchmarks.worker import take_turns
 
 NOT_IN_QUICK = (
@@ -45,24 +45,20 @@ RATIOS = (
 )
 """Pairs whose ratio of images per second is in the table."""
 
+_SIDE = click.IntRange(1)
+
 
 @benchmark("loader", ONLY, WORKERS, rounds=(9, 5), seconds=(2, 0.5))
-@packed_option(default=[341, 400], quick=[341])
-@quick_option(
-    "--resolution",
-    "resolutions_px",
-    kind=click.IntRange(1),
-    text="Side of the images that come out, px. Each is timed for itself. Repeatable.",
-    default=(224, 128),
-    quick=(224,),
-    multiple=True,
+@click.option(
+    "--packed", "packed_px", type=_SIDE, default=341, show_default=True, help="Longer side of the packed images, px."
 )
+@click.option("--resolution", type=_SIDE, default=224, show_default=True, help="Side of the images that come out, px.")
 @click.option(
     "--beside-python",
     is_flag=True,
     help="Instead, loaders on one thread, each alone and beside a Python thread that never waits.",
 )
-def command(settings: Settings, packed_px: Sequence[int], resolutions_px: Sequence[int], beside_python: bool) -> None:
+def command(settings: Settings, packed_px: int, beside_python: bool) -> None:
     """Images per second and CPU seconds of loaders that do the same job.
 
     --quick does not measure half-raw sets and GPU engines on a CPU, unless --only names them.
@@ -70,22 +66,13 @@ def command(settings: Settings, packed_px: Sequence[int], resolutions_px: Sequen
     from train import device as devices
 
     if beside_python:
-        beside.run(replace(settings, name=beside.NAME, workers=1), packed_px[0], resolutions_px[0])
+        beside.run(replace(settings, name=beside.NAME, workers=1), packed_px)
         return
     here = {name: system for name, system in SYSTEMS.items() if devices.gpu_count() or not system.on_gpu}
     systems = settings.chosen(here, NOT_IN_QUICK)
-    job = settings.job(341, 2496, quick=624, whole_batches=True)
-    todo = jobs(job, packed_px, resolutions_px)
-    rows = []
-    with settings.measurement(job, len(todo) * len(systems) * (2 + settings.rounds)) as measurement:
-        for one in todo:
-            rows += measure_loaders(systems, one, measurement)
-            settings.publish(PAGE, rows, show=one is todo[-1])
-
-
-def jobs(job: Job, packed_px: Sequence[int], resolutions_px: Sequence[int]) -> list[Job]:
-    """One job per packed size and resolution."""
-    return [replace(job, packed_px=p, resolution_px=r) for p in packed_px for r in resolutions_px]
+    job = settings.job(packed_px, 2496, quick=624, whole_batches=True)
+    with settings.measurement(job, len(systems) * (2 + settings.rounds)) as measurement:
+        settings.publish(PAGE, measure_loaders(systems, job, measurement))
 
 
 def measure_loaders(systems: Sequence[System], job: Job, measurement: Measurement) -> list[Row]:
@@ -107,30 +94,17 @@ def measure_loaders(systems: Sequence[System], job: Job, measurement: Measuremen
     rows: list[Row] = []
     for name, system in known.items():
         rows += series_rows(series[name], note=system.note, **columns(name))
-    rows += ratio_rows(RATIOS, series, columns)
-    return sorted(rows, key=lambda row: row.packed in ("originals", ""))  # in the order that `packed_sizes` needs
+    return rows + ratio_rows(RATIOS, series, columns)
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """A table per packed size, and its ratios."""
-    parts = ["Images per second and CPU seconds per 1,000 images: median [interval].\n"]
-    sizes = packed_sizes(rows)
-    for size in dict.fromkeys(sizes):
-        part = [row for row, packed in zip(rows, sizes, strict=True) if packed == size]
-        resolutions = sorted({row.resolution_px for row in part if row.resolution_px}, reverse=True)
-        across = [
-            (f"{px} px, {title}", _is(px, metric))
-            for px in resolutions
-            for metric, title in (("img_per_s", "img/s"), ("cpu_s_per_1000", "CPU s / 1,000"))
-        ]
-        parts += [f"### Packed at {size}\n"] if size else []
-        parts.append(pivot([row for row in part if not row.beside], across))
-        parts += ratios(part, [(f"{px} px", _is(px, "img_per_s ratio")) for px in resolutions])
-    return parts
-
-
-def _is(px: int, metric: str) -> Callable[[Row], bool]:
-    return lambda row: row.resolution_px == px and row.metric == metric
+    """The speeds, and their ratios."""
+    across = by_metric({"img_per_s": "img/s", "cpu_s_per_1000": "CPU s / 1,000"})
+    return [
+        f"Images per second and CPU seconds per 1,000 images, {place(rows)}: median [interval].\n",
+        pivot([row for row in rows if not row.beside], across),
+        *ratios(rows, [("img/s", lambda row: True)]),
+    ]
 
 
 PAGE = Page("loader", "Loading", tables)

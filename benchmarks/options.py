@@ -85,40 +85,12 @@ def quick_option(
     )
 
 
-def packed_option(default: Sequence[int], quick: Sequence[int]) -> Decorator:
-    """The option for the sizes of the packed images."""
-    text = "Longer side of the packed images, px. Larger ones are decoded more slowly. Repeatable."
-    kind = click.IntRange(1)
-    return quick_option(
-        "--packed", "packed_px", kind=kind, text=text, default=tuple(default), quick=tuple(quick), multiple=True
-    )
-
-
-def training_options(models: Sequence[str] = (), quick: Sequence[str] = (), resolution: int = 224) -> list[Decorator]:
+def training_options(models: Sequence[str] = (), quick: Sequence[str] = ()) -> list[Decorator]:
     """The options of the benchmarks that train, with their defaults. models: none for all eight."""
     model = {"default": tuple(models), "quick": tuple(quick or models), "shown": " ".join(models) or "all eight"}
     return [
-        quick_option(
-            "--model",
-            "models",
-            kind=str,
-            text="Model to train; each takes its own time. Repeatable.",
-            multiple=True,
-            **model,
-        ),
-        click.option(
-            "--resolution",
-            default=resolution,
-            show_default=True,
-            help="Side of the images, px. A step takes longer with its square.",
-        ),
-        click.option(
-            "--batch-size",
-            type=click.IntRange(1),
-            default=16,
-            show_default=True,
-            help="Images per step. More take more memory.",
-        ),
+        quick_option("--model", "models", kind=str, text="Repeatable.", multiple=True, **model),
+        click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per step."),
         DEVICE,
     ]
 

@@ -4,7 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.datasets import QUALITY, SOURCE, Job, originals, packed_size, prepared, samples
 from benchmarks.measure import Measurement, Row, ratio_rows, series_rows
-from benchmarks.options import ONLY, WORKERS, Settings, benchmark, packed_option
-from benchmarks.pages import Page, packed_sizes, ratios
+from benchmarks.options import ONLY, WORKERS, Settings, benchmark
+from benchmarks.pages import Page, place, ratios
 from benchmarks.peers.ffcv import beton_payload_bytes, read_beton, write_beton
 from benchmarks.peers.system import need
 from benchmarks.tables import by_metric, pivot
@@ -46,19 +46,15 @@ METRICS = {
 
 
 @benchmark("pack", ONLY, WORKERS, rounds=(9, 6), seconds=(2, 0.5))
-@packed_option(default=[400], quick=[400])
-def command(settings: Settings, packed_px: Sequence[int]) -> None:
+def command(settings: Settings) -> None:
     """Images per second, bytes and PSNR of writers, by write mode.
 
     --quick does not measure mixed write modes and the packer without a restart table, unless --only names them.
     """
     packers = settings.chosen(PACKERS, NOT_IN_QUICK)
     job = settings.job(400, 624, quick=312)
-    rows = []
-    with settings.measurement(job, len(packed_px) * len(packers) * (2 + settings.rounds)) as measurement:
-        for px in packed_px:
-            rows += measure_packing(packers, replace(job, packed_px=px), measurement)
-    settings.publish(PAGE, rows)
+    with settings.measurement(job, len(packers) * (2 + settings.rounds)) as measurement:
+        settings.publish(PAGE, measure_packing(packers, job, measurement))
 
 
 # ------------------------------------------------------------------ the writers
@@ -345,17 +341,11 @@ def _packed_size(job: Job) -> tuple[int, int]:
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """A table per packed size, and its ratios."""
+    """What each packer reached, and the ratios of their speeds."""
     titles = {"img_per_s": "images/s", "cpu_s_per_1000": "CPU s / 1,000"}
     titles |= {metric: title for metric, (_, title) in METRICS.items()}
-    across = by_metric(titles)
-    parts = []
-    sizes = packed_sizes(rows)
-    for size in dict.fromkeys(sizes):
-        part = [row for row, packed in zip(rows, sizes, strict=True) if packed == size]
-        parts += [f"### Packed at {size}\n", pivot([row for row in part if not row.beside], across)]
-        parts += ratios(part, [("images/s", lambda row: True)])
-    return parts
+    across = pivot([row for row in rows if not row.beside], by_metric(titles))
+    return [f"Originals, {place(rows)}.\n", across, *ratios(rows, [("images/s", lambda row: True)])]
 
 
 PAGE = Page("pack", "Packing", tables)

@@ -41,17 +41,10 @@ class Page:
         return text
 
 
-def packed_sizes(rows: Sequence[Row]) -> list[str]:
-    """The packed size of each row's job, `341x256`, also for systems that read no packed images.
-
-    The rows of a job stand together, those with packed images first. Empty text where a table has none of these.
-    """
-    found, size = [], ""
-    for row in rows:
-        packed = _SIZE.match(row.packed)
-        size = packed.group() if packed else size
-        found.append(size)
-    return found
+def place(rows: Sequence[Row]) -> str:
+    """The sizes of the images of a job: `packed at 341x256, 224 px`."""
+    sizes = [f"packed at {found.group()}" for row in rows if (found := _SIZE.match(row.packed))]
+    return ", ".join(dict.fromkeys(sizes + [f"{row.resolution_px} px" for row in rows if row.resolution_px]))
 
 
 def ratios(rows: Sequence[Row], across: Sequence[tuple[str, Callable[[Row], bool]]]) -> list[str]:

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from benchmarks.datasets import Format, Job, packed_files, prepared, samples, stats
 from benchmarks.machine import Meter, tree_cpu_s
 from benchmarks.measure import Measurement, Row, Sample, Series, interleave, ratio_row, series_row, series_rows
@@ -55,26 +53,9 @@ _NOTES = {
 
 
 @benchmark("predict", DEVICE, rounds=(9, 6), seconds=(4, 0.5))
-@click.option(
-    "--packed",
-    "packed_px",
-    type=click.IntRange(1),
-    default=400,
-    show_default=True,
-    help="Longer side of the packed images, px. Larger ones are decoded more slowly.",
-)
-@click.option(
-    "--resolution",
-    default=224,
-    show_default=True,
-    help="Side of the images, px. The network takes longer with its square.",
-)
-def command(settings: Settings, packed_px: int) -> None:
+def command(settings: Settings) -> None:
     """Prediction beside evaluation with a resnet18, and the start-up time of `train.predict` and `train.serve`."""
-    from train.models import check_resolution
-
-    check_resolution("resnet18", settings.resolution)
-    images = settings.job(packed_px, 624, quick=96)
+    images = settings.job(400, 624, quick=96)
     with settings.measurement(images, 1 + 3 * (2 + settings.rounds) + 2 * (1 + settings.rounds)) as measurement:
         rows = measure_predicting(images, "resnet18", settings.device, measurement)
     settings.publish(PAGE, rows)

@@ -10,7 +10,7 @@ import click
 from benchmarks import beside, grid, latency, loader, pack, predict, stalls, together, training, utilization
 from benchmarks.measure import Row
 from benchmarks.options import OUT
-from benchmarks.pages import Page, packed_sizes
+from benchmarks.pages import Page, place
 from benchmarks.tables import number, read_csv
 from shards.common.cli import Command, typed
 from shards.common.errors import DataError
@@ -111,19 +111,18 @@ def _svg(figure: "Figure") -> bytes:
 
 
 def bars(name: str, rows: Sequence[Row]) -> "Figure":
-    """Horizontal bars with their intervals, and a panel for each model: the systems of its first sizes."""
+    """Horizontal bars with their intervals, and a panel for each model."""
     from matplotlib.figure import Figure
 
     measured, title = PAGES[name].chart
-    models: dict[str, tuple[str, list[Row]]] = {}  # model → where it was measured, rows
-    for row, size in zip(rows, packed_sizes(rows), strict=True):
-        place = ", ".join(filter(None, (row.model, size and f"packed at {size}", f"{row.resolution_px or ''} px")))
-        if row.metric == measured and row.system != _TOO_FAST and place == models.setdefault(row.model, (place, []))[0]:
-            models[row.model][1].append(row)
-    heights = [0.6 + 0.17 * len(own) for _, own in models.values()]
+    models: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.metric == measured and row.system != _TOO_FAST:
+            models.setdefault(row.model, []).append(row)
+    heights = [0.6 + 0.17 * len(own) for own in models.values()]
     figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
     grid = figure.subplots(len(models), squeeze=False, height_ratios=heights)
-    for (axes,), (place, own) in zip(grid, models.values(), strict=True):
+    for (axes,), (model, own) in zip(grid, models.items(), strict=True):
         for at, row in enumerate(reversed(own)):
             _bar(axes, at, row)
         axes.set_yticks(range(len(own)), [row.system for row in reversed(own)])
@@ -131,7 +130,7 @@ def bars(name: str, rows: Sequence[Row]) -> "Figure":
         axes.tick_params(length=0)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.margins(x=0.15, y=0.01)
-        axes.set_title(f"{place}: {title}", fontsize=8, loc="left")
+        axes.set_title(f"{', '.join(filter(None, (model, place(own))))}: {title}", fontsize=8, loc="left")
     return figure
 
 

@@ -8,14 +8,12 @@ and with files that are only on the disk (fetch stall on top). Beside it, the wa
 from collections.abc import Sequence
 from dataclasses import replace
 
-import click
-
 from benchmarks import training
 from benchmarks.measure import Measurement, Row, Series, paired_row, series_rows, wait_row
 from benchmarks.options import ADD, WORKERS, Settings, benchmark, training_options
 from benchmarks.pages import Page
 from benchmarks.tables import cell, table
-from benchmarks.training import CACHED, LAST, STYLES, TrainingJob, set_up, system_name, train_models
+from benchmarks.training import CACHED, LAST, TrainingJob, set_up, system_name, train_models
 from benchmarks.worker import take_turns
 
 ENGINES = {
@@ -32,22 +30,7 @@ AU_LINE = 0.90
 
 
 @benchmark("stalls", WORKERS, *training_options(quick=["resnet18"]), ADD, rounds=(20, 10), seconds=(1, 0.5))
-@click.option(
-    "--style",
-    type=click.Choice(STYLES),
-    default=LAST,
-    show_default=True,
-    help="How the models are run. Compiling takes a minute or more for each model.",
-)
-@click.option(
-    "--engine",
-    "engines",
-    type=click.Choice(list(ENGINES)),
-    multiple=True,
-    help="native with JPEG or raw files, resident, or dali with JPEG files; each adds its time. Repeatable.  [default: "
-    "the first three, on a GPU all four; quick jpg]",
-)
-def command(settings: Settings, style: str, engines: tuple[str, ...]) -> None:
+def command(settings: Settings) -> None:
     """How much of training waits for data: cached batch, warm files, cold files, and the counted wait.
 
     Rounds are many and short: the speed of a machine drifts, so turns that are compared should be near each other. A
@@ -56,19 +39,19 @@ def command(settings: Settings, style: str, engines: tuple[str, ...]) -> None:
     from train import device as devices
 
     gpu = devices.choose(settings.device).type == "cuda"
-    engines = engines or (("jpg",) if settings.quick else tuple(name for name in ENGINES if gpu or name != "dali"))
+    engines = ["jpg"] if settings.quick else [name for name in ENGINES if gpu or name != "dali"]
     systems = 1 + sum(len(ENGINES[engine]) for engine in engines)
 
     def measure(job: TrainingJob, measurement: Measurement) -> list[Row]:
-        return measure_stalls(replace(job, synchronized=True), style, engines, measurement)
+        return measure_stalls(replace(job, synchronized=True), engines, measurement)
 
     train_models(settings, PAGE, systems * (2 + settings.rounds), measure)
 
 
-def measure_stalls(job: TrainingJob, style: str, engines: Sequence[str], measurement: Measurement) -> list[Row]:
+def measure_stalls(job: TrainingJob, engines: Sequence[str], measurement: Measurement) -> list[Row]:
     """Time one model with a cached batch, and with each engine's warm and cold files, in turn. engines: of ENGINES."""
-    ceiling = system_name(style, CACHED)
-    fed = [[system_name(style, source) for source in ENGINES[engine]] for engine in engines]
+    ceiling = system_name(LAST, CACHED)
+    fed = [[system_name(LAST, source) for source in ENGINES[engine]] for engine in engines]
     names = [ceiling, *(name for each in fed for name in each)]
     series, _ = take_turns(set_up, turns(ceiling, fed), job, job.images.cache / "logs", measurement, frozen=True)
     cached = series[ceiling]

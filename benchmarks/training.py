@@ -164,17 +164,9 @@ def train_models(
 
 
 def kept(settings: Settings, models: Sequence[str]) -> list[Row]:
-    """The rows of the table about other models than these; none where there is no table yet.
-
-    Raises UsageError where they have another resolution. Batch sizes may differ: the table has one per model.
-    """
-    table, px = settings.table, settings.resolution
-    rows = [row for row in read_csv(table) if row.model not in models] if table.exists() else []
-    other = next((row for row in rows if row.resolution_px != px), None)
-    if other is not None:
-        found = f"{other.model} at --resolution {other.resolution_px}, not {px}"
-        raise UsageError(f"--add: {table} has {found}; use the same one, or another --out")
-    return rows
+    """The rows of the table about other models than these; none where there is no table yet."""
+    table = settings.table
+    return [row for row in read_csv(table) if row.model not in models] if table.exists() else []
 
 
 # ------------------------------------------------------------------ the systems

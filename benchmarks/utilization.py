@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import click
-
 from benchmarks.machine import Meter
 from benchmarks.measure import (
     Measurement,
@@ -32,7 +30,6 @@ from benchmarks.training import (
     DALI,
     LAST,
     NATIVE,
-    STYLES,
     TrainingJob,
     set_up,
     system_name,
@@ -47,19 +44,12 @@ NOT_READ = "training ran on the CPU, so the GPU was not read"
 
 
 @benchmark("utilization", ONLY, WORKERS, *training_options(["resnet18"]), rounds=(6, 5), seconds=(10, 1.5))
-@click.option(
-    "--style",
-    type=click.Choice(STYLES[1:]),
-    default=LAST,
-    show_default=True,
-    help="How this project's network is run. Compiling starts with an empty cache in every round.",
-)
-def command(settings: Settings, style: str) -> None:
+def command(settings: Settings) -> None:
     """Speed, data wait, and what the GPU does while a model trains, or the CPU's cores where there is none."""
     from train import device as devices
 
     device = devices.choose(settings.device)
-    names = settings.chosen({name: name for name in systems(style, device.type == "cuda")})
+    names = settings.chosen({name: name for name in systems(device.type == "cuda")})
 
     def measure(job: TrainingJob, measurement: Measurement) -> list[Row]:
         return measure_utilization(job, names, measurement, reader=lambda: reader_of(device))
@@ -70,11 +60,10 @@ def command(settings: Settings, style: str) -> None:
 # ------------------------------------------------------------------ the measurement
 
 
-def systems(style: str, gpu: bool = False) -> tuple[str, ...]:
+def systems(gpu: bool) -> tuple[str, ...]:
     """The ways to train that are watched: the ceiling, this project's loader (on a GPU, both that decode) and the usual
     one."""
-    ours = (NATIVE, DALI) if gpu else (NATIVE,)
-    return system_name(style, CACHED), *(system_name(style, loader) for loader in ours), BASELINE
+    return *(system_name(LAST, source) for source in (CACHED, NATIVE, *([DALI] if gpu else []))), BASELINE
 
 
 def measure_utilization(

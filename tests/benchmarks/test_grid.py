@@ -27,7 +27,7 @@ def test_each_way_to_run_a_study_has_its_figures(small_job):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fractions"), [(SHARED, (0.5, 1.0)), (ALONE, (1.0,))])
 def test_both_ways_to_train_a_study_finish_every_cell(small_job, name, fractions):
-    job = GridJob(small_job, ("resnet18",), fractions, seeds=(0,), device="cpu")
+    job = GridJob(small_job, ("resnet18",), fractions, (0,), 1, "off", "cpu")
     assert set_up(name, job).once() == job.cells == len(fractions)
     (overhead,) = (small_job.cache / "grid").glob(f"{name.replace(' ', '-').replace(',', '')}.overhead")
     found = json.loads(overhead.read_text().splitlines()[-1])  # of the second study: the first was to warm up

@@ -6,17 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.datasets import Job
-from benchmarks.loader import jobs, measure_loaders
 from benchmarks.machine import environment
 from benchmarks.measure import Row, Series, median_interval, ratio_row, series_rows, summary_row
-from benchmarks.pages import packed_sizes
 from benchmarks.predict import EVALUATION, PREDICT, START_PREDICT
-from benchmarks.report import PAGES, bars, draw, markdown, read_results, tables_in
-from benchmarks.systems import SYSTEMS
+from benchmarks.report import bars, draw, markdown, read_results, tables_in
 from benchmarks.tables import read_csv, write_csv
 from shards.common.errors import DataError
-from tests.support.benchdata import measurement, series
+from tests.support.benchdata import series
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -47,29 +43,6 @@ def results(tmp_path_factory) -> Path:
     return out
 
 
-def test_systems_that_read_no_packed_images_stand_with_the_job_that_they_were_measured_in():
-    def job(size: str, rate: float) -> list[Row]:
-        known = {"benchmark": "loader", "resolution_px": 224}
-        rows = series_rows(series(*[3 * rate] * 6), system="dermscale native jpg", packed=f"{size} jpg", **known)
-        return rows + series_rows(series(*[rate] * 6), system="torchvision ImageFolder", packed="originals", **known)
-
-    first, second = PAGES["loader"].text([*job("341x256", 100), *job("400x300", 50)]).split("### Packed at 400x300")
-    assert "| torchvision ImageFolder | 100" in first and "| torchvision ImageFolder | 50" in second
-
-
-def test_what_reads_no_packed_images_comes_after_what_says_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.loader.stats", lambda job: ((0.0, 0.0, 0.0), f"{job.packed_px}x1"))
-    monkeypatch.setattr(
-        "benchmarks.loader.take_turns", lambda _, names, *rest, **more: (dict.fromkeys(names, series(*[1.0] * 6)), {})
-    )
-    systems = [SYSTEMS["torchvision ImageFolder"], SYSTEMS["webdataset"]]
-    rows = []
-    for one in jobs(Job(tmp_path, tmp_path), (341, 400), (224,)):
-        rows += measure_loaders(systems, one, measurement())
-    assert packed_sizes(rows) == ["341x1"] * 4 + ["400x1"] * 4
-    assert {row.system for row in rows[:4]} == {"torchvision ImageFolder", "webdataset"}
-
-
 def test_bars_are_as_long_as_their_values():
     rows = [Row("loader", name, "img_per_s", "img/s", value) for name, value in (("a", 50.0), ("b", 100.0))]
     (axes,) = bars("loader", [*rows, Row("loader", "c", "img_per_s", "img/s", None, failed="why")]).axes
@@ -78,15 +51,15 @@ def test_bars_are_as_long_as_their_values():
     assert [text.get_text() for text in axes.texts] == [" failed", " 100 img/s", " 50.0 img/s"]
 
 
-def test_charts_show_a_panel_per_model_and_the_first_sizes_alone():
+def test_charts_show_a_panel_per_model_and_name_the_sizes():
     def row(model: str, value: float, **more) -> Row:
         return Row("stalls", "x", "accelerator_utilization", "1", value, value - 0.1, value + 0.1, model=model, **more)
 
     figure = bars("stalls", [row("resnet18", 0.5, page_cache="warm"), row("vit_b16", -0.25)])
     assert [axes.texts[0].get_text() for axes in figure.axes] == [" 50.0 %", " -25.0 %"]
-    sizes = [Row("loader", "a", "img_per_s", "img/s", 1.0, packed=f"{size} jpg") for size in ("341x256", "400x300")]
-    (axes,) = bars("loader", sizes).axes
-    assert len(axes.patches) == 1 and "341x256" in axes.get_title(loc="left")
+    row = Row("loader", "a", "img_per_s", "img/s", 1.0, packed="341x256 jpg", resolution_px=224)
+    (axes,) = bars("loader", [row, replace(row, system="b", packed="originals")]).axes
+    assert axes.get_title(loc="left") == "packed at 341x256, 224 px: images per second"
 
 
 def test_charts_are_the_same_bytes_every_time_and_name_no_date(results):

@@ -21,7 +21,7 @@ from benchmarks.worker import Running
 from tests.benchmarks.test_monitor import STAND_IN, ScriptedDriver
 from tests.support.benchdata import measurement
 
-NAMES = systems("channels-last")
+NAMES = systems(gpu=False)
 CEILING, NATIVE, BASELINE = NAMES
 START_UP_S = 0.6
 PACE = {CEILING: 100, NATIVE: 50, BASELINE: 25}

@@ -19,14 +19,13 @@ import click
 
 from benchmarks.datasets import ORIGINALS, Format, Job, prepared, samples
 from benchmarks.machine import drop_from_cache, read_into_cache
-from benchmarks.measure import Measurement, Row, Series, paired_row, ratio_rows, series_rows, summary_row
+from benchmarks.measure import Measurement, Row, ratio_rows, series_rows
 from benchmarks.options import ADD, ONLY, WORKERS, Settings, benchmark, training_options
 from benchmarks.pages import Page, ratios
 from benchmarks.peers.ours import SHARDS_JPG, SHARDS_RAW, loader_of, shard_set
 from benchmarks.tables import cell, read_csv, table
 from benchmarks.worker import Running, take_turns
 from shards.common.errors import UsageError
-from train.config import FORWARD_AND_BACKWARD
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +39,6 @@ FP32 = " in fp32"
 CACHED, NATIVE, COLD, FOLDER = "cached batch", "native loader", "native loader, cold files", "ImageFolder"
 RAW, COLD_RAW, RESIDENT = "native loader, raw", "native loader, raw, cold files", "resident loader"
 DALI, COLD_DALI = "dali loader", "dali loader, cold files"
-MATRIX = "matrix multiply"
-"""The system that measures the device's peak: products of square matrices, counted in GFLOP."""
 
 
 def system_name(style: str, source: str) -> str:
@@ -131,12 +128,9 @@ def command(settings: Settings, fp32: bool) -> None:
     judge the target, which is for resnet18. --quick does not measure eager NCHW with this project's loader, unless
     --only names it.
     """
-    from train import device as devices
-
     known = {name: name for name in (*SYSTEMS, *(IN_FP32 if fp32 else ()))}
     names = settings.chosen(known, NOT_IN_QUICK)
-    peaks = matrix_products(names, devices.choose(settings.device))
-    steps = (len(names) + len(peaks)) * (2 + settings.rounds)
+    steps = len(names) * (2 + settings.rounds)
     train_models(settings, PAGE, steps, lambda job, measurement: measure_training(job, names, measurement))
 
 
@@ -173,7 +167,7 @@ def kept(settings: Settings, models: Sequence[str]) -> list[Row]:
 
 
 def set_up(name: str, job: TrainingJob) -> Running:
-    """Build, compile and warm up one way to train `job.model`, or the matrix product.
+    """Build, compile and warm up one way to train `job.model`.
 
     `compile_s` in `about`, for a compiled model with a cached batch: the seconds that its first step took longer than
     a later one. With a loader it takes the compiled code from there.
@@ -182,8 +176,6 @@ def set_up(name: str, job: TrainingJob) -> Running:
 
     device = devices.choose(job.device)
     devices.prepare(device, keep_memory=not name.startswith(EAGER))  # which is not usual
-    if name.startswith(MATRIX):
-        return matrix_peak(device, precision_of(name, device))
     style, _, source = name.partition(", ")
     compiled = style.startswith(COMPILED)
     if compiled:
@@ -384,135 +376,44 @@ def _endless_folder(job: Job, device: "torch.device") -> "Iterator[tuple[Tensor,
             yield images.to(device, non_blocking=True), colour, labels.to(device, non_blocking=True)
 
 
-# ------------------------------------------------------------------ the matrix peak
-
-_MATRICES = {"cpu": (2048, 2), "cuda": (8192, 20)}
-"""Side of the matrices and products in a pass, by type of device: smaller ones do not fill a GPU."""
-
-
-def matrix_peak(device: "torch.device", precision: str) -> Running:
-    """Products in one precision, `fp32`, `bf16` or `fp16`; a pass counts its GFLOP (2 n³ a product)."""
-    import torch
-
-    from train import device as devices
-
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    side, products = _MATRICES[device.type]
-    left, right = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
-
-    def took_s(product: "Callable[[], Tensor]") -> float:
-        begin = time.perf_counter()
-        for _ in range(products):
-            product()
-        devices.synchronize(device)
-        return time.perf_counter() - begin
-
-    # the first of four calls warms up
-    fastest = min(products_of(left, right), key=lambda product: min([took_s(product) for _ in range(4)][1:]))
-
-    def once() -> float:
-        took_s(fastest)
-        return products * 2 * side**3 / 1e9
-
-    def warm() -> None:
-        once()
-
-    return Running(once, warm)
-
-
-def products_of(left: "Tensor", right: "Tensor") -> "list[Callable[[], Tensor]]":
-    """The ways to multiply two matrices (n, n), n a multiple of 16: on a CPU also as a convolution of 1×1.
-
-    PyTorch multiplies and convolves with different libraries there. On AMD's processors MKL uses AVX2 and oneDNN
-    AVX-512, so networks that are mostly convolutions were faster than a peak of MKL alone.
-    """
-    import torch
-
-    out = torch.empty_like(left)
-    ways: list[Callable[[], Tensor]] = [lambda: torch.mm(left, right, out=out)]
-    if left.device.type == "cpu":
-        side = len(left)  # 16 images: with few, PyTorch convolves on one thread, with MKL
-        pixels = left.view(16, 1, side // 16, side).permute(0, 3, 1, 2)
-        kernels = right.t().contiguous()[:, :, None, None]
-        ways.append(lambda: torch.nn.functional.conv2d(pixels, kernels).permute(0, 2, 3, 1).reshape(side, side))
-    return ways
-
-
-def matrix_products(names: Sequence[str], device: "torch.device") -> dict[str, str]:
-    """Precision → the system that measures its matrix peak, for each precision that one of `names` computes in."""
-    peaks = {precision_of(MATRIX, device): MATRIX}
-    if any(FP32 in name for name in names):
-        peaks.setdefault("fp32", MATRIX + FP32)
-    return peaks
-
-
 # ------------------------------------------------------------------ the measurement
 
 
 def measure_training(job: TrainingJob, names: Sequence[str], measurement: Measurement) -> list[Row]:
-    """Time the ways to train one model, and the matrix product, in turn; warm page cache."""
+    """Time the ways to train one model, in turn; warm page cache."""
     from train import device as devices
-    from train import models
 
     device = devices.choose(job.device)
-    peaks = matrix_products(names, device)
-    every = [*names, *peaks.values()]
-    series, about = take_turns(set_up, every, job, job.images.cache / "logs", measurement, frozen=True)
-    parameters, forward = models.cost(job.model, job.images.resolution_px, 7)
+    series, about = take_turns(set_up, names, job, job.images.cache / "logs", measurement, frozen=True)
 
-    def columns(name: str, **more: Any) -> dict[str, Any]:
+    def columns(name: str) -> dict[str, Any]:
         own = {"precision": precision_of(name, device), "page_cache": "warm"}
-        return job.columns("training", measurement, name, **own | more)
+        return job.columns("training", measurement, name, **own)
 
     rows: list[Row] = []
     for name in names:
         own = columns(name)
         style = name.partition(", ")[0]
         rows += series_rows(series[name], note=_NOTES.get(style, "") if CACHED in name else "", **own)
-        rows.append(_share_of_peak(series[name], series[peaks[own["precision"]]], forward, **own))
         if "compile_s" in about.get(name, {}):
             rows.append(Row(metric="compile_s", unit="s", value=about[name]["compile_s"], **own))
-    rows += ratio_rows(RATIOS, {name: series[name] for name in names}, columns)
-    for name in peaks.values():
-        flops = [sample.per_s for sample in series[name].samples]
-        whole = columns(name, packed="")
-        rows.append(summary_row(flops, series[name].failed, metric="gflop_per_s", unit="GFLOP/s", **whole))
-    model = columns(job.model, packed="", precision="", workers=None)
-    rows.append(Row(metric="parameters", unit="1", value=float(parameters), **model))
-    rows.append(Row(metric="forward_flop_per_image", unit="FLOP", value=float(forward), **model))
-    return rows
-
-
-def _share_of_peak(series: Series, peak: Series, forward: int, **columns: object) -> Row:
-    """FLOP/s of training divided by those of the matrix product, round by round."""
-
-    def share(images_per_s: float, gflop_per_s: float) -> float:
-        return images_per_s * forward * FORWARD_AND_BACKWARD / (gflop_per_s * 1e9)
-
-    return paired_row(series, peak, share, metric="share_of_peak", unit="1", **columns)
+    return rows + ratio_rows(RATIOS, series, columns)
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """A line per model and way to train it, the ratios, and the models."""
+    """A line per model and way to train it, and the ratios."""
     models = list(dict.fromkeys(row.model for row in rows))
     found = {(row.model, row.system, row.metric): row for row in rows if not row.beside}
-    lines, facts = [], []
-    for model, system, metric in found:
+    lines = []
+    for (model, system, metric), row in found.items():
         if metric == "img_per_s":
-            speed = found[model, system, metric]
-            shown = (found.get((model, system, name)) for name in ("img_per_s", "share_of_peak", "compile_s"))
-            lines.append([model, str(speed.batch_size or ""), system, speed.precision, *map(cell, shown)])
+            compiled = found.get((model, system, "compile_s"))
+            lines.append([model, str(row.batch_size or ""), system, row.precision, cell(row), cell(compiled)])
     lines.sort(key=lambda line: models.index(line[0]))
-    for model in models:
-        cost = (found.get((model, model, name)) for name in ("parameters", "forward_flop_per_image"))
-        peaks = [row for row in rows if (row.model, row.metric) == (model, "gflop_per_s")]
-        facts.append([model, *map(cell, cost), "; ".join(f"{cell(row)} {row.precision}" for row in peaks)])
-    header = ["model", "batch", "system", "precision", "img/s", "share of its matrix peak", "compile s"]
     return [
         "Whole steps: forward, loss, backward, optimizer. Median [interval].\n",
-        table(header, lines),
+        table(["model", "batch", "system", "precision", "img/s", "compile s"], lines),
         *ratios(rows, [("img/s", lambda row: True)]),
-        table(["model", "parameters", "FLOP / image, forward", "matrix peak, GFLOP/s"], facts),
     ]
 
 

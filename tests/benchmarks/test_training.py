@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from benchmarks import stalls
 from benchmarks.datasets import Job, prepared
 from benchmarks.machine import StillCachedError, cached_share, drop_from_cache, read_into_cache
-from benchmarks.measure import Row, Sample, Series
+from benchmarks.measure import Row, Series
 from benchmarks.options import Settings
 from benchmarks.run import main
 from benchmarks.stalls import _stall, _utilization, agreement, by_engine, measure_stalls, turns
@@ -23,7 +23,6 @@ from benchmarks.training import (
     FOLDER,
     FP32,
     IN_FP32,
-    MATRIX,
     NATIVE,
     PAGE,
     RATIOS,
@@ -31,11 +30,8 @@ from benchmarks.training import (
     RESIDENT,
     SYSTEMS,
     TrainingJob,
-    _share_of_peak,
-    matrix_products,
     measure_training,
     precision_of,
-    products_of,
     set_up,
     system_name,
     train_models,
@@ -96,18 +92,6 @@ def test_a_round_starts_when_what_was_read_ahead_is_used_up(job, monkeypatch):
 def test_a_cached_batch_never_waits_and_a_loader_is_seen_waiting(job):
     cached = waited_s(system_name("channels-last", CACHED), job)
     assert in_a_process_of_its_own(waited_s, system_name("channels-last", FOLDER), job) > 10 * cached
-
-
-def test_the_matrix_product_counts_gflop(job):
-    assert set_up(MATRIX, job).once() == pytest.approx(2 * 2 * 2048**3 / 1e9)
-
-
-def test_every_way_to_multiply_matrices_gives_their_product():
-    left, right = torch.randn(2, 160, 160, generator=torch.Generator().manual_seed(0))
-    ways = products_of(left, right)
-    assert len(ways) == 2
-    for product in ways:
-        torch.testing.assert_close(product(), left @ right)
 
 
 def test_every_style_stands_beside_its_own_ceiling():
@@ -186,7 +170,7 @@ def test_systems_stand_still_while_others_have_their_turn(job, monkeypatch, benc
     else:
         monkeypatch.setattr("benchmarks.training.take_turns", recorded)
         measure_training(job, SYSTEMS, measurement(2, 1.0))
-        assert tuple(order[: len(SYSTEMS)]) == SYSTEMS and MATRIX in order
+        assert tuple(order) == SYSTEMS
 
 
 def test_no_other_process_has_the_files_mapped_that_are_dropped():
@@ -211,13 +195,6 @@ def test_agreement_is_said_in_points(ends, wait, said):
     assert agreement(stall, Row("stalls", "x", "data_wait", "1", wait)).startswith(said)
 
 
-def test_share_of_peak_counts_forward_and_backward():
-    # 50 images/s of 2 GFLOP forward are 300 GFLOP/s with the backward pass, of a peak of 600
-    peak = Series([Sample(600, 1.0, 1.0)] * 3)
-    row = _share_of_peak(series(50, 50, 50), peak, 2_000_000_000, benchmark="training", system="x")
-    assert row.value == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [(0.7, 0.95, "(not clear whether at least 90%)"), (0.91, 0.95, "(at least 90%)"), (0.7, 0.85, "(under 90%)")],
@@ -233,16 +210,9 @@ def test_tables_show_failures_and_the_line_of_mlperf(low, high, said):
 
 def test_the_name_of_a_style_says_its_precision(monkeypatch):
     device = torch.device("cpu")
-    own = precision_of(system_name("compiled", CACHED), device)
-    assert own == precision_of(MATRIX, device)
     monkeypatch.setattr("train.device.precision", lambda device, choice: Decision("bf16", "a device that has it"))
     assert precision_of(system_name("compiled", CACHED), device) == "bf16"
     assert precision_of(system_name(f"compiled{FP32}", CACHED), device) == "fp32"
-    assert precision_of(MATRIX + FP32, device) == "fp32"
-    assert matrix_products(SYSTEMS[:2], device) == {"bf16": MATRIX}
-    assert matrix_products(IN_FP32, device) == {"bf16": MATRIX, "fp32": MATRIX + FP32}
-    monkeypatch.setattr("train.device.precision", lambda device, choice: Decision("fp32", "a device that has no more"))
-    assert matrix_products(IN_FP32, device) == {"fp32": MATRIX}  # one product serves both
 
 
 # ------------------------------------------------------------------ the command lines

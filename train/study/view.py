@@ -1,8 +1,10 @@
 """The display of a running study: a live table on a terminal, elsewhere one line per cell."""
 
+import itertools
 import sys
 import time
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, Self
 
 import click
@@ -20,40 +22,13 @@ def duration(seconds: float) -> str:
 
 
 class Forecast:
-    """Predicts the time of a cell from the cells that have ended: seconds per image of its model, plus other time."""
-
-    def __init__(self) -> None:
-        self._images: dict[str, float] = {}
-        self._train_s: dict[str, float] = {}
-        self._other_s: dict[str, list[float]] = {}
-
-    def learn(self, cell: Cell, result: dict[str, Any], wall_s: float) -> None:
-        """Add a finished cell. Other time: start, compilation and evaluation. That of a model's first cell, which
-        compiles, no longer counts after the second."""
-        model, train_s = cell.config.model, float(result["seconds"]["train"])
-        self._images[model] = self._images.get(model, 0.0) + cell.images
-        self._train_s[model] = self._train_s.get(model, 0.0) + train_s
-        self._other_s.setdefault(model, []).append(max(wall_s - train_s, 0.0))
-
-    def seconds(self, cell: Cell) -> float | None:
-        """Expected seconds of a cell. A new model counts as the average of the others. None: unknown."""
-        if not self._images:
-            return None
-        model = cell.config.model
-        known = [model] if model in self._images else list(self._images)
-        rate = sum(self._train_s[m] for m in known) / max(sum(self._images[m] for m in known), 1.0)
-        others = [other for m in known for other in (self._other_s[m][1:] or self._other_s[m])]
-        return cell.images * rate + sum(others) / len(others)
-
-
-class Counts:
-    """The numbers of cells done, failed and left, and the time left."""
+    """The cells that are left, and how long they will take, predicted from those that ended."""
 
     def __init__(self, cells: Sequence[Cell], done: int, workers: int) -> None:
         self.total, self.done, self.failed, self.workers = len(cells) + done, done, 0, workers
         self.left = {cell.name: cell for cell in cells}
         self.models = list(dict.fromkeys(cell.config.model for cell in cells))
-        self.forecast = Forecast()
+        self._ended: dict[str, list[tuple[int, float, float]]] = {}  # by model: images, s of training, other s
 
     def end(self, cell: Cell, ended: Ended, wall_s: float) -> None:
         """Count a cell that has ended."""
@@ -63,20 +38,36 @@ class Counts:
         self.done += ended.outcome == "finished"
         self.failed += ended.outcome == "failed"
         if ended.result is not None:
-            self.forecast.learn(cell, ended.result, wall_s)
+            train_s = float(ended.result["seconds"]["train"])
+            mine = self._ended.setdefault(cell.config.model, [])
+            mine.append((cell.images, train_s, max(wall_s - train_s, 0.0)))
+
+    def seconds(self, cell: Cell) -> float | None:
+        """Expected seconds of a cell: training at the speed of its model, and start, compilation and evaluation. None:
+        unknown.
+
+        The first cell of a model compiles, so its other time no longer counts after the second. A new model counts as
+        the average of the others.
+        """
+        model = cell.config.model
+        known = [self._ended[model]] if model in self._ended else list(self._ended.values())
+        if not known:
+            return None
+        images, train_s, _ = (sum(column) for column in zip(*itertools.chain(*known), strict=True))
+        others = [other_s for cells in known for _, _, other_s in (cells[1:] or cells)]
+        return cell.images * train_s / max(images, 1) + fmean(others)
 
     def left_s(self, running: Sequence[Slot], model: str | None = None) -> float | None:
         """Seconds until the last cell (of a model) ends, if all workers are busy until then. None: unknown."""
-        chosen = [cell for cell in self.left.values() if model in (None, cell.config.model)]
-        seconds = [self.forecast.seconds(cell) for cell in chosen]
-        if any(one is None for one in seconds):
-            return None
-        now = time.perf_counter()
-        spent = 0.0
-        for slot in running:
-            if slot.cell is not None and slot.cell in chosen:
-                spent += min(now - slot.started, self.forecast.seconds(slot.cell) or 0.0)
-        return max(sum(one or 0.0 for one in seconds) - spent, 0.0) / self.workers
+        now, total_s = time.perf_counter(), 0.0
+        started = {slot.cell.name: slot.started for slot in running if slot.cell is not None}
+        for cell in self.left.values():
+            if model in (None, cell.config.model):
+                needed_s = self.seconds(cell)
+                if needed_s is None:
+                    return None
+                total_s += max(needed_s - (now - started.get(cell.name, now)), 0.0)
+        return total_s / self.workers
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -92,7 +83,7 @@ class Lines:
 
     def __init__(self, cells: Sequence[Cell], done: int, workers: int) -> None:
         """cells: those to train. done: the number of cells that were finished before."""
-        self.count = Counts(cells, done, workers)
+        self.count = Forecast(cells, done, workers)
         self._running: list[Slot] = []
 
     def __enter__(self) -> Self:

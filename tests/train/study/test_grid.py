@@ -177,14 +177,17 @@ def test_a_truncated_line_of_the_journal_is_skipped(tmp_path):
 
 
 def test_the_time_left_is_predicted_from_the_cells_that_ended():
-    forecast = Forecast()
-    first = Cell(BASE, 1000, 100)
-    assert forecast.seconds(first) is None
-    forecast.learn(first, {"seconds": {"train": 64.0}}, 164.0)  # compiled: 100 s besides training
-    forecast.learn(first, {"seconds": {"train": 64.0}}, 66.0)
-    assert forecast.seconds(Cell(BASE, 1000, 50)) == pytest.approx(32 + 2)
-    other = Cell(replace(BASE, model="vit_b16"), 1000, 100)
+    first, second, third, other = (
+        Cell(replace(BASE, model=model, seed=seed), 1000, steps)
+        for model, seed, steps in (("resnet18", 0, 100), ("resnet18", 1, 100), ("resnet18", 2, 50), ("vit_b16", 0, 100))
+    )
+    forecast = Forecast([first, second, third, other], 0, 1)
+    assert forecast.seconds(first) is None and forecast.left_s([]) is None
+    forecast.end(first, Ended("finished", {"seconds": {"train": 64.0}}), 164.0)  # compiled: 100 s besides training
+    forecast.end(second, Ended("finished", {"seconds": {"train": 64.0}}), 66.0)
+    assert forecast.seconds(third) == pytest.approx(32 + 2)
     assert forecast.seconds(other) == pytest.approx(66)
+    assert forecast.left_s([]) == pytest.approx(34 + 66) and forecast.left_s([], "resnet18") == pytest.approx(34)
 
 
 def test_the_live_table_shows_cells_done_running_left_and_time():

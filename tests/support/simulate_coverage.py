@@ -208,7 +208,9 @@ def curve(setting, repeats, resamples=1000, seed=0):
         fitted = fit_curve(n, y, resamples=resamples, seed=i)
         row = {"identifiable": fitted.identifiable}
         row |= {"a": holds(fitted.a, a), "b": holds(fitted.b, b), "c": holds(fitted.c, c)}
-        row |= {name: holds(fitted.at(size), a - b * size**-c) for name, size in at.items()}
+        for name, size in at.items():
+            _, low, high = fitted.fit.value_at(size)
+            row[name] = low <= a - b * size**-c <= high
         row["held out"] = hold_out_largest(n, y, resamples=resamples, seed=i)["inside"]
         rows.append(row)
     return {

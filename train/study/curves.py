@@ -2,7 +2,7 @@
 
     curve = fit_curve(n_train, balanced_accuracy)
     curve.c                    # {"value": 0.42, "low": 0.31, "high": 0.55}
-    curve.at(4000)             # {"n": 4000, "value": 0.61, "low": 0.60, "high": 0.62}
+    curve.band()               # [{"n": 4000, "value": 0.61, "low": 0.60, "high": 0.62}, …]
     hold_out_largest(n_train, balanced_accuracy)["inside"]
 
     learning_curves(table, "balanced_accuracy")   # of every model of a table of runs, as a dict for JSON
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.common.errors import DataError, UsageError
+from shards.common.errors import DataError
 from train.study.numbers import p_value
 from train.study.powerlaw import C_MAX, C_MIN, CEILING, PowerLawFit, size_groups
 
@@ -64,38 +64,18 @@ class LearningCurve:
     lack_of_fit_p: float | None
     fit: PowerLawFit | None = field(repr=False, default=None)
 
-    def at(self, n: float) -> dict[str, float]:
-        """Expected score at n training images with its 95 % interval: {"n", "value", "low", "high"}.
-
-        Raises UsageError where n lies more than a factor of 2 outside the measured sizes, or where no curve was fitted.
-        """
-        if self.fit is None:
-            raise UsageError(f"no learning curve: {'; '.join(self.reasons)}")
-        check_reach(n, self.n_min, self.n_max)
-        value, low, high = self.fit.value_at(float(n))
-        return {"n": float(n), "value": value, "low": low, "high": high}
-
     def band(self, *, beyond: bool = True) -> list[dict[str, float]]:
-        """`at` for 40 sizes evenly spaced in log n, from the smallest to twice the largest, or to the largest where not
-        beyond the data. Empty without a fit."""
+        """The curve and its 95 % interval, {"n", "value", "low", "high"}, at 40 sizes evenly spaced in log n, from the
+        smallest to twice the largest, or to the largest where not beyond the data. Empty without a fit."""
         if self.fit is None:
             return []
         end = self.n_max * (EXTRAPOLATION if beyond else 1.0)
-        return [self.at(float(n)) for n in np.geomspace(self.n_min, end, 40)]
+        sizes = np.geomspace(self.n_min, end, 40).tolist()
+        return [dict(zip(("n", "value", "low", "high"), (n, *self.fit.value_at(n)), strict=True)) for n in sizes]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the fit itself, for JSON."""
         return {key: value for key, value in vars(self).items() if key != "fit"}
-
-
-def check_reach(n: float, n_min: float, n_max: float) -> None:
-    """Raise UsageError for an n more than a factor of EXTRAPOLATION (and rounding) outside the measured sizes."""
-    reach = EXTRAPOLATION * ROUNDING
-    if not (math.isfinite(n) and n_min / reach <= n <= n_max * reach):
-        raise UsageError(
-            f"{n:.0f} training images lie more than {EXTRAPOLATION:.0f}× outside the measured {n_min:.0f} to "
-            f"{n_max:.0f}: a fitted curve is not valid there; train at more sizes"
-        )
 
 
 def _checked(n_train: Any, scores: Any) -> tuple[Floats, Floats]:
@@ -206,10 +186,9 @@ def hold_out_largest(
     curve = fit_curve(n[~last], y[~last], resamples=resamples, seed=seed)
     if curve.fit is None:
         return measured | refused | {"reason": "without the largest size: " + "; ".join(curve.reasons)}
-    try:
-        check_reach(measured["n"], curve.n_min, curve.n_max)
-    except UsageError as error:
-        return measured | refused | {"reason": str(error)}
+    if measured["n"] > curve.n_max * EXTRAPOLATION * ROUNDING:
+        far = f"{measured['n']:.0f} training images are more than {EXTRAPOLATION:.0f}× the next size, {curve.n_max:.0f}"
+        return measured | refused | {"reason": f"{far}: a fitted curve is not valid there; train at more sizes"}
     value, low, high = curve.fit.new_mean_at(measured["n"], measured["runs"])
     return measured | {
         "predicted": value,

@@ -1,14 +1,13 @@
 """Learning curves: the fit against scipy's, the profile against refits, refusals, doubts, and tables of runs."""
 
 import json
-import math
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.optimize import curve_fit, least_squares, lsq_linear
 
-from shards.common.errors import DataError, UsageError
+from shards.common.errors import DataError
 from train.study.curves import fit_curve, hold_out_largest, learning_curve, learning_curves
 from train.study.powerlaw import C_MAX, C_MIN, Lines, Quantity, power_weights, size_groups, variance_power
 
@@ -26,7 +25,7 @@ def test_exact_points_give_back_the_curve():
     assert curve.to_dict() == fit_curve(n, y, resamples=50).to_dict()
     for estimate, truth in ((curve.a, 0.75), (curve.b, 1.6), (curve.c, 0.3)):
         assert estimate["value"] == pytest.approx(truth, rel=1e-4)
-    assert curve.at(8000)["value"] == pytest.approx(0.75 - 1.6 * 8000**-0.3, abs=1e-6)
+    assert curve.band()[-1]["value"] == pytest.approx(0.75 - 1.6 * 11200**-0.3, abs=1e-6)
 
 
 def test_the_fit_is_scipys_weighted_least_squares():
@@ -107,14 +106,11 @@ def test_sizes_that_differ_by_a_few_lesions_are_one():
     assert size_groups(np.array([100.0, 103, 97, 205, 199, 400])).tolist() == [0, 0, 0, 1, 1, 2]
 
 
-def test_more_than_twice_the_sizes_is_refused():
+def test_a_curve_is_drawn_from_the_smallest_to_twice_the_largest_size_and_no_further():
     curve = fit_curve(*runs(), resamples=50)
-    curve.at(2 * SIZES[-1])
-    curve.at(SIZES[0] / 2)
-    for n in (2.2 * SIZES[-1], SIZES[0] / 2.2, math.inf, math.nan, -5):
-        with pytest.raises(UsageError, match="more than 2× outside the measured 88 to 5600"):
-            curve.at(n)
-    assert max(point["n"] for point in curve.band()) <= 2 * SIZES[-1] * (1 + 1e-9)
+    for beyond, end in ((True, 2), (False, 1)):
+        sizes = [point["n"] for point in curve.band(beyond=beyond)]
+        assert (sizes[0], sizes[-1]) == pytest.approx((SIZES[0], end * SIZES[-1]))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +163,7 @@ def test_the_largest_size_is_predicted_without_being_seen():
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        (np.array([50.0, 100, 200, 400, 4000]), "more than 2× outside"),
+        (np.array([50.0, 100, 200, 400, 4000]), "4000 training images are more than 2× the next size, 400"),
         (SIZES[-4:], "3 sizes"),
         (SIZES[-1:], "one size only"),
     ],

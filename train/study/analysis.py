@@ -156,27 +156,25 @@ def confusion(runs: list[Run]) -> tuple[list[str], np.ndarray]:
     return list(matrices[0]["classes"]), np.sum([m["counts"] for m in matrices], axis=0)
 
 
+_POOLED = {"confidence": "confidence", "accuracy": "value", "low": "low", "high": "high"}
+"""What is averaged of a bin, and where its numbers are."""
+
+
 def reliability(runs: list[Run], *, scaled: bool) -> list[dict[str, float]]:
     """Bins of confidence averaged over runs by their share: {"confidence", "accuracy", "low", "high", "share"}.
 
     scaled: after temperature scaling. low, high: the 95 % ends of the bin's accuracy, averaged in the same way. Empty
     bins are left out; the list is empty where no run has bins.
     """
-    tables = [(run.result["test"]["temperature_scaling"] if scaled else run.result["test"]) for run in runs]
+    tables = [run.result["test"]["temperature_scaling"] if scaled else run.result["test"] for run in runs]
     bins = [table["reliability"] for table in tables if table is not None]
     found = []
     for same in zip(*bins, strict=True):
-        full = [
-            b for b in same if b["share"] and b["accuracy"]["value"] is not None and b["accuracy"]["low"] is not None
-        ]
-        if not full:
-            continue
-        weights = np.array([b["share"] for b in full])
-        cell = {key: float(np.average([b["accuracy"][key] for b in full], weights=weights)) for key in ("low", "high")}
-        cell["accuracy"] = float(np.average([b["accuracy"]["value"] for b in full], weights=weights))
-        cell["confidence"] = float(np.average([b["confidence"] for b in full], weights=weights))
-        cell["share"] = float(weights.sum() / len(bins))
-        found.append(cell)
+        full = [{**b, **b["accuracy"]} for b in same if b["share"] and b["accuracy"]["low"] is not None]
+        if full:
+            shares = [b["share"] for b in full]
+            means = {name: np.average([b[key] for b in full], weights=shares) for name, key in _POOLED.items()}
+            found.append({name: float(mean) for name, mean in means.items()} | {"share": sum(shares) / len(bins)})
     return found
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.records import read_table, table_columns
+from preprocess.ham10000 import METADATA, read_source
+from preprocess.records import Record
 from shards.common.errors import DataError
 from shards.format import CLASSES
 
 QUALITY = 90
 """JPEG quality of everything that is packed."""
-_PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
 
 
 @dataclass(frozen=True)
@@ -126,25 +126,13 @@ def originals_in(source: Path) -> Path:
 
 
 @cache
-def originals(job: Job) -> list[tuple[Path, int, dict[str, str]]]:
-    """The original files of the source: path, label, and row of the metadata, sorted by name. Raises DataError.
+def originals(job: Job) -> list[tuple[Path, int, Record]]:
+    """The usable originals of the source: path, label, and record, sorted by name. Raises DataError.
 
     Read once per process, so that no timed round has to look for files.
     """
-    table = job.source / "HAM10000_metadata.csv"
-    if not table.is_file():
-        raise DataError(f"{table}: missing; --source must be a HAM10000-shaped folder of original images")
-    blank = dict.fromkeys(table_columns(table)[0], "")
-    needed = ("image_id", "lesion_id", "dx")
-    rows = {row["image_id"]: row for row in (blank | found for _, found in read_table(table, needed))}
-    files = sorted(path for part in _PARTS for path in (job.source / part).glob("*.jpg"))
-    found = [path for path in files if path.stem in rows][: job.most]
-    if not found:
-        raise DataError(f"{job.source}: holds no image that its HAM10000_metadata.csv lists")
-    unknown = next((path.stem for path in found if rows[path.stem]["dx"] not in CLASSES), None)
-    if unknown is not None:
-        raise DataError(f"{table}: {unknown} has the unknown dx '{rows[unknown]['dx']}'")
-    return [(path, CLASSES.index(rows[path.stem]["dx"]), rows[path.stem]) for path in found]
+    records = sorted(read_source(job.source).records, key=lambda record: record.image_id)[: job.most]
+    return [(job.source / record.file, CLASSES.index(record.dx), record) for record in records]
 
 
 def samples(job: Job) -> list[tuple[str, Path, int]]:
@@ -155,16 +143,15 @@ def samples(job: Job) -> list[tuple[str, Path, int]]:
 
 
 def packed_pixels(path: Path, packed_px: int) -> np.ndarray:
-    """An original reduced to the packed size: (H, W, 3) uint8 RGB. By area interpolation, as in FFCV's writer."""
+    """An original reduced to the packed size: (H, W, 3) uint8 RGB."""
     import cv2
+
+    from shards.encode import shrink
 
     image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
     if image is None:
         raise DataError(f"{path}: cannot be decoded")
-    height, width = packed_size(image.shape[0], image.shape[1], packed_px)
-    if (height, width) == image.shape[:2]:
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    return shrink(image, packed_px)
 
 
 def packed_size(height: int, width: int, packed_px: int) -> tuple[int, int]:
@@ -180,15 +167,15 @@ def packed_size(height: int, width: int, packed_px: int) -> tuple[int, int]:
 
 def _write_source(job: Job, folder: Path) -> None:
     """A HAM10000-shaped folder in which every original stands under several names, as links."""
-    images = folder / _PARTS[0]
+    images = folder / "HAM10000_images_part_1"
     images.mkdir()
-    metadata = {path: row for path, _, row in originals(job)}
+    records = {path: record for path, _, record in originals(job)}
     rows = []
     for name, path, _ in samples(job):
         (images / f"{name}.jpg").symlink_to(path.resolve())
-        row = metadata[path]
-        rows.append({**row, "image_id": name, "lesion_id": f"{row['lesion_id']}c{name.rpartition('c')[2]}"})
-    with (folder / "HAM10000_metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        lesion = f"{records[path].lesion_id}c{name.rpartition('c')[2]}"
+        rows.append(records[path].metadata() | {"image_id": name, "lesion_id": lesion})
+    with (folder / METADATA[0]).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -21,7 +21,7 @@ def test_files_are_found_before_a_packer_is_timed(job, tmp_path, monkeypatch, na
     skip_without(PACKERS[name].packages)
     (tmp_path / "warm").mkdir()
     PACKERS[name].write(job, tmp_path / "warm")
-    for found in ("benchmarks.datasets.read_table", "preprocess.ham10000.read_source", "benchmarks.pack.prepared"):
+    for found in ("benchmarks.datasets.read_source", "preprocess.ham10000.read_source", "benchmarks.pack.prepared"):
         monkeypatch.setattr(found, lambda *_: pytest.fail("looks for its files in a timed round"))
     (tmp_path / "timed").mkdir()
     PACKERS[name].write(job, tmp_path / "timed")

@@ -16,7 +16,7 @@ from benchmarks.measure import Measurement, Row, Series, ratio_row, series_row
 from benchmarks.options import Settings
 from benchmarks.pages import Page
 from benchmarks.peers.system import System
-from benchmarks.tables import by_metric, pivot
+from benchmarks.tables import pivot
 from benchmarks.worker import Running, take_turns
 
 NAME = "loader-beside-python"
@@ -111,7 +111,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
     }
     return [
         "Each loader has one thread or one worker process, and a thread of Python counts beside it.\n",
-        pivot(rows, by_metric(metrics)),
+        pivot(rows, metrics),
     ]
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks.datasets import Job, prepared
 from benchmarks.measure import Measurement, Row, ratio_row, series_row, summary_row
 from benchmarks.options import Settings, benchmark, training_options
-from benchmarks.pages import Page, ratios
+from benchmarks.pages import Page
 from benchmarks.peers.ours import SHARDS_SPLIT
-from benchmarks.tables import by_metric, pivot
+from benchmarks.tables import pivot, ratios
 from benchmarks.worker import SET_UP_LIMIT_S, Running, SystemFailedError, run_module, take_turns
 
 SHARED, ALONE = "one grid, shared worker", "one process per cell"
@@ -164,8 +164,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
         "later_cell_s": "overhead of the slowest later cell, s",
         "cpu_s_per_1000_cells": "CPU s / 1,000 cells",
     }
-    measured = [row for row in rows if not row.beside]
-    return [pivot(measured, by_metric(titles)), *ratios(rows, [("cells/s", lambda row: True)])]
+    return [pivot(rows, titles), ratios(rows, "cells/s")]
 
 
 PAGE = Page("grid", "Grid", tables, chart=("cells_per_s", "cells per second"))

@@ -10,10 +10,10 @@ from benchmarks import beside
 from benchmarks.datasets import Job, stats
 from benchmarks.measure import Measurement, Row, ratio_rows, series_rows
 from benchmarks.options import ONLY, WORKERS, Settings, benchmark
-from benchmarks.pages import Page, place, ratios
+from benchmarks.pages import Page, place
 from benchmarks.peers.system import System
 from benchmarks.systems import SYSTEMS, set_up
-from benchmarks.tables import by_metric, pivot
+from benchmarks.tables import pivot, ratios
 from benchmarks.worker import take_turns
 
 NOT_IN_QUICK = (
@@ -99,11 +99,10 @@ def measure_loaders(systems: Sequence[System], job: Job, measurement: Measuremen
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """The speeds, and their ratios."""
-    across = by_metric({"img_per_s": "img/s", "cpu_s_per_1000": "CPU s / 1,000"})
     return [
         f"Images per second and CPU seconds per 1,000 images, {place(rows)}: median [interval].\n",
-        pivot([row for row in rows if not row.beside], across),
-        *ratios(rows, [("img/s", lambda row: True)]),
+        pivot(rows, {"img_per_s": "img/s", "cpu_s_per_1000": "CPU s / 1,000"}),
+        ratios(rows, "img/s"),
     ]
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from benchmarks.datasets import QUALITY, SOURCE, Job, originals, packed_size, prepared, samples
 from benchmarks.measure import Measurement, Row, ratio_rows, series_rows
 from benchmarks.options import ONLY, WORKERS, Settings, benchmark
-from benchmarks.pages import Page, place, ratios
+from benchmarks.pages import Page, place
 from benchmarks.peers.ffcv import beton_payload_bytes, read_beton, write_beton
 from benchmarks.peers.system import need
-from benchmarks.tables import by_metric, pivot
+from benchmarks.tables import pivot, ratios
 from benchmarks.worker import Running, take_turns
 from shards.common.errors import DataError
 
@@ -344,8 +344,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
     """What each packer reached, and the ratios of their speeds."""
     titles = {"img_per_s": "images/s", "cpu_s_per_1000": "CPU s / 1,000"}
     titles |= {metric: title for metric, (_, title) in METRICS.items()}
-    across = pivot([row for row in rows if not row.beside], by_metric(titles))
-    return [f"Originals, {place(rows)}.\n", across, *ratios(rows, [("images/s", lambda row: True)])]
+    return [f"Originals, {place(rows)}.\n", pivot(rows, titles), ratios(rows, "images/s")]
 
 
 PAGE = Page("pack", "Packing", tables)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measure import Row
-from benchmarks.tables import busy_text, cell, machine_text, notes, read_csv, table
+from benchmarks.tables import busy_text, machine_text, notes, read_csv
 from benchmarks.targets import targets_text
 from shards.common.files import write_durably
 
@@ -45,16 +45,3 @@ def place(rows: Sequence[Row]) -> str:
     """The sizes of the images of a job: `packed at 341x256, 224 px`."""
     sizes = [f"packed at {found.group()}" for row in rows if (found := _SIZE.match(row.packed))]
     return ", ".join(dict.fromkeys(sizes + [f"{row.resolution_px} px" for row in rows if row.resolution_px]))
-
-
-def ratios(rows: Sequence[Row], across: Sequence[tuple[str, Callable[[Row], bool]]]) -> list[str]:
-    """A table with a line per model and pair of systems and a column per (title, which rows belong there)."""
-    beside = [row for row in rows if row.beside]
-    models = any(row.model for row in beside)
-    lines = []
-    for pair in dict.fromkeys((row.model, row.system, row.beside) for row in beside):
-        own = [row for row in beside if (row.model, row.system, row.beside) == pair]
-        cells = [cell(next(filter(belongs, own), None)) for _, belongs in across]
-        lines.append([*([pair[0]] if models else []), f"{pair[1]} / {pair[2]}", *cells])
-    header = [*(["model"] if models else []), "ratio", *(title for title, _ in across)]
-    return ["Ratios, taken within each round:\n", table(header, lines)] if lines else []

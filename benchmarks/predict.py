@@ -7,7 +7,7 @@ packs, as it does with any other image.
 """
 
 import math
-import resource
+import os
 import shutil
 import signal
 import socket
@@ -24,9 +24,9 @@ from benchmarks.datasets import Format, Job, packed_files, prepared, samples, st
 from benchmarks.machine import Meter, tree_cpu_s
 from benchmarks.measure import Measurement, Row, Sample, Series, interleave, ratio_row, series_row, series_rows
 from benchmarks.options import DEVICE, Settings, benchmark
-from benchmarks.pages import Page, ratios
+from benchmarks.pages import Page
 from benchmarks.peers.ours import SHARDS_JPG, SHARDS_SPLIT
-from benchmarks.tables import by_metric, cell, pivot, table
+from benchmarks.tables import cell, pivot, ratios, table
 from benchmarks.worker import Running, SystemFailedError, run_module, take_turns
 from shards.common.errors import DataError
 from shards.format import MANIFEST, Manifest
@@ -187,15 +187,10 @@ _START_LIMIT_S = 120.0
 
 def start_predict(run: Path, image: Path, device: str) -> Sample:
     """`train.predict` on one image, from its start to its end. Raises SystemFailedError."""
-    meter, cpu_s, begin = Meter(), _children_cpu_s(), time.perf_counter()
+    meter, cpu_s, begin = Meter(), tree_cpu_s(os.getpid()), time.perf_counter()
     run_module("train.predict", {"--run": run, "": image, "--device": device}, limit_s=_START_LIMIT_S)
-    seconds, cpu_s = time.perf_counter() - begin, _children_cpu_s() - cpu_s
+    seconds, cpu_s = time.perf_counter() - begin, tree_cpu_s(os.getpid()) - cpu_s
     return Sample(1, seconds, cpu_s, meter.other_cpu(cpu_s))
-
-
-def _children_cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def start_serve(run: Path, device: str) -> Sample:
@@ -276,13 +271,12 @@ def rows_of(
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """Speeds, their ratios, and the starts."""
-    across = by_metric({"img_per_s": "img/s", "cpu_s_per_1000": "CPU s / 1,000"})
     starts = [[row.system, cell(row)] for row in rows if row.metric == "start_s"]
     about = dict.fromkeys(f"{row.model}, {row.resolution_px} px, packed at {row.packed}" for row in rows if row.packed)
     return [
         f"{'; '.join(about)}. Median [interval].\n",
-        pivot([row for row in rows if not row.beside and row.metric != "start_s"], across),
-        *ratios(rows, [("img/s", lambda row: True)]),
+        pivot(rows, {"img_per_s": "img/s", "cpu_s_per_1000": "CPU s / 1,000"}),
+        ratios(rows, "img/s"),
         table(["start", "s"], starts),
     ]
 

@@ -25,8 +25,6 @@ ENGINES = {
 """What is measured of each engine: warm files, and cold ones if the engine reads files during training."""
 AGREE_WITHIN = 0.05
 """The differential stall and the counted wait may differ by this share of the time."""
-AU_LINE = 0.90
-"""MLPerf Storage's minimum accelerator utilization for image classification (3D-UNet and ResNet-50)."""
 
 
 @benchmark("stalls", WORKERS, *training_options(quick=["resnet18"]), ADD, rounds=(20, 10), seconds=(1, 0.5))
@@ -133,8 +131,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
         for cache, stall in (("warm", "prep_stall"), ("cold", "whole_stall")):
             differential, wait = found.get((cache, stall)), found.get((cache, "data_wait"))
             line += [_percent(differential), _percent(wait), agreement(differential, wait)]
-            utilization = found.get((cache, "accelerator_utilization"))
-            line.append(_percent(utilization) + _line(utilization))
+            line.append(_percent(found.get((cache, "accelerator_utilization"))))
         lines.append([*line, _percent(found.get(("cold", "fetch_stall")))])
     header = ["model", "batch", "engine", "img/s cached", "prep stall, %", "data wait, %", "both compared"]
     header += ["AU warm, %", "whole stall, cold, %", "data wait, cold, %", "both compared, cold", "AU cold, %"]
@@ -153,15 +150,6 @@ def _percent(row: Row | None) -> str:
         return cell(row)
     low, high = (None if end is None else 100 * end for end in (row.low, row.high))
     return cell(replace(row, value=100 * row.value, low=low, high=high))
-
-
-def _line(row: Row | None) -> str:
-    """On which side of MLPerf Storage's line the whole interval lies."""
-    if row is None or row.value is None:
-        return ""
-    low, high = row.ends
-    said = "at least" if low >= AU_LINE else "under" if high < AU_LINE else "not clear whether at least"
-    return f" ({said} {AU_LINE:.0%})"
 
 
 _CHART = ("accelerator_utilization", "share of the speed with a cached batch")

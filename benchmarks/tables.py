@@ -130,19 +130,21 @@ def _machine(machine: Environment) -> str:
     )
 
 
-def by_metric(titles: Mapping[str, str]) -> list[tuple[str, Callable[[Row], bool]]]:
-    """Columns for `pivot`, one for each metric. titles: metric → title."""
-    return [(title, lambda row, metric=metric: row.metric == metric) for metric, title in titles.items()]
+def pivot(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
+    """A Markdown table with a line per system and a column per metric. titles: metric → title."""
+    found = {(row.system, row.metric): row for row in rows if row.metric in titles and not row.beside}
+    systems = dict.fromkeys(system for system, _ in found)
+    lines = [[system, *(cell(found.get((system, metric))) for metric in titles)] for system in systems]
+    return table(["system", *titles.values()], lines)
 
 
-def pivot(rows: Sequence[Row], across: Sequence[tuple[str, Callable[[Row], bool]]]) -> str:
-    """A Markdown table with a line per system and a column per (title, which rows belong there)."""
-    systems = list(dict.fromkeys(row.system for row in rows))
-    lines = []
-    for system in systems:
-        own = [row for row in rows if row.system == system]
-        lines.append([system, *(cell(next((r for r in own if belongs(r)), None)) for _, belongs in across)])
-    return table(["system", *(title for title, _ in across)], lines)
+def ratios(rows: Sequence[Row], title: str) -> str:
+    """A Markdown table of the ratios, a line per model and pair of systems; empty without any."""
+    beside = [row for row in rows if row.beside]
+    models = any(row.model for row in beside)
+    lines = [[*([row.model] if models else []), f"{row.system} / {row.beside}", cell(row)] for row in beside]
+    header = [*(["model"] if models else []), "ratio", title]
+    return f"Ratios, taken within each round:\n\n{table(header, lines)}" if lines else ""
 
 
 def busy_text(rows: Sequence[Row]) -> str:

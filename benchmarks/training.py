@@ -21,9 +21,9 @@ from benchmarks.datasets import ORIGINALS, Format, Job, prepared, samples
 from benchmarks.machine import drop_from_cache, read_into_cache
 from benchmarks.measure import Measurement, Row, ratio_rows, series_rows
 from benchmarks.options import ADD, ONLY, WORKERS, Settings, benchmark, training_options
-from benchmarks.pages import Page, ratios
+from benchmarks.pages import Page
 from benchmarks.peers.ours import SHARDS_JPG, SHARDS_RAW, loader_of, shard_set
-from benchmarks.tables import cell, read_csv, table
+from benchmarks.tables import cell, ratios, read_csv, table
 from benchmarks.worker import Running, take_turns
 from shards.common.errors import UsageError
 
@@ -413,7 +413,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
     return [
         "Whole steps: forward, loss, backward, optimizer. Median [interval].\n",
         table(["model", "batch", "system", "precision", "img/s", "compile s"], lines),
-        *ratios(rows, [("img/s", lambda row: True)]),
+        ratios(rows, "img/s"),
     ]
 
 

@@ -18,20 +18,19 @@ class Page:
     """How the rows of a benchmark are shown.
 
     name: of the benchmark, and of its CSV. tables: rows → parts in Markdown. chart: the metric that its chart shows,
-    and its title. noted: the rows whose notes and failures are listed.
+    and its title.
     """
 
     name: str
     title: str
     tables: Callable[[Sequence[Row]], list[str]]
     chart: tuple[str, str] = ("img_per_s", "images per second")
-    noted: Callable[[Row], bool] = lambda row: True
 
     def text(self, rows: Sequence[Row]) -> str:
         """The rows as Markdown: the tables, the targets, the notes, and the machine."""
         own = [row for row in rows if row.benchmark == self.name]
-        parts = [f"## {self.title}\n", *self.tables(own), targets_text(own), busy_text(own)]
-        parts += [notes(list(filter(self.noted, own))), machine_text(own)]
+        parts = [f"## {self.title}\n", *self.tables(own)]
+        parts += [about(own) for about in (targets_text, busy_text, notes, machine_text)]
         return "\n".join(part for part in parts if part)
 
     def write(self, path: Path) -> str:

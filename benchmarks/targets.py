@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.measure import Row
+from benchmarks.monitor import MOST_CORE_SHARE
 from benchmarks.tables import cell, table
 
 
@@ -70,6 +71,7 @@ TARGETS = (
     _packer("ceiling: bare calls", 0.9),
     Target("training", "img_per_s ratio", 1.7, {**_STEP, "resolution_px": 224, "batch_size": 16}),
     Target("stalls", "accelerator_utilization", 0.90),  # MLPerf Storage's minimum for image classification
+    Target("utilization", "sampler_core_share", MOST_CORE_SHARE, at_least=False),
     Target("grid", "overhead_share", 0.15, {"system": "one grid, shared worker"}, noted="compile on", at_least=False),
     Target("grid", "later_cell_s", 2.0, at_least=False, unit="s"),
     Target("predict", "img_per_s ratio", 0.6),

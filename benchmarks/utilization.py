@@ -20,7 +20,7 @@ from benchmarks.measure import (
     summary_row,
     wait_row,
 )
-from benchmarks.monitor import CPU, METRICS, MOST_CORE_SHARE, Reader, Sampler, metric, reader_of
+from benchmarks.monitor import METRICS, Reader, Sampler, metric, reader_of
 from benchmarks.options import ONLY, WORKERS, Settings, benchmark, training_options
 from benchmarks.pages import Page
 from benchmarks.tables import cell, number, table
@@ -39,8 +39,6 @@ from benchmarks.worker import SET_UP_LIMIT_S, SetUp, Worker, start_server
 
 EXTREMES: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max}
 STATISTICS = ("mean", "median", *EXTREMES)
-NO_GPU = "there is no GPU on this machine"
-NOT_READ = "training ran on the CPU, so the GPU was not read"
 
 
 @benchmark("utilization", ONLY, WORKERS, *training_options(["resnet18"]), rounds=(6, 5), seconds=(10, 1.5))
@@ -111,33 +109,23 @@ def _system_rows(series: Series, summaries: list[dict[str, Any]], columns: dict[
         return rows
     failed = next((summary["error"] for summary in summaries if summary["error"]), "")
     first = summaries[0]
-    note = f"read from {first['device']}" + (f", driver {first['driver']}" if first["driver"] else "")
+    missing = ", ".join(f"{metric(name).label} ({reason})" for name, reason in first["missing"].items())
+    driver, left_out = first["driver"] and f", driver {first['driver']}", missing and f"; not read: {missing}"
+    note = f"read from {first['device']}{driver}{left_out}"
     for name, unit in (("sampler_core_share", "1"), ("reached_hz", "1/s")):
         values = [summary[name] for summary in summaries]
         rows.append(summary_row(values, failed, metric=name, unit=unit, note=note, **columns))
-    return rows + _reading_rows(summaries, failed, columns)
+    return rows if failed else rows + _reading_rows(summaries, columns)
 
 
-def _reading_rows(summaries: list[dict[str, Any]], failed: str, columns: dict[str, Any]) -> list[Row]:
-    """Each reading's mean and median (the median over the rounds), minimum and maximum (of all rounds).
-
-    A GPU's reading that is missing has one row, without a value and with the reason.
-    """
-    missing: dict[str, str] = summaries[0]["missing"]
-    otherwise = "this GPU does not count it"
-    if summaries[0]["device"] == CPU:
-        otherwise = NO_GPU if columns["environment"].gpu == "none" else NOT_READ
+def _reading_rows(summaries: list[dict[str, Any]], columns: dict[str, Any]) -> list[Row]:
+    """Each reading's mean and median (the median over the rounds), minimum and maximum (of all rounds)."""
     rows: list[Row] = []
     for name in dict.fromkeys([*METRICS, *(name for summary in summaries for name in summary["metrics"])]):
-        unit = _unit(name)
         read = [summary["metrics"][name] for summary in summaries if name in summary["metrics"]]
-        if failed or not read:
-            why = failed or missing.get(name, otherwise)
-            rows.append(Row(metric=f"{name} mean", unit=unit, value=None, failed=why, **columns))
-            continue
-        for statistic in STATISTICS:
+        for statistic in STATISTICS if read else ():
             values = [one[statistic] for one in read]
-            row = summary_row(values, metric=f"{name} {statistic}", unit=unit, **columns)
+            row = summary_row(values, metric=f"{name} {statistic}", unit=_unit(name), **columns)
             if statistic in EXTREMES:
                 row = replace(row, value=EXTREMES[statistic](values), low=None, high=None, coverage=None)
             rows.append(row)
@@ -153,13 +141,14 @@ def _unit(name: str) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """Speed and data wait of each run, every reading, and what sampling cost."""
+    """Speed, data wait and the sampler of each run, and every reading."""
     speeds = {"img_per_s": "img/s", "img_per_s ratio": "share of speed with a cached batch", "data_wait": "data wait"}
+    speeds |= {"reached_hz": "readings / s", "sampler_core_share": "sampler, of a core"}
     lines, readings = [], []
     for model, system in dict.fromkeys((row.model, row.system) for row in rows):
         found = {row.metric: row for row in rows if (row.model, row.system) == (model, system)}
         lines.append([model, system, *(cell(found.get(name)) for name in speeds)])
-        for name in (_reading(row) for row in found.values() if row.metric.endswith(" mean") and row.value is not None):
+        for name in (each.removesuffix(" mean") for each in found if each.endswith(" mean")):
             what = metric(name)
             shown = (number((found[f"{name} {one}"].value or 0.0) / what.divisor) for one in STATISTICS)
             readings.append([model, system, what.label, what.unit, *shown, what.meaning])
@@ -171,42 +160,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
         "that some kernel ran, not that the GPU was full. Memory used is that of all processes. Where a CPU trains, "
         "the loader and the model share the cores: busy cores are no sign that the model has them.\n",
         table(["model", "system", "reading", "unit", *STATISTICS, "what it is"], readings),
-        _missing(rows),
-        _cost(rows),
     ]
 
 
-def _noted(row: Row) -> bool:
-    """Whether notes list the row: `_missing` has the readings, each with its reason."""
-    return row.metric == "img_per_s" or (bool(row.failed) and row.metric in ("sampler_core_share", "reached_hz"))
-
-
-def _reading(row: Row) -> str:
-    return row.metric.rpartition(" ")[0]
-
-
-def _missing(rows: Sequence[Row]) -> str:
-    """The readings that are missing, by reason."""
-    reasons: dict[str, dict[str, None]] = {}
-    for row in rows:
-        if row.metric.endswith(" mean") and row.value is None:
-            reasons.setdefault(row.failed, {})[metric(_reading(row)).label] = None
-    return "\n".join(f"- Not read: {', '.join(names)} ({reason})." for reason, names in reasons.items()) + "\n"
-
-
-def _cost(rows: Sequence[Row]) -> str:
-    """What the sampler cost, and what it read."""
-    shares = [share for row in rows if row.metric == "sampler_core_share" for share in row.values]
-    paces = [pace for row in rows if row.metric == "reached_hz" for pace in row.values]
-    if not shares or not paces:
-        return ""
-    sources = dict.fromkeys(row.note for row in rows if row.metric == "reached_hz" and row.note)
-    kept = "less than" if max(shares) < MOST_CORE_SHARE else "MORE than"
-    return (
-        f"The sampler ({'; '.join(sources)}) made {min(paces):.1f} to {max(paces):.1f} readings a second beside "
-        f"training, and took {100 * min(shares):.2f} to {100 * max(shares):.2f} % of a core from start to end: {kept} "
-        "the 1 % that it may take.\n"
-    )
-
-
-PAGE = Page("utilization", "Utilization", tables, noted=_noted)
+PAGE = Page("utilization", "Utilization", tables)

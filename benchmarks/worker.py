@@ -132,10 +132,7 @@ class Worker(AbstractContextManager):
         return SystemFailedError(f"its process died with exit code {self._process.exitcode}")
 
     def ready(self) -> dict[str, float]:
-        """Wait until the system is set up; returns the numbers of its set-up, and `set_up_s`, the seconds that it took.
-
-        Raises SystemFailedError with the reason.
-        """
+        """Wait until the system is set up; returns the numbers of its set-up. Raises SystemFailedError."""
         return self._answer()
 
     def run(self, seconds: float) -> Sample:
@@ -176,7 +173,7 @@ def take_turns(
     warmup: further rounds at the start, which do not count: other systems were set
     up since, so a system's data has left the caches. limit_s: how long set-up may take, and a round beyond 20 times
     its minimum. frozen: a system is stopped while others have their turn. at_once: number of systems that are set up
-    at the same time; with more than one, `set_up_s` means nothing. Returns the timed runs of each system, and the
+    at the same time. Returns the timed runs of each system, and the
     numbers of its set-up. A system that fails or hangs has the reason in its series.
     """
     context = start_server()
@@ -241,9 +238,8 @@ def _serve(pipe: Connection, set_up: SetUp, name: str, job: Any, log: Path, star
     if frozen:
         _wake_when_alone(pipe)
     try:
-        begin = time.perf_counter()
         system = set_up(name, job)
-        pipe.send(("ready", system.about | {"set_up_s": time.perf_counter() - begin}))
+        pipe.send(("ready", system.about))
         while (seconds := _asked(pipe)) is not None:
             system.before()
             waited, beside = system.waited(), system.beside()

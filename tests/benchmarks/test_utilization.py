@@ -1,6 +1,5 @@
 """The utilization benchmark. Its GPU is a scripted stand-in for the driver: no figure here is a measurement of one."""
 
-import re
 import time
 
 import pytest
@@ -11,8 +10,6 @@ from benchmarks.monitor import METRICS, CoreReader, GpuReader
 from benchmarks.tables import read_csv, write_csv
 from benchmarks.training import TrainingJob
 from benchmarks.utilization import (
-    NO_GPU,
-    NOT_READ,
     PAGE,
     measure_utilization,
     systems,
@@ -90,22 +87,14 @@ def test_start_up_is_not_counted(on_stand_in):
         assert of(on_stand_in, name, "img_per_s").value > 0.5 * PACE[name], "start-up would take more than half"
 
 
-def test_without_a_gpu_the_cores_are_read_and_it_says_so(job, tmp_path):
-    write_csv(tmp_path / "x.csv", watch(job, CoreReader))
+def test_without_a_gpu_the_cores_are_read(job, tmp_path):
+    write_csv(tmp_path / "x.csv", watch(job, CoreReader, names=(NATIVE,)))
     rows = read_csv(tmp_path / "x.csv")
-    for metric in METRICS:
-        row = of(rows, NATIVE, f"{metric} mean")
-        assert row.value is None and row.failed == NO_GPU
     cores = [row for row in rows if row.metric.startswith("core_")]
     assert {"core_0_percent mean", "core_0_percent max"} <= {row.metric for row in cores}
     assert all(0 <= row.value <= 100 for row in cores)
-    assert f"({NO_GPU})" in PAGE.text(rows)
-
-
-def test_a_gpu_beside_a_run_on_the_cpu_is_not_denied(job):
-    rows = watch(job, CoreReader, "some GPU", (CEILING,), rounds=1)
-    assert of(rows, CEILING, "power_w mean").failed == NOT_READ
-    assert NOT_READ in PAGE.text(rows) and NO_GPU not in PAGE.text(rows)
+    assert not {f"{metric} mean" for metric in METRICS} & {row.metric for row in rows}
+    assert "read from CPU" in PAGE.text(rows)
 
 
 def test_nvmls_utilization_is_never_the_headline(on_stand_in):
@@ -115,16 +104,15 @@ def test_nvmls_utilization_is_never_the_headline(on_stand_in):
     assert order == sorted(order)
     assert "says only that some kernel ran" in text
     assert list(METRICS)[-1] == "busy_percent"
-    assert STAND_IN in text and re.search(r"took [\d.]+ to [\d.]+ % of a core", text)
+    assert STAND_IN in text and "| under 0.01 |" in text
 
 
 def test_a_gpu_that_cannot_tell_something_says_so(job):
     driver = lambda: GpuReader(nvml=ScriptedDriver(gpm=False, refused={"power"}))  # noqa: E731
     rows = watch(job, driver, STAND_IN, (CEILING,), rounds=1)
-    assert "GPM" in of(rows, CEILING, "sm_percent mean").failed
-    assert "Not Supported" in of(rows, CEILING, "power_w mean").failed
     assert of(rows, CEILING, "sm_mhz mean").value == 1400
-    assert "power (Not Supported)" in PAGE.text(rows)
+    note = of(rows, CEILING, "reached_hz").note
+    assert "SM busy (this GPU has no GPM" in note and "power (Not Supported)" in note and note in PAGE.text(rows)
 
 
 def test_what_fails_is_in_the_table_with_its_reason(job):
@@ -132,9 +120,8 @@ def test_what_fails_is_in_the_table_with_its_reason(job):
     names = (CEILING, "broken, native loader")
     rows = watch(job, lost, STAND_IN, names, rounds=1)
     assert of(rows, CEILING, "img_per_s").value, "training goes on without its readings"
-    for metric in ("busy_percent mean", "sampler_core_share"):
-        row = of(rows, CEILING, metric)
-        assert row.value is None and "stopped answering" in row.failed
+    assert "stopped answering" in of(rows, CEILING, "sampler_core_share").failed
+    assert not [row for row in rows if row.metric.endswith(" mean")]
     assert "no such loader" in of(rows, "broken, native loader", "img_per_s").failed
     assert "no such loader" in of(rows, "broken, native loader", "img_per_s ratio").failed
     text = PAGE.text(rows)

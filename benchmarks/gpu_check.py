@@ -83,25 +83,12 @@ def run_checks(
     type=click.Path(path_type=Path, dir_okay=False),
     help=f"Evidence file. An older one is replaced.  [default: {FOLDER}/<gpu>.json]",
 )
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="A shard set to check instead of computed images. A large one takes longer.",
-)
-@click.option(
-    "--device",
-    "device_name",
-    default="cuda",
-    show_default=True,
-    help="cuda or cuda:N. N is the number of a GPU if there are several.",
-)
-def main(out: Path | None, data: Path | None, device_name: str) -> int:
+@click.option("--device", "device_name", default="cuda", show_default=True, help="cuda or cuda:N.")
+def main(out: Path | None, device_name: str) -> int:
     """Check everything on a GPU and write the results to a file of evidence."""
     import torch
 
     from benchmarks.checks import Settings
-    from shards import ShardSet
-    from shards.engines.selfcheck import contents
     from train import device as devices
 
     if not torch.cuda.is_available():
@@ -114,12 +101,8 @@ def main(out: Path | None, data: Path | None, device_name: str) -> int:
     device = devices.choose(device_name)
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
     out = out or FOLDER / f"{name}.json"
-    sets = None
-    if data is not None:
-        with ShardSet(data) as opened:
-            sets = {contents(opened, opened.select("train").samples): data}
     command = command_line("benchmarks.gpu_check")
-    evidence = run_checks(device, out, Settings(), sets, command=command, announce=click.echo)
+    evidence = run_checks(device, out, Settings(), command=command, announce=click.echo)
     total = len(evidence.checks)
     click.echo(f"{total - len(evidence.failed)} of {total} checks passed; evidence in {out}")
     return 1 if evidence.failed else 0

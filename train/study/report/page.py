@@ -172,12 +172,7 @@ def _tiles(found: Analysis, number: int, data: Path | None) -> str:
 
 def _jpeg(shards: Any, sample: int) -> bytes:
     """A sample as a JPEG of at most 256 px."""
-    import cv2
-
+    from shards.encode import shrink
     from shards.jpeg import encode_jpeg
 
-    image = shards.pixels(sample)
-    shrink = 256 / max(image.shape[:2])
-    if shrink < 1:
-        image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-    return encode_jpeg(image)
+    return encode_jpeg(shrink(shards.pixels(sample), 256))

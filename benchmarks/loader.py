@@ -16,14 +16,6 @@ from benchmarks.systems import SYSTEMS, set_up
 from benchmarks.tables import pivot, ratios
 from benchmarks.worker import take_turns
 
-NOT_IN_QUICK = (
-    "dermscale native proportion",
-    "dermscale dali jpg (on the CPU)",
-    "dermscale resident (on the CPU)",
-    "FFCV proportion",
-)
-"""Not in the quick benchmark: sets that are half raw, and engines for a GPU on a CPU."""
-
 RATIOS = (
     ("dermscale native jpg", "FFCV jpg"),
     ("dermscale native raw", "FFCV raw"),
@@ -59,17 +51,14 @@ _SIDE = click.IntRange(1)
     help="Instead, loaders on one thread, each alone and beside a Python thread that never waits.",
 )
 def command(settings: Settings, packed_px: int, beside_python: bool) -> None:
-    """Images per second and CPU seconds of loaders that do the same job.
-
-    --quick does not measure half-raw sets and GPU engines on a CPU, unless --only names them.
-    """
+    """Images per second and CPU seconds of loaders that do the same job."""
     from train import device as devices
 
     if beside_python:
         beside.run(replace(settings, name=beside.NAME, workers=1), packed_px)
         return
     here = {name: system for name, system in SYSTEMS.items() if devices.gpu_count() or not system.on_gpu}
-    systems = settings.chosen(here, NOT_IN_QUICK)
+    systems = settings.chosen(here)
     job = settings.job(packed_px, 2496, quick=624, whole_batches=True)
     with settings.measurement(job, len(systems) * (2 + settings.rounds)) as measurement:
         settings.publish(PAGE, measure_loaders(systems, job, measurement))

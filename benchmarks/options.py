@@ -3,7 +3,7 @@
 import functools
 import re
 import shlex
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -60,7 +60,7 @@ _COMMON = (
         help="Folder that keeps prepared data, so that a second run starts sooner; it grows to some GB.",
     ),
     OUT,
-    click.option("--quick", is_flag=True, is_eager=True, help="About two minutes: fewer systems, images and rounds."),
+    click.option("--quick", is_flag=True, is_eager=True, help="A few minutes: fewer images and rounds."),
 )
 Decorator = Callable[[Callable], Callable]
 
@@ -117,15 +117,10 @@ class Settings:
     device: str = "auto"
     add: bool = False
 
-    def chosen(self, systems: dict[str, Any], left_out: Collection[str] = ()) -> list:
-        """The systems that --only names; without it, all, but with --quick not those of `left_out`.
-
-        Raises UsageError where there are none.
-        """
-        if self.only:
-            found = [s for name, s in systems.items() if any(text.lower() in name.lower() for text in self.only)]
-        else:
-            found = [s for name, s in systems.items() if not (self.quick and name in left_out)]
+    def chosen(self, systems: dict[str, Any]) -> list:
+        """The systems that --only names; without it, all. Raises UsageError where there are none."""
+        texts = [text.lower() for text in self.only] or [""]
+        found = [system for name, system in systems.items() if any(text in name.lower() for text in texts)]
         if not found:
             known = "; ".join(systems)
             raise UsageError(f"--only {' '.join(self.only)}: no system has such a name; they are {known}")

@@ -47,11 +47,8 @@ METRICS = {
 
 @benchmark("pack", ONLY, WORKERS, rounds=(9, 6), seconds=(2, 0.5))
 def command(settings: Settings) -> None:
-    """Images per second, bytes and PSNR of writers, by write mode.
-
-    --quick does not measure mixed write modes and the packer without a restart table, unless --only names them.
-    """
-    packers = settings.chosen(PACKERS, NOT_IN_QUICK)
+    """Images per second, bytes and PSNR of writers, by write mode."""
+    packers = settings.chosen(PACKERS)
     job = settings.job(400, 624, quick=312)
     with settings.measurement(job, len(packers) * (2 + settings.rounds)) as measurement:
         settings.publish(PAGE, measure_packing(packers, job, measurement))
@@ -228,16 +225,6 @@ PACKERS = {
     )
 }
 """Every packer by its name, in the order of the table."""
-
-NOT_IN_QUICK = (
-    "dermscale jpg, no restart table",
-    "dermscale proportion",
-    "dermscale smart",
-    "FFCV proportion",
-    "FFCV smart",
-)
-"""Not in the quick benchmark: mixed write modes, and the packer without a restart table."""
-
 
 # ------------------------------------------------------------------ the measurement
 

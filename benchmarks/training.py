@@ -48,8 +48,6 @@ def system_name(style: str, source: str) -> str:
 
 BASELINE = system_name(EAGER + FP32, FOLDER)
 SYSTEMS = (*(system_name(style, source) for style in STYLES for source in (CACHED, NATIVE)), BASELINE)
-NOT_IN_QUICK = (system_name(EAGER, NATIVE),)
-"""Not in the quick benchmark: the usual way to train has its own loader."""
 IN_FP32 = tuple(system_name(style + FP32, CACHED) for style in (EAGER, COMPILED))
 
 RATIOS = (
@@ -125,11 +123,10 @@ def command(settings: Settings, fp32: bool) -> None:
     """Images per second of the models: eager, channels-last, compiled, each beside a cached batch.
 
     Compiling starts with an empty cache: resnet18 takes a minute on two cores. So --quick trains alexnet, and does not
-    judge the target, which is for resnet18. --quick does not measure eager NCHW with this project's loader, unless
-    --only names it.
+    judge the target, which is for resnet18.
     """
     known = {name: name for name in (*SYSTEMS, *(IN_FP32 if fp32 else ()))}
-    names = settings.chosen(known, NOT_IN_QUICK)
+    names = settings.chosen(known)
     steps = len(names) * (2 + settings.rounds)
     train_models(settings, PAGE, steps, lambda job, measurement: measure_training(job, names, measurement))
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import loader, pack
 from benchmarks.datasets import (
     ORIGINALS,
     PACKED,
@@ -29,7 +28,6 @@ from benchmarks.datasets import (
     stats,
 )
 from benchmarks.options import Settings
-from benchmarks.pack import PACKERS
 from benchmarks.peers.ffcv import max_resolution
 from benchmarks.peers.ours import SHARDS_JPG
 from benchmarks.peers.pytorch import TARS
@@ -37,7 +35,6 @@ from benchmarks.peers.system import MissingPeerError, WrongBatchError, check_bat
 from benchmarks.run import main
 from benchmarks.systems import SYSTEMS, set_up
 from benchmarks.tables import read_csv
-from benchmarks.targets import TARGETS
 from shards import Loader, ShardSet
 from shards.common.errors import DataError, UsageError
 from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_without
@@ -237,20 +234,14 @@ def test_a_missing_peer_says_how_to_get_it():
 # ------------------------------------------------------------------ the command
 
 
-@pytest.mark.parametrize(
-    ("systems", "left_out"), [(SYSTEMS, loader.NOT_IN_QUICK), (PACKERS, pack.NOT_IN_QUICK)], ids=["loader", "pack"]
-)
-def test_the_short_version_leaves_out_some_but_no_target_and_nothing_that_is_asked_for(systems, left_out):
+def test_only_those_are_measured_whose_names_are_given():
     whole = Settings("x", False, Path(), Path(), Path(), 5)
-    quick = replace(whole, quick=True)
-    assert whole.chosen(systems, left_out) == list(systems.values())
-    assert quick.chosen(systems, left_out) == [system for name, system in systems.items() if name not in left_out]
-    for name in left_out:
-        assert systems[name] in replace(quick, only=(name,)).chosen(systems, left_out)
-    targets = [target.fields for target in TARGETS if target.fields.get("system") in systems]
-    assert targets and not {name for one in targets for name in (one["system"], one.get("beside"))} & set(left_out)
+    assert whole.chosen(SYSTEMS) == list(SYSTEMS.values())
+    assert [s.name for s in replace(whole, only=("ffcv", "SPDL")).chosen(SYSTEMS)] == [
+        name for name in SYSTEMS if "FFCV" in name or name == "SPDL"
+    ]
     with pytest.raises(UsageError, match=r"they are .*FFCV jpg"):
-        replace(quick, only=("nobody",)).chosen(systems)
+        replace(whole, only=("nobody",)).chosen(SYSTEMS)
 
 
 def test_a_format_that_several_need_at_once_is_written_once(job, tmp_path):

@@ -86,7 +86,7 @@ def measure(loaders: Sequence[System], job: Job, measurement: Measurement) -> li
     """Time each system without the thread and with it, in turn."""
     _, size = stats(job)
     names = [name for system in loaders for name in (system.name, system.name + _BESIDE)]
-    series, _ = take_turns(set_up, [THREAD, *names], job, job.cache / "logs", measurement, at_once=2)
+    series, _ = take_turns(set_up, [THREAD, *names], job, job.cache / "logs", measurement)
 
     rows: list[Row] = []
     for system in loaders:

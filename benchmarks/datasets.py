@@ -6,10 +6,8 @@ writer of its own format (`benchmarks/peers`); this file has those that several 
 """
 
 import csv
-import fcntl
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,19 +69,14 @@ def prepared(kind: Format, job: Job) -> Path:
     folder = job.cache / _key(job) / name
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # systems that are set up at the same time may need the same format
-        if not folder.exists():  # another process may have written it meanwhile
-            partial = folder.with_name(f".{name}.partial-{os.getpid()}")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            try:
-                kind.write(job, partial)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-                fcntl.flock(lock, fcntl.LOCK_UN)  # a peer's writer may leave forked processes that hold the file open
+    partial = folder.with_name(f".{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        kind.write(job, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -72,7 +72,7 @@ def measure_loaders(systems: Sequence[System], job: Job, measurement: Measuremen
     """
     _, size = stats(job)
     known = {system.name: system for system in systems}
-    series, _ = take_turns(set_up, list(known), job, job.cache / "logs", measurement, at_once=2)
+    series, _ = take_turns(set_up, list(known), job, job.cache / "logs", measurement)
 
     def columns(name: str) -> dict[str, Any]:
         system = known[name]

@@ -297,7 +297,7 @@ def set_up(name: str, job: Job) -> Running:
 def measure_packing(packers: Sequence[Packer], job: Job, measurement: Measurement) -> list[Row]:
     """Time the packers in turn: images/s, CPU seconds, bytes per image and two PSNRs of each."""
     known = {packer.name: packer for packer in packers}
-    series, about = take_turns(set_up, list(known), job, job.cache / "logs", measurement, at_once=2)
+    series, about = take_turns(set_up, list(known), job, job.cache / "logs", measurement)
     shutil.rmtree(job.cache / "packing", ignore_errors=True)
     height, width = _packed_size(job)
 

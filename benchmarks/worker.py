@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -163,46 +162,32 @@ def take_turns(
     logs: Path,
     measurement: Measurement,
     *,
-    warmup: int = 1,
     limit_s: float = SET_UP_LIMIT_S,
     frozen: bool = False,
-    at_once: int = 1,
 ) -> tuple[dict[str, Series], dict[str, dict[str, float]]]:
-    """Set up every system in its own process, then run them in turn, once per round.
+    """Set up every system in its own process, one after the other, then run them in turn, once per round.
 
-    warmup: further rounds at the start, which do not count: other systems were set
-    up since, so a system's data has left the caches. limit_s: how long set-up may take, and a round beyond 20 times
-    its minimum. frozen: a system is stopped while others have their turn. at_once: number of systems that are set up
-    at the same time. Returns the timed runs of each system, and the
-    numbers of its set-up. A system that fails or hangs has the reason in its series.
+    limit_s: how long set-up may take, and a round beyond 20 times its minimum. frozen: a system is stopped while others
+    have their turn. A first round does not count: other systems were set up since, so a system's data has left the
+    caches. Returns the timed runs of each system, and the numbers of its set-up. A system that fails or hangs has the
+    reason in its series.
     """
     context = start_server()
-    seconds, announce = measurement.seconds, measurement.announce
+    seconds, limit = measurement.seconds, limit_s + 20 * measurement.seconds
     series: dict[str, Series] = {}
     about: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
         running: dict[str, Callable[[], Sample]] = {}
-        limit = limit_s + 20 * seconds
-        started: deque[Worker] = deque()
-
-        def await_first() -> None:
-            worker = started.popleft()
-            try:
-                about[worker.name] = worker.ready()
-            except SystemFailedError as error:
-                series[worker.name] = Series(failed=str(error))
-                return
-            running[worker.name] = lambda: worker.run(seconds)
-
         for name in names:
-            if len(started) == at_once:
-                await_first()
-            announce(f"set up {name}")
-            worker = Worker(context, set_up, name, job, logs=logs, limit_s=limit, frozen=frozen)
-            started.append(stack.enter_context(worker))
-        while started:
-            await_first()
-        series |= interleave(running, measurement, warmup)
+            measurement.announce(f"set up {name}")
+            worker = stack.enter_context(Worker(context, set_up, name, job, logs=logs, limit_s=limit, frozen=frozen))
+            try:
+                about[name] = worker.ready()
+            except SystemFailedError as error:
+                series[name] = Series(failed=str(error))
+                continue
+            running[name] = lambda worker=worker: worker.run(seconds)
+        series |= interleave(running, measurement)
     return series, about
 
 

@@ -2,9 +2,7 @@
 
 import json
 import re
-import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from click.testing import CliRunner
 from benchmarks.datasets import (
     ORIGINALS,
     PACKED,
-    Format,
     Job,
     described,
     originals,
@@ -242,20 +239,6 @@ def test_only_those_are_measured_whose_names_are_given():
     ]
     with pytest.raises(UsageError, match=r"they are .*FFCV jpg"):
         replace(whole, only=("nobody",)).chosen(SYSTEMS)
-
-
-def test_a_format_that_several_need_at_once_is_written_once(job, tmp_path):
-    made = []
-
-    def slowly(job: Job, folder: Path) -> None:
-        made.append(folder)
-        time.sleep(0.3)
-        (folder / "whole").touch()
-
-    slow, job = Format("slow", slowly), replace(job, cache=tmp_path)
-    with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(lambda _: prepared(slow, job), range(4)))
-    assert len(made) == len(found) == 1 and (found.pop() / "whole").exists()
 
 
 def test_the_loader_command_writes_csv_and_markdown(job, tmp_path):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -182,62 +181,12 @@ def test_a_round_ends_where_a_system_has_no_more(start):
     assert max(sample.seconds for sample in found) < 30
 
 
-def warming(name: str, job: object) -> Running:
-    """Its first round gives ten images, the next one twenty, and so on."""
-    rounds = []
-    return Running(lambda: 10 * len(rounds), lambda: rounds.append(name))
-
-
-def test_a_first_round_of_all_systems_warms_up_and_is_thrown_away(tmp_path):
-    def run(**warmup: int) -> tuple[list[float], list[str]]:
-        steps = []
-        series, _ = take_turns(warming, ["one", "two"], None, tmp_path, measurement(2, 1e-9, steps.append), **warmup)
-        assert [s.count for s in series["one"].samples] == [s.count for s in series["two"].samples]
-        return [sample.count for sample in series["one"].samples], steps
-
-    counts, steps = run()
-    assert counts == [20, 30]
-    assert steps[2:5] == ["warm-up round, one", "warm-up round, two", "round 1 of 2, one"]
-    assert len(steps) == 2 * (2 + 2)  # what the progress of the commands counts
-    counts, steps = run(warmup=0)
-    assert counts == [10, 20] and len(steps) == 2 * (1 + 2)
-
-
-def meeting(name: str, job: tuple[Path, float]) -> Running:
-    """Set up only beside another one, which comes within some seconds."""
-    folder, limit_s = job
-    (folder / name).touch()
-    end = time.monotonic() + limit_s
-    while len(list(folder.iterdir())) < 2:
-        if time.monotonic() > end:
-            raise TimeoutError(f"{name} is alone")
-        time.sleep(0.01)
-    return Running(lambda: 10)
-
-
-def test_systems_are_set_up_beside_each_other_where_that_is_asked_for(tmp_path):
-    def failures(at_once: int, limit_s: float) -> list[str]:
-        folder = tmp_path / str(at_once)
-        folder.mkdir()
-        steps: list[str] = []
-        job = (folder, limit_s)
-        once = measurement(1, 1e-9, steps.append)
-        series, about = take_turns(meeting, ["b", "a", "c"], job, tmp_path, once, at_once=at_once)
-        assert steps[:3] == ["set up b", "set up a", "set up c"]
-        assert all(len(s.samples) == 1 for s in series.values() if not s.failed)
-        assert set(about) == {name for name, s in series.items() if not s.failed}
-        return [name for name, s in series.items() if s.failed]
-
-    assert failures(at_once=2, limit_s=60) == []
-    assert failures(at_once=1, limit_s=1) == ["b"]
-
-
 def preparing(name: str, job: object) -> Running:
     prepared = []
 
     class AfterPreparing:
         def __init__(self) -> None:
-            self.share = 0.25 if prepared else 0.75
+            self.share = 0.25 if len(prepared) == 2 else 0.75  # after the preparation of the round that counts
 
         def other_cpu(self, own_cpu_s: float) -> float:
             return self.share
@@ -247,7 +196,7 @@ def preparing(name: str, job: object) -> Running:
 
 
 def test_what_others_use_is_counted_from_where_the_round_begins(tmp_path):
-    series, _ = take_turns(preparing, ["one"], None, tmp_path, measurement(1, 1e-9), warmup=0)
+    series, _ = take_turns(preparing, ["one"], None, tmp_path, measurement(1, 1e-9))
     assert series["one"].samples[0].other_cpu == 0.25
 
 

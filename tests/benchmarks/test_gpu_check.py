@@ -199,16 +199,6 @@ def test_requests_are_those_of_the_loader(shard_sets):
     assert seen == val.samples.tolist()
 
 
-def test_tolerances_hang_on_engine_contents_and_device(shard_sets):
-    gpu = torch.device("cuda:0")
-    assert checks.tolerance("native", "jpg", gpu) == checks.SAME
-    assert checks.tolerance("dali region", "raw", gpu) == checks.RAW
-    assert checks.tolerance("dali whole", "mixed", gpu) == checks.DECODED_ON_GPU
-    assert checks.tolerance("dali whole", "jpg", CPU) == checks.tolerance("resident", "jpg", gpu) == checks.ROUNDING
-    names = [check.name for check in checks_of(TINY, ["mixed", "raw"], "cpu")]
-    assert "parity of dali whole (mixed, training)" in names and "parity of dali whole (raw, training)" not in names
-
-
 def test_errors_are_kept_by_name_and_the_rest_goes_on(tmp_path):
     lines = []
     evidence = Evidence(tmp_path / "e.json", {"format": 1}, lines.append)

@@ -262,25 +262,6 @@ def test_summaries_are_of_the_span_that_is_asked_for():
     assert times == sorted(times)
 
 
-@pytest.mark.parametrize("make", [lambda: GpuReader(nvml=ScriptedDriver()), CoreReader], ids=["stand-in", "cores"])
-def test_sampling_keeps_its_pace_at_a_small_part_of_a_core(make):
-    """The Python part alone in the case of the stand-in; on a GPU every summary holds the whole cost.
-
-    A hundredth is what it is meant to take; a machine that is busy with other work makes it more.
-    """
-    best = 1.0
-    for _ in range(4):  # the machine may be busy: what counts is that it can be had
-        with Sampler(make()) as sampler:
-            time.sleep(1.5)
-        summary = sampler.summary()
-        if summary["reached_hz"] > 0.8 * HZ:
-            best = min(best, summary["sampler_core_share"])
-        if best < 0.03:
-            break
-    assert best < 0.03
-    assert not sampler._thread.is_alive()
-
-
 def test_cores_are_read_from_the_kernels_counters(monkeypatch):
     def counters(*cores: tuple[float, ...]) -> None:
         monkeypatch.setattr("psutil.cpu_times", lambda percpu: [scputimes(*seconds) for seconds in cores])
@@ -292,12 +273,3 @@ def test_cores_are_read_from_the_kernels_counters(monkeypatch):
     assert reader.read() == {}  # nothing has changed
     counters((110, 5, 5, 110, 10, 5, 0, 5, 9, 9, *rest), (0, 0, 0, 150, 0, 0, 0, 0, 0, 0, *rest))
     assert reader.read() == {"core_0_percent": 60.0, "core_1_percent": 0.0}
-
-
-def test_cores_of_this_machine_see_work():
-    with Sampler(CoreReader(), hz=20) as sampler:
-        until = time.perf_counter() + 0.5
-        while time.perf_counter() < until:
-            pass
-    peaks = [metric["max"] for metric in sampler.summary()["metrics"].values()]
-    assert peaks and max(peaks) > 50 and all(0 <= peak <= 100 for peak in peaks)

@@ -219,9 +219,6 @@ def test_absent_classes_are_named_and_left_out_of_the_means():
     logits, labels = logits[keep], labels[keep]
     result = run(logits, labels, lesions[keep])
     assert result["absent_classes"] == ["mel", "vasc"]
-    called, present = logits.argmax(axis=1), np.unique(labels)
-    for name, score in (("balanced_accuracy", sk.recall_score), ("macro_f1", sk.f1_score)):
-        assert result[name]["value"] == pytest.approx(score(labels, called, labels=present, average="macro")), name
     undefined = {"value": None, "low": None, "high": None}
     assert result["melanoma_sensitivity_at_90_specificity"] == undefined
     assert result["per_class"]["mel"]["recall"] == result["per_class"]["mel"]["auc"] == undefined
@@ -275,19 +272,6 @@ def test_the_interval_of_a_calibration_error_holds_it_before_and_after_scaling(s
     for part in (result, result["temperature_scaling"]):
         cell = part["expected_calibration_error"]
         assert 0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1
-
-
-@pytest.mark.parametrize("rare", [1, 2])
-def test_intervals_of_a_class_of_few_lesions_hold_their_value(rare):
-    logits, labels = calibrated(4, images=60)
-    keep = np.ones(labels.size, dtype=bool)
-    keep[np.flatnonzero(labels == 1)[rare:]] = False
-    found = run(logits[keep], labels[keep], None, **own_prior(labels[keep]))["per_class"]["bcc"]
-    assert found["images"] == rare
-    for name in CLASS_SCALARS:
-        cell = found[name]
-        if cell["value"] is not None:
-            assert cell["low"] <= cell["value"] <= cell["high"], name
 
 
 def few_lesions(right, lesions=12, views=2):

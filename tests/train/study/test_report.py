@@ -260,17 +260,6 @@ def test_a_browser_draws_every_picture_without_a_complaint(drawn, page, tmp_path
     assert (sum(numbers) < 200) == dark
 
 
-def test_the_probe_finds_a_page_that_is_broken(page, tmp_path):
-    broken = page.replace('class="point"', 'class="point" style="display:none"').replace(
-        "<main>", "<main><img src='data:,'>"
-    )
-    seen, _ = browse(broken, tmp_path)
-    with pytest.raises(AssertionError):
-        assert_drawn(seen, "", len(seen["told"]))
-    wide = page.replace("<main>", "<main><p style='width: 400px'>wide</p>")
-    assert browse(wide, tmp_path, width=375)[0]["scroll"] > 375
-
-
 def test_pictures_stand_alone_as_svg_pdf_and_png_with_their_legend(found, tmp_path):
     """And the same study gives the same bytes."""
     drawn = {chart.name: chart.pictures[0].files() for chart in charts(found)}

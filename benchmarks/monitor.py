@@ -44,8 +44,6 @@ METRICS = {
     "power_w": Metric("power", "W", 1, "power draw"),
     "sm_mhz": Metric("SM clock", "MHz", 1, "clock of the streaming multiprocessors"),
     "memory_mhz": Metric("memory clock", "MHz", 1, "clock of the memory"),
-    "pcie_rx_mib_per_s": Metric("PCIe in", "MiB/s", 1, "from the host over PCIe"),
-    "pcie_tx_mib_per_s": Metric("PCIe out", "MiB/s", 1, "to the host over PCIe"),
     "memory_busy_percent": Metric("NVML memory busy", "%", 1, "share of time in which device memory was used"),
     "busy_percent": Metric("NVML busy", "%", 1, "share of time in which at least one kernel ran"),
 }
@@ -70,8 +68,6 @@ _GPM = {  # ours → GPM metrics of nvml.h, of which the mean is taken
     "occupancy_percent": ("NVML_GPM_METRIC_SM_OCCUPANCY",),
     "tensor_percent": ("NVML_GPM_METRIC_ANY_TENSOR_UTIL",),
     "dram_percent": ("NVML_GPM_METRIC_DRAM_BW_UTIL",),
-    "pcie_tx_mib_per_s": ("NVML_GPM_METRIC_PCIE_TX_PER_SEC",),
-    "pcie_rx_mib_per_s": ("NVML_GPM_METRIC_PCIE_RX_PER_SEC",),
     "nvjpg_percent": tuple(f"NVML_GPM_METRIC_NVJPG_{i}_UTIL" for i in range(8)),
 }
 
@@ -141,7 +137,6 @@ class GpuReader:
             raise
         driver = nvml.nvmlSystemGetDriverVersion()
         self.about: dict[str, Any] = {"device": nvml.nvmlDeviceGetName(self._device), "driver": driver, "missing": {}}
-        self._turn = 0
         self._gpm = self._open_gpm()
         self._queries = self._usable()
 
@@ -153,7 +148,7 @@ class GpuReader:
                 return _Gpm(nvml, self._device)
         except nvml.NVMLError as error:
             reason = str(error)
-        self.about["missing"] |= {name: reason for name in _GPM if not name.startswith("pcie")}
+        self.about["missing"] |= dict.fromkeys(_GPM, reason)
         return None
 
     def _usable(self) -> list[Callable[[], dict[str, float]]]:
@@ -164,13 +159,6 @@ class GpuReader:
             rates = nvml.nvmlDeviceGetUtilizationRates(device)
             return {"busy_percent": rates.gpu, "memory_busy_percent": rates.memory}
 
-        def pcie() -> dict[str, float]:
-            """One direction per call: the driver measures for 20 ms each time."""
-            self._turn += 1
-            name = ("pcie_rx_mib_per_s", "pcie_tx_mib_per_s")[self._turn % 2]
-            counter = (nvml.NVML_PCIE_UTIL_RX_BYTES, nvml.NVML_PCIE_UTIL_TX_BYTES)[self._turn % 2]
-            return {name: nvml.nvmlDeviceGetPcieThroughput(device, counter) / 1024}  # "KB/s", taken as 1,024 bytes
-
         queries: dict[tuple[str, ...], Callable[[], dict[str, float]]] = {
             ("busy_percent", "memory_busy_percent"): busy,
             ("memory_used_bytes",): lambda: {"memory_used_bytes": nvml.nvmlDeviceGetMemoryInfo(device).used},
@@ -178,8 +166,6 @@ class GpuReader:
             ("sm_mhz",): lambda: {"sm_mhz": nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)},
             ("memory_mhz",): lambda: {"memory_mhz": nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_MEM)},
         }
-        if self._gpm is None:
-            queries["pcie_rx_mib_per_s", "pcie_tx_mib_per_s"] = pcie
         usable = []
         for names, query in queries.items():
             try:

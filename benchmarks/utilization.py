@@ -133,7 +133,7 @@ def _reading_rows(summaries: list[dict[str, Any]], columns: dict[str, Any]) -> l
 
 
 def _unit(name: str) -> str:
-    ends = {"percent": "%", "bytes": "B", "mhz": "MHz", "per_s": "MiB/s", "_w": "W"}
+    ends = {"percent": "%", "bytes": "B", "mhz": "MHz", "_w": "W"}
     return next(unit for end, unit in ends.items() if name.endswith(end))
 
 

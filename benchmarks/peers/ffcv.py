@@ -4,7 +4,6 @@
 # The peers live in an environment of their own (benchmarks/install_peers.sh).
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,30 +55,14 @@ def max_resolution(height: int, width: int, packed_px: int) -> float:
     return ratio * longer
 
 
-@cache
-def one_max_resolution(job: Job) -> float:
-    """The `max_resolution` for all originals. FFCV's users know it, so it is found once and is not part of the timing.
-
-    Raises DataError where images of several sizes need several.
-    """
-    from PIL import Image
-
-    sizes = set()
-    for path, _, _ in originals(job):
-        with Image.open(path) as image:
-            sizes.add((image.height, image.width))
-    limits = {max_resolution(height, width, job.packed_px) for height, width in sizes}
-    if len(limits) > 1:
-        raise DataError(f"FFCV packs with one max_resolution, and the sizes {sorted(sizes)} need several")
-    return limits.pop()
-
-
 def write_beton(job: Job, folder: Path, write_mode: str) -> None:
     """Pack the originals as `set.beton` in a folder, with FFCV's DatasetWriter."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
+    from PIL import Image
 
-    limit = one_max_resolution(job)
+    with Image.open(originals(job)[0][0]) as first:  # all of HAM10000's have one size
+        limit = max_resolution(first.height, first.width, job.packed_px)
     image = RGBImageField(write_mode=write_mode, max_resolution=limit, jpeg_quality=QUALITY)  # type: ignore[arg-type]
     writer = DatasetWriter(str(folder / "set.beton"), {"image": image, "label": IntField()}, num_workers=job.workers)
     writer.from_indexed_dataset(Originals([(path, label) for _, path, label in samples(job)]))

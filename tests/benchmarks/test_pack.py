@@ -6,14 +6,7 @@ import pytest
 
 from benchmarks.datasets import Job, originals
 from benchmarks.pack import PACKERS, judge, psnr_db, set_up
-from benchmarks.peers.ffcv import one_max_resolution
 from tests.support.benchdata import IMAGES, in_a_process_of_its_own, skip_without
-
-
-def test_ffcvs_size_is_known_before_its_writer_is_timed(job, monkeypatch):
-    monkeypatch.setattr("cv2.imread", lambda *_: pytest.fail("decodes an original"))
-    one_max_resolution.cache_clear()
-    assert one_max_resolution(job) == pytest.approx(160, abs=1)
 
 
 @pytest.mark.parametrize("name", ["dermscale raw", "webdataset", "ceiling: bare calls"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.datasets import Job
-from benchmarks.measure import Row, Series
+from benchmarks.measure import Series
 from benchmarks.predict import (
     EVALUATION,
     PAGE,
@@ -46,30 +46,19 @@ def test_batches_are_as_full_as_they_can_be_in_as_few_as_there_must_be():
             assert batches * size - count < batches  # with one image less in each they would not be enough
 
 
-def test_rows_are_judged_by_their_interval():
-    measured = {
-        EVALUATION: timed(*[2.0] * 6),
-        PREDICT: timed(*[2.5] * 6),
-        PREDICT_PLAIN: timed(3.0, 3.0, 3.0, 4.0, 4.0, 4.0),
-    }
+def test_rows_of_starts_and_speeds_stand_beside_each_other():
+    measured = {EVALUATION: timed(*[2.0] * 6), PREDICT: timed(*[2.5] * 6)}
     started = {START_PREDICT: timed(*[6.0] * 6), START_SERVE: Series(failed="SystemFailedError: no gradio")}
     rows = rows_of(measured, started, IMAGES, 16, "400x300", {"benchmark": "predict"})
-    ratios = {row.system: row for row in rows if row.beside}
-    assert ratios[PREDICT].value == pytest.approx(0.8)
-    assert verdict(ratios[PREDICT]) == "at least 0.6: met"
-    assert verdict(ratios[PREDICT_PLAIN]).startswith("at least 0.6: not clear")  # 0.67 in some rounds, 0.5 in others
+    (ratio,) = (row for row in rows if row.beside)
+    assert ratio.value == pytest.approx(0.8) and verdict(ratio) == "at least 0.6: met"
     starts = {row.system: row for row in rows if row.metric == "start_s"}
     assert starts[START_PREDICT].value == 6.0 and starts[START_PREDICT].other_cpu == 0.25
-    assert verdict(starts[START_PREDICT]) == "under 5 s: not met"
     assert starts[START_SERVE].value is None and not verdict(starts[START_SERVE])
     (speed,) = (row for row in rows if row.system == EVALUATION and row.metric == "img_per_s")
-    assert (speed.value, speed.batch_size, verdict(speed)) == (50.0, 14, "")
+    assert (speed.value, speed.batch_size) == (50.0, 14)
     text = PAGE.text(rows)
     assert f"| {START_PREDICT} | 6.00 [6.00, 6.00] |" in text and "no gradio" in text
-
-
-def test_one_run_of_a_system_decides_nothing():
-    assert verdict(Row("predict", START_PREDICT, "start_s", "s", 1.0)) == ""
 
 
 def test_what_cannot_start_is_no_figure(tmp_path):

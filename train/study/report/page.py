@@ -107,10 +107,9 @@ def _table(one: Table, *, text: Sequence[int] = ()) -> str:
     """A table that scrolls sideways where it is too wide. text: columns of words, which may wrap."""
 
     def row(cells: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=text' if i in text else ''}{' scope=col' if tag == 'th' else ''}>{escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
+        scope = ' scope="col"' if tag == "th" else ""
+        kinds = (' class="text"' if i in text else "" for i in range(len(cells)))
+        return "".join(f"<{tag}{kind}{scope}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in one.rows)
     return (

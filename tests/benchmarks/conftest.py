@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.datasets import Job
-from tests.support.benchdata import write_source
+from tests.support.benchdata import IMAGES
+from tests.support.rawdata import write_raw
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like HAM10000's. No test writes into it."""
-    return write_source(tmp_path_factory.mktemp("images") / "ham")
+    """A folder like HAM10000's, with pictures of its size. No test writes into it."""
+    return write_raw(tmp_path_factory.mktemp("images") / "ham", IMAGES, (450, 600))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Mistakes in the options of a grid: each is refused before anything is written, with the right message."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from train.inference.predictor import read_about
 from train.study import folder as study_folder
 from train.study.cells import Cell
 from train.study.folder import StudyFolder, read_journal, read_study
-from train.study.grid import check_settings
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +42,6 @@ def test_what_would_fail_every_cell_is_refused_before_anything_is_written(
     with pytest.raises(kind, match=words):
         command.main.main(options, standalone_mode=False)
     assert not (tmp_path / "study").exists()
-
-
-@pytest.mark.parametrize("names", [["vit_b16"], ["alexnet", "mixer_b16"], ["test_vit_relpos"]])
-def test_a_batch_of_one_image_is_for_models_without_batch_norm(names):
-    one = replace(BASE, batch_size=1, resolution=64)
-    check_settings(names, one)
-    with pytest.raises(UsageError, match="--batch-size 1: batch norm needs 2 images"):
-        check_settings([*names, "resnet18"], one)
 
 
 @pytest.mark.parametrize("kept", ["result.json", "checkpoint.pt"])

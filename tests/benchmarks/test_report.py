@@ -1,46 +1,26 @@
 """The report: every table, and charts that are the same every time."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.machine import environment
-from benchmarks.measure import Row, Series, median_interval, ratio_row, series_rows, summary_row
-from benchmarks.predict import EVALUATION, PREDICT, START_PREDICT
+from benchmarks.measure import Row, median_interval
 from benchmarks.report import bars, draw, markdown, read_results, tables_in
-from benchmarks.tables import read_csv, write_csv
+from benchmarks.tables import read_csv
 from shards.common.errors import DataError
-from tests.support.benchdata import series
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-def figures(benchmark: str, rates: dict[str, Series], pair: tuple[str, str], **more) -> list[Row]:
-    """Made-up rows of each system, and the ratio of two."""
-    machine = replace(environment("test"), gpu="none")  # also where the tests run beside one
-    columns = {"benchmark": benchmark, "resolution_px": 224, "environment": machine, **more}
-    rows = [row for name, found in rates.items() for row in series_rows(found, system=name, **columns)]
-    return [*rows, ratio_row(rates[pair[0]], rates[pair[1]], system=pair[0], beside=pair[1], **columns)]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    """Tables of made-up rows, as the other subcommands write them."""
-    out = tmp_path_factory.mktemp("results")
-    ours, peer = series(300, 310, 290, 305, 300, 295), series(100, 105, 95, 100, 102, 98)
-    rates = {"dermscale native jpg": ours, "FFCV jpg": peer, "SPDL": Series(failed="no | luck <here>")}
-    rows = figures("loader", rates, ("dermscale native jpg", "FFCV jpg"), packed="341x256 jpg", note="other DCT <i>")
-    write_csv(out / "loader.csv", rows)
-    loaded, cached = "compiled, native loader", "compiled, cached batch"
-    rates = {loaded: series(*[18.0] * 6), cached: series(*[20.0] * 6)}
-    write_csv(out / "training.csv", figures("training", rates, (loaded, cached), model="resnet18"))
-    rates = {EVALUATION: series(*[50.0] * 6), PREDICT: series(*[40.0] * 6)}
-    rows = figures("predict", rates, (PREDICT, EVALUATION), packed="400x300 jpg")
-    start = {"benchmark": "predict", "system": START_PREDICT, "metric": "start_s", "unit": "s"}
-    write_csv(out / "predict-quick.csv", [*rows, summary_row([3.0] * 6, **start)])
-    return out
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """Some of the committed tables, one of them as --quick names it."""
+    for name, copy in (("loader", "loader"), ("grid", "grid"), ("predict", "predict-quick")):
+        shutil.copy(RESULTS / f"{name}.csv", tmp_path / f"{copy}.csv")
+    return tmp_path
 
 
 def test_bars_are_as_long_as_their_values():
@@ -64,7 +44,7 @@ def test_charts_show_a_panel_per_model_and_name_the_sizes():
 
 def test_charts_are_the_same_bytes_every_time_and_name_no_date(results):
     once, again = (draw(read_results(results)) for _ in range(2))
-    assert once == again and set(once) == {"loader.svg", "training.svg", "predict.svg"}
+    assert once == again and set(once) == {"loader.svg", "grid.svg", "predict.svg"}
     assert all(svg.startswith(b"<?xml") and b"<dc:date>" not in svg for svg in once.values())
     assert b"dermscale native jpg</text>" in once["loader.svg"]
 
@@ -84,7 +64,7 @@ def test_the_report_command_writes_markdown_that_shows_the_charts(results):
     text = (results / "RESULTS.md").read_text()
     assert text.startswith("# Results")
     charts = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    assert charts == ["loader.svg", "training.svg", "predict.svg"] and all((results / name).exists() for name in charts)
+    assert charts == ["loader.svg", "grid.svg", "predict.svg"] and all((results / name).exists() for name in charts)
 
 
 # ------------------------------------------------------------------ what is committed

@@ -48,7 +48,7 @@ from shards.common.files import encoded, growing_file
 @click.option(
     "--explain",
     is_flag=True,
-    help="Also draw which parts of each image support its most likely class. Takes longer than predicting.",
+    help="Also draw which parts of each image support its most likely class (up to 50 times the work).",
 )
 @click.option(
     "--explain-out",
@@ -82,7 +82,7 @@ def main(
 
     Reads JPEG, PNG, TIFF, BMP, WebP, AVIF and HEIC files, and searches folders and linked folders for them. A file or
     folder that cannot be used is named on standard error with the reason. All other files are still predicted, and the
-    exit code is 1.
+    exit code is 1. It is also 1 if an image was predicted but could not be explained.
     """
     if as_json and isic:
         raise UsageError("--json and --isic exclude each other: choose one")
@@ -103,7 +103,7 @@ def main(
         output.check_names(files)
     form: Callable[[output.Settings, output.Answers], Iterator[str]]
     form = output.as_json if as_json else output.as_isic if isic else output.as_csv if out else output.as_lines
-    refused = 0
+    refused = unexplained = 0
     with _opened(out) as file:
         with cli.importing():
             from train import device as devices
@@ -126,12 +126,15 @@ def main(
         with Progress("predicting", len(files), "images", transient=True) as progress:
 
             def answers() -> output.Answers:
-                nonlocal refused
+                nonlocal refused, unexplained
                 for batch in predict_files(predictor, files, prior, flips, explainer, explain_out, batch_size):
                     for one in batch:
                         if isinstance(one, output.Refused):
                             refused += 1
                             progress.warn(f"{one.file} {one.reason}", "refused")
+                        elif one.explanation_error:
+                            unexplained += 1
+                            progress.warn(f"{one.file} ({one.explanation_error})", "predicted but not explained")
                         yield one
                         progress.advance(1)
                     if predictor.device.type == "cpu" and (text := crowding.after_step(len(batch))):
@@ -145,7 +148,7 @@ def main(
                     file.flush()
     if out is not None:
         click.echo(f"{len(files) - refused} images predicted, {refused} refused: {out}", err=True)
-    return 1 if refused else 0
+    return 1 if refused or unexplained else 0
 
 
 @contextmanager

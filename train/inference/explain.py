@@ -1,8 +1,12 @@
 """Maps of the places in an image that support a class, computed by captum, and their overlay on the image.
 
-If a network's features are a grid of channels: Grad-CAM (Selvaraju et al. 2017, ICCV). If they are patches, as in ViT
-and Mixer: gradient times activation at the input of the last block, summed over the features of each patch. A map shows
-where the evidence for a class is, not whether the class is right.
+Grad-CAM (Selvaraju et al. 2017, ICCV) for ResNets at 128 px and more: their last stage is known to be a grid of places,
+and the logits are linear in its mean. Occlusion (Zeiler and Fergus 2014, ECCV) for all others: how much the logit falls
+when a square of the image is covered. It needs only pixels and logits, so it is right for any network, but it takes 49
+forward passes for an image. Gradients at one block of a transformer are no substitute, because its class token collects
+evidence in every block.
+
+A map shows where the evidence for a class is, not whether the class is right.
 """
 
 from typing import TYPE_CHECKING, Any, cast
@@ -10,67 +14,71 @@ from typing import TYPE_CHECKING, Any, cast
 import cv2
 import numpy as np
 import torch
-from torch import nn
-
-from shards.common.errors import UsageError
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from train.inference.predictor import Predictor, Prepared
 
 _MIN_CELLS = 4
-"""Minimum side of a map, in cells. If the last stage of a network has fewer, an earlier stage is used."""
+"""Minimum side of a map of Grad-CAM. With fewer cells, a map by occlusion is finer, and small images cost little."""
+
+_CELLS = 8
+"""Side of a map of occlusion. The covered square is 2 × 2 cells and moves by one cell: 7 × 7 places."""
+
+_IMAGES_A_PASS = 32
+"""Images in a forward pass of occlusion, unless more images are explained at the same time."""
 
 _OPACITY = 0.6
 
 
 class Explainer:
-    """Maps of evidence for one predictor."""
+    """Maps of evidence for one predictor. method: `Grad-CAM` or `occlusion`."""
 
     def __init__(self, predictor: "Predictor") -> None:
-        """Raises UsageError for a model without a layer that keeps positions in the image."""
+        """Choose the method."""
         self._predictor = predictor
-        body: Any = predictor.net.body
-        self._layer, self._form = _layer(body, predictor.about.model, predictor.about.resolution)
-        self._skip = int(getattr(body, "num_prefix_tokens", 0)) if self._form == "patches" else 0
+        self._layer = _layer(predictor.net.body, predictor.about.resolution)
+        self.method = "occlusion" if self._layer is None else "Grad-CAM"
 
     def maps(self, squares: np.ndarray, classes: np.ndarray) -> np.ndarray:
         """(N, S, S, 3) uint8 and the (N,) classes to explain → (N, h, w) float32: 1 where the evidence is strongest.
 
         A map is all 0 if no place supports the class.
         """
-        from captum.attr import LayerGradCam, LayerGradientXActivation
-
-        predictor = self._predictor
-        inputs = predictor.inputs(squares).requires_grad_()
-        target = torch.from_numpy(classes.astype(np.int64)).to(predictor.device)
-        method: Any = LayerGradCam if self._form == "channels" else LayerGradientXActivation
-        found = method(predictor.net.body, self._layer).attribute(inputs, target).detach()
-        found = found[:, 0] if self._form == "channels" else found.sum(-1)
-        if self._form == "patches":
-            found = found[:, self._skip :]
-            found = found.unflatten(1, (round(found.shape[1] ** 0.5), -1))  # the image is a square
-        found = found.relu()
+        target = torch.from_numpy(classes.astype(np.int64)).to(self._predictor.device)
+        inputs = self._predictor.inputs(squares)
+        found = (self._occlusion if self._layer is None else self._grad_cam)(inputs, target).relu()
         top = found.amax((1, 2), keepdim=True)
         return torch.where(top > 0, found / top.clamp_min(1e-30), 0.0).float().cpu().numpy()
 
+    def _grad_cam(self, inputs: Tensor, target: Tensor) -> Tensor:
+        from captum.attr import LayerGradCam
 
-def _layer(body: Any, model: str, resolution: int) -> tuple[nn.Module, str]:
-    """The layer to explain, and the form of its output: `channels` NCHW, `channels-last` NHWC, or `patches` NTC."""
-    blocks: Any = getattr(body, "blocks", None)
-    if isinstance(blocks, nn.Sequential) and hasattr(blocks[-1], "norm1"):
-        return cast(nn.Module, blocks[-1].norm1), "patches"
-    if model == "alexnet":
-        return body.features[11], "channels"  # the ReLU after the last convolution
-    stages = [(f"layer{n}", 2 ** (n + 1)) for n in range(1, 5)] if hasattr(body, "layer4") else []
-    if not stages:
-        stages = [(info["module"], info["reduction"]) for info in getattr(body, "feature_info", None) or []]
-    known = dict(body.named_modules())
-    stages = [(name, reduction) for name, reduction in stages if name in known]
-    if not stages:
-        raise UsageError(f"--explain: {model} has no layer that keeps positions in the image; leave --explain out")
-    fine = [name for name, reduction in stages if resolution >= _MIN_CELLS * reduction]
-    form = "channels-last" if getattr(body, "output_fmt", "NCHW") == "NHWC" else "channels"
-    return known[fine[-1] if fine else stages[0][0]], form
+        method: Any = LayerGradCam(cast(Any, self._predictor.net.body), cast(Any, self._layer))
+        return method.attribute(inputs.requires_grad_(), target).detach()[:, 0]
+
+    def _occlusion(self, inputs: Tensor, target: Tensor) -> Tensor:
+        """The mean fall of the logit over the squares that cover a cell. They have the mean colour of the image."""
+        from captum.attr import Occlusion
+
+        side = inputs.shape[-1]
+        step = -(-side // _CELLS)
+        square = min(2 * step, side)
+        method: Any = Occlusion(self._predictor.net.body)
+        found = method.attribute(
+            inputs,
+            sliding_window_shapes=(3, square, square),
+            strides=(3, step, step),
+            baselines=inputs.mean((2, 3), keepdim=True).expand_as(inputs),
+            target=target,
+            perturbations_per_eval=max(1, _IMAGES_A_PASS // len(inputs)),
+        )
+        return nn.functional.adaptive_avg_pool2d(found.mean(1), min(_CELLS, side))
+
+
+def _layer(body: Any, resolution: int) -> nn.Module | None:
+    """The layer for Grad-CAM; None if there is none that is known to be right."""
+    return body.layer4 if type(body).__name__ == "ResNet" and resolution >= 32 * _MIN_CELLS else None
 
 
 def overlay(prepared: "Prepared", evidence: np.ndarray) -> np.ndarray:

@@ -63,11 +63,15 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One image. probabilities: (classes,) float64. explanation: the PNG file of `--explain`, or None."""
+    """One image. probabilities: (classes,) float64. explanation: the PNG file of `--explain`, or None.
+
+    explanation_error: why there is none although it was asked for.
+    """
 
     file: Path
     probabilities: np.ndarray
     explanation: Path | None = None
+    explanation_error: str | None = None
 
     @property
     def name(self) -> str:
@@ -149,6 +153,7 @@ def as_json(settings: Settings, answers: Answers) -> Iterator[str]:
             "prediction": about.classes[int(one.probabilities.argmax())],
             "probabilities": {dx: round(float(p), 6) for dx, p in zip(about.classes, one.probabilities, strict=True)},
             "explanation": str(one.explanation) if one.explanation else None,
+            "explanation_error": one.explanation_error,
         }
         yield f"{separator} {json.dumps(image, ensure_ascii=False, allow_nan=False)}\n"
         separator = "  ,"

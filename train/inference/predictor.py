@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 import torch
 
-from shards.common.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError, one_line
 from shards.common.files import write_durably
 from shards.common.machine import available_cores
 from shards.common.readahead import read_ahead
@@ -255,13 +255,20 @@ def _predict(
     from train.inference.explain import beside, png
 
     drawn = []
-    maps = explainer.maps(squares, probabilities.argmax(axis=1))
+    try:
+        maps = explainer.maps(squares, probabilities.argmax(axis=1))
+    except Exception as error:  # noqa: BLE001 (of any kind: the probabilities do not depend on the maps)
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
+        return [replace(one, explanation_error=reason) for one in found]
     for one, (_, item), evidence in zip(found, good, maps, strict=True):
         number, path = 1, explain_out / f"{one.name}.png"
         while path in written:  # two files of the same name in different folders
             number += 1
             path = explain_out / f"{one.name}-{number}.png"
         written.add(path)
-        write_durably(path, png(beside(item, evidence)))
-        drawn.append(replace(one, explanation=path))
+        try:
+            write_durably(path, png(beside(item, evidence)))
+            drawn.append(replace(one, explanation=path))
+        except OSError as error:
+            drawn.append(replace(one, explanation_error=f"{path}: {error.strerror}"))
     return drawn

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from train.inference.explain import Explainer
     from train.inference.neighbours import Neighbours
     from train.inference.output import About, Neighbour
     from train.inference.predictor import Predictor, Prepared
@@ -41,7 +40,6 @@ class _Session:
     """What this process keeps between two calls. done: training images whose features are computed."""
 
     predictor: "Predictor"
-    explainer: "Explainer | None" = None
     neighbours: "Neighbours | None" = None
     why_no_neighbours: str = ""
     done: int = 0
@@ -90,7 +88,7 @@ def _prepare(session: _Session) -> None:
     """
     import captum.attr  # noqa: F401 (so that the first answer need not wait for it)
 
-    from shards.common.errors import DermscaleError, one_line
+    from shards.common.errors import one_line
 
     if session.neighbours is None or session.neighbours.ready:
         return
@@ -100,7 +98,7 @@ def _prepare(session: _Session) -> None:
 
     try:
         session.neighbours.compute(session.lock, at, session.stopping.is_set)
-    except (DermscaleError, OSError, MemoryError, RuntimeError) as error:  # a full GPU is a RuntimeError
+    except Exception as error:  # noqa: BLE001 (of any kind: the page shows it)
         session.why_no_neighbours = one_line(error, 200)  # first, because `answer` may run at the same time
         session.neighbours = None
 
@@ -122,9 +120,8 @@ def answer(data: bytes) -> Answer:
     squares = prepared.square[None]
     with session.lock:
         probabilities = predictor.probabilities(predictor.logits(squares))[0]
-        features = predictor.features(squares)[0]
         shown, overlay_note = _overlay(session, prepared, int(probabilities.argmax()))
-    similar, similar_note = _similar(session, features)
+        similar, similar_note = _similar(session, squares)
     return Answer(
         probabilities={dx: float(p) for dx, p in zip(predictor.about.classes, probabilities, strict=True)},
         image=png(prepared.packed),
@@ -139,22 +136,19 @@ def _overlay(session: _Session, prepared: "Prepared", of_class: int) -> tuple[by
     """A PNG of the image with the evidence for a class; empty with the reason if the network cannot be explained."""
     import numpy as np
 
-    from shards.common.errors import UsageError
+    from shards.common.errors import one_line
     from train.inference.explain import Explainer, overlay, png
 
-    if session.explainer is None:
-        try:
-            session.explainer = Explainer(session.predictor)
-        except UsageError:
-            model = session.predictor.about.model
-            return b"", f"There is no map of the evidence: {model} has no layer that keeps positions in the image."
-    evidence = session.explainer.maps(prepared.square[None], np.array([of_class]))[0]
-    return png(overlay(prepared, evidence)), ""
+    try:
+        evidence = Explainer(session.predictor).maps(prepared.square[None], np.array([of_class]))[0]
+        return png(overlay(prepared, evidence)), ""
+    except Exception as error:  # noqa: BLE001 (the probabilities do not depend on the map)
+        return b"", f"There is no map of the evidence ({type(error).__name__}: {one_line(error, 200)})."
 
 
-def _similar(session: _Session, features: "np.ndarray") -> "tuple[list[Neighbour], str]":
-    """The most similar training lesions; an empty list with the reason if they cannot be shown."""
-    from shards.common.errors import DermscaleError
+def _similar(session: _Session, squares: "np.ndarray") -> "tuple[list[Neighbour], str]":
+    """The training lesions most similar to one image; an empty list with the reason if they cannot be shown."""
+    from shards.common.errors import one_line
 
     neighbours = session.neighbours
     if neighbours is None:
@@ -163,6 +157,6 @@ def _similar(session: _Session, features: "np.ndarray") -> "tuple[list[Neighbour
         total = len(neighbours.selection)
         return [], f"The training images are still being processed ({session.done} of {total}). Try again later."
     try:
-        return neighbours.nearest(features, NEIGHBOURS), ""
-    except DermscaleError as error:
-        return [], f"Similar training lesions cannot be shown: {error}"
+        return neighbours.nearest(session.predictor.features(squares)[0], NEIGHBOURS), ""
+    except Exception as error:  # noqa: BLE001 (the probabilities do not depend on them)
+        return [], f"Similar training lesions cannot be shown: {one_line(error, 200)}"

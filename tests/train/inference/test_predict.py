@@ -368,6 +368,29 @@ def test_explanations_are_written_for_each_image_even_of_one_name(runs, mixed, t
     assert all(Image.open(file).size == (2 * 64, 48) for file in files)
 
 
+@pytest.mark.parametrize(
+    ("broken", "error", "reason"),
+    [
+        ("explain.Explainer.maps", AssertionError("no\nlayer"), "AssertionError: no layer"),
+        ("predictor.write_durably", OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_map_that_fails_costs_only_the_map(broken, error, reason, runs, mixed, tmp_path, capsys, monkeypatch):
+    def fail(*_: object) -> None:
+        raise error
+
+    command = ("--run", runs["quick"], mixed / "good.jpg", "--json")
+    predict_here(*command)
+    expected = json.loads(capsys.readouterr().out)["images"][0]["probabilities"]
+    monkeypatch.setattr(f"train.inference.{broken}", fail)
+    assert predict_here(*command, "--explain", "--explain-out", tmp_path / "maps") == 1
+    output, errors = capsys.readouterr()
+    found = json.loads(output)["images"][0]
+    assert found["probabilities"] == expected and found["explanation"] is None and reason in found["explanation_error"]
+    told = [line for line in errors.splitlines() if "not explained" in line]
+    assert len(told) == 1 and "good.jpg" in told[0] and reason in told[0]
+
+
 def test_predicting_with_a_resnet_imports_neither_timm_nor_the_compiler(runs, mixed):
     program = (
         "import sys; from train.predict import main; main.main(sys.argv[1:], standalone_mode=False); "

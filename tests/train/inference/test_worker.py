@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from shards import ShardSet
-from shards.common.errors import DataError, UsageError
+from shards.common.errors import DataError
 from shards.encode import BadImageError
 from tests.conftest import growth_bytes
 from train import serve
@@ -122,22 +122,37 @@ def test_a_similar_lesion_that_is_damaged_later_costs_only_the_similar_lesions(f
     assert not found.similar and "damaged in" in found.similar_note
 
 
-def test_a_network_without_a_map_still_gives_probabilities(folder, monkeypatch):
-    def none(*_: object) -> None:
-        raise UsageError("--explain: no layer; leave it out")
+def test_a_map_that_fails_costs_only_the_map(folder, monkeypatch):
+    def fail(*_: object) -> None:
+        raise IndexError("tuple index\nout of range")
 
     image, _ = training_image(folder)
     started(folder)
     whole = worker.answer(image)
     assert whole.overlay and not whole.overlay_note
-    worker._sessions[0].explainer = None
-    monkeypatch.setattr("train.inference.explain._layer", none)
+    monkeypatch.setattr("train.inference.explain.Explainer.maps", fail)
     found = worker.answer(image)
     assert found.probabilities == whole.probabilities and found.similar == whole.similar
-    assert not found.overlay and "has no layer" in found.overlay_note and "--explain" not in found.overlay_note
+    assert not found.overlay and found.overlay_note.endswith("(IndexError: tuple index out of range).")
     shown = page._pictures(found)
     assert shown.count("<img") == 1 and found.overlay_note in shown
     assert page._pictures(whole).count("<img") == 2
+
+
+def test_a_network_without_features_still_gives_probabilities(folder, monkeypatch):
+    def fail(*_: object) -> None:
+        raise AttributeError("no forward_head")
+
+    image, _ = training_image(folder)
+    started(folder)
+    whole = worker.answer(image)
+    monkeypatch.setattr("train.inference.predictor.Predictor.features", fail)
+    found = worker.answer(image)
+    assert found.probabilities == whole.probabilities and found.overlay == whole.overlay
+    assert not found.similar and found.similar_note.endswith("cannot be shown: no forward_head")
+    (folder / "run" / FILE).unlink()
+    started(folder)  # the same while the features of the training images are computed
+    assert worker.answer(image).similar_note.endswith("cannot be shown: no forward_head")
 
 
 @pytest.mark.parametrize(

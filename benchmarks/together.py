@@ -15,8 +15,8 @@ from benchmarks import training
 from benchmarks.machine import Meter
 from benchmarks.measure import Measurement, Row, Sample, Series, interleave, ratio_rows, series_rows
 from benchmarks.options import ADD, Settings, benchmark, training_options
-from benchmarks.pages import Page, ratios
-from benchmarks.tables import by_metric, pivot
+from benchmarks.pages import Page
+from benchmarks.tables import pivot, ratios
 from benchmarks.training import LAST, NATIVE, TrainingJob, system_name, train_models
 from benchmarks.worker import SET_UP_LIMIT_S, Running, SystemFailedError, Worker, start_server
 from shards.common.machine import available_cores
@@ -31,10 +31,10 @@ _NOTES = {
 }
 
 
-@benchmark("together", *training_options(["resnet18"], resolution=64), ADD, rounds=(6, 5), seconds=(10, 3))
+@benchmark("together", *training_options(["resnet18"]), ADD, rounds=(6, 5), seconds=(10, 3))
 def command(settings: Settings) -> None:
-    """Two trainings at once, in sum, beside one alone: with the default number of threads and with the advised one."""
-    train_models(settings, PAGE, len(_RUNS) * (2 + settings.rounds), measure_together)
+    """Two trainings at once, at 64 px, in sum, beside one alone: with the default number of threads and the advised one."""
+    train_models(settings, PAGE, len(_RUNS) * (2 + settings.rounds), measure_together, resolution_px=64)
 
 
 def threads_of(name: str) -> int:
@@ -95,11 +95,8 @@ def tables(rows: Sequence[Row]) -> list[str]:
     threads = dict.fromkeys(f"{row.system}: {row.workers}" for row in rows if not row.beside)
     return [
         f"Threads of each run: {'; '.join(threads)}.\n",
-        pivot(
-            [row for row in rows if not row.beside],
-            by_metric({"img_per_s": "img/s, in sum", "cpu_s_per_1000": "CPU s / 1,000 images"}),
-        ),
-        *ratios(rows, [("img/s, in sum", lambda row: True)]),
+        pivot(rows, {"img_per_s": "img/s, in sum", "cpu_s_per_1000": "CPU s / 1,000 images"}),
+        ratios(rows, "img/s, in sum"),
     ]
 
 

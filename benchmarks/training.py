@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -132,18 +132,22 @@ def command(settings: Settings, fp32: bool) -> None:
 
 
 def train_models(
-    settings: Settings, page: Page, steps: int, measure: Callable[[TrainingJob, Measurement], list[Row]]
+    settings: Settings,
+    page: Page,
+    steps: int,
+    measure: Callable[[TrainingJob, Measurement], list[Row]],
+    resolution_px: int = 224,
 ) -> None:
     """Run a benchmark that trains, model by model; the table is written after each, so that a stop loses only one.
 
-    steps: of one model. Raises UsageError for models or sizes that do not fit, DataError where the source is not a
+    steps: of one model. resolution_px: side of the images. Raises UsageError for models or sizes that do not fit, DataError where the source is not a
     HAM10000-shaped folder.
     """
     from train.models import MODELS
 
     models = settings.models or tuple(MODELS)
     settings.check_models()
-    images = settings.job(400, 1248, quick=624)
+    images = replace(settings.job(400, 1248, quick=624), resolution_px=resolution_px)
     count = len(samples(images))
     if images.batch_size > count:
         raise UsageError(f"--batch-size {images.batch_size}: an epoch has {count:,} samples; use a smaller one")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.train_runs import small
+from tests.support.train_runs import at, small
+from train.loop import train_once
 from train.record import RunFolder
 
 
@@ -68,3 +69,16 @@ def test_a_disk_that_is_full_for_events_loses_no_metrics_and_closes_every_file(t
     assert error.value.errno == errno.ENOSPC
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1]
     assert all(file.closed for file in (folder._metrics, folder._log, folder._lock, folder._events._file))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_line_for_a_full_disk_names_the_run_where_the_system_names_no_file(tiny_shards, tmp_path):
+    out = tmp_path / "run"
+
+    def fill_up() -> bool:
+        full_disk(out)
+        return True  # so a checkpoint is written: first, metrics.jsonl is flushed
+
+    with pytest.raises(OSError, match="No space left") as error:
+        train_once(small(tiny_shards, checkpoint_s=1e6), out, stop=at(2, fill_up))
+    assert str(error.value.filename).startswith(str(out))

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from shards.common.errors import DataError
-from shards.common.files import exclusive, whole_file, write_durably
+from shards.common.files import exclusive, full_disk_names, whole_file, write_durably
 from shards.format import EncodeSpec
 from shards.writer import ShardSetWriter
 from tests.support.train_runs import small
@@ -57,3 +57,14 @@ def test_what_stops_in_the_middle_leaves_the_old_file_and_nothing_aside(tmp_path
         file.write(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"
+
+
+def test_only_the_error_of_a_full_disk_gets_the_name_of_the_folder_and_keeps_a_better_one(tmp_path):
+    for error, named in (
+        (OSError(errno.ENOSPC, "No space left on device"), str(tmp_path)),
+        (OSError(errno.ENOSPC, "No space left on device", "a.tar"), "a.tar"),
+        (OSError(errno.ECONNRESET, "Connection reset by peer"), None),
+    ):
+        with pytest.raises(OSError, match=error.strerror) as raised, full_disk_names(tmp_path):
+            raise error
+        assert raised.value.filename == named

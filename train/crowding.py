@@ -42,6 +42,8 @@ class Crowding:
 
     def after_step(self, kind: object) -> str | None:
         """The warning, once, if others disturbed the steps since the last reading. kind: such steps cost the same."""
+        if self._meter is None:
+            return None
         now = time.monotonic()
         took, self._stepped = now - self._stepped, now
         first = self._first.setdefault(kind, [])
@@ -50,7 +52,7 @@ class Crowding:
         if kind != self._kind:
             self._kind, self._recent = kind, []
         self._recent.append(took)
-        if self._meter is None or now - self._looked < LOOK_S:
+        if now - self._looked < LOOK_S:
             return None
         slower = statistics.median(self._recent) / statistics.median(first)
         self._looked, self._recent = now, []

@@ -15,6 +15,7 @@ from train.study.cells import Cell, grid_cells
 from train.study.folder import UNWANTED, StudyFolder, read_journal
 from train.study.pool import Pool
 from train.study.view import Lines
+from train.study.worker import Slot
 
 
 def run_pool(path: Path, planned: list[Cell], gpus: list[str | None], stop=lambda: 0) -> tuple[list[str], list[dict]]:
@@ -91,6 +92,18 @@ def test_a_worker_that_ignores_the_stop_is_killed_at_the_second_request(tmp_path
     failed, entries = run_pool(tmp_path / "s", planned, [None], lambda: 2 if time.monotonic() - began > 1.5 else 0)
     assert not failed and [e["outcome"] for e in entries] == ["stopped"]
     assert time.monotonic() - began < 20
+
+
+def test_a_warning_of_several_workers_is_shown_once(tmp_path, capsys):
+    with StudyFolder(tmp_path, {}) as folder, Lines([], 0, 2) as view:
+        pool = Pool(folder, view, [None], lambda entry: None)
+        for model, text in (
+            ("a", "others slow it: 1.0 of 2"),
+            ("b", "others slow it: 1.2 of 2"),
+            ("b", "crops shrink"),
+        ):
+            pool._warn(Slot(0, None, model), text)
+    assert capsys.readouterr().err == "warning: a: others slow it: 1.0 of 2\nwarning: b: crops shrink\n"
 
 
 def test_each_visible_gpu_gets_a_worker_and_the_cpu_one(monkeypatch):

@@ -140,8 +140,8 @@ def train_models(
 ) -> None:
     """Run a benchmark that trains, model by model; the table is written after each, so that a stop loses only one.
 
-    steps: of one model. resolution_px: side of the images. Raises UsageError for models or sizes that do not fit, DataError where the source is not a
-    HAM10000-shaped folder.
+    steps: of one model. resolution_px: side of the images. Raises UsageError for models or sizes that do not fit,
+    DataError where the source is not a HAM10000-shaped folder.
     """
     from train.models import MODELS
 

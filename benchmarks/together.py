@@ -33,7 +33,7 @@ _NOTES = {
 
 @benchmark("together", *training_options(["resnet18"]), ADD, rounds=(6, 5), seconds=(10, 3))
 def command(settings: Settings) -> None:
-    """Two trainings at once, at 64 px, beside one alone: with the default number of threads and with the advised one."""
+    """Two trainings at once, at 64 px, beside one alone: with the default number of threads, and with the advised."""
     train_models(settings, PAGE, len(_RUNS) * (2 + settings.rounds), measure_together, resolution_px=64)
 
 

@@ -9,7 +9,7 @@ not changed here.
 import statistics
 import time
 
-from shards.common.machine import Load, LoadMeter, available_cores
+from shards.common.machine import Load, LoadMeter
 
 CROWDED = "crowded"
 """Among the warnings that a process has shown, the one of this file, whose figures differ each time."""
@@ -56,7 +56,7 @@ class Crowding:
             return None
         slower = statistics.median(self._recent) / statistics.median(first)
         self._looked, self._recent = now, []
-        text = warning(self._meter.read(), self._threads, available_cores(), slower)
+        text = warning(self._meter.read(), self._threads, slower)
         if text is not None:
             self._meter = None
         return text
@@ -67,15 +67,15 @@ def fitting(cores: int, others: float) -> int:
     return max(1, round(cores - others))
 
 
-def warning(load: Load, threads: int, cores: int, slower: float) -> str | None:
-    """One line if other programs disturb `threads` threads on `cores` cores, with the number that would fit."""
-    fit = fitting(cores, load.others)
+def warning(load: Load, threads: int, slower: float) -> str | None:
+    """One line if other programs disturb `threads` threads, with the number that would fit."""
+    fit = fitting(load.cores, load.others)
     if fit >= threads or load.interruptions < INTERRUPTED:
         return None
     steps = f", and its steps take {slower:.1f} times as long as the first ones" if slower >= SLOWER else ""
     return (
-        f"other programs slow this one down: they use {load.others:.1f} of {cores} cores, and this one has {threads} "
-        f"threads, which were interrupted {load.interruptions:.0f} times a second{steps}. Threads that have no core of "
-        f"their own make all others wait. Start it again with --threads {fit}, and the other programs with so few "
-        "threads that all have a core (the last bits of a result depend on the number of threads)"
+        f"other programs slow this one down: they use {load.others:.1f} of {load.cores} cores, and this one has "
+        f"{threads} threads, which were interrupted {load.interruptions:.0f} times a second{steps}. Threads that have "
+        f"no core of their own make all others wait. Start it again with --threads {fit}, and the other programs with "
+        "so few threads that all have a core (the last bits of a result depend on the number of threads)"
     )

@@ -22,11 +22,11 @@ _KEPT = 512 << 20
 
 def available_cores() -> int:
     """Cores that this process may use: those of its affinity, within the processor time of its control groups."""
-    return min(len(os.sched_getaffinity(0)), _container_cores(_CGROUP))
+    return min(len(os.sched_getaffinity(0)), _container_cores(_CGROUP)[0])
 
 
-def _container_cores(cgroup: Path, of_process: Path = Path("/proc/self/cgroup")) -> int:
-    """The processor time of the process's control group and of all above it, in whole cores and rounded up.
+def _container_cores(cgroup: Path, of_process: Path = Path("/proc/self/cgroup")) -> tuple[int, Path]:
+    """The least processor time of the process's control group and all above it, in whole cores, and the folder of it.
 
     cgroup: where they are mounted. of_process: lines `number:controllers:/path`; version 2 names no controllers.
     """
@@ -34,17 +34,17 @@ def _container_cores(cgroup: Path, of_process: Path = Path("/proc/self/cgroup"))
     groups = [(cgroup, "/")]
     groups += [(cgroup, path) for number, _, path in lines if number == "0"]
     groups += [(cgroup / "cpu", path) for _, controllers, path in lines if "cpu" in controllers.split(",")]
-    least = sys.maxsize
+    least = sys.maxsize, cgroup
     for root, path in groups:
         below = root / path.lstrip("/")
         for folder in (below, *below.parents[: len(below.parts) - len(root.parts)]):
             with suppress(OSError, ValueError):  # no such file here, or `max` or -1: no limit
-                least = min(least, _quota(folder))
+                least = min(least, (_quota(folder), folder))
     return least
 
 
 def _quota(folder: Path) -> int:
-    """The cores of one control group, of version 2 or 1. Raises OSError or ValueError if it has no limit."""
+    """The cores of one control group, of version 2 or 1, rounded up. Raises OSError or ValueError without a limit."""
     if (folder / "cpu.max").exists():
         quota, period = (folder / "cpu.max").read_text().split()
     else:
@@ -58,36 +58,53 @@ def _quota(folder: Path) -> int:
 class Load:
     """What happened on the cores of this process in some time.
 
-    others: cores that other processes used, on average. interruptions: how often a second the system took a core from
-    a thread of this process that still had work (involuntary context switches).
+    cores: how many it may use. others: those of them that other processes used, on average. interruptions: how often a
+    second the system took a core from a thread of this process that still had work (involuntary context switches).
     """
 
+    cores: int
     others: float
     interruptions: float
 
 
 class LoadMeter:
-    """Measures the load on the cores that this process may use, from one reading to the next."""
+    """Measures the load on the cores that this process may use, from one reading to the next.
+
+    Where a control group limits the processor time, it is shared by the processes of the group, on whatever core.
+    """
 
     def __init__(self) -> None:
         """Begin now."""
         self._cores = sorted(os.sched_getaffinity(0))
+        cores, group = _container_cores(_CGROUP)
+        self._group = group if cores < len(self._cores) else None
         self._last = self._now()
 
     def read(self) -> Load:
         """The load since the last reading."""
         last, self._last = self._last, self._now()
         passed, busy, own, switches = (new - old for new, old in zip(self._last, last, strict=True))
-        return Load(max(0.0, (busy - own) / passed), switches / passed)
+        return Load(available_cores(), max(0.0, (busy - own) / passed), switches / passed)
 
     def _now(self) -> tuple[float, float, float, int]:
         """The time, busy seconds of the cores, processor seconds of this process, and its involuntary switches."""
-        import psutil
+        if self._group is None:
+            import psutil
 
-        cores = psutil.cpu_times(percpu=True)
-        busy = sum(one.user + one.nice + one.system for number, one in enumerate(cores) if number in self._cores)
+            cores = psutil.cpu_times(percpu=True)
+            busy = sum(one.user + one.nice + one.system for number, one in enumerate(cores) if number in self._cores)
+        else:
+            busy = _group_s(self._group)
         switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         return time.monotonic(), busy, time.process_time(), switches
+
+
+def _group_s(folder: Path) -> float:
+    """The processor seconds of a control group, of version 2 or 1."""
+    if (folder / "cpu.stat").exists() and "usage_usec" in (text := (folder / "cpu.stat").read_text()):
+        return int(dict(line.split() for line in text.splitlines())["usage_usec"]) / 1e6
+    usage = folder / "cpuacct.usage"  # it is there if both controllers are mounted together, as they usually are
+    return int(usage.read_text()) / 1e9 if usage.exists() else 0.0
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from train.crowding import Crowding, warning
     ],
 )
 def test_threads_without_a_core_of_their_own_are_noticed(others, interruptions, threads, cores, fit):
-    said = warning(Load(others, interruptions), threads, cores, 1.0)
+    said = warning(Load(cores, others, interruptions), threads, 1.0)
     assert (said is None) == (fit is None)
     if said is not None:
         assert f"{others:.1f} of {cores} cores" in said and f"{threads} threads" in said
@@ -29,11 +29,10 @@ def test_threads_without_a_core_of_their_own_are_noticed(others, interruptions, 
 
 
 def test_it_is_said_once_with_how_much_slower_the_steps_are(monkeypatch):
-    clock, load = [0.0], [Load(0.0, 1.0)]
+    clock, load = [0.0], [Load(2, 0.0, 1.0)]
     monkeypatch.setattr(crowding.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(crowding.LoadMeter, "_now", lambda self: (0.0, 0.0, 0.0, 0))
     monkeypatch.setattr(crowding.LoadMeter, "read", lambda self: load[0])
-    monkeypatch.setattr(crowding, "available_cores", lambda: 2)
     watching = Crowding(threads=2)
 
     def steps(seconds: float, count: int, px: int) -> list[str]:
@@ -47,7 +46,7 @@ def test_it_is_said_once_with_how_much_slower_the_steps_are(monkeypatch):
     clock[0] += 600.0  # an evaluation
     watching.pause()
     assert steps(4.0, 10, 64) == []  # larger images: as slow as it should be
-    load[0] = Load(1.0, 250.0)
+    load[0] = Load(2, 1.0, 250.0)
     (said,) = steps(12.0, 20, 64)
     assert "steps take 3.0 times as long as the first ones" in said and "interrupted 250 times a second" in said
     assert steps(12.0, 20, 32) == []

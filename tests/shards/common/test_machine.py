@@ -45,7 +45,7 @@ def test_the_limits_of_the_groups_above_count_too(tmp_path):
     of_process.write_text("4:memory:/x\n1:cpu,cpuacct:/jobs/mine\n0::/slice/job\n")
 
     def cores() -> int | None:
-        found = machine._container_cores(tmp_path, of_process)
+        found, _ = machine._container_cores(tmp_path, of_process)
         return None if found == sys.maxsize else found
 
     def limit(folder: str, quota: str, version: int = 2) -> None:
@@ -81,10 +81,35 @@ def test_the_load_is_what_others_use_on_the_cores_of_this_process(monkeypatch):
     meter = machine.LoadMeter()
     now |= {"time": 10.0, "own": 8.0, "switches": 500}
     now["cores"] = [core(4, 1, 2, 3, 0), core(10, 0, 0, 0, 0), core(5, 0, 1, 0, 4)]
-    assert meter.read() == machine.Load(others=0.5, interruptions=50.0)
+    assert meter.read() == machine.Load(2, others=0.5, interruptions=50.0)
     now |= {"time": 20.0, "own": 28.5}  # the clocks of cores and process are read one after the other
     now["cores"] = [core(14, 1, 2, 3, 0), core(10, 0, 0, 0, 0), core(15, 0, 1, 0, 4)]
-    assert meter.read() == machine.Load(others=0.0, interruptions=0.0)
+    assert meter.read() == machine.Load(2, others=0.0, interruptions=0.0)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_load_in_a_group_with_a_limit_is_that_of_the_group(monkeypatch, tmp_path, version):
+    now = {"time": 0.0, "own": 0.0}
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now["time"])
+    monkeypatch.setattr(machine.time, "process_time", lambda: now["own"])
+
+    def used(seconds: float) -> None:
+        usage = {
+            2: ("cpu.stat", f"usage_usec {seconds * 1e6:.0f}\nuser_usec 1"),
+            1: ("cpuacct.usage", f"{seconds * 1e9:.0f}"),
+        }
+        name, content = usage[version]
+        (tmp_path / name).write_text(content)
+
+    (tmp_path / "cpu.max").write_text("400000 100000")
+    used(100.0)
+    meter = machine.LoadMeter()
+    now |= {"time": 10.0, "own": 20.0}
+    used(135.0)
+    load = meter.read()
+    assert (load.cores, load.others) == (4, pytest.approx(1.5))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")

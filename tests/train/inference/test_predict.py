@@ -403,8 +403,7 @@ def test_predicting_with_a_resnet_imports_neither_timm_nor_the_compiler(runs, mi
 def test_threads_are_set_and_other_programs_on_their_cores_are_named_once(runs, mixed, monkeypatch, capsys):
     own = torch.get_num_threads()
     monkeypatch.setattr("train.crowding.LOOK_S", 0.0)
-    monkeypatch.setattr("train.crowding.LoadMeter.read", lambda self: Load(1.0, 300.0))
-    monkeypatch.setattr("train.crowding.available_cores", lambda: 2)
+    monkeypatch.setattr("train.crowding.LoadMeter.read", lambda self: Load(2, 1.0, 300.0))
     try:
         for threads in (2, 1):
             predict_here("--run", runs["quick"], "--device", "cpu", "--threads", threads, "--batch-size", 1, mixed)

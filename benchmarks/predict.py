@@ -118,6 +118,7 @@ def evaluation(job: PredictJob, selection: "Selection") -> Callable[[], int]:
     net = models.build(about.model, about.resolution, len(about.classes), about.mean, about.std)
     net.body.load_state_dict(read_weights(job.run / WEIGHTS).state)
     net = net.to(device)
+    models.lay_out(net, "auto", device)
     batch_size = full_batches(len(selection), job.images.batch_size)
     loader = Loader(selection, batch_size=batch_size, resolution=about.resolution, train=False, device=device)
     world = World(device=device)

@@ -251,6 +251,7 @@ def _step(style: str, job: TrainingJob, device: "torch.device") -> Step:
     data = ShardSet(prepared(SHARDS_JPG, job.images) / "set")
     manifest, images = data.manifest, job.images
     net = models.build(job.model, images.resolution_px, 7, manifest.mean, manifest.std).to(device).train()
+    models.lay_out(net, "auto", device)
     if style.startswith(EAGER):
         return _usual_step(net, job.model, precision_of(style, device), device, (manifest.mean, manifest.std))
     config = Config(model=job.model, data=str(data.path), batch_size=images.batch_size, resolution=images.resolution_px)

@@ -12,6 +12,7 @@ from shards.common.errors import DataError, UsageError
 
 LOSSES = ("logit-adjusted", "class-weighted", "plain")
 NORMALIZE = ("auto", "data", "imagenet", "half")
+MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("auto", "on", "off")
 ENGINES = ("auto", "native", "dali", "resident")
@@ -127,6 +128,12 @@ class Config:
         "auto",
         "Number format of the matrix products: {choices}. auto takes the fastest, fp32 is the most exact.",
         choices=PRECISIONS,
+    )
+    memory_format: str = _option(
+        "auto",
+        "Layout of images and weights in memory: {choices}. contiguous is slower; auto takes it where channels-last is "
+        "unsafe.",
+        choices=MEMORY_FORMATS,
     )
     compile: str = _option(
         "auto",
@@ -254,7 +261,7 @@ def check_batch(batch_size: int, family: str, processes: int = 1) -> None:
         raise UsageError(f"--batch-size {batch_size}{shared}: {why}; choose {least} or more")
 
 
-_ADDED = ("threads", "normalize")
+_ADDED = ("threads", "normalize", "memory_format")
 """Fields that the files of older releases lack; they have their defaults then."""
 
 

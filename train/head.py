@@ -23,9 +23,10 @@ class InputHead(nn.Module):
         # not in the state dict: model files hold the network alone, and keep mean and std in their metadata
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+        self.memory_format = torch.channels_last
 
     def forward(self, images: Tensor, colour: Tensor) -> Tensor:
-        """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → (N, 3, H, W) float32; both channels-last."""
+        """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → (N, 3, H, W) float32 in `memory_format`."""
         scale = colour[:, :, :3] / (255.0 * self.std)[:, None]
         shift = ((colour[:, :, 3] - self.mean) / self.std)[:, :, None, None]
         pixels = images.float()
@@ -33,4 +34,4 @@ class InputHead(nn.Module):
         for channel in range(3):
             # elementwise, because TF32 and autocast would make a matrix product less precise
             out = torch.addcmul(out, pixels[:, channel, None], scale[:, :, channel, None, None])
-        return out.contiguous(memory_format=torch.channels_last)
+        return out.contiguous(memory_format=self.memory_format)

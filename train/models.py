@@ -265,6 +265,40 @@ def _timm_norm(config: dict[str, Any]) -> tuple[Norm, str]:
     return (tuple(config["mean"]), tuple(config["std"])), f"that of timm's {name}{other}"
 
 
+# ------------------------------------------------------------------ layout in memory
+
+
+def lay_out(net: Classifier, wanted: str, device: torch.device) -> Decision:
+    """Give a network and its input the layout `wanted`, one of `config.MEMORY_FORMATS`, for a device; which, and why.
+
+    `auto` is channels-last, except on a CPU where PyTorch would write beyond its memory.
+    """
+    unsafe = _unsafe_convolution(net.body) if device.type == "cpu" else None
+    if wanted != "auto":
+        decision = Decision(wanted, "asked for")
+    elif unsafe:
+        decision = Decision("contiguous", f"PyTorch damages its memory in {unsafe} when it is channels-last on a CPU")
+    else:
+        decision = Decision("channels-last", "the usual layout")
+    net.head.memory_format = torch.channels_last if decision.value == "channels-last" else torch.contiguous_format
+    net.to(memory_format=net.head.memory_format)  # pyright: ignore[reportCallIssue]
+    return decision
+
+
+def _unsafe_convolution(body: nn.Module) -> str | None:
+    """The name of the first 1×1 convolution with a stride and few input channels, as in RepVGG and FastViT.
+
+    In float32 and channels-last it damages the heap on a CPU (https://github.com/pytorch/pytorch/issues/136348). With
+    torch 2.14, training steps crashed with 1 to 15 channels; not with 16, with one group per channel, or in bfloat16.
+    """
+    for name, layer in body.named_modules():
+        if not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or max(layer.stride) == 1:
+            continue
+        if layer.in_channels < 16 and layer.groups != layer.in_channels:
+            return name
+    return None
+
+
 # ------------------------------------------------------------------ parameters and cost
 
 

@@ -19,6 +19,7 @@ import click
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
 from shards.common.files import encoded, growing_file
+from train.config import MEMORY_FORMATS
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
@@ -57,6 +58,12 @@ from shards.common.files import encoded, growing_file
     help="Folder for the PNG files of --explain. Files of the same name are replaced.",
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")
+@click.option(
+    "--memory-format",
+    default="auto",
+    type=click.Choice(MEMORY_FORMATS),
+    help="Layout of images and weights. contiguous is slower; auto takes it where channels-last is unsafe.",
+)
 @click.option("--batch-size", default=32, type=click.IntRange(1), help="Images in a batch. More take more memory.")
 @click.option(
     "--threads",
@@ -75,6 +82,7 @@ def main(
     explain: bool,
     explain_out: Path,
     device: str,
+    memory_format: str,
     batch_size: int,
     threads: int | None,
 ) -> int:
@@ -111,7 +119,9 @@ def main(
             from train.inference.predictor import Predictor, predict_files
 
             crowding = Crowding(int(devices.use_threads(threads).value))
-            predictor = Predictor(folder, device)
+            predictor = Predictor(folder, device, memory_format)
+        if predictor.memory_format.value == "contiguous":
+            click.echo(f"memory format: contiguous ({predictor.memory_format.reason})", err=True)
         explainer = None
         if explain:
             from train.inference.explain import Explainer

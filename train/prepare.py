@@ -31,8 +31,8 @@ class Run:
     """Everything that takes part in one run.
 
     selections, loaders: by split. class_counts: training images of each class. total: optimizer steps of the whole run.
-    sizes: resolution of each epoch, px. chosen: what `auto` chose for engine, precision and threads, and what the
-    network starts from.
+    sizes: resolution of each epoch, px. chosen: what `auto` chose for engine, precision, layout and threads, and what
+    the network starts from.
     """
 
     config: Config
@@ -148,6 +148,7 @@ def prepare(
     chosen = {
         "engine": engine,
         "precision": precision,
+        "memory_format": workspace.memory_format,
     }
     return Run(
         config=config,

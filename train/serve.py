@@ -26,6 +26,7 @@ import click
 from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError, one_line
 from shards.common.machine import available_cores
+from train.config import MEMORY_FORMATS
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -59,6 +60,12 @@ _STARTED = time.perf_counter()
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")
 @click.option(
+    "--memory-format",
+    default="auto",
+    type=click.Choice(MEMORY_FORMATS),
+    help="Layout of images and weights. contiguous is slower; auto takes it where channels-last is unsafe.",
+)
+@click.option(
     "--threads",
     type=click.IntRange(1),
     show_default="the cores",
@@ -78,6 +85,7 @@ def main(
     max_upload_mb: int,
     hosts: tuple[str, ...],
     device: str,
+    memory_format: str,
     threads: int | None,
 ) -> int:
     """Serve a web page on this machine that predicts images. Research software, not a medical device.
@@ -97,12 +105,18 @@ def main(
         for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):  # nothing here leaves this machine
             os.environ.pop(name, None)
             os.environ.pop(name.upper(), None)
-        serve(folder, data, listener, max_upload_mb, map(host_name, hosts), device)
+        serve(folder, data, listener, max_upload_mb, map(host_name, hosts), device, memory_format)
     return 0
 
 
 def serve(
-    folder: Path, data: Path | None, listener: socket.socket, max_upload_mb: int, hosts: Iterable[str], device: str
+    folder: Path,
+    data: Path | None,
+    listener: socket.socket,
+    max_upload_mb: int,
+    hosts: Iterable[str],
+    device: str,
+    memory_format: str = "auto",
 ) -> None:
     """Serve until Ctrl-C. Raises DermscaleError if the run cannot be loaded.
 
@@ -111,7 +125,7 @@ def serve(
     from train.inference import worker
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        starting = process.submit(worker.start, folder, data, device)
+        starting = process.submit(worker.start, folder, data, device, memory_format)
         _import_gradio()  # while the other process imports torch
         from train.inference import page
         from train.inference.guard import Guard

@@ -14,6 +14,7 @@ from train import models
 from train.checkpoint import seed_torch
 from train.compiling import Compilation
 from train.config import Config
+from train.device import Decision
 from train.distributed import World
 from train.models import Classifier
 
@@ -27,6 +28,7 @@ class Workspace:
         """Engines of the open sets."""
         self._key: tuple[Any, ...] = ()
         self._net: Classifier | None = None
+        self.memory_format = Decision("channels-last", "nothing is trained yet")
         self.compilation = Compilation()
         """Compiled code of the network."""
         self.warned: set[str] = set()
@@ -62,7 +64,8 @@ class Workspace:
         )
         norm = (fresh.head.mean.tolist(), fresh.head.std.tolist())
         ramp = config.start_resolution not in (None, config.resolution)
-        key = (config.model, config.resolution, ramp, config.sync_batch_norm, str(world.device), str(norm))
+        layout = config.memory_format
+        key = (config.model, config.resolution, ramp, config.sync_batch_norm, str(world.device), str(norm), layout)
         if world.size == 1 and key == self._key and self._net is not None:
             self._net.load_state_dict(fresh.state_dict())
             self._net.decisions = fresh.decisions
@@ -73,6 +76,7 @@ class Workspace:
         if config.sync_batch_norm and world.size > 1:
             devices.sync_batch_norm(fresh)
         self._key, self._net = key, fresh.to(world.device).train()
+        self.memory_format = models.lay_out(self._net, config.memory_format, world.device)
         return self._net
 
     def close(self) -> None:

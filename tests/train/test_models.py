@@ -81,6 +81,29 @@ def test_layout_is_channels_last() -> None:
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "wanted", "expected"),
+    [
+        ("repvgg_a0", "cpu", "auto", "contiguous"),
+        ("fastvit_t8", "cpu", "auto", "contiguous"),
+        ("repvgg_a0", "cuda", "auto", "channels-last"),
+        ("repvgg_a0", "cpu", "channels-last", "channels-last"),
+        ("test_resnet", "cpu", "auto", "channels-last"),
+        ("resnet18", "cpu", "auto", "channels-last"),  # has strided 1×1 convolutions, of 64 channels and more
+        ("test_resnet", "cpu", "contiguous", "contiguous"),
+    ],
+)
+def test_a_network_that_pytorch_cannot_run_channels_last_on_a_cpu_is_contiguous(name, device, wanted, expected) -> None:
+    net = build(name, 64)
+    decision = models.lay_out(net, wanted, torch.device(device))
+    layout = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}[expected]
+    assert decision.value == expected
+    assert all(p.is_contiguous(memory_format=layout) for p in net.parameters() if p.ndim == 4)
+    images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    assert net.head(images, torch.eye(3, 4).repeat(2, 1, 1)).is_contiguous(memory_format=layout)
+    assert ("conv" in decision.reason) == (wanted == "auto" and expected == "contiguous")
+
+
 # ------------------------------------------------------------------ weights in files
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from shards.common.errors import UsageError
 from tests.support.train_runs import at, small
+from train.config import read_config
+from train.inference.predictor import Predictor
 from train.loop import train_once
 from train.record import RunFolder
 
@@ -82,3 +85,25 @@ def test_the_line_for_a_full_disk_names_the_run_where_the_system_names_no_file(t
     with pytest.raises(OSError, match="No space left") as error:
         train_once(small(tiny_shards, checkpoint_s=1e6), out, stop=at(2, fill_up))
     assert str(error.value.filename).startswith(str(out))
+
+
+def test_the_layout_is_logged_recorded_and_part_of_what_a_run_was_started_with(tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.models._unsafe_convolution", lambda body: "conv1")
+    train_once(small(tiny_shards, epochs=1), tmp_path / "run")
+    decided = json.loads((tmp_path / "run" / "environment.json").read_text())["decisions"]["memory_format"]
+    assert decided["value"] == "contiguous" and "conv1" in decided["reason"]
+    told = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "memory_format: " in line]
+    assert len(told) == 1 and f"contiguous ({decided['reason']})" in told[0]
+    predictor = Predictor(tmp_path / "run", "cpu")
+    assert predictor.memory_format.value == "contiguous"
+    assert Predictor(tmp_path / "run", "cpu", "channels-last").memory_format.value == "channels-last"
+    with pytest.raises(UsageError, match="memory_format: auto, now channels-last"):
+        train_once(small(tiny_shards, epochs=1, memory_format="channels-last"), tmp_path / "run", resume=True)
+
+
+def test_a_run_of_before_the_option_goes_on(tmp_path):
+    config = small(tmp_path)
+    old = config.to_dict()
+    del old["memory_format"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert read_config(tmp_path / "config.json") == config

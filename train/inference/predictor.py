@@ -121,7 +121,7 @@ def _why_without_weights(run: Path) -> str:
 
 
 def load_network(run: Path, about: About) -> "Classifier":
-    """The network on the CPU, channels-last, in evaluation mode. Raises DataError if the weights do not fit."""
+    """The network on the CPU, in evaluation mode. Raises DataError if the weights do not fit."""
     from train import models
     from train.head import InputHead
 
@@ -132,19 +132,25 @@ def load_network(run: Path, about: About) -> "Classifier":
     else:
         net = models.build(about.model, about.resolution, len(about.classes), about.mean, about.std)
     load_fitting(net.body, weights, assign=quick)
-    return net.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+    return net.eval()
 
 
 class Predictor:
     """Images → logits → probabilities. `prepare` may run in many threads, all other methods in one at a time."""
 
-    def __init__(self, run: Path, device: str = "auto") -> None:
-        """Load the run. Switches off OpenCV's own threads in this process. Raises DataError or UsageError."""
+    def __init__(self, run: Path, device: str = "auto", memory_format: str = "auto") -> None:
+        """Load the run. Switches off OpenCV's own threads in this process. Raises DataError or UsageError.
+
+        memory_format: one of `config.MEMORY_FORMATS`; what it decided is the attribute of this name.
+        """
         self.about = read_about(run)
         self.device = devices.choose(device)
         devices.prepare(self.device)
         cv2.setNumThreads(0)
+        from train import models
+
         self.net = load_network(run, self.about).to(self.device)
+        self.memory_format = models.lay_out(self.net, memory_format, self.device)
         self.augment = Augment(eval_crop=self.about.eval_crop)
         self._colour = torch.eye(3, 4, device=self.device)[None]
 

@@ -51,12 +51,14 @@ _sessions: list[_Session] = []
 """Empty, or the one session: the pool calls plain functions, which can keep it nowhere else."""
 
 
-def start(run: Path, data: Path | None, device: str) -> "tuple[About, str]":
+def start(run: Path, data: Path | None, device: str, memory_format: str = "auto") -> "tuple[About, str]":
     """Load the run, and compute the features of its training images in a thread. Raises DataError or UsageError.
 
     Returns the run's description, and the source of its training images with their licence. Without the run's shard set
     there are no similar lesions, and the page says why.
     """
+    import click
+
     from shards.common.cli import importing
     from shards.common.errors import DermscaleError
 
@@ -64,7 +66,10 @@ def start(run: Path, data: Path | None, device: str) -> "tuple[About, str]":
     with importing():
         from train.inference.predictor import Predictor
 
-        session = _Session(Predictor(run, device))
+        session = _Session(Predictor(run, device, memory_format))
+    layout = session.predictor.memory_format
+    if layout.value == "contiguous":
+        click.echo(f"memory format: contiguous ({layout.reason})", err=True)
     credit = ""
     try:
         from train.inference.neighbours import Neighbours, training_selection

@@ -172,6 +172,9 @@ class Answers:
         recall = (counts[:, 1] / counts.sum(axis=1)).T
         return {"balanced_accuracy": recall.mean(axis=1), "recall": recall}
 
+    def values(self):
+        return {}
+
 
 def models_with_seeds(repeats, runs=3, seed_sd=0.03, resamples=300, seed=0):
     """Two models of runs that differ by seed: share of intervals of the mean difference that hold the true one, 0."""

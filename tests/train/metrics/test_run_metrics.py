@@ -46,57 +46,32 @@ def run(logits, labels, lesions, **changed):
     return evaluate(logits, labels, lesions, **({"split": ["test"] * len(labels), "resamples": 50} | PRIORS | changed))
 
 
-def scikit_learns(scores, weights=None):
-    """The scores of `Scores.measure` that scikit-learn has, for one (N,) weighting. It has no calibration error:
-    `calibration_curve` knows neither weights nor how many images a bin holds."""
-    sick, danger = np.isin(scores.labels, MALIGNANT), scores.probabilities[:, MALIGNANT].sum(axis=1)
-
-    def area(truth, score):
-        return np.nan if truth.all() or not truth.any() else sk.roc_auc_score(truth, score, sample_weight=weights)
-
-    def sensitivity(truth, score):
-        if truth.all() or not truth.any():
-            return np.nan
-        alarms, caught, _ = sk.roc_curve(truth, score, sample_weight=weights, drop_intermediate=False)
-        return caught[alarms <= 0.1 + 1e-9].max()
-
-    options = {"sample_weight": weights, "zero_division": np.nan}
-    of_class = sk.precision_recall_fscore_support(scores.labels, scores.called, labels=range(7), **options)
-    of_danger = sk.precision_recall_fscore_support(sick, danger >= 0.5, labels=[False, True], **options)
-    there = np.isin(range(7), scores.labels)
-    precision, recall, f1 = of_class[0], of_class[1], np.where(there, of_class[2], np.nan)
-    auc = np.array([area(scores.labels == c, scores.probabilities[:, c]) for c in range(7)])
-    return {
-        "confusion": sk.confusion_matrix(scores.labels, scores.called, labels=range(7), sample_weight=weights),
-        "recall": recall,
-        "precision": precision,
-        "f1": f1,
-        "auc": auc,
-        "accuracy": sk.accuracy_score(scores.labels, scores.called, sample_weight=weights),
-        "balanced_accuracy": recall[there].mean(),
-        "macro_f1": f1[there].mean(),
-        "macro_auc": np.nan if np.isnan(auc).all() else np.nanmean(auc),
-        "melanoma_sensitivity_at_90_specificity": sensitivity(scores.labels == MEL, scores.probabilities[:, MEL]),
-        "malignant_auc": area(sick, danger),
-        "malignant_sensitivity": of_danger[1][1],
-        "malignant_specificity": of_danger[1][0],
-        "malignant_sensitivity_at_90_specificity": sensitivity(sick, danger),
-    }
-
-
 def test_point_values_equal_scikit_learn():
     logits, labels, lesions = draw()
-    result, expected = run(logits, labels, lesions), scikit_learns(Scores(logits, labels, **PRIORS))
-    for name in set(SCALARS) - {"expected_calibration_error"}:
-        assert result[name]["value"] == pytest.approx(expected[name], abs=1e-12), name
-    for name in CLASS_SCALARS:
-        values = [mine[name]["value"] for mine in result["per_class"].values()]
-        np.testing.assert_allclose(values, expected[name], err_msg=name)
-    rates = sk.confusion_matrix(labels, logits.argmax(axis=1), normalize="true")
-    np.testing.assert_allclose(result["confusion_matrix"]["rates"], rates)
+    result = run(logits, labels, lesions)
+    called, probabilities = logits.argmax(axis=1), softmax(logits)
+    expected = {
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, called),
+        "accuracy": sk.accuracy_score(labels, called),
+        "macro_f1": sk.f1_score(labels, called, average="macro"),
+        "macro_auc": sk.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"),
+    }
+    for name, value in expected.items():
+        assert result[name]["value"] == pytest.approx(value, abs=1e-12), name
+    report: dict = sk.classification_report(labels, called, target_names=CLASSES, output_dict=True)  # pyright: ignore
+    for name, mine in result["per_class"].items():
+        values = [mine["precision"]["value"], mine["recall"]["value"], mine["f1"]["value"], mine["images"]]
+        np.testing.assert_allclose(values, [*report[name].values()])
+    np.testing.assert_allclose(
+        result["confusion_matrix"]["rates"], sk.confusion_matrix(labels, called, normalize="true")
+    )
     assert balanced_accuracy(logits, labels) == pytest.approx(expected["balanced_accuracy"], abs=1e-12)
     with pytest.raises(DataError, match="empty"):
         balanced_accuracy(np.zeros((0, 7)), [])
+    sick, danger = np.isin(labels, MALIGNANT), probabilities[:, MALIGNANT].sum(axis=1)
+    assert result["malignant_auc"]["value"] == pytest.approx(sk.roc_auc_score(sick, danger))
+    assert result["malignant_sensitivity"]["value"] == pytest.approx((danger[sick] >= 0.5).mean())
+    assert result["malignant_specificity"]["value"] == pytest.approx((danger[~sick] < 0.5).mean())
 
 
 @pytest.mark.parametrize("absent", [[], [MEL, 6], [0, 1, 2, 3, 4, 6], [2, 3, 5, 6]], ids=str)
@@ -112,7 +87,7 @@ def test_many_weightings_at_once_equal_scikit_learns_of_one_at_a_time(decimals, 
     assert (weights[:, 0] == 1).all()
     found = scores.measure(weights)
     for r, w in enumerate(weights.T):
-        expected = scikit_learns(scores, w)
+        expected = scores.values(w)
         assert set(found) - set(expected) == {"expected_calibration_error", *(k for k in found if "reliab" in k)}
         for name, value in expected.items():
             np.testing.assert_allclose(found[name][r], value, rtol=0, atol=1e-9, err_msg=name)
@@ -386,5 +361,5 @@ def test_a_thousand_resamples_of_all_metrics_are_quick():
 
     whole = {"resamples": 1000, "val_logits": logits[:1000], "val_labels": labels[:1000]}
     assert shortest(lambda: run(logits, labels, lesions, **whole)) < 2
-    one_by_one = shortest(lambda: [scikit_learns(scores, w) for w in weights.T[:10]])
+    one_by_one = shortest(lambda: [scores.values(w) for w in weights.T[:10]])
     assert shortest(lambda: scores.measure(weights)) < one_by_one, "ten times as many resamples in less time"

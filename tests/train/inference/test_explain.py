@@ -166,6 +166,7 @@ def check_points_at_the_patch(body: Any, px: int, method: str) -> None:
     ("name", "px", "method", "arguments"),
     [
         ("test_resnet", 128, "Grad-CAM", {}),
+        ("resnet18", 128, "Grad-CAM", {}),
         ("test_efficientnet", 64, "occlusion", {}),
         ("test_resnet", 64, "occlusion", {}),
         ("test_convnext", 64, "occlusion", {}),
@@ -282,10 +283,14 @@ FAMILIES = [
 halonet, vgg) and without convmixer: untrained, it reacts to any change as strongly as to the patch."""
 
 
+LARGER = {"inception_v4": 128, "regnetx_002": 128, "res2next50": 96}
+"""Untrained, these lose a patch of 8 px in layers of few places."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_map_of_each_family_of_timm_points_at_the_patch(name):
-    for px in (64, 96, 128, 224, 240):
+    for px in (LARGER[name],) if name in LARGER else (64, 96, 128, 224, 240):
         try:
             models.check_resolution(name, px)
             break

@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.monitor import HZ, MOST_CORE_SHARE, Sampler, reader_of
 from shards import Batch, Loader, Selection, ShardSet
 from shards.common.errors import DermscaleError
+from shards.common.kept import file_of
 from shards.common.machine import available_cores
 from shards.engines import Engine, Request, selfcheck
 from shards.engines.dali import DaliEngine
@@ -181,7 +182,7 @@ def make_engine(name: str, contents: str, selection: Selection, device: torch.de
 def _self_check(contents: str, variant: str, context: Context) -> Found:
     """The check that `auto` makes in its own process, without its cached result."""
     selection, device = context.selection(contents, "train"), context.device
-    selfcheck.cache_file(selfcheck.key_of(selection.data, device, variant, selection.samples)).unlink(missing_ok=True)
+    file_of("dali", selfcheck.key_of(selection.data, device, variant, selection.samples)).unlink(missing_ok=True)
     passed, reason = selfcheck.check(selection, device, variant)
     return passed, {"reason": reason}
 

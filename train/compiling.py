@@ -11,11 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shards.common import kept
 from shards.common.errors import one_line
 from shards.order import rank_slice
 from train import device as devices
@@ -31,10 +33,19 @@ COST_S = {"cpu": (0.0, 3.5), "cuda": (10.0, 0.5)}
 of ResNet-18 took 74 s on two CPU cores, and 21 s for an H100 with 16 cores; the 50 of ViT-B/16, many of them alike,
 took 23 s for the H100."""
 
-MOST_COST = {"cpu": 0.05, "cuda": 0.2}
-"""Compiling may cost this share of the uncompiled training time. On a CPU it may gain nothing (AlexNet was faster
-without it), so it has to be almost free. On an H100, with batches of 64, it more than halved the training time of
-ResNet-18 and ViT-B/16 (`benchmarks/results/gpu`); larger batches gain less."""
+GAIN = {"cpu": 0.1, "cuda": 0.5}
+"""Share of the uncompiled training time that compiled steps are expected to save, until they are timed here. On an
+H100 they saved 66 % of ResNet-18's time and 36 % of ViT-B/16's on one cached batch (`benchmarks/results/gpu`). On CPUs
+they saved about 10 % at equal precision; AlexNet was faster without (docs/speed.md)."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What compiling one network costs and saves on this machine: seconds of a step, and of compiling for one size."""
+
+    eager_s: float
+    compiled_s: float
+    compile_s: float
 
 
 class Compilation:
@@ -75,11 +86,15 @@ class Compilation:
             if config.compile != "auto" or self._earlier is None:
                 layers = models.depth(step.net) * len(set(sizes))  # each size is compiled on its own
                 steps = total * pixel_share(config, len(sizes)) + self.images_ahead / config.batch_size
+                images = _own_images(config, world)
+                trial = recall(step, config, images, world) if config.compile == "auto" else None
+                self._timed = trial is not None
                 self._earlier = choose(
                     config.compile,
                     layers,
                     step.device,
-                    lambda: steps * step_s(step, _own_images(config, world), config.resolution),
+                    lambda: steps * (trial.eager_s if trial else step_s(step, images, config.resolution)),
+                    trial,
                 )
             return self._earlier
 
@@ -104,9 +119,9 @@ class Compilation:
                 failed = error
             if world.sum(torch.tensor(float(failed is not None), device=step.device)):
                 raise failed or RuntimeError("it failed in another process")
-            if step.device.type == "cpu" and config.compile == "auto" and not self._recorded and not self._timed:
-                images = _own_images(config, world)
-                self.decision = self._earlier = world.from_first(lambda: faster(step, images, config.resolution))
+            if config.compile == "auto" and not self._recorded and not self._timed:
+                compile_s = (time.perf_counter() - began) / len(sizes)
+                self.decision = self._earlier = world.from_first(lambda: tried(step, config, world, compile_s))
                 self._timed = True
         except (RuntimeError, OSError) as error:  # of TorchDynamo and Inductor; of a compiler that is missing
             if devices.is_out_of_memory(error):
@@ -141,11 +156,14 @@ def _own_images(config: Config, world: World) -> int:
 # ------------------------------------------------------------------ the rule
 
 
-def choose(wanted: str, layers: int, device: torch.device, eager_run_s: Callable[[], float]) -> Decision:
+def choose(
+    wanted: str, layers: int, device: torch.device, eager_run_s: Callable[[], float], trial: Trial | None = None
+) -> Decision:
     """`on` or `off`, and why. wanted: `auto`, `on` or `off`.
 
     layers: how many are compiled, counted once for each size. eager_run_s: estimates the training time without
-    compiling. `auto` compiles if that costs a small share of it; on a CPU `faster` checks that afterwards.
+    compiling. trial: of this network on this machine, if there was one. `auto` compiles if that saves more time than it
+    costs; `tried` checks that afterwards.
     """
     if wanted == "off":
         return Decision("off", "asked for")
@@ -153,13 +171,16 @@ def choose(wanted: str, layers: int, device: torch.device, eager_run_s: Callable
         return Decision("off", "no C++ compiler found (g++, c++ or clang++ on PATH, or CXX)")
     if wanted == "on":
         return Decision("on", "asked for")
-    kind = device.type if device.type in MOST_COST else "cpu"
+    kind = device.type if device.type in GAIN else "cpu"
     start_s, layer_s = COST_S[kind]
-    eager_s, cost_s, most = eager_run_s(), start_s + layer_s * layers, MOST_COST[kind]
-    estimate = f"compiling takes about {cost_s:.0f} s and training without it about {eager_s:.0f} s"
-    if cost_s > most * eager_s:
-        return Decision("off", f"{estimate}: more than {100 * most:.0f} % of it")
-    return Decision("on", estimate)
+    eager_s, cost_s, gain, source = eager_run_s(), start_s + layer_s * layers, GAIN[kind], "expected"
+    if trial is not None:
+        cost_s, gain, source = trial.compile_s, 1 - trial.compiled_s / trial.eager_s, "measured here before"
+    reason = (
+        f"compiling takes about {cost_s:.0f} s and saves about {gain * eager_s:.0f} s of the {eager_s:.0f} s "
+        f"without it ({source})"
+    )
+    return Decision("on" if gain * eager_s > cost_s else "off", reason)
 
 
 def compiler() -> str | None:
@@ -173,8 +194,40 @@ def compiler() -> str | None:
 # ------------------------------------------------------------------ passes on a batch of noise
 
 
-def faster(step: TrainingStep, images: int, px: int) -> Decision:
-    """Compiled (`step.model`) or eager (`step.net`): time both in turns on batches of `images` images of `px`."""
+def tried(step: TrainingStep, config: Config, world: World, compile_s: float) -> Decision:
+    """Time compiled (`step.model`) and eager (`step.net`) steps, and keep the result for later runs on this machine.
+
+    compile_s: what compiling for one size took.
+    """
+    images = _own_images(config, world)
+    off, on = times(step, images, config.resolution)
+    kept.keep("compile", _key(step, config, images, world), asdict(Trial(off, on, compile_s)))
+    return Decision("on" if on < off else "off", f"a step takes {on:.3g} s compiled and {off:.3g} s without")
+
+
+def recall(step: TrainingStep, config: Config, images: int, world: World) -> Trial | None:
+    """The result of an earlier `tried`, of the same network, batch, software and processor."""
+    fields = {"eager_s": float, "compiled_s": float, "compile_s": float}
+    found = kept.recall("compile", _key(step, config, images, world), fields)
+    return None if found is None else Trial(**found)
+
+
+def _key(step: TrainingStep, config: Config, images: int, world: World) -> dict[str, Any]:
+    """Everything that a trial depends on."""
+    return {
+        "model": config.model,
+        "px": config.resolution,
+        "images": images,
+        "precision": step.precision,
+        "memory_format": config.memory_format,
+        "device": devices.describe(step.device),
+        "processes": world.size,
+        "torch": torch.__version__,
+    }
+
+
+def times(step: TrainingStep, images: int, px: int) -> tuple[float, float]:
+    """Seconds of a step of the network without compiling, and of `step.model`; timed in turns."""
     compiled, batch = step.model, example(images, px, step.device)
     seconds: dict[str, list[float]] = {"off": [], "on": []}
     with leaving_no_trace(step.net, step.device):
@@ -183,7 +236,7 @@ def faster(step: TrainingStep, images: int, px: int) -> Decision:
                 step.model = model
                 seconds[name].append(_backward_s(step, batch))
     off, on = (statistics.median(seconds[name][1:]) for name in ("off", "on"))
-    return Decision("on" if on < off else "off", f"a step takes {on:.3g} s compiled and {off:.3g} s without")
+    return off, on
 
 
 def step_s(step: TrainingStep, images: int, px: int) -> float:

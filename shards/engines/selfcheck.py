@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shards.common import kept
 from shards.common.errors import last_line
 
 if TYPE_CHECKING:
@@ -79,16 +80,16 @@ def check(
     check can take minutes.
     """
     key = key_of(selection.data, device, variant, selection.samples)
-    file = cache_file(key)
+    file = kept.file_of("dali", key)
     if file in _inconclusive:
         return False, f"{_inconclusive[file]} (found earlier in this process; the next process checks again)"
-    kept = read_verdict(file, key)
-    if kept is not None:
-        return kept[0], f"{kept[1]} (kept in {file})"
+    verdict = kept.recall("dali", key, {"passed": bool, "reason": str})
+    if verdict is not None:
+        return verdict["passed"], f"{verdict['reason']} (kept in {file})"
     passed, reason, conclusive = _ask_child(selection, device, variant, child, timeout_s)
     reason = f"{reason} on {key['gpu']}, driver {key['driver']}, DALI {key['versions']['nvidia-dali']}"
     if conclusive:
-        keep_verdict(file, key, passed, reason)
+        kept.keep("dali", key, {"passed": passed, "reason": reason})
     else:
         _inconclusive[file] = reason
     return passed, reason
@@ -255,35 +256,3 @@ def _driver_version(device: "torch.device") -> str:
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
         return "unknown"
-
-
-def cache_file(key: dict[str, Any]) -> Path:
-    """Where the verdict is kept: in $XDG_CACHE_HOME/dermscale, by default ~/.cache/dermscale."""
-    import xxhash
-
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "dermscale" / f"dali-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}.json"
-
-
-def read_verdict(file: Path, key: dict[str, Any]) -> tuple[bool, str] | None:
-    """The kept verdict on this key and its reason; None if there is none that can be read."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return (bool(kept["passed"]), str(kept["reason"])) if kept["key"] == key else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("%s: not readable (%s), checking again", file, error)
-        return None
-
-
-def keep_verdict(file: Path, key: dict[str, Any], passed: bool, reason: str) -> None:
-    """Write a verdict. If that fails, a warning says so and the next process checks again."""
-    from shards.common.files import write_durably
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        verdict = {"key": key, "passed": passed, "reason": reason}
-        write_durably(file, (json.dumps(verdict, indent=2, sort_keys=True) + "\n").encode())
-    except OSError as error:
-        _log.warning("%s: cannot be written (%s), so the next process checks again", file, error)

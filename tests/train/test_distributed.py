@@ -135,7 +135,7 @@ def check_parts(rank: int, ranks: int, port: int) -> None:
     for broken_in, timing in ((None, broken), (1, None)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Compilation, "_make_code", broken if rank == broken_in else lambda *_: None)
-            patch.setattr("train.compiling.faster", timing)
+            patch.setattr("train.compiling.tried", timing)
             compilation, step = Compilation(), SimpleNamespace(device=torch.device("cpu"), net="eager", model="code")
             compilation.decision = Decision("on", "it pays")
             compilation.compile(step, small(Path("data"), compile="auto"), [32], world, Silent())  # type: ignore[arg-type]

@@ -217,7 +217,7 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_its_decisions(
         pytest.fail("decided again")
 
     monkeypatch.setattr("train.compiling.choose", again)
-    monkeypatch.setattr("train.compiling.faster", again)
+    monkeypatch.setattr("train.compiling.tried", again)
     monkeypatch.setattr("train.compiling.warm_up", lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda net, **_: net)
     try:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from shards.engines import choose, native, selfcheck
+from shards.common import kept
+from shards.engines import choose, native, resident, selfcheck
 
 CPU = torch.device("cpu")
 AGREES = {"jpg": {"mean": 0.1, "max": 1.0, "within_4": 1.0}}
@@ -120,6 +121,7 @@ def test_a_failure_that_says_nothing_of_the_decoder_is_kept_for_this_process_alo
 
 def test_every_loader_of_a_process_gets_the_engine_of_the_first(shard_sets, monkeypatch):
     monkeypatch.setattr(choose, "_check_device", lambda device: None)
+    monkeypatch.setattr(resident, "free_bytes", lambda device: 0)
     monkeypatch.setattr(native, "NativeEngine", lambda *_: None)
     monkeypatch.setattr(selfcheck, "_gpu_name", lambda device: "a GPU")
     monkeypatch.setattr(selfcheck, "_driver_version", lambda device: "1")
@@ -156,11 +158,11 @@ def test_a_verdict_hangs_on_gpu_driver_versions_variant_and_packing(shard_sets, 
         patch.setattr(selfcheck, "_driver_version", lambda device: "580.1")
         others.append(key_of(data))
     others.append(key | {"versions": key["versions"] | {"nvidia-dali": "2.5.0"}})
-    files = {selfcheck.cache_file(one) for one in [key, *others]}
+    files = {kept.file_of("dali", one) for one in [key, *others]}
     assert len(files) == 6
-    selfcheck.keep_verdict(selfcheck.cache_file(key), key, True, "agreed")
-    assert selfcheck.read_verdict(selfcheck.cache_file(key), key) == (True, "agreed")
-    assert selfcheck.read_verdict(selfcheck.cache_file(key), others[0]) is None
+    kept.keep("dali", key, {"passed": True, "reason": "agreed"})
+    assert kept.recall("dali", key, {"passed": bool, "reason": str}) == {"passed": True, "reason": "agreed"}
+    assert kept.recall("dali", key, {"passed": str}) is kept.recall("dali", others[0], {"passed": bool}) is None
 
 
 def test_a_verdict_hangs_on_the_encodings_that_were_checked(shard_sets):
@@ -178,11 +180,11 @@ def test_a_damaged_or_unwritable_cache_means_another_check(shard_sets, cache, ca
     selection = shard_sets["jpg"].select("train")
     key = selfcheck.key_of(selection.data, CPU, "region", selection.samples)
     cache.mkdir(parents=True)
-    selfcheck.cache_file(key).write_text('{"key":')
+    kept.file_of("dali", key).write_text('{"key":')
     with caplog.at_level(logging.WARNING, logger="shards"):
         assert selfcheck.check(selection, CPU, "region", child=answers(AGREES))[0]
-        assert "checking again" in caplog.text
-        assert json.loads(selfcheck.cache_file(key).read_text())["passed"] is True
+        assert "found out again" in caplog.text
+        assert json.loads(kept.file_of("dali", key).read_text())["passed"] is True
         for file in cache.iterdir():
             file.unlink()
         cache.rmdir()

@@ -21,7 +21,7 @@ from train.metrics.calibration import (
     prior_weights,
     softmax,
 )
-from train.metrics.run_metrics import CLASS_SCALARS, SCALARS, evaluate, flatten
+from train.metrics.run_metrics import SCALARS, evaluate, flatten
 from train.metrics.scores import Scores, balanced_accuracy, check_test
 
 HAM_COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])

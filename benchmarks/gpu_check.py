@@ -83,7 +83,7 @@ def run_checks(
     type=click.Path(path_type=Path, dir_okay=False),
     help=f"Evidence file. An older one is replaced.  [default: {FOLDER}/<gpu>.json]",
 )
-@click.option("--device", "device_name", default="cuda", show_default=True, help="cuda or cuda:N.")
+@click.option("--device", "device_name", default="cuda", show_default=True, help="The GPU to check: cuda or cuda:N.")
 def main(out: Path | None, device_name: str) -> int:
     """Check everything on a GPU and write the results to a file of evidence."""
     import torch

@@ -89,8 +89,21 @@ def training_options(models: Sequence[str] = (), quick: Sequence[str] = ()) -> l
     """The options of the benchmarks that train, with their defaults. models: none for all eight."""
     model = {"default": tuple(models), "quick": tuple(quick or models), "shown": " ".join(models) or "all eight"}
     return [
-        quick_option("--model", "models", kind=str, text="Repeatable.", multiple=True, **model),
-        click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images per step."),
+        quick_option(
+            "--model",
+            "models",
+            kind=str,
+            text="Model to train; each takes its own time. Repeatable.",
+            multiple=True,
+            **model,
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1),
+            default=16,
+            show_default=True,
+            help="Images per step. More take more memory.",
+        ),
         DEVICE,
     ]
 

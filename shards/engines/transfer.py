@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+_MOST_COPIES = 4
+"""Copies under way at once. A buffer is page-locked memory: 154 MB for 1,024 images of 224 px."""
+
 
 def pinned_buffer(shape: tuple[int, ...]) -> np.ndarray:
     """Page-locked host memory as a uint8 array, from which CUDA copies without waiting."""
@@ -16,16 +19,16 @@ def to_device(buffers: Iterable[np.ndarray], device: str) -> Iterator[torch.Tens
     """Copy pinned (n, S, S, 3) uint8 buffers to `device` on a separate stream; yields (n, 3, S, S) channels-last.
 
     The copy of a batch starts one batch before it is yielded, so that it overlaps the step before. The consumer's
-    stream waits for it on the device; the host waits only when this generator ends. A buffer is kept until its copy
-    is done.
+    stream waits for it on the device; the host waits only at the end, and for the oldest of too many copies. A buffer
+    is kept until its copy is done.
     """
     copies = torch.cuda.Stream(device)
     busy: deque[tuple[np.ndarray, torch.cuda.Event]] = deque()
     waiting: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
     try:
         for buffer in buffers:
-            while busy and busy[0][1].query():
-                busy.popleft()
+            while busy and (len(busy) >= _MOST_COPIES or busy[0][1].query()):
+                busy.popleft()[1].synchronize()
             with torch.cuda.stream(copies):
                 images = torch.from_numpy(buffer).to(device, non_blocking=True)
                 done = torch.cuda.Event()

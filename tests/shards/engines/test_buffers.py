@@ -71,8 +71,8 @@ def copies(monkeypatch) -> list[Copy]:
     return Copy.made
 
 
-def buffers(broken: bool = False) -> Iterator[np.ndarray]:
-    for _ in range(4):
+def buffers(broken: bool = False, count: int = 4) -> Iterator[np.ndarray]:
+    for _ in range(count):
         yield np.zeros((2, 8, 8, 3), np.uint8)
     if broken:
         raise ValueError("damaged")
@@ -89,6 +89,15 @@ def test_copies_are_waited_for_where_the_consumer_stops_early(copies):
     assert [copy.done for copy in copies] == [False] * 2  # meanwhile the host waits for none
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert [copy.done for copy in copies] == [True] * 2
+
+
+def test_only_so_many_buffers_are_held_by_copies(copies):
+    batches = transfer.to_device(buffers(count=9), "cpu")
+    for number in range(1, 8):
+        next(batches)
+        begun = number + 1
+        assert [copy.done for copy in copies] == [True] * max(begun - 4, 0) + [False] * min(begun, 4)
+    assert len(list(batches)) == 2
 
 
 def test_copies_are_waited_for_where_loading_fails(copies):

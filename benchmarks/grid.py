@@ -71,7 +71,7 @@ def set_up(name: str, job: GridJob) -> Running:
 
     def one_grid(job: GridJob, out: Path) -> None:
         lists = {"--models": job.models, "--fractions": job.fractions, "--seeds": job.seeds}
-        options = {option: ",".join(map(str, values)) for option, values in lists.items()}
+        options = {option: ",".join(map(str, values)) for option, values in lists.items()} | {"--per-device": 1}
         run_module("train.grid", options | {"--batch-size": images.batch_size, "--out": out} | alike)
 
     def one_by_one(job: GridJob, out: Path) -> None:

@@ -59,11 +59,12 @@ def gpu_uuid(device: torch.device) -> str | None:
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
-def prepare(device: torch.device, *, keep_memory: bool = False) -> None:
+def prepare(device: torch.device, *, keep_memory: bool = False, processes: int = 1) -> None:
     """Set up the process for a device: TF32, cuDNN's choice of kernels for static shapes, the current GPU.
 
     On a CPU it hides a warning of torch.compile about CUDA. keep_memory: for training on a CPU: memory that a step
-    frees is kept for the next one, until `give_back`.
+    frees is kept for the next one, until `give_back`. processes: those that share the device. On a GPU, PyTorch
+    then allocates no more than this process's share of the memory.
     """
     if keep_memory and device.type == "cpu":
         keep_all_freed_memory()
@@ -71,6 +72,8 @@ def prepare(device: torch.device, *, keep_memory: bool = False) -> None:
         logging.getLogger("torch.utils.cpp_extension").addFilter(_helps_the_user)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if processes > 1:
+            torch.cuda.set_per_process_memory_fraction(1 / processes, device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

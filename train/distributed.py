@@ -35,6 +35,8 @@ class World:
     restart: int = 0
     """How often torchrun has restarted this job after a failure."""
     flags: dist.ProcessGroup | None = None
+    per_device: int = 1
+    """Cells that a grid trains at the same time on this device."""
     _pending: tuple[Tensor, dist.Work] | None = None
 
     @property

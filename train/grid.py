@@ -55,6 +55,14 @@ from train.study.folder import UNWANTED
     "three times as large as the weights.",
 )
 @click.option(
+    "--per-device",
+    "--per-gpu",
+    default="auto",
+    help="Cells to train at the same time on each GPU, or on the CPU; they share its memory and the cores. auto: a "
+    "short trial decides, on a CPU by the memory alone. There --threads is the cores shared out, and results are those "
+    "of one cell at a time with the same --threads.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("runs/study"),
@@ -68,6 +76,7 @@ def main(
     subset_seeds: str | None,
     budget: str,
     keep: str,
+    per_device: str,
     out: Path,
     **options: Any,
 ) -> int:
@@ -82,7 +91,9 @@ def main(
     from train.study.cells import grid_cells, parse_fractions, parse_models, parse_seeds
     from train.study.folder import StudyFolder
     from train.study.grid import check_settings, study_settings, train_cells
+    from train.study.sharing import parse_per_device
 
+    at_once = parse_per_device(per_device)
     names = parse_models(models)
     base = Config(model=names[0], **options)
     check_settings(names, base)
@@ -98,7 +109,7 @@ def main(
         )
         settings = study_settings(base, budget, data)
     with StudyFolder(out, settings) as folder:
-        return train_cells(cells, folder, base.device, keep)
+        return train_cells(cells, folder, base.device, keep, at_once)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from train.distributed import World
 from train.step import TrainingStep
 from train.workspace import Workspace
 
+AT_ONCE = "the cells that the grid trains at the same time on the device"
 MOST_REDUCTION = 2.0
 """Engines resize without antialiasing. Images that shrink by more than this lose pixels."""
 
@@ -163,7 +164,8 @@ def prepare(
         sizes=sizes,
         chosen={name: earlier.get(name, decision) for name, decision in chosen.items()}
         | net.decisions
-        | {"threads": threads},
+        | {"threads": threads}
+        | ({"per_device": Decision(str(world.per_device), AT_ONCE)} if world.per_device > 1 else {}),
     )
 
 

@@ -123,8 +123,9 @@ def single_threaded_opencv() -> Iterator[None]:
 def free_bytes(device: str) -> int:
     """Bytes that can be allocated on `device`: `cpu`, `cuda` or `cuda:N`.
 
-    On CUDA: what the driver has free plus what PyTorch's allocator holds unused, without fragments. On the CPU: what
-    Linux calls available, within the limit of the container.
+    On CUDA: what the driver has free plus what PyTorch's allocator holds unused, without fragments, and within this
+    process's share of the memory (`torch.cuda.set_per_process_memory_fraction`). On the CPU: what Linux calls
+    available, within the limit of the container.
     """
     if device == "cpu":
         import psutil
@@ -132,9 +133,10 @@ def free_bytes(device: str) -> int:
         return min(psutil.virtual_memory().available, _container_room(_CGROUP))
     import torch
 
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     fragments = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - fragments
+    return min(free + torch.cuda.memory_reserved(device), share) - torch.cuda.memory_allocated(device) - fragments
 
 
 def _container_room(cgroup: Path) -> int:

@@ -39,7 +39,7 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
                 return
         job.out.mkdir(parents=True)
         record = {"pid": os.getpid(), "gpu": gpu, "model": job.config.model, "ahead": job.images_ahead}
-        record["unwanted"] = job.unwanted
+        record |= {"unwanted": job.unwanted, "per_device": job.per_device}
         (job.out / "trained.json").write_text(json.dumps(record))
         time.sleep(0.02)
         score = {"value": 0.5, "low": 0.4, "high": 0.6}

@@ -1,6 +1,6 @@
 """The folder of a study: settings, a run folder per cell, a journal, and results.csv.
 
-study.json    settings that all cells share       results.csv   one row per cell that finished or failed
+study.json    what all cells share                results.csv   one row per cell that finished or failed
 cells/NAME/   one run folder per cell             grid.jsonl    the journal: one line each time a cell ended
 logs/         everything that workers and libraries printed
 """
@@ -25,6 +25,8 @@ LEAKAGE = "leakage"
 VERSION = 1
 PACKED = "packed"
 """Key of the settings: normalisation and encoding of the shard set. Studies of older releases lack it."""
+SHARING = "sharing"
+"""Key of study.json: how many cells share a device (`train/study/sharing.py`). Studies of older releases lack it."""
 UNWANTED = {"all": (), "weights": ("checkpoint.pt",), "results": ("checkpoint.pt", "model.safetensors")}
 """Files that are deleted from a finished cell, by the value of `--keep`. A checkpoint holds the optimizer's state too,
 and is two to three times as large as the weights."""
@@ -125,8 +127,10 @@ class StudyFolder:
         if changed:
             self._delete_cells()
         if changed or before is None:
-            text = json.dumps({"version": VERSION, "settings": settings}, indent=2, ensure_ascii=False)
-            write_durably(self.path / STUDY, encoded(text) + b"\n")
+            self._write({"version": VERSION, "settings": settings})
+
+    def _write(self, study: dict[str, Any]) -> None:
+        write_durably(self.path / STUDY, encoded(json.dumps(study, indent=2, ensure_ascii=False)) + b"\n")
 
     def __enter__(self) -> "StudyFolder":
         """Enter the context."""
@@ -148,6 +152,14 @@ class StudyFolder:
         if (self.path / CELLS).is_dir():
             shutil.rmtree(self.path / CELLS)
         (self.path / JOURNAL).unlink(missing_ok=True)
+
+    def sharing(self) -> dict[str, Any] | None:
+        """What `record_sharing` wrote, empty if an older release trained the study; None if nothing was trained yet."""
+        return read_study(self.path).get(SHARING, {}) if _holds_training(self.path) else None
+
+    def record_sharing(self, sharing: dict[str, Any]) -> None:
+        """Write how the cells share devices into study.json."""
+        self._write(read_study(self.path) | {SHARING: sharing})
 
     def cell(self, name: str) -> Path:
         """The run folder of a cell."""

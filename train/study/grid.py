@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from train.record import read_result
 from train.study.cells import Cell
 from train.study.folder import PACKED, UNWANTED, StudyFolder, read_journal
 from train.study.pool import Pool, visible_gpus
+from train.study.sharing import Sharing, decide
 from train.study.table import RESULTS, read_row, read_rows, write_table
 from train.study.view import Lines, LiveTable
 
@@ -52,17 +54,28 @@ def check_settings(names: Sequence[str], base: Config) -> None:
         read_weights(Path(base.weights))
 
 
-def train_cells(cells: Sequence[Cell], folder: StudyFolder, device: str, keep: str = "weights") -> int:
+def train_cells(
+    cells: Sequence[Cell], folder: StudyFolder, device: str, keep: str = "weights", per_device: int | None = 1
+) -> int:
     """Train the cells that are not finished. Returns the exit code: 0 finished, 1 some failed, 128 + signal stopped.
 
-    keep: a key of UNWANTED: what is kept of a finished cell.
+    keep: a key of UNWANTED: what is kept of a finished cell. per_device: how many are trained at the same time on each
+    device; None: `auto`.
     """
+    from train import device as devices
+
     signals = asked_to_stop(second_ends=False)  # the pool kills its workers at the second one
     _record_unrecorded(cells, folder, UNWANTED[keep])
+    gpus, known = visible_gpus(device), folder.sharing()
+    earlier = None if known is None else Sharing(**known)
+    sharing = decide(per_device, cells, gpus, earlier, folder.log("trial"), lambda: len(signals))
+    if not signals:  # a trial that was stopped decides nothing
+        folder.record_sharing(asdict(sharing))
+    gpus *= sharing.per_device
+    cells = [replace(cell, config=replace(cell.config, threads=sharing.threads)) for cell in cells]
     rows = read_rows(folder.path)
     left = [cell for cell in cells if rows.get(cell.name, {}).get("status") != "finished"]
     done = len(cells) - len(left)
-    gpus = visible_gpus(device)
 
     def recorded(entry: dict[str, Any]) -> None:
         row = read_row(folder.path, entry["cell"], entry)
@@ -71,6 +84,14 @@ def train_cells(cells: Sequence[Cell], folder: StudyFolder, device: str, keep: s
             write_table(folder.path, rows)
 
     with (LiveTable if sys.stderr.isatty() else Lines)(left, done, len(gpus)) as view:
+        if sharing.per_device > 1:
+            threads = f"{sharing.threads} CPU thread{'s' if sharing.threads != 1 else ''} each"
+            view.say(f"{sharing.per_device} cells at a time on a device, with {threads} ({sharing.reason})")
+        if earlier is not None and earlier.threads != sharing.threads and devices.choose(device).type == "cpu":
+            view.warn(
+                f"--threads {sharing.threads or 'by default'}, and {earlier.threads or 'the default'} until now: the "
+                "last bits of a result on a CPU depend on it"
+            )
         if done:
             view.say(f"{done} of {len(cells)} cells are finished already")
         failed = Pool(folder, view, gpus, recorded, UNWANTED[keep]).run(left, lambda: len(signals))

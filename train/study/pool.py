@@ -1,4 +1,4 @@
-"""The worker pool of a study: one worker per device, which keeps to one model as long as that has cells left."""
+"""The worker pool of a study: one or more workers per device, each with one model as long as that has cells left."""
 
 import contextlib
 import multiprocessing
@@ -24,8 +24,9 @@ GRACE_S = 30.0
 
 @dataclass
 class Pool:
-    """Trains cells. gpus: one name per worker, for CUDA_VISIBLE_DEVICES; [None]: one worker, without restriction.
+    """Trains cells.
 
+    gpus: one name per worker, for CUDA_VISIBLE_DEVICES; workers with the same name share a GPU. None: no restriction.
     recorded: called with the journal's entry of each cell that has ended. unwanted: files that the grid deletes from a
     finished cell. worker: the function that each worker process runs.
     """
@@ -107,7 +108,8 @@ class Pool:
         slot.cell, slot.status, slot.stopped_at = cell, Status("start", 0, 1), None
         assert slot.pipe is not None
         with contextlib.suppress(OSError):  # it has just died: `_receive` reports it
-            slot.pipe.send(Job(cell.config, self.folder.cell(cell.name), ahead, self.unwanted))
+            sharing = self.gpus.count(slot.gpu)
+            slot.pipe.send(Job(cell.config, self.folder.cell(cell.name), ahead, self.unwanted, sharing))
         self.view.started(slot)
 
     def _start_worker(self, slot: Slot, model: str) -> None:

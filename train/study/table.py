@@ -65,6 +65,7 @@ def finished_row(
         "peak_memory_bytes": result["peak_memory_bytes"],
         "device": result["device"],
         **{key: decisions.get(key) for key in ("compile", "engine", "precision", "threads")},
+        "per_device": decisions.get("per_device", "1"),
         "wall_s": entry.get("wall_s") if entry else None,
         "note": entry.get("note", "") if entry else "",
         "error": "",

@@ -25,13 +25,14 @@ class Job:
     """A cell to train. out: its run folder, which is continued if it holds a checkpoint.
 
     images_ahead: training images of the later cells of this model, which share the cost of compiling. unwanted: files
-    that the grid deletes from a finished cell.
+    that the grid deletes from a finished cell. per_device: cells that are trained at the same time on the device.
     """
 
     config: Config
     out: Path
     images_ahead: int = 0
     unwanted: tuple[str, ...] = ()
+    per_device: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Ended:
 
 @dataclass
 class Slot:
-    """One device, its worker process, the model of that worker, and the cell that it trains."""
+    """One device or a share of it, its worker process, the model of that worker, and the cell that it trains."""
 
     number: int
     gpu: str | None
@@ -115,18 +116,23 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
     """
     parent = os.getppid()
     stopping: list[int] = []
-    for number in (signal.SIGINT, signal.SIGHUP):  # they reach all processes of a terminal; the parent handles them
-        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
-    _redirect_output(log)
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch is imported
+    set_up(gpu, log)
     console = PipeConsole(pipe)
     console.at("start", 0, 1)
     try:
         train_jobs(pipe, console, started, lambda: bool(stopping) or os.getppid() != parent)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has closed the pipe or ended
+
+
+def set_up(gpu: str | None, log: Path) -> None:
+    """Set up a process of a grid: signals of a terminal are left to the parent. gpu, log: as for `work`."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach all processes of a terminal; the parent handles them
+        signal.signal(number, signal.SIG_IGN)
+    _redirect_output(log)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch is imported
 
 
 def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Callable[[], bool]) -> None:
@@ -144,7 +150,7 @@ def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Cal
     while (job := pipe.recv()) is not None:
         begin = started if world is None else time.perf_counter()
         try:
-            world = world or _world(job.config.device)
+            world = world or world_on(job.config.device, job.per_device)
             workspace.compilation.images_ahead = job.images_ahead
             result = train_once(
                 job.config,
@@ -170,14 +176,14 @@ def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Cal
     workspace.close()
 
 
-def _world(device_name: str) -> Any:
-    """The world of one process on one device."""
+def world_on(device_name: str, per_device: int = 1) -> Any:
+    """The world of one process on one device. per_device: processes of the grid that share the device."""
     from train import device as devices
     from train.distributed import World
 
     device = devices.choose(device_name)
-    devices.prepare(device, keep_memory=True)
-    return World(device=device)
+    devices.prepare(device, keep_memory=True, processes=per_device)
+    return World(device=device, per_device=per_device)
 
 
 def _redirect_output(log: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from shards.common.errors import DataError, UsageError
@@ -230,9 +231,17 @@ def test_a_cell_that_finished_after_its_grid_was_killed_is_recorded_and_its_file
         assert read_journal(tmp_path)[cell.name] == entry  # it is recorded once
 
 
-def command(data: Path, out: Path, *more: object, epochs: int = 1, fractions: str = "0.3,1") -> list[str]:
-    options = ["--data", data, "--out", out, "--models", "resnet18", "--fractions", fractions, "--epochs", epochs]
-    options += ["--resolution", 32, "--device", "cpu", "--compile", "off", *more]
+def command(
+    data: Path,
+    out: Path,
+    *more: object,
+    model: str = "resnet18",
+    epochs: int = 1,
+    fractions: str = "0.3,1",
+    per_device: object = 1,
+) -> list[str]:
+    options = ["--data", data, "--out", out, "--models", model, "--fractions", fractions, "--epochs", epochs]
+    options += ["--per-device", per_device, "--resolution", 32, "--device", "cpu", "--compile", "off", *more]
     return [sys.executable, "-m", "train.grid", *map(str, options)]
 
 
@@ -310,14 +319,18 @@ def test_a_failing_cell_is_recorded_and_the_exit_code_is_1(tiny_shards, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_a_grid_with_a_checkpoint(tiny_shards, tmp_path, number):
-    line = command(tiny_shards, tmp_path / "s", "--seeds", 0, "--batch-size", 16, epochs=400, fractions="1")
+    more = ("--seeds", "0,1", "--batch-size", 16)
+    line = command(tiny_shards, tmp_path / "s", *more, epochs=400, fractions="1", per_device=2)
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "s" / "cells" / "resnet18_f1_s0_u0" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+    metrics = [tmp_path / "s" / "cells" / f"resnet18_f1_s{seed}_u{seed}" / "metrics.jsonl" for seed in (0, 1)]
+    while process.poll() is None and not all(file.exists() and file.stat().st_size for file in metrics):
         time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output + errors
-    assert (metrics.parent / "checkpoint.pt").exists() and not (metrics.parent / "result.json").exists()
+    assert len(workers) >= 2 and not any(worker.is_running() for worker in workers)
+    for file in metrics:
+        assert (file.parent / "checkpoint.pt").exists() and not (file.parent / "result.json").exists()
     assert "run the same command to continue" in errors and "Traceback" not in errors
     assert not rows_of(tmp_path / "s")

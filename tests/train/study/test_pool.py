@@ -1,6 +1,7 @@
 """The worker pool: one process per model and GPU, its replacement after a loss, and how it is stopped."""
 
 import json
+import multiprocessing
 import re
 import threading
 import time
@@ -54,6 +55,15 @@ def test_every_gpu_has_a_worker_and_idle_ones_help_with_the_last_model(tmp_path)
     assert len({(t["gpu"], t["pid"]) for t in records.values()}) == 2
 
 
+def test_several_workers_share_each_gpu(tmp_path):
+    planned = grid_cells(BASE, ["resnet18"], [0.25, 0.5, 1.0], list(range(4)), None, "epochs", whole)
+    failed, _ = run_pool(tmp_path / "s", planned, ["0", "1"] * 2)
+    records = trained(tmp_path / "s")
+    assert not failed and len(records) == 12
+    assert sorted(gpu for gpu, _ in {(t["gpu"], t["pid"]) for t in records.values()}) == ["0", "0", "1", "1"]
+    assert {t["per_device"] for t in records.values()} == {2}
+
+
 @pytest.mark.parametrize(
     ("seed", "words"),
     [
@@ -77,13 +87,14 @@ def test_a_lost_cell_is_recorded_its_worker_replaced_and_the_rest_goes_on(tmp_pa
     assert row["status"] == "failed" and row["error"] == error and row["seed"] == seed
 
 
-def test_a_stop_ends_the_running_cell_and_starts_no_other(tmp_path):
-    planned = grid_cells(BASE, ["resnet18"], [1.0], [fake_worker.SLOW, 0], None, "epochs", whole)
+def test_a_stop_ends_the_running_cells_and_starts_no_other(tmp_path):
+    planned = grid_cells(BASE, ["resnet18"], [0.5, 1.0], [fake_worker.SLOW], None, "epochs", whole)
+    planned += grid_cells(BASE, ["resnet18"], [1.0], [0], None, "epochs", whole)
     asked: list[int] = []
     threading.Timer(1.5, lambda: asked.append(15)).start()
-    failed, entries = run_pool(tmp_path / "s", planned, [None], lambda: len(asked))
-    assert not failed and [e["outcome"] for e in entries] == ["stopped"]
-    assert not trained(tmp_path / "s")
+    failed, entries = run_pool(tmp_path / "s", planned, [None, None], lambda: len(asked))
+    assert not failed and [e["outcome"] for e in entries] == ["stopped"] * 2
+    assert not trained(tmp_path / "s") and not multiprocessing.active_children()
 
 
 def test_a_worker_that_ignores_the_stop_is_killed_at_the_second_request(tmp_path):

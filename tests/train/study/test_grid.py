@@ -329,7 +329,7 @@ def test_a_signal_stops_a_grid_with_a_checkpoint(tiny_shards, tmp_path, number):
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output + errors
-    assert len(workers) >= 2 and not any(worker.is_running() for worker in workers)
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=5)[1]
     for file in metrics:
         assert (file.parent / "checkpoint.pt").exists() and not (file.parent / "result.json").exists()
     assert "run the same command to continue" in errors and "Traceback" not in errors

@@ -222,6 +222,7 @@ def _key(step: TrainingStep, config: Config, images: int, world: World) -> dict[
         "memory_format": config.memory_format,
         "device": devices.describe(step.device),
         "processes": world.size,
+        "per_device": world.per_device,
         "torch": torch.__version__,
     }
 

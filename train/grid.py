@@ -58,9 +58,9 @@ from train.study.folder import UNWANTED
     "--per-device",
     "--per-gpu",
     default="auto",
-    help="Cells to train at the same time on each GPU, or on the CPU; they share its memory and the cores. auto: a "
-    "short trial decides, on a CPU by the memory alone. There --threads is the cores shared out, and results are those "
-    "of one cell at a time with the same --threads.",
+    help="Cells to train at the same time on each GPU, or on the CPU. They share its memory, and the cores unless "
+    "--threads is given. auto: a short trial decides; on a CPU it is one for each core if they fit into the memory. "
+    "Results on a CPU are those of one cell at a time with the same --threads.",
 )
 @click.option(
     "--out",

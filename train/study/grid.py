@@ -84,9 +84,9 @@ def train_cells(
             write_table(folder.path, rows)
 
     with (LiveTable if sys.stderr.isatty() else Lines)(left, done, len(gpus)) as view:
-        if sharing.per_device > 1:
-            threads = f"{sharing.threads} CPU thread{'s' if sharing.threads != 1 else ''} each"
-            view.say(f"{sharing.per_device} cells at a time on a device, with {threads} ({sharing.reason})")
+        if sharing.per_device > 1 or (per_device is None and earlier is None and len(cells) > 1):
+            threads = f", each with --threads {sharing.threads}" if sharing.threads else ""
+            view.say(f"--per-device {sharing.per_device}{threads}: {sharing.reason}")
         if earlier is not None and earlier.threads != sharing.threads and devices.choose(device).type == "cpu":
             view.warn(
                 f"--threads {sharing.threads or 'by default'}, and {earlier.threads or 'the default'} until now: the "

@@ -12,9 +12,11 @@ import torch
 from shards.common import machine
 from shards.common.errors import UsageError
 from tests.support import made_study
-from tests.support.train_runs import small
+from tests.support.train_runs import small, step_of
 from tests.train.study.test_grid import BASE, command, grid, rows_of, whole
+from train import compiling
 from train import device as devices
+from train.distributed import World
 from train.study import sharing
 from train.study.cells import Cell, grid_cells
 from train.study.folder import STUDY, StudyFolder
@@ -160,6 +162,15 @@ def test_the_processes_of_a_gpu_share_its_memory_and_each_counts_its_share_alone
     assert machine.free_bytes("cuda:0") == 60 + 12 - 10 - 1
     devices.prepare(torch.device("cuda:0"), processes=4)
     assert shares[1:] == [0.25] and machine.free_bytes("cuda:0") == 80 / 4 - 10 - 1
+
+
+def test_what_compiling_saves_is_measured_anew_for_another_number_of_cells(tiny_shards, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, alone, two = small(tiny_shards), World(), World(per_device=2)
+    step = step_of(config)
+    compiling.tried(step, config, two, 1.0)
+    assert compiling.recall(step, config, 16, two) is not None
+    assert compiling.recall(step, config, 16, alone) is None
 
 
 # ------------------------------------------------------------------ real processes

@@ -71,7 +71,7 @@ def decide(
 
     base, cores, each = cells[0].config, available_cores() // len(gpus), -(-len(cells) // len(gpus))
     threads = earlier.threads if base.threads is None and earlier is not None else base.threads
-    most = min(cores // (threads or 1), each)
+    most = max(1, min(cores // (threads or 1), each))
 
     def shared(number: int) -> int | None:
         return max(1, cores // number) if threads is None and number > 1 else threads
@@ -87,7 +87,7 @@ def decide(
     if wanted is not None:
         number, reason = min(wanted, each), "asked for"
     elif earlier is not None:
-        number, reason = earlier.per_device, earlier.reason
+        number, reason = min(earlier.per_device, most), earlier.reason
     elif most < 2:
         number, reason = 1, "there is one cell, or one core, for each device"
     elif devices.choose(base.device).type == "cpu":

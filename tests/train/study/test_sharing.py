@@ -120,6 +120,7 @@ def test_a_study_keeps_its_number_and_its_threads(monkeypatch):
     assert here.decide(None, cells, earlier=Sharing(3, 5, "before")) == (3, 5, "before")
     assert here.decide(1, cells, earlier=Sharing(3, 5, "before")) == (1, 5, "asked for")
     assert here.decide(None, planned(["resnet18"], 9, threads=2), earlier=Sharing(3, 5))[:2] == (3, 2)
+    assert here.decide(None, planned(["resnet18"], 9, threads=8), earlier=Sharing(3, 5))[:2] == (2, 8)  # of 16 cores
     assert here.decide(None, cells, earlier=Sharing())[:2] == (1, None)  # of an older release
 
 

@@ -71,7 +71,7 @@ def decide(
 
     base, cores, each = cells[0].config, available_cores() // len(gpus), -(-len(cells) // len(gpus))
     threads = earlier.threads if base.threads is None and earlier is not None else base.threads
-    most = max(1, min(cores // (threads or 1), each))
+    room = max(1, cores // (threads or 1))
 
     def shared(number: int) -> int | None:
         return max(1, cores // number) if threads is None and number > 1 else threads
@@ -87,8 +87,8 @@ def decide(
     if wanted is not None:
         number, reason = min(wanted, each), "asked for"
     elif earlier is not None:
-        number, reason = min(earlier.per_device, most), earlier.reason
-    elif most < 2:
+        number, reason = min(earlier.per_device, room), earlier.reason
+    elif (most := min(room, each)) < 2:
         number, reason = 1, "there is one cell, or one core, for each device"
     elif devices.choose(base.device).type == "cpu":
         number, reason = _fitting(most, trial(1, 0.0, compile="off"))

@@ -47,6 +47,16 @@ def _file_of(error: OSError) -> str:
     return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
+def system_error(error: OSError) -> str:
+    """What the system could not do and what helps, in one line; empty if that is not known: no file is named."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {_file_of(error)}" if error.filename else ""
+        return one_line(f"the disk is full{where}: free some space and start again")
+    if error.filename:
+        return one_line(f"{_file_of(error)}: {error.strerror}{_HINTS.get(error.errno or 0, '')}")
+    return ""
+
+
 def fail(message: str, code: int) -> None:
     """Print `error: message` on standard error and exit with `code`."""
     sys.stdout.flush()
@@ -120,11 +130,8 @@ def run(command: click.Command) -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {_file_of(error)}" if error.filename else ""
-            fail(one_line(f"the disk is full{where}: free some space and start again"), 1)
-        if error.filename:
-            fail(one_line(f"{_file_of(error)}: {error.strerror}{_HINTS.get(error.errno or 0, '')}"), 1)
+        if line := system_error(error):
+            fail(line, 1)
         raise
     else:
         sys.exit(code if isinstance(code, int) else 0)

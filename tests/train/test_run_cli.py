@@ -190,8 +190,10 @@ def test_a_disk_that_fills_up_while_recording_is_one_line(
 
     monkeypatch.setattr(RunFolder, moment, after_the_disk_is_full)
     monkeypatch.setattr(threading, "excepthook", raised.append)
-    code, _, errors = command(*SMALL, "--data", tiny_shards, "--out", tmp_path / "run")
-    assert (code, errors) == (1, "error: the disk is full: free some space and start again\n")
+    out = tmp_path / "run"
+    code, _, errors = command(*SMALL, "--data", tiny_shards, "--out", out)
+    assert code == 1 and len(errors.splitlines()) == 1, errors
+    assert errors.startswith(f"error: the disk is full while writing {out}"), errors
     assert not raised  # what a thread fails with would be printed as a traceback
     assert folders[0]._metrics.closed
     assert folders[0]._log.closed

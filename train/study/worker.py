@@ -139,7 +139,7 @@ def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Cal
     """Train each Job from `pipe` until None comes. Raises EOFError or OSError if the pipe breaks."""
     import traceback
 
-    from shards.common.cli import importing
+    from shards.common.cli import importing, system_error
     from shards.common.errors import DermscaleError
 
     with importing():
@@ -170,7 +170,8 @@ def train_jobs(pipe: Connection, console: PipeConsole, started: float, stop: Cal
             ended = Ended("failed", error=one_line(error))
         except Exception as error:  # noqa: BLE001 (it fails this cell and not the study; the log has the traceback)
             traceback.print_exc()
-            ended = Ended("failed", error=f"{type(error).__name__}: {one_line(error, 300)}")
+            line = system_error(error) if isinstance(error, OSError) else ""
+            ended = Ended("failed", error=line or f"{type(error).__name__}: {one_line(error, 300)}")
         sys.stderr.flush()
         pipe.send(ended)
     workspace.close()

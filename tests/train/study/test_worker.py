@@ -1,4 +1,4 @@
-"""A worker whose grid has died: it stops with a checkpoint, so that its training is not lost."""
+"""What a worker tells its grid about a cell; a worker whose grid has died, which stops with a checkpoint."""
 
 import multiprocessing
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.train_runs import small
-from train.study.worker import Job, PipeConsole, train_jobs
+from train.study.worker import Ended, Job, PipeConsole, train_jobs
 
 
 def test_messages_to_a_grid_that_has_died_are_no_error():
@@ -26,3 +26,17 @@ def test_a_worker_whose_grid_has_died_stops_with_a_checkpoint(tiny_shards: Path,
         train_jobs(theirs, PipeConsole(theirs), time.perf_counter(), lambda: True)
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_full_disk_is_the_line_of_all_commands(tiny_shards: Path, tmp_path: Path):
+    ours, theirs = multiprocessing.Pipe()
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".checkpoint.pt.partial").symlink_to("/dev/full")  # every write to it fails as on a full disk
+    for job in (Job(small(tiny_shards), out), None):
+        ours.send(job)
+    train_jobs(theirs, PipeConsole(theirs), time.perf_counter(), lambda: False)
+    while not isinstance(ended := ours.recv(), Ended):
+        pass
+    written = out / "checkpoint.pt"
+    assert ended == Ended("failed", error=f"the disk is full while writing {written}: free some space and start again")

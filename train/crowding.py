@@ -73,8 +73,11 @@ def warning(load: Load, threads: int, slower: float) -> str | None:
     if fit >= threads or load.interruptions < INTERRUPTED:
         return None
     steps = f", and its steps take {slower:.1f} times as long as the first ones" if slower >= SLOWER else ""
+    cause = "other programs slow this one down: they use"
+    if threads > load.cores:
+        cause = "this program has more threads than cores: others use"
     return (
-        f"other programs slow this one down: they use {load.others:.1f} of {load.cores} cores, and this one has "
+        f"{cause} {load.others:.1f} of {load.cores} cores, and this one has "
         f"{threads} threads, which were interrupted {load.interruptions:.0f} times a second{steps}. Threads that have "
         f"no core of their own make all others wait. Start it again with --threads {fit}, and the other programs with "
         "so few threads that all have a core (the last bits of a result depend on the number of threads)"

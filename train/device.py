@@ -125,19 +125,21 @@ def use_threads(wanted: int | None, earlier: Decision | None = None) -> Decision
     """Set the number of PyTorch's CPU threads; return it with the reason. It decides the last bits on a CPU.
 
     wanted: `--threads`. earlier: what an earlier start of the run used, which stays if nothing is wanted. The default
-    is PyTorch's own number, which `OMP_NUM_THREADS` sets, but not more than the cores that this process may use.
+    is PyTorch's own number, which `OMP_NUM_THREADS` sets, but not more than the cores that this process may use. More
+    than these are taken where they are asked for, and the reason says so.
     """
     own, cores = torch.get_num_threads(), available_cores()
+    shared = f"; this process may use {cores} cores, and threads that share one are many times as slow"
     if wanted is not None:
         changed = earlier is not None and earlier.value != str(wanted)
         before = f"; {earlier.value} until now, so the last bits of the weights change" if earlier and changed else ""
-        found = Decision(str(wanted), f"asked for{before}")
+        found = Decision(str(wanted), f"asked for{before}{shared if wanted > cores else ''}")
     elif earlier is not None:
         found = earlier
     elif own > cores and "OMP_NUM_THREADS" not in os.environ:
         found = Decision(str(cores), "the cores that this process may use")
     else:
-        found = Decision(str(own), "PyTorch's own choice")
+        found = Decision(str(own), f"PyTorch's own choice{shared if own > cores else ''}")
     if int(found.value) != own:
         torch.set_num_threads(int(found.value))
     return found

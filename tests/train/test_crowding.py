@@ -26,6 +26,7 @@ def test_threads_without_a_core_of_their_own_are_noticed(others, interruptions, 
         assert f"{others:.1f} of {cores} cores" in said and f"{threads} threads" in said
         assert f"--threads {fit}," in said
         assert "times as long" not in said
+        assert said.startswith("this program has more threads than cores" if threads > cores else "other programs")
 
 
 def test_it_is_said_once_with_how_much_slower_the_steps_are(monkeypatch):

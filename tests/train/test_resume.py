@@ -317,8 +317,10 @@ def test_the_default_is_pytorchs_own_number_within_the_cores(monkeypatch: pytest
     assert devices.use_threads(None) == Decision(str(own), "the cores that this process may use")
     assert set_to == [own]
     monkeypatch.setenv("OMP_NUM_THREADS", str(own + 2))
-    assert devices.use_threads(None).value == str(own + 2)
+    shared = f"this process may use {own} cores, and threads that share one are many times as slow"
+    assert devices.use_threads(None) == Decision(str(own + 2), f"PyTorch's own choice; {shared}")
     assert set_to == [own]
+    assert devices.use_threads(own + 1) == Decision(str(own + 1), f"asked for; {shared}")
 
 
 # ------------------------------------------------------------------ the checkpoint

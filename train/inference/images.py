@@ -51,7 +51,7 @@ def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     images: list[Path] = []
     left_out: list[Path] = []
     for path in paths:
-        waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(path, frozenset())]  # with the folders that it is in
+        waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(path, frozenset())]  # with the folders around it
         while waiting:
             entry, around = waiting.pop()
             try:
@@ -59,6 +59,9 @@ def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
                     (images if entry is path or entry.suffix.lower() in SUFFIXES else left_out).append(entry)
                     continue
                 status, inside = entry.stat(), sorted(entry.iterdir(), reverse=True)
+                if entry is path:
+                    above = [one.stat() for one in entry.resolve().parents]
+                    around = frozenset((one.st_dev, one.st_ino) for one in above)
             except OSError:
                 images.append(entry)
                 continue

@@ -183,6 +183,7 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path: Path):
     (tmp_path / "a/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a/deep/up").symlink_to(tmp_path / "a")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "a")
+    (tmp_path / "a/deep/top").symlink_to(tmp_path)
     (tmp_path / "a/self").symlink_to(tmp_path / "a/self")
     (tmp_path / "a/gone.jpg").symlink_to(tmp_path / "none.jpg")
     found, left_out = find_images([tmp_path / "a"])

@@ -375,7 +375,8 @@ class Loader(IterableDataset[Batch]):
         different = [f"{k} {state.get(k)} → {v}" for k, v in named.items() if state.get(k) != v]
         if different:
             raise UsageError(
-                f"the loader state is of another loader: {', '.join(different)}; use the set and settings of that one"
+                f"this state was taken with another shard set or other settings: {', '.join(different)}; go on with "
+                "the old ones, or start anew"
             )
         self._loaded = dict(state)
         self.epoch, self._position = state["epoch"], state["batch"]

@@ -146,7 +146,7 @@ def test_a_state_of_another_loader_is_refused_by_name(tiny_shards):
         Loader(data.select("train", fraction=0.5), batch_size=8, seed=1).load_state_dict(state)
     with pytest.raises(UsageError, match="resolution 224 → 192"):
         Loader(data.select("train"), batch_size=8, seed=1, resolution=192).load_state_dict(state)
-    with pytest.raises(UsageError, match=r"augment_hue 0\.02 → 0\.1; use"):
+    with pytest.raises(UsageError, match=r"augment_hue 0\.02 → 0\.1; go on"):
         Loader(data.select("train"), batch_size=8, seed=1, augment=Augment(hue=0.1)).load_state_dict(state)
     with pytest.raises(UsageError, match="version"):
         Loader(data.select("train"), batch_size=8).load_state_dict({"version": 9})
@@ -158,7 +158,7 @@ def test_a_state_of_another_normalisation_or_encoding_is_refused_by_name(tiny_sh
     change_manifest(other, lambda m: m.update({path: m[path] | value if path == "encode" else value}))
     state = Loader(ShardSet(tiny_shards).select("train"), batch_size=8).state_dict()
     changed = Loader(ShardSet(other).select("train"), batch_size=8)
-    with pytest.raises(UsageError, match={"mean": "mean .* → ", "encode": "encode_jpeg_quality 90 → 70; use"}[path]):
+    with pytest.raises(UsageError, match={"mean": "mean .* → ", "encode": "encode_jpeg_quality 90 → 70; go on"}[path]):
         changed.load_state_dict(state)
     names = ("version", "epoch", "batch", "shard_set", "selection", "seed", "batch_size", "train")
     changed.load_state_dict({name: state[name] for name in names})  # of an older release, which names no more

@@ -197,7 +197,7 @@ _ADDED: dict[str, _Rule] = {
     "manifest_sha256": _SHA256,
 }
 """Manifests of older releases lack these, and older releases ignore them."""
-_MOST_LEVELS = 16
+_MOST_LEVELS, _MOST_DIGITS = 16, 1000
 
 
 def _check(content: dict[str, Any], rules: dict[str, _Rule], prefix: str = "") -> None:
@@ -223,6 +223,16 @@ def _levels(value: Any) -> int:
     """How deep lists and objects are nested."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max(map(_levels, inner), default=0)
+
+
+def read_encode(raw: Any) -> EncodeSpec:
+    """The settings in a manifest's `encode`. Raises ValueError naming what is wrong with them."""
+    _check({"encode": raw}, {name: rule for name, rule in _FIELDS.items() if name.partition(".")[0] == "encode"})
+    _known(raw, {f.name for f in fields(EncodeSpec)}, "encode")
+    try:
+        return EncodeSpec(**raw)
+    except UsageError as error:
+        raise ValueError(f"encode: {error}") from None
 
 
 def content_sha256(content: dict[str, Any]) -> str:
@@ -271,8 +281,14 @@ class Manifest:
         def constant(name: str) -> None:
             raise ValueError(f"{name} is not a number")
 
+        def whole(digits: str) -> int:
+            if len(digits) > _MOST_DIGITS:  # Python's own message advises a change of its settings
+                raise ValueError(f"a number has {len(digits)} digits, expected at most {_MOST_DIGITS}")
+            return int(digits)
+
         try:
-            raw = json.loads(text if isinstance(text, str) else text.decode(), parse_constant=constant)
+            content = text if isinstance(text, str) else text.decode()
+            raw = json.loads(content, parse_constant=constant, parse_int=whole)
             if not isinstance(raw, dict):
                 raise ValueError("not a JSON object")
             _check(raw, {"format_version": _ANY})
@@ -286,7 +302,7 @@ class Manifest:
         digest = content_sha256(raw)
         _check(raw, _FIELDS)
         _check(raw, {name: rule for name, rule in _ADDED.items() if name in raw})
-        _known(raw["encode"], {f.name for f in fields(EncodeSpec)}, "encode")
+        encode = read_encode(raw["encode"])
         for number, shard in enumerate(raw["shards"]):
             where, name = f"shards[{number}]", shard_name(number)
             if type(shard) is not dict:
@@ -298,10 +314,7 @@ class Manifest:
             _known(raw, {*known}, "it")  # only a later release adds keys, and then there is a checksum
         elif raw["manifest_sha256"] != digest:
             raise ValueError("its content is not what its manifest_sha256 says: a value was changed after packing")
-        try:
-            known["encode"] = EncodeSpec(**raw["encode"])
-        except UsageError as error:
-            raise ValueError(f"encode: {error}") from None
+        known["encode"] = encode
         known["counts"] = {split: raw["counts"][split] for split in SPLITS if split in raw["counts"]}
         known["shards"] = tuple(ShardInfo(**shard) for shard in raw["shards"])
         for name in ("classes", "mean", "std"):

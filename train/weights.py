@@ -13,7 +13,7 @@ import types
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -88,12 +88,16 @@ def safetensors_file(path: Path, framework: str) -> Iterator[Any]:
 
 def read_norm(metadata: dict[str, str]) -> Norm:
     """Mean and deviation in the metadata of a file. Raises ValueError if they are not three numbers each, std > 0."""
-    mean, std = (json.loads(metadata[name]) for name in ("mean", "std"))
-    for name, values, least in (("mean", mean, -100.0), ("std", std, 1e-6)):
+    found: list[tuple[float, ...]] = []
+    for name, least in (("mean", -100.0), ("std", 1e-6)):
+        text, values = metadata[name], []
+        with suppress(ValueError, RecursionError):
+            values: Any = json.loads(text)
         right = isinstance(values, list) and len(values) == 3
         if not right or not all(type(x) in (int, float) and least <= x <= 100.0 for x in values):
-            raise ValueError(f"its {name} is {one_line(str(values), 60)}, expected 3 numbers from {least:g} to 100")
-    return tuple(mean), tuple(std)
+            raise ValueError(f"its {name} is {one_line(text, 60)}, expected 3 numbers from {least:g} to 100")
+        found.append(tuple(values))
+    return found[0], found[1]
 
 
 def read_pickled(file: IO[bytes]) -> Any:
@@ -230,7 +234,7 @@ def load_fitting(
     own = body.state_dict()
     state, notes = _innermost(weights.state, own.keys()), []
     if left := len(weights.state) - len(state):
-        notes.append(f"{left} tensors beside the network left out")
+        notes.append(f"{left} tensor{'s' * (left > 1)} beside the network left out")
     failed = ""
     if adapt is not None:
         try:

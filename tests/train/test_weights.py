@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from timm.utils.checkpoint_saver import CheckpointSaver
 from torch import Tensor, nn
 
 from shards.common.errors import DataError
+from shards.format import EncodeSpec
 from tests.support.train_runs import small
 from train import models
 from train.inference.predictor import load_network, read_about
@@ -359,7 +361,7 @@ def test_predict_reads_no_damaged_weights_and_older_ones_without_a_digest(whole:
         *(
             (name, value)
             for name in ("mean", "std")
-            for value in ("[0.5, 0.5]", "3", "[0.5, 0.5, null]", "[NaN, 1, 1]")
+            for value in ("[0.5, 0.5]", "3", "[0.5, 0.5, null]", "[NaN, 1, 1]", "grey", "[" * 100_000)
         ),
         ("std", "[0.5, 0.5, 0]"),
         *(("resolution", value) for value in ("0", "2.5", "99999999")),
@@ -370,7 +372,8 @@ def test_predict_reads_no_damaged_weights_and_older_ones_without_a_digest(whole:
             ("training_images_per_class", value)
             for value in ("[1, 2]", "[0, 0, 0, 0, 0, 0, 0]", "[1, 2, 3, 4, 5, 6, -7]")
         ),
-        *(("encode", value) for value in ("[]", '{"jpeg_quality": 0}', '{"jpeg_quality": "high"}')),
+        *(("encode", value) for value in ("[]", "{}", "{")),
+        *(("encode", json.dumps(asdict(EncodeSpec()) | {"jpeg_quality": value})) for value in (0, "high", 90.5)),
     ],
 )
 def test_a_description_with_an_impossible_value_is_one_line(whole: Path, tmp_path: Path, name: str, value: str) -> None:
@@ -379,7 +382,9 @@ def test_a_description_with_an_impossible_value_is_one_line(whole: Path, tmp_pat
     write_weights(tmp_path / "model.safetensors", nn.Linear(2, 2), metadata)
     with pytest.raises(DataError, match=r"model\.safetensors: its description is damaged") as error:
         read_about(tmp_path)
-    assert "\n" not in str(error.value)
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 500
+    assert f"{name} is {value[:50]}" in text or (name == "encode" and value != "{"), text
 
 
 # ------------------------------------------------------------------ normalisation

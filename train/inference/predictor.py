@@ -10,7 +10,7 @@ model.safetensors is read: it names the model, the packer's settings, the prior 
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ import cv2
 import numpy as np
 import torch
 
-from shards.common.errors import DataError, UsageError, one_line
+from shards.common.errors import DataError, one_line
 from shards.common.files import write_durably
 from shards.common.machine import available_cores
 from shards.common.readahead import read_ahead
 from shards.decode import decode_whole
 from shards.encode import BadImageError, encode_pixels
 from shards.engines.resample import Resampler
-from shards.format import EncodeSpec
+from shards.format import read_encode
 from shards.plan import Augment, evaluation_plan
 from train import device as devices
 from train.inference.images import Picture, read_image
@@ -73,24 +73,31 @@ def read_about(run: Path) -> About:
         return _described(raw)
     except KeyError as error:
         raise DataError(f"{path}: lacks its {error.args[0]}; train the run again with this release") from None
-    except (TypeError, ValueError, UsageError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: its description is damaged ({error})") from None
 
 
 def _described(raw: dict[str, str]) -> About:
     """The metadata of model.safetensors. Raises KeyError for what is missing, ValueError for what is impossible."""
+
+    def read(name: str, convert: Callable[[str], Any]) -> Any:
+        try:
+            return convert(raw[name])
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"its {name} is {one_line(raw[name], 60)}, which cannot be read") from None
+
     mean, std = read_norm(raw)
     about = About(
         model=raw["model"],
-        resolution=int(raw["resolution"]),
-        classes=tuple(json.loads(raw["classes"])),
+        resolution=read("resolution", int),
+        classes=read("classes", lambda text: tuple(json.loads(text))),
         mean=mean,
         std=std,
-        encode=EncodeSpec(**json.loads(raw["encode"])),
-        eval_crop=float(raw["eval_crop"]),
+        encode=read_encode(read("encode", json.loads)),
+        eval_crop=read("eval_crop", float),
         prior=raw["logits_prior"],
-        temperature=float(raw["temperature"]),
-        class_counts=tuple(json.loads(raw["training_images_per_class"])),
+        temperature=read("temperature", float),
+        class_counts=read("training_images_per_class", lambda text: tuple(json.loads(text))),
     )
     classes, counts = about.classes, about.class_counts
     for name, right, expected in (
@@ -106,7 +113,7 @@ def _described(raw: dict[str, str]) -> About:
         ),
     ):
         if not right:
-            raise ValueError(f"its {name} is {raw[name]}, expected {expected}")
+            raise ValueError(f"its {name} is {one_line(raw[name], 60)}, expected {expected}")
     return about
 
 

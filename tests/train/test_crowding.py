@@ -31,6 +31,7 @@ def test_threads_without_a_core_of_their_own_are_noticed(others, interruptions, 
 
 def test_it_is_said_once_with_how_much_slower_the_steps_are(monkeypatch):
     clock, load = [0.0], [Load(2, 0.0, 1.0)]
+    monkeypatch.setattr(crowding, "LOOK_S", 10.0)
     monkeypatch.setattr(crowding.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(crowding.LoadMeter, "_now", lambda self: (0.0, 0.0, 0.0, 0))
     monkeypatch.setattr(crowding.LoadMeter, "read", lambda self: load[0])

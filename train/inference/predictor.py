@@ -62,6 +62,8 @@ def read_about(run: Path) -> About:
     from safetensors import SafetensorError
 
     path = run / WEIGHTS
+    if run.is_file():
+        raise DataError(f"{run}: is a file; give the folder of a finished run (train.run takes files with --weights)")
     if not path.is_file():
         raise DataError(f"{run}: {_why_without_weights(run)} (no {WEIGHTS})")
     try:

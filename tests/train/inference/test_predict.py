@@ -345,6 +345,7 @@ def test_wrong_usage_is_reported_before_any_work(runs, raw, mixed, tmp_path):
         ((run, image, "--explain", "--explain-out", tmp_path / "file" / "a"), NotADirectoryError, "file"),
         ((run, tmp_path / "empty"), DataError, "holds no image"),
         ((tmp_path, image), DataError, "not a run folder"),
+        ((run / "model.safetensors", image), DataError, "is a file; give the folder"),
         ((tmp_path / "unfinished", image), DataError, "not finished"),
         ((tmp_path / "hostile", image), DataError, "no readable weights"),
     ):

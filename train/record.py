@@ -62,7 +62,10 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         if wrong:
             raise ValueError(f"it has no {wrong[0]}")
     except ValueError as error:
-        raise DataError(f"{path}: damaged ({one_line(error, 160)}); delete it and start again with --resume") from None
+        raise DataError(
+            f"{path}: damaged, or of another release ({one_line(error, 160)}); delete it, and continue the run with "
+            "--resume or start its grid again"
+        ) from None
     return result
 
 

@@ -513,7 +513,7 @@ def test_a_result_without_its_content_does_not_make_a_run_finished(tiny_shards: 
         train_once(small(tiny_shards), tmp_path / "run", stop=at(2, lambda: True))
     for content in ("{}", "[]", "null", '{"model": 3}', "{"):
         (tmp_path / "run" / "result.json").write_text(content)
-        with pytest.raises(DataError, match=r"result\.json: damaged .*delete it and start again with --resume"):
+        with pytest.raises(DataError, match=r"result\.json: damaged.*delete it, and continue the run with --resume"):
             train_once(small(tiny_shards), tmp_path / "run", resume=True)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shards.common.cli import typed
 from shards.common.errors import DataError, one_line
 from shards.common.files import encoded
-from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT
+from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT, read_result
 from train.study.cells import EIGHT
 from train.study.folder import CELLS, STUDY, read_journal, read_json, read_study
 from train.study.table import failed_row, finished_row
@@ -162,7 +162,9 @@ def _differences(one: Run, other: Run) -> list[str]:
 
 def read_run(path: Path, entry: dict[str, Any] | None = None) -> Run:
     """A finished run. entry: the cell's last line of the journal. Raises DataError for a missing or damaged file."""
-    config, result = read_json(path / CONFIG), read_json(path / RESULT)
+    config, result = read_json(path / CONFIG), read_result(path)
+    if result is None:
+        raise DataError(f"{path / RESULT}: missing; the run is not finished")
     try:
         row = finished_row(result, config, encoded(path.name).decode(), entry)  # tables hold UTF-8 alone
     except (KeyError, TypeError) as error:

@@ -218,14 +218,14 @@ def test_the_same_cell_twice_is_refused_and_models_may_have_weights_of_their_own
         study_data.read(out)
 
 
-@pytest.mark.parametrize("what", ["missing", "empty", "damaged", "unfinished"])
+@pytest.mark.parametrize("what", ["missing", "empty", "{", "{}", "unfinished"])
 def test_what_cannot_be_reported_ends_in_one_line(tmp_path, what):
     out = tmp_path / "s"
     if what != "missing":
         out.mkdir()
-    if what == "damaged":
+    if what.startswith("{"):  # a damaged result
         write_run(out / "run", Config(model="resnet18"), 500, made_test_set(np.random.default_rng(2), 60))
-        (out / "run" / "result.json").write_text("{")
+        (out / "run" / "result.json").write_text(what)
     if what == "unfinished":
         (out / "study.json").write_text(json.dumps({"version": 1, "settings": {}}))
     done = command(str(out))

@@ -19,18 +19,12 @@ import click
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
 from shards.common.files import encoded, growing_file
-from train.config import MEMORY_FORMATS
+from train.inference.options import network_options
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")
-@click.option(
-    "--run",
-    "folder",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder of a finished run, whose weights predict.",
-)
+@network_options
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -57,20 +51,7 @@ from train.config import MEMORY_FORMATS
     type=click.Path(path_type=Path),
     help="Folder for the PNG files of --explain. Files of the same name are replaced.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")
-@click.option(
-    "--memory-format",
-    default="auto",
-    type=click.Choice(MEMORY_FORMATS),
-    help="Layout of images and weights. contiguous is slower; auto takes it where channels-last is unsafe.",
-)
 @click.option("--batch-size", default=32, type=click.IntRange(1), help="Images in a batch. More take more memory.")
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    show_default="the cores",
-    help="CPU threads of the network. Fewer leave cores to other programs.",
-)
 def main(
     images: tuple[Path, ...],
     folder: Path,

@@ -26,7 +26,7 @@ import click
 from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError, one_line
 from shards.common.machine import available_cores
-from train.config import MEMORY_FORMATS
+from train.inference.options import network_options
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -38,13 +38,7 @@ _STARTED = time.perf_counter()
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
-@click.option(
-    "--run",
-    "folder",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder of a finished run, whose weights predict.",
-)
+@network_options
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -57,19 +51,6 @@ _STARTED = time.perf_counter()
     default=20,
     type=click.IntRange(1, 300),
     help="Larger files are refused. A larger limit lets one upload take more memory and disk.",
-)
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.")
-@click.option(
-    "--memory-format",
-    default="auto",
-    type=click.Choice(MEMORY_FORMATS),
-    help="Layout of images and weights. contiguous is slower; auto takes it where channels-last is unsafe.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    show_default="the cores",
-    help="CPU threads of the network. Fewer leave cores to other programs.",
 )
 @click.option(
     "--allow-host",

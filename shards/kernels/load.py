@@ -21,6 +21,7 @@ _FUNCTIONS = (
     "dermscale_plan",
     "dermscale_order",
     "dermscale_engine_open",
+    "dermscale_batch_draw",
     "dermscale_decode_level",
     "dermscale_decode_files",
 )

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ pytest.register_assert_rewrite(
 
 def pytest_configure() -> None:
     """No test depends on how long an example takes: other work may run beside it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
     try:
         from hypothesis import HealthCheck, settings
     except ImportError:  # the peers' environment, where the tests of benchmarks alone are run

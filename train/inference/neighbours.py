@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -23,6 +24,9 @@ from train.inference.output import Neighbour
 from train.inference.predictor import Predictor
 from train.record import CONFIG, WEIGHTS, read_result
 from train.weights import safetensors_file
+
+if TYPE_CHECKING:
+    from sklearn.neighbors import NearestNeighbors
 
 FILE = "features.safetensors"
 """In the run folder: the features of its training images, so that they are computed once."""
@@ -52,10 +56,12 @@ def training_selection(run: Path, data: Path | None = None) -> Selection:
 
 
 class Neighbours:
-    """The features of a run's training images, loaded or computed by `compute`, and the nearest of them."""
+    """The training images of a run, and the nearest of them once `compute` has found their features."""
+
+    _index: "NearestNeighbors | None" = None
 
     def __init__(self, predictor: Predictor, run: Path, selection: Selection) -> None:
-        """Load the features from the run folder if it has them. Nothing is computed yet."""
+        """Nothing is loaded or computed yet."""
         self.selection = selection
         self._predictor, self._path = predictor, run / FILE
         self._identity = {
@@ -63,20 +69,29 @@ class Neighbours:
             "shard_set": selection.data.manifest.index_sha256,
             "samples": xxhash.xxh3_64_hexdigest(selection.samples.tobytes()),
         }
-        self._features = self._load()
 
     @property
     def ready(self) -> bool:
         """Whether `nearest` can answer."""
-        return self._features is not None
+        return self._index is not None
 
     def compute(self, lock: threading.Lock, at: Callable[[int], None], stop: Callable[[], bool]) -> None:
-        """Compute the features of the images as evaluation sees them, and save them in the run folder.
+        """Load the features from the run folder, or compute those of the images as evaluation sees them and save them.
 
         lock: held while the network works, batch by batch, so that others can use it in between. at: called with the
         number of images done. stop: called after every batch; if true, nothing is kept. A run folder that cannot be
-        written to is left as it is.
+        written to is left as it is. Raises ValueError if a feature is not a finite number.
         """
+        from sklearn.neighbors import NearestNeighbors  # takes more than a second
+
+        features = self._load()
+        if features is None:
+            features = self._computed(lock, at, stop)
+        if features is not None:
+            self._index = NearestNeighbors(metric="cosine", algorithm="brute").fit(features)
+
+    def _computed(self, lock: threading.Lock, at: Callable[[int], None], stop: Callable[[], bool]) -> np.ndarray | None:
+        """The features, (n, F) float32, which are saved; None if `stop` said so."""
         predictor, rows = self._predictor, []
         loader = Loader(
             self.selection,
@@ -94,31 +109,31 @@ class Neighbours:
                 rows.append(found[batch.mask.numpy()])
                 at(sum(map(len, rows)))
                 if stop():
-                    return
+                    return None
         finally:
             loader.close()
         features = np.concatenate(rows)
-        self._features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         with suppress(OSError):  # the folder of another user, or a full disk: they are computed again next time
-            write_durably(self._path, save({"features": self._features}, metadata=self._identity))
+            write_durably(self._path, save({"features": features}, metadata=self._identity))
+        return features
 
     def nearest(self, features: np.ndarray, count: int) -> list[Neighbour]:
         """The `count` nearest lesions to (F,) features, nearest first.
 
         Raises ValueError before `ready`, DataError if the picture of one is damaged.
         """
-        if self._features is None:
+        if self._index is None:
             raise ValueError("the features of the training images are not computed yet")
-        cosines = self._features @ (features / max(float(np.linalg.norm(features)), 1e-12))
-        order = np.argsort(-cosines, kind="stable")
+        (distances,), (order,) = self._index.kneighbors(features[None], len(self.selection))
         data, samples, lesions = self.selection.data, self.selection.samples, self.selection.lesion_ids.astype(str)
         first = np.sort(np.unique(lesions[order], return_index=True)[1])  # the nearest image of each lesion
         found = []
-        for row in order[first[:count]].tolist():
+        for place in first[:count].tolist():
+            row, cosine = order[place], 1 - float(distances[place])
             sample = int(samples[row])
             image_id, dx = (str(data.column(name)[sample]) for name in ("image_id", "dx"))
             picture = cv2.imencode(".jpg", shrink(data.pixels(sample), _PICTURE_PX)[:, :, ::-1])[1].tobytes()
-            found.append(Neighbour(sample, image_id, str(lesions[row]), dx, float(cosines[row]), picture))
+            found.append(Neighbour(sample, image_id, str(lesions[row]), dx, cosine, picture))
         return found
 
     def _load(self) -> np.ndarray | None:

@@ -87,7 +87,7 @@ def start(run: Path, data: Path | None, device: str, memory_format: str = "auto"
 
 
 def _prepare(session: _Session) -> None:
-    """Do what would delay the start: import captum, and compute the features of the training images.
+    """Do what would delay the start: import captum, and load or compute the features of the training images.
 
     If these cannot be read there are no similar lesions, and the page says why.
     """
@@ -95,7 +95,7 @@ def _prepare(session: _Session) -> None:
 
     from shards.common.errors import one_line
 
-    if session.neighbours is None or session.neighbours.ready:
+    if session.neighbours is None:
         return
 
     def at(done: int) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -259,7 +260,8 @@ class Loader(IterableDataset[Batch]):
             source = Source(data.samples, data.labels, self.augment, self.seed, self.train)
             batches = native.draw(source, self._draws(epoch, start, part), part.stop - part.start, self.resolution)
         else:
-            batches = self._planned(self._blocks(epoch, start, part))
+            # A thread of DALI's draws from this, and must not keep a loader alive that nobody else has any more.
+            batches = self._planned(Loader._blocks(weakref.proxy(self), epoch, start, part))
         return _Stream(os.getpid(), epoch, self.resolution, part, batches)
 
     def _draws(self, epoch: int, start: int, part: slice) -> Iterator[Draw]:

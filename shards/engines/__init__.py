@@ -42,8 +42,8 @@ class Engine(Protocol):
         """The images of each request, in order.
 
         (n, 3, resolution, resolution) uint8, 0 to 255, RGB, channels-last, on the loader's device. A tensor stays
-        valid for as long as the caller keeps it. Closing the iterator stops all work in progress. Raises DataError
-        naming a damaged sample.
+        valid for as long as the caller keeps it. Closing the iterator stops all work in progress; with dali, a thread
+        does that, and `close` waits for it. Raises DataError naming a damaged sample.
         """
         ...
 

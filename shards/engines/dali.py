@@ -5,13 +5,14 @@ DALI decodes them, slices the box, resizes, flips and transposes it. One functio
 tests on a CPU cover it.
 """
 
+import atexit
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain
-from threading import Lock
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,8 +147,8 @@ class _Pipeline:
         try:
             for _ in self._outputs:
                 pass
-        except (RuntimeError, AttributeError):  # in a discarded batch; or Python collects a Loader that was not closed,
-            return False  # and DALI's part of it is gone already
+        except RuntimeError:  # in a discarded batch
+            return False
         return True
 
 
@@ -174,22 +175,49 @@ class DaliEngine:
         self.graph = Graph(contents, _device_id(device), threads or available_cores(), prefetch)
         self._reader = Reader(data, contents, prefetch, cutting=variant == "region")
         self._idle: list[_Pipeline] = []
+        self._runs: list[_Thread] = []
         self._taking, self._closed = Lock(), False  # runs may use different threads
 
     def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`. A separate thread talks to DALI, so that this takes no time from the training loop."""
         if self.graph.device_id is None:
-            with closing(_one_ahead(self._images(requests, resolution))) as batches:
+            with closing(self._one_ahead(self._images(requests, resolution))) as batches:
                 for batch in batches:
                     yield batch.permute(0, 3, 1, 2)
                     del batch
             return
         from shards.engines.transfer import hand_over
 
-        with closing(_one_ahead(_copies(self._images(requests, resolution), self.graph.device_id))) as copies:
-            for batch, copied in copies:
-                yield hand_over(batch, copied, f"cuda:{self.graph.device_id}")
-                del batch, copied
+        copied = _copies(self._images(requests, resolution), self.graph.device_id)
+        with closing(self._one_ahead(copied)) as copies:
+            for batch, done in copies:
+                yield hand_over(batch, done, f"cuda:{self.graph.device_id}")
+                del batch, done
+
+    def _one_ahead(self, items: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        """Run a generator on its own thread: it makes the next item while the caller uses the last one.
+
+        Closing this lets the thread end, and does not wait for that: the next run does, and `close`.
+        """
+        self._settle()
+        thread = _Thread(items)
+        self._runs.append(thread)
+        thread.ask()
+        try:
+            while (item := thread.item()) is not None:
+                thread.ask()
+                yield item
+                del item
+        finally:
+            thread.end()
+
+    def _settle(self) -> None:
+        """Wait for runs that are ending: their pipelines can then be used again."""
+        for run in list(self._runs):
+            if run.ending:
+                run.wait()
+                with suppress(ValueError):  # another thread has removed it
+                    self._runs.remove(run)
 
     def _images(self, requests: Iterable[Request], resolution: int) -> "Generator[torch.Tensor, None, None]":
         """(n, S, S, 3) uint8 in DALI's memory."""
@@ -240,6 +268,7 @@ class DaliEngine:
 
     def close(self) -> None:
         """Release threads, pipelines and their memory. Yielded batches stay valid."""
+        self._settle()
         self._reader.close()
         with self._taking:
             self._closed = True
@@ -256,18 +285,57 @@ def _device_id(device: str) -> int | None:
     return torch.cuda.current_device() if index is None else index
 
 
-def _one_ahead(items: Generator[Any, None, None]) -> Generator[Any, None, None]:
-    """Run a generator on its own thread: it makes the next item while the caller uses the last one."""
-    thread = ThreadPoolExecutor(1, thread_name_prefix="shards-dali-run")
-    coming = thread.submit(next, items, None)
-    try:
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
-            del item
-    finally:
-        thread.shutdown(wait=True, cancel_futures=True)
-        items.close()
+class _Thread:
+    """Runs a generator on a thread of its own, from its first item to its end, which is on that thread too.
+
+    A Loader that nobody closed is closed by Python's garbage collector: on any thread, at any moment, even while that
+    thread holds a lock. So `end` takes no lock and waits for nothing, and DALI is never called from there.
+    """
+
+    def __init__(self, items: Generator[Any, None, None]) -> None:
+        self.ending = False
+        self._asked: SimpleQueue[bool] = SimpleQueue()  # its `put` may interrupt itself, unlike that of other queues
+        self._made: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._thread = Thread(target=self._run, args=(items,), name="shards-dali-run", daemon=True)
+        atexit.register(self.at_exit)
+        self._thread.start()
+
+    def ask(self) -> None:
+        """Let the thread make the next item."""
+        self._asked.put(True)
+
+    def item(self) -> Any:
+        """The item that was asked for, None after the last one. Raises what the generator raised."""
+        item, error = self._made.get()
+        if error is not None:
+            raise error
+        return item
+
+    def end(self) -> None:
+        """Let the thread close the generator, and end; first it makes what it was asked for."""
+        self.ending = True
+        self._asked.put(False)
+
+    def wait(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    def at_exit(self) -> None:
+        """End before Python does: DALI cannot be called after that."""
+        self.end()
+        self.wait()
+
+    def _run(self, items: Generator[Any, None, None]) -> None:
+        try:
+            with closing(items):
+                while self._asked.get():
+                    try:
+                        self._made.put((next(items, None), None))
+                    except BaseException as error:  # noqa: BLE001 (`item` raises it)
+                        self._made.put((None, error))
+                self._made = SimpleQueue()  # what nobody takes is in DALI's memory, which it needs to end
+        finally:
+            atexit.unregister(self.at_exit)
 
 
 def _copies(

@@ -4,7 +4,10 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,15 +50,30 @@ def test_one_pipeline_serves_all_epochs_and_resolutions(shard_sets, monkeypatch)
     assert len(built) == 1
 
 
-def test_a_pipeline_that_dali_has_taken_apart_is_given_up_quietly(shard_sets, monkeypatch):
-    """As where a Loader that nobody closed is collected, and DALI's part of the cycle goes first."""
-    made = []
-    monkeypatch.setattr(dali, "_Pipeline", lambda *args, plain=dali._Pipeline: made.append(plain(*args)) or made[-1])
-    loader = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=32, engine="dali", threads=1)
-    next(iter(loader))
-    (pipeline,) = made
-    pipeline._outputs._pipes[0]._pipe = None
-    assert not pipeline.drain()
+def test_a_loader_that_nobody_closed_is_closed_on_the_thread_of_its_run(shard_sets, monkeypatch):
+    """The garbage collector finds it on any thread, here on one that holds the engine's lock, and waits for nothing."""
+    ended: list[tuple[str, bool]] = []
+    drain = dali._Pipeline.drain
+    monkeypatch.setattr(
+        dali._Pipeline, "drain", lambda own: ended.append((threading.current_thread().name, drain(own))) or ended[-1][1]
+    )
+    loader: Any = Loader(shard_sets["mixed"].select("train"), batch_size=8, resolution=32, engine="dali", threads=1)
+    running = iter(loader)
+    next(running)
+    loader.itself = loader, running  # only the garbage collector finds it
+    (run,), lock, gone = loader._engine._runs, loader._engine._taking, weakref.ref(loader)
+    del loader, running
+
+    def collect() -> None:
+        with lock:
+            gc.collect()
+
+    collector = threading.Thread(target=collect, name="collector", daemon=True)
+    collector.start()
+    collector.join(60)
+    assert not collector.is_alive() and gone() is None
+    run.wait()
+    assert ended == [("shards-dali-run", True)]
 
 
 def leave_early(folder: Path) -> None:
@@ -75,6 +93,8 @@ def leave_early(folder: Path) -> None:
         for _ in range(taken):
             next(running)
         running.close()
+    for run in loader._engine._runs:  # pyright: ignore[reportAttributeAccessIssue]
+        run.wait()
     assert threads() <= before + 1  # a reader that the first epoch could do without
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batch": 0})
     assert_parity(expected, batches(loader))

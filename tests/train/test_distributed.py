@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,13 @@ from shards.common.errors import DataError, UsageError
 from tests.conftest import free_port
 from tests.support.train_runs import WORKER, child_environment, losses, small, start_worker
 from train.compiling import Compilation
+from train.config import resolved
 from train.console import Silent
 from train.device import Decision
 from train.distributed import World, world
 from train.loop import train_once
+from train.prepare import choose_data, prepare
+from train.workspace import Workspace
 
 NORM_FREE = {"model": "test_vit", "batch_size": 8, "epochs": 3, "steps": 20}
 """Layer norm only and no dropout: nothing in it depends on which process holds which sample."""
@@ -107,7 +111,7 @@ def test_a_dead_rank_ends_the_others_with_a_message(tiny_shards: Path, tmp_path:
     assert "Traceback" not in errors
 
 
-def check_parts(rank: int, ranks: int, port: int) -> None:
+def check_parts(rank: int, ranks: int, port: int, data: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     group = dist.new_group(backend="gloo")
@@ -143,11 +147,20 @@ def check_parts(rank: int, ranks: int, port: int) -> None:
         mine = timing is not None or rank == broken_in
         assert compilation.decision.reason.endswith(": it broke" if mine else ": it failed in another process")
     assert world.gather(rank) == (list(range(ranks)) if rank == 0 else [])
+
+    # `auto` may choose another engine in each process, for a GPU with less free memory: the first one's counts
+    config, workspace = resolved(small(data, batch_size=8), "batchnorm"), Workspace()
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr("train.prepare.choose", lambda *_: ("resident" if rank == 0 else "native", "", f"of {rank}"))
+        selections = choose_data(config, workspace.open(data), "batchnorm", world)
+        run = prepare(config, "batchnorm", world, workspace, selections, {}, stack)
+        assert {loader.engine_name for loader in run.loaders.values()} == {"resident"}
+        assert run.decisions["engine"] == Decision("resident", "of 0")
     dist.destroy_process_group()
 
 
-def test_flags_errors_and_gathering_across_ranks() -> None:
-    mp.spawn(check_parts, (3, free_port()), nprocs=3)
+def test_flags_errors_decisions_and_gathering_across_ranks(tiny_shards: Path) -> None:
+    mp.spawn(check_parts, (3, free_port(), tiny_shards), nprocs=3)
 
 
 @pytest.mark.parametrize(

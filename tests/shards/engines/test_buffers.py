@@ -100,6 +100,30 @@ def test_only_so_many_buffers_are_held_by_copies(copies):
     assert len(list(batches)) == 2
 
 
+def test_large_buffers_are_held_by_fewer_copies(copies, monkeypatch):
+    monkeypatch.setattr(transfer, "_MOST_BYTES", 2 * 2 * 8 * 8 * 3 + 1)  # two of them
+    batches = transfer.to_device(buffers(count=6), "cpu")
+    for begun in range(2, 7):
+        next(batches)
+        assert [copy.done for copy in copies] == [True] * (begun - 2) + [False] * 2
+
+
+@pytest.mark.parametrize(("most_bytes", "copies_held"), [(1, 1), (1 << 30, 4)])
+def test_the_page_locked_memory_of_an_engine_is_bounded(shard_sets, copies, monkeypatch, most_bytes, copies_held):
+    """Copies never end by themselves here: a run takes prefetch + 2 buffers, and those of the copies."""
+    made: list[tuple[int, ...]] = []
+    to_device = transfer.to_device
+    monkeypatch.setattr(transfer, "_MOST_BYTES", most_bytes)
+    monkeypatch.setattr(transfer, "pinned_buffer", lambda shape: made.append(shape) or np.empty(shape, np.uint8))
+    monkeypatch.setattr(transfer, "to_device", lambda buffers, device: to_device(buffers, "cpu"))
+    with closing(NativeEngine(shard_sets["jpg"], "cuda:0", threads=1, prefetch=2)) as engine:
+        for images in engine.run(requests_of(shard_sets["jpg"], [2] * 25), 32):
+            assert images.shape == (2, 32, 32, 3)
+            del images
+    large = [shape for shape in made if shape[0] == 2]
+    assert len(copies) == 25 and copies_held + 3 <= len(large) <= 2 + 2 + copies_held
+
+
 def test_copies_are_waited_for_where_loading_fails(copies):
     with pytest.raises(ValueError, match="damaged"):
         list(transfer.to_device(buffers(broken=True), "cpu"))

@@ -26,12 +26,11 @@ RAMP_END = 0.75
 
 @dataclass(frozen=True)
 class Recipe:
-    """The optimizer of a model family.
+    """How a model family is trained, unless options say otherwise. Fields with the name of an option are its default.
 
     lr: peak learning rate for a global batch of 64 and random weights. lr_power: the rate grows with
     (batch / 64) ** lr_power: linearly for SGD (Goyal et al. 2017, arXiv:1706.02677), with the square root for Adam
-    (Malladi et al. 2022, arXiv:2205.10287). warmup: share of all steps. clip: largest gradient norm, or None.
-    finetune: factor of `lr` if training starts from given weights.
+    (Malladi et al. 2022, arXiv:2205.10287). finetune: factor of `lr` if training starts from given weights.
     """
 
     optimizer: str
@@ -41,6 +40,8 @@ class Recipe:
     warmup: float
     clip: float | None
     finetune: float
+    crop_scale: float = 0.25
+    colour_jitter: float = 0.2
 
 
 RECIPES = {
@@ -56,8 +57,8 @@ def _option(default: Any, help: str, **more: Any) -> Any:
     """A field of Config that is a command-line option too; `training_options` makes the option.
 
     default: `...` if there is none. help: says what the option costs or changes; `{choices}` stands for these. more:
-    choices: all allowed values. least: the smallest allowed one. path: True for a file or folder. shown: what `--help`
-    shows as the default. run_only: True if a grid has no such option.
+    choices: all allowed values. least, most: the smallest and the largest allowed one; no `most` without `least`. path:
+    True for a file or folder. shown: what `--help` shows as the default. run_only: True if a grid has no such option.
     """
     metadata = {"help": help, **more}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
@@ -102,6 +103,38 @@ class Config:
     resolution: int = _option(224, "Side of the images in px. Time and memory grow with its square.", least=1)
     start_resolution: int | None = _option(
         None, "Start at this side and go up in steps of 32 px. Saves time; compiling takes longer, once for each size."
+    )
+    crop_scale: float | None = _option(
+        None,
+        "Smallest share of an image's area that a training crop takes; the largest is 1. Smaller crops vary more, and "
+        "so need more epochs.",
+        least=0.01,
+        most=1.0,
+        shown="by model",
+    )
+    crop_ratio: float = _option(
+        4 / 3,
+        "Largest ratio of the sides of a training crop, either way. 1: squares, which distort nothing.",
+        least=1.0,
+        most=4.0,
+        shown="4/3",
+    )
+    colour_jitter: float | None = _option(
+        None,
+        "Brightness, contrast and saturation of training images vary by this share, and hue by a tenth of it, in "
+        "turns. 0: colours stay as they are.",
+        least=0.0,
+        most=0.99,
+        shown="by model",
+    )
+    symmetries: bool = _option(
+        True, "Turn and mirror each training image in one of the eight ways of a square. Costs no time."
+    )
+    eval_crop: float = _option(
+        0.875,
+        "Evaluation and prediction look at the centre square with this share of the shorter side.",
+        least=0.01,
+        most=1.0,
     )
     optimizer: str | None = None
     lr: float | None = _option(
@@ -182,8 +215,10 @@ class Config:
         """Refuse values that no run can have. Raises UsageError naming the value, the limit and what to do."""
         for one in fields(self):
             value, option = getattr(self, one.name), f"--{one.name.replace('_', '-')}"
-            if "least" in one.metadata and value is not None and value < one.metadata["least"]:
-                raise UsageError(f"{option} {value} is under {one.metadata['least']}")
+            least, most = one.metadata.get("least"), one.metadata.get("most", math.inf)
+            if least is not None and value is not None and not least <= value <= most:
+                limit = f"under {least}" if most == math.inf else f"outside {least:g} to {most:g}"
+                raise UsageError(f"{option} {value} is {limit}")
             if "choices" in one.metadata and value not in one.metadata["choices"]:
                 raise UsageError(f"{option} '{value}' is unknown: use one of {', '.join(one.metadata['choices'])}")
         if not 0.0 < self.fraction <= 1.0:
@@ -225,8 +260,9 @@ def training_options(command: Callable[..., Any], run_only: bool = False) -> Cal
         kind = next(kind for kind in (*get_args(one.type), one.type) if kind is not type(None))
         # click 8.5 takes `default=None` for a value: an option that has it is not required any more
         given: dict[str, Any] = {"required": True} if one.default is MISSING else {"default": one.default}
+        name = one.name.replace("_", "-")
         command = click.option(
-            f"--{one.name.replace('_', '-')}",
+            f"--{name}/--no-{name}" if one.default is True else f"--{name}",
             type=click.Path() if about.get("path") else kind,
             is_flag=kind is bool,
             show_default=about.get("shown"),
@@ -242,14 +278,9 @@ def resolved(config: Config, family: str) -> Config:
     lr = recipe.lr * (config.batch_size / 64) ** recipe.lr_power
     if config.pretrained or config.weights:
         lr *= recipe.finetune
-    return replace(
-        config,
-        optimizer=config.optimizer or recipe.optimizer,
-        lr=lr if config.lr is None else config.lr,
-        weight_decay=recipe.weight_decay if config.weight_decay is None else config.weight_decay,
-        warmup=recipe.warmup if config.warmup is None else config.warmup,
-        clip=recipe.clip if config.clip is None else config.clip,
-    )
+    settings = asdict(config)
+    missing = {name: value for name, value in asdict(recipe).items() if name in settings and settings[name] is None}
+    return replace(config, **(missing | ({"lr": lr} if "lr" in missing else {})))
 
 
 def check_batch(batch_size: int, family: str, processes: int = 1) -> None:
@@ -261,16 +292,25 @@ def check_batch(batch_size: int, family: str, processes: int = 1) -> None:
         raise UsageError(f"--batch-size {batch_size}{shared}: {why}; choose {least} or more")
 
 
-_ADDED = ("threads", "normalize", "memory_format")
-"""Fields that the files of older releases lack; they have their defaults then."""
+ADDED = {
+    "threads": None,
+    "normalize": "auto",
+    "memory_format": "auto",
+    "crop_scale": 0.25,
+    "crop_ratio": 4 / 3,
+    "colour_jitter": 0.2,
+    "symmetries": True,
+    "eval_crop": 0.875,
+}
+"""Fields that the files of older releases lack, and the values that these releases used."""
 
 
 def read_config(path: Path) -> Config:
     """The settings in a run folder's config.json. Raises DataError if it is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        names = [one.name for one in fields(Config) if one.name in raw or one.name not in _ADDED]
-        return Config(**{name: raw[name] for name in names})
+        known = ADDED | raw
+        return Config(**{one.name: known[one.name] for one in fields(Config)})
     except FileNotFoundError:
         raise DataError(f"{path.parent}: not a run folder (no {path.name})") from None
     except (KeyError, TypeError, ValueError) as error:

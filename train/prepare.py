@@ -10,7 +10,7 @@ import torch
 from shards import Loader, Selection, ShardSet
 from shards.common.errors import UsageError
 from shards.engines.choose import choose
-from shards.plan import evaluation_plan
+from shards.plan import Augment, evaluation_plan
 from train import checkpoint
 from train import device as devices
 from train.checkpoint import Progress
@@ -79,6 +79,23 @@ def choose_data(config: Config, data: ShardSet, family: str, world: World) -> di
     return found
 
 
+def augment_of(config: Config) -> Augment:
+    """How the loaders of a run crop and vary images. config: resolved."""
+    if config.crop_scale is None or config.colour_jitter is None:
+        raise ValueError("the configuration is not resolved")
+    jitter = config.colour_jitter
+    return Augment(
+        scale=(config.crop_scale, 1.0),
+        ratio=(1 / config.crop_ratio, config.crop_ratio),
+        symmetries=config.symmetries,
+        brightness=jitter,
+        contrast=jitter,
+        saturation=jitter,
+        hue=jitter / 10,
+        eval_crop=config.eval_crop,
+    )
+
+
 def reduction_warning(loader: Loader) -> str | None:
     """A warning if evaluation crops shrink by more than MOST_REDUCTION, on average; None if not."""
     data, samples, px = loader.selection.data, loader.selection.samples, loader.resolution
@@ -138,6 +155,7 @@ def prepare(
             threads=config.threads,
             rank=world.rank,
             world_size=world.size,
+            augment=augment_of(config),
             pool=workspace.engines,
         )
         stack.callback(loaders[split].close)

@@ -1,16 +1,18 @@
 """Settings, the options made of them, their limits, the recipes, and the schedules."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from shards import Augment
 from shards.common.errors import DataError, UsageError
 from train import grid, leakage, run
 from train.config import (
+    ADDED,
     RECIPES,
     Config,
     differences,
@@ -20,6 +22,7 @@ from train.config import (
     resolution_of,
     resolved,
 )
+from train.prepare import augment_of
 
 
 def test_the_options_of_commands_are_the_fields_of_config() -> None:
@@ -34,8 +37,9 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         assert set(own) - shared == {"model", "fraction", "seed", "subset_seed", "sync_batch_norm"}
     some = {"epochs": 3, "lr": 0.25, "ema": 0.5, "weights": "w.pt", "start_resolution": 96}
     arguments = [part for name, value in some.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    typed = run.main.make_context("train.run", ["--model", "x", "--pretrained", *arguments]).params
-    for name, value in (some | {"pretrained": True}).items():
+    flags = ["--pretrained", "--no-symmetries"]
+    typed = run.main.make_context("train.run", ["--model", "x", *flags, *arguments]).params
+    for name, value in (some | {"pretrained": True, "symmetries": False}).items():
         assert typed[name] == value
         assert type(typed[name]) in (known[name].type, *get_args(known[name].type))
 
@@ -57,6 +61,11 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"lr": -1.0}, "--lr -1.0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"ema": 1.0}, "--ema 1.0"),
+        ({"crop_scale": 0.0}, "--crop-scale 0.0 is outside 0.01 to 1"),
+        ({"crop_scale": float("nan")}, "--crop-scale nan"),
+        ({"crop_ratio": 0.75}, "--crop-ratio 0.75 is outside 1 to 4"),
+        ({"colour_jitter": 1.0}, "--colour-jitter 1.0"),
+        ({"eval_crop": 1.5}, "--eval-crop 1.5"),
         ({"pretrained": True, "weights": "w.pt"}, "exclude"),
         ({"start_resolution": 100}, "steps of 32"),
         ({"start_resolution": 256}, "steps of 32"),
@@ -82,9 +91,10 @@ def test_configuration_survives_its_file(tmp_path: Path) -> None:
     config = resolved(Config(model="vit_b16", ema=0.99, start_resolution=96), "layernorm")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert read_config(tmp_path / "config.json") == config
-    older = {name: value for name, value in config.to_dict().items() if name not in ("normalize", "threads")}
+    older = {name: value for name, value in config.to_dict().items() if name not in ADDED}
     (tmp_path / "config.json").write_text(json.dumps(older))
-    assert read_config(tmp_path / "config.json") == config
+    assert read_config(tmp_path / "config.json") == replace(config, **ADDED)
+    assert augment_of(replace(config, **ADDED)) == Augment()  # what these releases trained with
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match="damaged"):
         read_config(tmp_path / "config.json")

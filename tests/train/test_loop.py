@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from shards import ShardSet
+from shards import Augment, Loader, ShardSet
 from shards.common.errors import DataError, DermscaleError, UsageError
 from shards.engines import dali
 from shards.format import CLASSES
@@ -19,7 +20,7 @@ from tests.conftest import write_set
 from tests.support.train_runs import Heard, assert_same_run, at, losses, small, weights
 from train.distributed import World
 from train.evaluation import used_temperature
-from train.inference.predictor import read_about
+from train.inference.predictor import Predictor, read_about
 from train.loop import Stopped, train_once
 from train.metrics.scores import balanced_accuracy
 from train.record import write_predictions
@@ -63,6 +64,27 @@ def test_a_warning_that_holds_for_every_run_of_a_worker_comes_once(tiny_shards: 
         train_once(config, tmp_path / name, workspace=shared, console=console)
     assert len(console.warnings) == 1
     assert "63 px" in console.warnings[0]
+
+
+# ------------------------------------------------------------------ the recipe
+
+
+def test_the_options_of_augmentation_reach_training_evaluation_and_prediction(
+    tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr("train.prepare.Loader", lambda *a, **more: used.append(more["augment"]) or Loader(*a, **more))
+    changes = {"crop_scale": 0.6, "crop_ratio": 1.0, "colour_jitter": 0.0, "symmetries": False, "eval_crop": 1.0}
+    config = small(tiny_shards, steps=2, **changes)
+    train_once(config, tmp_path / "run")
+    plain = Augment((0.6, 1.0), (1.0, 1.0), False, brightness=0, contrast=0, saturation=0, hue=0, eval_crop=1.0)
+    assert used == [plain] * 3
+    assert json.loads((tmp_path / "run" / "config.json").read_text()).items() >= changes.items()
+    assert Predictor(tmp_path / "run", "cpu").augment.eval_crop == 1.0
+    assert losses(tmp_path / "run") != losses(whole)[:2]
+    for name, other in {"crop_scale": 0.5, "symmetries": True, "eval_crop": 0.5}.items():
+        with pytest.raises(UsageError, match=f"{name}: .*, now {other}"):
+            train_once(replace(config, **{name: other}), tmp_path / "run", resume=True)
 
 
 # ------------------------------------------------------------------ what is written

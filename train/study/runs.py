@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shards.common.cli import typed
 from shards.common.errors import DataError, one_line
 from shards.common.files import encoded
+from train.config import ADDED
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT, read_result
 from train.study.cells import EIGHT
 from train.study.folder import CELLS, STUDY, read_journal, read_json, read_study
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from train.metrics.differences import Tested
 
 
-EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "normalize", "ema")
-"""Settings that must be equal in all runs of a report. Learning rates and batch sizes may differ: they depend on the
-model and on the size of the training set."""
+EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "normalize", "ema", "eval_crop")
+"""Settings that must be equal in all runs of a report. What a recipe sets may differ, and batch sizes: they depend on
+the model and on the size of the training set."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _refuse_mixed(folder: Path, runs: list[Run]) -> None:
 
 def _differences(one: Run, other: Run) -> list[str]:
     """The settings in which two runs must not differ but do: `epochs: 10, and 30`."""
-    settings = [{key: run.config.get(key) for key in (*EQUAL, "weights")} for run in (one, other)]
+    settings = [{key: run.config.get(key, ADDED.get(key)) for key in (*EQUAL, "weights")} for run in (one, other)]
     if one.row["model"] != other.row["model"]:  # each model has a file of its own
         settings = [known | {"weights": "from a file" if known["weights"] else None} for known in settings]
     first, second = settings

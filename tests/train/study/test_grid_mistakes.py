@@ -74,6 +74,15 @@ def test_a_study_of_an_older_release_goes_on_with_the_normalisation_that_it_had(
             StudyFolder(tmp_path / name, settings | {"normalize": "half"})
 
 
+def test_a_study_of_an_older_release_goes_on_with_the_crops_that_it_had(tmp_path):
+    with StudyFolder(tmp_path, {"epochs": 3}) as folder:
+        leave(folder, "result.json")
+    with StudyFolder(tmp_path, {"epochs": 3, "eval_crop": 0.875, "crop_scale": None}):
+        pass
+    with pytest.raises(UsageError, match=r"eval_crop: 0\.875, now 1\.0"):
+        StudyFolder(tmp_path, {"epochs": 3, "eval_crop": 1.0})
+
+
 def test_a_study_that_was_made_a_moment_ago_is_not_overwritten(tmp_path, monkeypatch):
     """Another start makes the study after this one has found the folder empty."""
     out = tmp_path / "study"

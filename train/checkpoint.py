@@ -216,17 +216,21 @@ def _check_optimizer(found: Any, own: dict[str, Any], shapes: list[torch.Size]) 
     if type(found["param_groups"]) is not list or len(found["param_groups"]) != len(groups):
         raise ValueError(f"optimizer.param_groups is not a list of {len(groups)}")
     for number, group in enumerate(groups):
-        for name in ("params", "weight_decay", "momentum", "nesterov", "betas", "eps"):
+        for name in ("params", "weight_decay", "momentum", "nesterov", "betas", "eps", "use_muon"):
             theirs = found["param_groups"][number]
             if name in group and not (isinstance(theirs, dict) and theirs.get(name) == group[name]):
                 raise ValueError(f"optimizer.param_groups[{number}].{name} is not that of the run")
-    names = {"momentum_buffer"} if "momentum" in groups[0] else {"step", "exp_avg", "exp_avg_sq"}
+    of = {number: group for group in groups for number in group["params"]}
     if not isinstance(found["state"], dict) or not found["state"].keys() <= set(range(len(shapes))):
         raise ValueError("optimizer.state is not of the run's parameters")
     for number, one in found["state"].items():
-        _same_keys(one, dict.fromkeys(names), f"optimizer.state[{number}]")
-        for name, tensor in one.items():
-            _alike(tensor, torch.empty(() if name == "step" else shapes[number]), f"optimizer.state[{number}].{name}")
+        group, where = of[number], f"optimizer.state[{number}]"
+        muon = {name: group[name] for name in ("use_muon",) if name in group}  # whether a weight has Muon or NAdamW
+        moments = group.get("use_muon", "momentum" in group)
+        names = ("momentum_buffer",) if moments else ("step", "exp_avg", "exp_avg_sq")
+        _alike(one, muon | {name: torch.empty(() if name == "step" else shapes[number]) for name in names}, where)
+        if any(one[name] != value for name, value in muon.items()):
+            raise ValueError(f"{where}.use_muon is not that of the run")
 
 
 def set_random_states(device: torch.device, states: list[dict[str, Any]], rank: int, position: tuple[int, int]) -> None:

@@ -10,6 +10,8 @@ from typing import Any, get_args
 
 from shards.common.errors import DataError, UsageError
 
+OPTIMIZERS = ("sgd-nesterov", "adamw", "muon")
+SCHEDULES = ("cosine", "linear", "constant")
 LOSSES = ("logit-adjusted", "class-weighted", "plain")
 NORMALIZE = ("auto", "data", "imagenet", "half")
 MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
@@ -40,6 +42,8 @@ class Recipe:
     warmup: float
     clip: float | None
     finetune: float
+    schedule: str = "cosine"
+    label_smoothing: float = 0.0
     crop_scale: float = 0.25
     colour_jitter: float = 0.2
 
@@ -68,9 +72,8 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 class Config:
     """The settings of one run, and their defaults: `train.run` and the other commands make their options from these.
 
-    What is None is filled in by `resolved` from the model's family. Fields without an option: steps: optimizer steps in
-    place of epochs (a grid with equal steps). optimizer: `sgd-nesterov` or `adamw`. warmup: share of the steps. clip:
-    largest gradient norm.
+    What is None is filled in by `resolved` from the model's family. The field without an option, steps: optimizer steps
+    in place of epochs (a grid with equal steps).
     """
 
     model: str = _option(
@@ -136,7 +139,13 @@ class Config:
         least=0.01,
         most=1.0,
     )
-    optimizer: str | None = None
+    optimizer: str | None = _option(
+        None,
+        "Optimizer: {choices}. Another than the model's own needs --lr and --weight-decay. adamw takes more memory; "
+        "muon makes steps longer, most of all on a CPU and with small images.",
+        choices=OPTIMIZERS,
+        shown="by model",
+    )
     lr: float | None = _option(
         None,
         "Peak learning rate, after the warm-up. If it is too high, the loss stops being a number.",
@@ -145,12 +154,34 @@ class Config:
     weight_decay: float | None = _option(
         None, "Weight decay: more keeps weights smaller. Biases and normalisation have none.", shown="by model"
     )
-    warmup: float | None = None
-    clip: float | None = None
+    schedule: str | None = _option(
+        None,
+        "Learning rate after the warm-up: {choices}. The first two fall to zero, with which short runs end better.",
+        choices=SCHEDULES,
+        shown="by model",
+    )
+    warmup: float | None = _option(
+        None,
+        "Share of the steps in which the learning rate rises to its peak. Too little, and the loss may stop being a "
+        "number.",
+        least=0.0,
+        most=1.0,
+        shown="by model",
+    )
+    clip: float | None = _option(
+        None, "Largest norm of the gradient; longer ones are made shorter. 0: no limit.", shown="by model"
+    )
     loss: str = _option(
         "logit-adjusted",
         "Cross-entropy: {choices}. Only plain keeps the frequencies of the training images.",
         choices=LOSSES,
+    )
+    label_smoothing: float | None = _option(
+        None,
+        "Share of each target that goes to all classes alike. Makes the network less certain of its answers.",
+        least=0.0,
+        most=0.99,
+        shown="by model",
     )
     ema: float | None = _option(
         None,
@@ -219,7 +250,7 @@ class Config:
             if least is not None and value is not None and not least <= value <= most:
                 limit = f"under {least}" if most == math.inf else f"outside {least:g} to {most:g}"
                 raise UsageError(f"{option} {value} is {limit}")
-            if "choices" in one.metadata and value not in one.metadata["choices"]:
+            if "choices" in one.metadata and value is not None and value not in one.metadata["choices"]:
                 raise UsageError(f"{option} '{value}' is unknown: use one of {', '.join(one.metadata['choices'])}")
         if not 0.0 < self.fraction <= 1.0:
             raise UsageError(f"--fraction {self.fraction} is outside (0, 1]: 1 is the whole training split")
@@ -273,8 +304,17 @@ def training_options(command: Callable[..., Any], run_only: bool = False) -> Cal
 
 
 def resolved(config: Config, family: str) -> Config:
-    """`config` with every None that a recipe knows filled in from that of a model family."""
+    """`config` with every None that a recipe knows filled in from that of a model family.
+
+    Raises UsageError for another optimizer than the family's without a learning rate of its own.
+    """
     recipe = RECIPES[family]
+    other = config.optimizer not in (None, recipe.optimizer)
+    if other and (config.lr is None or config.weight_decay is None):
+        raise UsageError(
+            f"--optimizer {config.optimizer}: the learning rate and weight decay of {config.model} are for "
+            f"{recipe.optimizer}; give --lr and --weight-decay too"
+        )
     lr = recipe.lr * (config.batch_size / 64) ** recipe.lr_power
     if config.pretrained or config.weights:
         lr *= recipe.finetune
@@ -296,6 +336,8 @@ ADDED = {
     "threads": None,
     "normalize": "auto",
     "memory_format": "auto",
+    "schedule": "cosine",
+    "label_smoothing": 0.0,
     "crop_scale": 0.25,
     "crop_ratio": 4 / 3,
     "colour_jitter": 0.2,
@@ -332,13 +374,16 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
-    """The learning rate of `step` (0 the first) of `total`: linear warm-up to `lr`, then a cosine to zero."""
+    """The learning rate of `step` (0 the first) of `total`: linear warm-up to `lr`, then `schedule`, to zero or not."""
     if config.lr is None or config.warmup is None:
         raise ValueError("the configuration is not resolved")
     warm = round(config.warmup * total)
     if step < warm:
         return config.lr * (step + 1) / warm
-    return config.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+    done = (step - warm) / max(total - warm, 1)
+    if config.schedule == "linear":
+        return config.lr * (1.0 - done)
+    return config.lr if config.schedule == "constant" else config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def resolution_of(config: Config, epoch: int, epochs: int) -> int:

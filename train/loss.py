@@ -9,23 +9,31 @@ LOGITS_PRIOR = {"logit-adjusted": "balanced", "class-weighted": "balanced", "pla
 
 
 class Loss:
-    """Cross-entropy in one of three forms.
+    """Cross-entropy in one of three forms, with or without label smoothing (Szegedy et al. 2016, arXiv:1512.00567).
 
     `logit-adjusted`: the log of the training prior is added to the logits during training (Menon et al. 2021,
     "Long-tail learning via logit adjustment", ICLR, τ = 1), so that the logits alone estimate the balanced posterior.
     `class-weighted`: each sample's weight is inversely proportional to the size of its class. `plain`: neither.
+    Smoothing is PyTorch's, except that a class without images has no share of a target.
     """
 
-    def __init__(self, kind: str, counts: list[int], device: torch.device) -> None:
-        """kind: one of config.LOSSES. counts: training images of each class, (C,); a class may have none."""
+    def __init__(self, kind: str, counts: list[int], device: torch.device, smoothing: float = 0.0) -> None:
+        """kind: one of config.LOSSES. counts: training images of each class, (C,); a class may have none.
+
+        smoothing: share of each target that all classes get alike, in [0, 1).
+        """
         present = torch.tensor(counts, dtype=torch.float64)
         self.weighted = kind == "class-weighted"
+        self._smoothing = smoothing
         self._shift = self._weights = None
         if kind == "logit-adjusted":
-            self._shift = (present / present.sum()).log().float().to(device)
+            # a finite number for a class without images: its probability is 0 all the same, and its loss is a number
+            self._shift = (present / present.sum()).log().clamp(min=-1e4).float().to(device)
         if self.weighted:
             rarity = present.sum() / (len(counts) * present)
             self._weights = torch.where(present > 0, rarity, torch.zeros_like(rarity)).float().to(device)
+        elif smoothing:
+            self._weights = (present > 0).float().to(device)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """logits (N, C) float32, labels (N,) int64 → the sum over the samples, and the sum of their weights.
@@ -35,6 +43,5 @@ class Loss:
         """
         if self._shift is not None:
             logits = logits + self._shift
-        if self._weights is None:
-            return F.cross_entropy(logits, labels, reduction="sum"), None
-        return F.cross_entropy(logits, labels, weight=self._weights, reduction="sum"), self._weights[labels].sum()
+        loss = F.cross_entropy(logits, labels, weight=self._weights, reduction="sum", label_smoothing=self._smoothing)
+        return loss, self._weights[labels].sum() if self.weighted and self._weights is not None else None

@@ -307,7 +307,8 @@ def parameter_groups(net: Classifier, weight_decay: float) -> list[dict[str, Any
     from timm.optim._param_groups import param_groups_weight_decay
 
     exempt = net.body.no_weight_decay() if hasattr(net.body, "no_weight_decay") else ()  # pyright: ignore
-    return param_groups_weight_decay(net.body, weight_decay, no_weight_decay_list=exempt)
+    groups = param_groups_weight_decay(net.body, 1.0, no_weight_decay_list=exempt)  # with 0, timm makes one group
+    return [group | {"weight_decay": weight_decay * group["weight_decay"]} for group in groups]
 
 
 def depth(net: nn.Module) -> int:

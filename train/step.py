@@ -32,7 +32,7 @@ class TrainingStep:
         self.device = net.head.mean.device
         self.net = net
         self.model: Callable[..., Tensor] = net
-        self.loss = Loss(config.loss, class_counts, self.device)
+        self.loss = Loss(config.loss, class_counts, self.device, config.label_smoothing or 0.0)
         self.optimizer = devices.optimizer(
             models.parameter_groups(net, config.weight_decay or 0.0), config.optimizer or "", config.lr or 0.0
         )
@@ -67,7 +67,7 @@ class TrainingStep:
         """Clip the gradients, update the weights with them, drop them, and update the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.clip is not None:
+        if self.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
         self.scaler.step(self.optimizer)

@@ -28,7 +28,7 @@ from train.prepare import augment_of
 def test_the_options_of_commands_are_the_fields_of_config() -> None:
     known = {field.name: field for field in fields(Config)}
     typed = run.main.make_context("train.run", ["--model", "x"]).params
-    assert set(known) - set(typed) == {"steps", "optimizer", "warmup", "clip"}
+    assert set(known) - set(typed) == {"steps"}
     assert set(typed) - set(known) == {"out", "resume"}
     own = {name: value for name, value in typed.items() if name in known}
     assert Config(**own) == Config(model="x")
@@ -61,6 +61,10 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"lr": -1.0}, "--lr -1.0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"ema": 1.0}, "--ema 1.0"),
+        ({"optimizer": "lion"}, "sgd-nesterov, adamw, muon"),
+        ({"schedule": "step"}, "cosine, linear, constant"),
+        ({"warmup": 1.5}, "--warmup 1.5 is outside 0 to 1"),
+        ({"label_smoothing": 1.0}, "--label-smoothing 1.0"),
         ({"crop_scale": 0.0}, "--crop-scale 0.0 is outside 0.01 to 1"),
         ({"crop_scale": float("nan")}, "--crop-scale nan"),
         ({"crop_ratio": 0.75}, "--crop-ratio 0.75 is outside 1 to 4"),
@@ -85,6 +89,15 @@ def test_recipes_by_family_and_what_is_given_stays() -> None:
     assert (given.lr, given.weight_decay, given.warmup) == (0.0, 0.0, 0.0)
     finetuned = resolved(Config(model="x", pretrained=True), "layernorm")
     assert finetuned.lr == pytest.approx(0.1 * RECIPES["layernorm"].lr)
+
+
+@pytest.mark.parametrize("given", [{}, {"lr": 1e-3}, {"weight_decay": 0.05}])
+def test_another_optimizer_needs_a_learning_rate_of_its_own(given: dict) -> None:
+    with pytest.raises(UsageError, match=r"--optimizer muon: .* for sgd-nesterov; give --lr and --weight-decay too"):
+        resolved(Config(model="resnet18", optimizer="muon", **given), "batchnorm")
+    found = resolved(Config(model="resnet18", optimizer="muon", lr=1e-3, weight_decay=0.05), "batchnorm")
+    assert (found.optimizer, found.lr, found.weight_decay) == ("muon", 1e-3, 0.05)
+    assert resolved(Config(model="resnet18", optimizer="sgd-nesterov"), "batchnorm").lr == RECIPES["batchnorm"].lr
 
 
 def test_configuration_survives_its_file(tmp_path: Path) -> None:
@@ -114,6 +127,14 @@ def test_learning_rate_warms_up_and_falls_to_almost_nothing() -> None:
     assert all(a >= b for a, b in pairwise(rates[10:]))
     assert 0 < rates[-1] < 1e-3
     assert learning_rate(config, 0, 1) == 1.0  # a run too short for a warm-up
+
+
+def test_the_other_schedules_fall_in_a_line_and_not_at_all() -> None:
+    for schedule, end in (("linear", 1 / 90), ("constant", 1.0)):
+        config = resolved(Config(model="x", lr=1.0, warmup=0.1, schedule=schedule), "batchnorm")
+        rates = [learning_rate(config, step, 100) for step in range(100)]
+        assert rates[:11] == pytest.approx([(step + 1) / 10 for step in range(10)] + [1.0])
+        assert rates[10:] == pytest.approx([1.0 + (end - 1.0) * k / 89 for k in range(90)])
 
 
 @pytest.mark.parametrize(("epochs", "start", "px"), [(16, 128, 224), (30, 96, 224), (4, 32, 64), (1, 192, 224)])

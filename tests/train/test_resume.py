@@ -35,6 +35,7 @@ PLAIN = {}
 """SGD, batch norm."""
 RICH = {"model": "test_vit_relpos", "loss": "class-weighted", "ema": 0.9, "resolution": 32}
 """AdamW, dropout, clipping, class weights, averaged weights."""
+MUON = {"optimizer": "muon", "lr": 1e-3, "weight_decay": 0.05, "schedule": "linear", "label_smoothing": 0.1}
 RAMP = {"resolution": 96, "start_resolution": 32, "ema": 0.5, "precision": "bf16"}
 
 
@@ -51,7 +52,9 @@ def crash() -> bool:
 
 # 8 steps, and 2 batches of each evaluation: `stop` is asked 16 times, and each is a place to die
 @pytest.mark.parametrize(
-    ("changes", "calls"), [(PLAIN, (1, 4, 6, 12, 15)), (RICH, (3, 8)), (RAMP, (4, 11))], ids=["plain", "rich", "ramp"]
+    ("changes", "calls"),
+    [(PLAIN, (1, 4, 6, 12, 15)), (RICH, (3, 8)), (MUON, (4,)), (RAMP, (4, 11))],
+    ids=["plain", "rich", "muon", "ramp"],
 )
 def test_crashed_anywhere_and_resumed_ends_in_the_same_bits(
     tiny_shards: Path, tmp_path: Path, changes: dict, calls: tuple[int, ...]

@@ -64,6 +64,24 @@ def test_a_step_equals_plain_pytorch_bit_for_bit(changes: dict, clip: float | No
     assert all(parameter.grad is None for parameter in step.net.parameters())
 
 
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
+def test_muon_makes_the_updates_of_matrices_orthogonal_and_as_large_as_adamws(model: str) -> None:
+    step = step_of(config(model=model, optimizer="muon", lr=0.01, weight_decay=0.0))
+    step(*example(8, 32, CPU), lr=0.01)  # before it, the last normalisation of a block is 0, and so are gradients
+    before = {name: weight.detach().clone() for name, weight in step.net.named_parameters()}
+    step(*example(8, 32, CPU), lr=0.01)
+    matrices = 0
+    for name, weight in step.net.named_parameters():
+        update = weight.detach() - before[name]
+        assert update.any()
+        if weight.ndim > 1 and len(weight) > 1:
+            matrices += 1
+            sizes = torch.linalg.svdvals(update.flatten(1)) / (0.01 * 0.2 * max(update.flatten(1).shape) ** 0.5)
+            assert sizes.max() < 1.3
+            assert sizes[:6].min() > 0.7  # a gradient of seven classes may have no higher rank
+    assert matrices > 5
+
+
 def test_clipping_shortens_the_gradient_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer, *_: norms.append(norm(optimizer)))
@@ -72,9 +90,9 @@ def test_clipping_shortens_the_gradient_to_its_limit(monkeypatch: pytest.MonkeyP
         grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
         return float(torch.cat(grads).norm())
 
-    for clip in (None, 0.05, 1e6):
+    for clip in (None, 0.05, 1e6, 0.0):
         step_of(config(clip=clip))(*example(8, 32, CPU), lr=0.1)
-    assert norms[0] == norms[2] > 0.05
+    assert norms[0] == norms[2] == norms[3] > 0.05
     assert norms[1] == pytest.approx(0.05, rel=1e-4)
 
 
@@ -162,11 +180,27 @@ def test_the_three_losses_against_their_definitions() -> None:
     torch.testing.assert_close(mean(Loss("class-weighted", COUNTS, CPU), logits, labels), weighted)
 
 
+def test_a_smoothed_target_is_shared_by_the_classes_that_have_images() -> None:
+    logits, labels = logits_and_labels()
+    target = 0.8 * F.one_hot(labels, 7) + 0.2 / 7
+    torch.testing.assert_close(mean(Loss("plain", COUNTS, CPU, 0.2), logits, labels), F.cross_entropy(logits, target))
+    shifted = logits + prior().float().log()
+    adjusted = mean(Loss("logit-adjusted", COUNTS, CPU, 0.2), logits, labels)
+    torch.testing.assert_close(adjusted, F.cross_entropy(shifted, target))
+    rare = prior().reciprocal().float()
+    weighted = -(target * rare * logits.log_softmax(1)).sum() / rare[labels].sum()
+    torch.testing.assert_close(mean(Loss("class-weighted", COUNTS, CPU, 0.2), logits, labels), weighted)
+    few = mean(Loss("plain", [*COUNTS[:6], 0], CPU, 0.2), logits[:6], labels[:6])
+    torch.testing.assert_close(few, -(target[:6] * logits[:6].log_softmax(1))[:, :6].sum() / 6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["plain", "logit-adjusted", "class-weighted"])
-def test_a_class_without_images_does_no_harm(kind: str) -> None:
+def test_a_class_without_images_does_no_harm(kind: str, smoothing: float) -> None:
     logits, labels = logits_and_labels()
     logits.requires_grad_()
-    value = mean(Loss(kind, [*COUNTS[:6], 0], CPU), logits[:6], labels[:6])
+    value = mean(Loss(kind, [*COUNTS[:6], 0], CPU, smoothing), logits[:6], labels[:6])
+    assert value < 20
     value.backward()
     assert torch.isfinite(value)
     assert logits.grad is not None

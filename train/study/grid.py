@@ -36,17 +36,18 @@ def study_settings(base: Config, budget: str, data: "ShardSet") -> dict[str, Any
 def check_settings(names: Sequence[str], base: Config) -> None:
     """Refuse settings that would make every cell fail, before anything is written.
 
-    Raises UsageError for an unknown model, an impossible resolution, too small a batch, a missing device or a precision
-    that it does not support, DataError for weights that cannot be read.
+    Raises UsageError for an unknown model, an impossible resolution, too small a batch, an optimizer without its
+    learning rate, a missing device or a precision that it does not support, DataError for weights that cannot be read.
     """
     from train import device as devices
     from train import models
-    from train.config import check_batch
+    from train.config import check_batch, resolved
     from train.weights import read_weights
 
     for name in names:
         models.check_resolution(name, base.resolution, base.start_resolution)
-        check_batch(base.batch_size, models.family(name))
+        check_batch(base.batch_size, family := models.family(name))
+        resolved(replace(base, model=name), family)
     # `auto` always fits; asking for it would start CUDA here, which takes memory of the GPU until the study ends.
     if base.device not in ("auto", "cpu") or base.precision not in ("auto", "fp32"):
         devices.precision(devices.choose(base.device), base.precision)

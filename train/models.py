@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -68,10 +69,16 @@ class Classifier(nn.Module):
         self.body = body
         self.decisions: dict[str, Decision] = {}
         """What it starts from, for the run's record."""
+        self.frozen = False
+        """Whether only the classifier is trained."""
 
     def forward(self, images: Tensor, colour: Tensor) -> Tensor:
         """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → logits (N, classes) float32."""
         return self.body(self.head(images, colour)).float()
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """As of every module, but a frozen network stays as in evaluation, with the means of its batch norms."""
+        return super().train(mode and not self.frozen)
 
 
 # ------------------------------------------------------------------ what a name stands for
@@ -176,12 +183,14 @@ def build(
     start_resolution: int | None = None,
     pretrained: bool = False,
     weights: Path | None = None,
+    freeze: bool = False,
     normalize: str = "auto",
 ) -> Classifier:
     """A model on the CPU in channels-last layout, its random weights drawn from torch's global generator.
 
-    mean, std: RGB, 0 to 1, of the training images. normalize: one of `config.NORMALIZE`. Raises UsageError for an
-    unknown model or an impossible size, DataError for weights that are missing or do not fit.
+    mean, std: RGB, 0 to 1, of the training images. freeze: only the classifier requires gradients. normalize: one of
+    `config.NORMALIZE`. Raises UsageError for an unknown model or an impossible size, DataError for weights that are
+    missing or do not fit.
     """
     timm_model = timm_name(name)
     check_resolution(name, resolution, start_resolution)
@@ -193,6 +202,11 @@ def build(
         body, start = _from_timm(name, timm_model, classes, sizes, pretrained, found)
     norm, why = _normalisation(normalize, (tuple(mean), tuple(std)), start)
     net = Classifier(InputHead(*norm), body)
+    if freeze:
+        net.frozen = True
+        trained = _classifier_names(timm_model, body)
+        for parameter_name, parameter in body.named_parameters():
+            parameter.requires_grad_(parameter_name in trained)
     shown = ", ".join(
         f"{name} {' '.join(f'{x:.6g}' for x in of)}" for name, of in zip(("mean", "std"), norm, strict=True)
     )
@@ -218,7 +232,7 @@ def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> "tuple[nn
     if found is None:
         _he_init(body)
         return body, Start()
-    loaded = load_fitting(body, found, ("classifier.6.weight", "classifier.6.bias"))
+    loaded = load_fitting(body, found, _classifier_names(None, body))
     return body, Start(found.source, loaded, _own_norm(found) or (IMAGENET_NORM, "that of torchvision's weights"))
 
 
@@ -244,13 +258,20 @@ def _from_timm(
         return body, Start(f"timm's {timm_model}", about, _timm_norm(body.pretrained_cfg))
     if found is None:
         return body, Start()
-    heads = body.state_dict().keys() - _skeleton(timm_model, None, classes=0).state_dict().keys()
+    heads = _classifier_names(timm_model, body)
     module = import_module(type(body).__module__)
     convert = next((getattr(module, one) for one in _CONVERSIONS if hasattr(module, one)), None)
     takes_body = convert is not None and len(inspect.signature(convert).parameters) > 1
     adapt = convert if takes_body or convert is None else lambda state, _: convert(state)
     loaded = load_fitting(body, found, heads, adapt)
     return body, Start(found.source, loaded, _own_norm(found) or _timm_norm(body.pretrained_cfg))
+
+
+def _classifier_names(timm_model: str | None, body: nn.Module) -> Collection[str]:
+    """Names of a network's tensors that depend on the number of classes: its last layers."""
+    if timm_model is None:
+        return "classifier.6.weight", "classifier.6.bias"
+    return body.state_dict().keys() - _skeleton(timm_model, None, classes=0).state_dict().keys()
 
 
 def _own_norm(found: Weights) -> tuple[Norm, str] | None:

@@ -3,7 +3,8 @@
     python -m train.report runs/study
 
 Writes runs/study/report.html: the findings in plain words, learning curves with bands, costs, confused classes,
-calibration, differences between models, variance shares, speed, settings. A single run folder works too.
+calibration, differences between models, variance shares, speed, settings. A single run folder works too. Several
+folders become one study, to see runs from random weights beside runs from pretrained ones for example.
 """
 
 from pathlib import Path
@@ -15,11 +16,11 @@ from shards.common.errors import UsageError
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True})
-@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("studies", metavar="STUDY...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    show_default="STUDY/report.html",
+    show_default="report.html in the first STUDY",
     help="Page to write. An older one is replaced.",
 )
 @click.option(
@@ -45,8 +46,13 @@ from shards.common.errors import UsageError
     default=1000,
     help="Resamples for the intervals. More make their ends steadier and the report slower.",
 )
-def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data: Path | None, resamples: int) -> None:
-    """Write the report of STUDY: a folder that a grid wrote, a folder of run folders, or one run folder."""
+def main(
+    studies: tuple[Path, ...], out: Path | None, pictures: Path | None, tiles: int, data: Path | None, resamples: int
+) -> None:
+    """Write the report of STUDY: a folder that a grid wrote, a folder of run folders, or one run folder.
+
+    Several are reported as one study. Their runs must have the same test images.
+    """
     from shards.common.files import encoded, write_durably
     from shards.common.progress import Progress
     from train.study.analysis import analyse
@@ -54,8 +60,8 @@ def main(study: Path, out: Path | None, pictures: Path | None, tiles: int, data:
     from train.study.report.page import compose
     from train.study.runs import read
 
-    runs = read(study)
-    target = out or study / "report.html"
+    runs = read(*studies)
+    target = out or studies[0] / "report.html"
     if target.is_dir():
         raise UsageError(f"--out {target}: is a folder; name the file to write, such as {target / 'report.html'}")
     with Progress("report", lines=False, transient=True) as progress:

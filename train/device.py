@@ -3,11 +3,11 @@
 import logging
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from shards.common.errors import UsageError
 from shards.common.machine import available_cores, give_back_freed_memory, keep_all_freed_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,11 @@ def precision(device: torch.device, wanted: str) -> Decision:
 
 
 def autocast(device: torch.device, name: str) -> AbstractContextManager[Any]:
-    """The context in which the forward pass and the loss run."""
-    return torch.autocast(device.type, dtype=_DTYPES.get(name), enabled=name in _DTYPES)
+    """The context in which the forward pass and the loss run.
+
+    Without the cache of cast weights: a CUDA graph must not use what was cast before it, and no weight is used twice.
+    """
+    return torch.autocast(device.type, dtype=_DTYPES.get(name), enabled=name in _DTYPES, cache_enabled=False)
 
 
 def scaler(device: torch.device, name: str) -> torch.amp.GradScaler:
@@ -183,14 +187,15 @@ def scaler(device: torch.device, name: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
 
-def compile_mode(device: torch.device, processes: int) -> str | None:
+def compile_mode(device: torch.device, processes: int, graphed: bool = False) -> str | None:
     """The mode of `torch.compile`: `reduce-overhead` on a GPU, where CUDA graphs launch a whole step at once.
 
     With batches of 64, an H100 runs ResNet-18's kernels faster than Python launches them: on one cached batch it
     trained 12,149 img/s with graphs and 4,077 without (`benchmarks/results/gpu`). None, PyTorch's default mode, on a
-    CPU, and for several processes, where graphs have not been tried.
+    CPU, for several processes, where graphs have not been tried, and where the code becomes a part of a larger graph
+    (graphed).
     """
-    return "reduce-overhead" if device.type == "cuda" and processes == 1 else None
+    return "reduce-overhead" if device.type == "cuda" and processes == 1 and not graphed else None
 
 
 def steps_to_compile(device: torch.device) -> int:
@@ -200,6 +205,49 @@ def steps_to_compile(device: torch.device) -> int:
     them belongs before training.
     """
     return 3 if device.type == "cuda" else 1
+
+
+# ------------------------------------------------------------------ CUDA graphs
+
+
+class Recorder:
+    """Records work on a GPU as CUDA graphs. They share memory, because only one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], _T]) -> Callable[[], _T]:
+        """What does on each call what `run` does, launched as one graph on a GPU, and `run` itself on a CPU.
+
+        run: has no host sync, and takes numbers that change from tensors. It is called three times first, on the stream
+        that records, because kernels are chosen and compiled and state is allocated in the first calls. Its results are
+        overwritten by the next graph of this recorder: copy them. Raises RuntimeError if the work cannot be recorded.
+        """
+        if self._device.type != "cuda":
+            return run
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for _ in range(3):
+                run()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may allocate memory meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            results = run()
+
+        def replay() -> _T:
+            graph.replay()
+            return results
+
+        return replay
+
+
+def rate_type(device: torch.device) -> torch.dtype:
+    """The type in which the fused optimizers take the learning rate as a tensor, as exactly as they can."""
+    return torch.float32 if device.type == "cuda" else torch.float64
 
 
 # ------------------------------------------------------------------ optimizer

@@ -3,20 +3,23 @@
 import functools
 import json
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shards import Loader, Selection
 from shards.format import CLASSES
+from shards.loader import Batch
 from train import device as devices
 from train import models
 from train.checkpoint import Progress
 from train.distributed import World
+from train.graphed import Graphs
 from train.loss import LOGITS_PRIOR
 from train.metrics.calibration import probabilities
 from train.metrics.run_metrics import evaluate
@@ -28,23 +31,36 @@ from train.weights import write_weights
 
 
 def logits_of(
-    net: Classifier, loader: Loader, precision: str, world: World, between: Callable[[int], None]
+    net: Classifier,
+    loader: Loader,
+    precision: str,
+    world: World,
+    between: Callable[[int], None],
+    graphs: Graphs | None = None,
 ) -> np.ndarray | None:
     """The (N, classes) float32 logits of a whole split, in the order of its selection; None on ranks after the first.
 
     net: holds the weights to evaluate. It is not compiled, because an evaluation is too short for that. loader: of a
-    whole split. between: called after each batch with the number of batches done. Padded samples are dropped. Raises
-    ValueError if a sample is missing or counted twice.
+    whole split. between: called after each batch with the number of batches done. graphs: of the run, if they are on.
+    Padded samples are dropped. Raises ValueError if a sample is missing or counted twice.
     """
+
+    def forward(batch: Batch) -> tuple[Tensor, ...]:
+        with torch.inference_mode(), devices.autocast(world.device, precision):
+            return batch.samples, net(batch.images, batch.colour), batch.mask
+
+    def of_batches() -> Generator[tuple[Tensor, ...], None, None]:
+        with closing(iter(loader)) as batches:
+            yield from map(forward, batches)
+
     world.same_buffers(net)
     was_training = net.training
     net.eval()
     parts = []
     try:
-        with closing(iter(loader)) as batches:
-            for number, batch in enumerate(batches, 1):
-                with torch.inference_mode(), devices.autocast(world.device, precision):
-                    parts.append((batch.samples, net(batch.images, batch.colour), batch.mask))
+        with closing(of_batches() if graphs is None else graphs.outputs(loader, forward, precision)) as each:
+            for number, part in enumerate(each, 1):
+                parts.append(part)
                 between(number)
     finally:
         net.train(was_training)

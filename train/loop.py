@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shards.common.errors import DermscaleError, UsageError
 from shards.common.files import full_disk_names
@@ -28,10 +29,6 @@ from train.metrics.scores import balanced_accuracy
 from train.prepare import Run, choose_data, compile_and_distribute, prepare, reduction_warning
 from train.record import ENVIRONMENT, RunFolder, environment, read_decisions, read_result
 from train.workspace import Workspace
-
-if TYPE_CHECKING:
-    from shards import Loader
-    from shards.loader import Batch
 
 LOG_STEPS = 50
 """Steps after which the losses are fetched from the device, checked and recorded."""
@@ -189,19 +186,21 @@ def train_once(
 
         def evaluate(split: str, precision: str) -> np.ndarray | None:
             began, batches = time.perf_counter(), run.loaders[split]
-            found = logits_of(run.step.reported, batches, precision, world, functools.partial(between, split))
+            shown, graphs = functools.partial(between, split), run.graphs if run.graphs.on else None
+            found = logits_of(run.step.reported, batches, precision, world, shown, graphs)
             progress.seconds["eval"] += time.perf_counter() - began
             return found
 
         # ------------------------------------------------------------------ train
         for epoch, px in list(enumerate(run.sizes))[progress.epoch :]:
             steps = min(len(loader), run.total - epoch * len(loader))
+            progress.seconds["compile"] += run.graphs.ready(epoch, px)
             mark = time.perf_counter()
             if crowding is not None:
                 crowding.pause()
-            for batch in _batches(loader, epoch, px, steps, progress):
+            for take_step in _steps(run, epoch, px, steps, progress):
                 lr = learning_rate(config, progress.step, run.total)
-                losses[len(rates)] = run.step(batch.images, batch.colour, batch.labels, lr)
+                losses[len(rates)] = take_step(lr)
                 rates.append(lr)
                 progress.step += 1
                 progress.epoch_step += 1
@@ -284,15 +283,19 @@ def _full_memory_in_one_line(config: Config) -> Iterator[None]:
         ) from None
 
 
-def _batches(loader: "Loader", epoch: int, px: int, steps: int, progress: Progress) -> "Iterator[Batch]":
-    """The batches left in an epoch of `steps` steps; counts the time spent waiting for each."""
+def _steps(run: Run, epoch: int, px: int, steps: int, progress: Progress) -> Iterator[Callable[[float], Tensor]]:
+    """For each step left in an epoch of `steps` steps: what takes it, given the learning rate, and returns the loss.
+
+    Counts the time spent waiting for each batch.
+    """
     if progress.epoch_step >= steps:
         return
+    loader = run.loaders["train"]
     loader.set_resolution(px)
     loader.set_epoch(epoch)
-    with closing(iter(loader)) as batches:
+    with closing(run.graphs.steps(progress.epoch_step)) as each:
         while progress.epoch_step < steps:
             began = time.perf_counter()
-            batch = next(batches)
+            take_step = next(each)
             progress.epoch_wait_s += time.perf_counter() - began
-            yield batch
+            yield take_step

@@ -19,6 +19,8 @@ from train.config import Config, check_batch, resolution_of
 from train.console import Console
 from train.device import Decision
 from train.distributed import World
+from train.graphed import Graphs
+from train.graphed import choose as choose_graph
 from train.step import TrainingStep
 from train.workspace import Workspace
 
@@ -43,6 +45,7 @@ class Run:
     loaders: dict[str, Loader]
     class_counts: list[int]
     step: TrainingStep
+    graphs: Graphs
     compilation: Compilation
     total: int
     sizes: list[int]
@@ -51,7 +54,7 @@ class Run:
     @property
     def decisions(self) -> dict[str, Decision]:
         """What was chosen, and why, by name: `engine`, `precision`, `threads`, `weights`, `compile` …"""
-        return self.chosen | {"compile": self.compilation.decision}
+        return self.chosen | {"compile": self.compilation.decision, "graph": self.graphs.decision}
 
 
 def choose_data(config: Config, data: ShardSet, family: str, world: World) -> dict[str, Selection]:
@@ -159,6 +162,10 @@ def prepare(
             pool=workspace.engines,
         )
         stack.callback(loaders[split].close)
+    graphs = Graphs(step, loaders["train"], earlier.get("graph") or choose_graph(step, engine.value, world))
+    if graphs.on:
+        step.graphed = True
+        loaders["train"].load()
     length = len(loaders["train"])
     total = config.steps or config.epochs * length
     epochs = math.ceil(total / length)
@@ -177,6 +184,7 @@ def prepare(
         loaders=loaders,
         class_counts=counts,
         step=step,
+        graphs=graphs,
         compilation=workspace.compilation,
         total=total,
         sizes=sizes,
@@ -192,5 +200,6 @@ def compile_and_distribute(run: Run, progress: Progress, console: Console) -> No
     sizes = sorted(set(run.sizes[progress.epoch :]))
     progress.seconds["compile"] += run.compilation.compile(run.step, run.config, sizes, run.world, console)
     run.step.distribute(run.world)
+    run.graphs.console = console
     # again, because deciding and compiling may have drawn random numbers
     checkpoint.seed_torch(run.config.seed, run.world.rank)

@@ -5,7 +5,8 @@ nor a run folder, so anything that has a network and a batch can take the same s
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class TrainingStep:
 
     net: the network, which owns the weights. model: what the step calls, one of: `net`, its compiled form, or either
     of them wrapped for several processes. precision: `fp32`, `bf16` or `fp16`. world: the processes that share each
-    global batch; one until `distribute`. done: optimizer steps so far.
+    global batch; one until `distribute`. done: optimizer steps so far. graphed: whether CUDA graphs will hold the steps
+    (`train/graphed.py`), so that compiled code needs none of its own.
     """
 
     def __init__(self, net: Classifier, config: Config, class_counts: list[int], precision: str) -> None:
@@ -43,6 +45,7 @@ class TrainingStep:
         self.average = Average(net, config.ema) if config.ema else None
         self.world = World(device=self.device)
         self.done = 0
+        self.graphed = False
 
     def __call__(self, images: Tensor, colour: Tensor, labels: Tensor, lr: float) -> Tensor:
         """Update the weights once; return this process's share of the global batch's mean loss, () on the device.
@@ -65,6 +68,14 @@ class TrainingStep:
 
     def update(self, lr: float) -> None:
         """Clip the gradients, update the weights with them, drop them, and update the average."""
+        self.apply(lr, 0.0 if self.average is None else self.average.share(self.done))
+        self.done += 1
+
+    def apply(self, lr: float | Tensor, share: float | Tensor) -> None:
+        """`update` without counting the step. A CUDA graph takes numbers that change from tensors, ().
+
+        share: of the new weights in the average.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.clip:
@@ -74,8 +85,7 @@ class TrainingStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update(self.done)
-        self.done += 1
+            self.average.update(share)
 
     @property
     def reported(self) -> Classifier:
@@ -107,6 +117,36 @@ class TrainingStep:
         self.done = done
 
 
+@contextmanager
+def leaving_no_trace(step: TrainingStep) -> Iterator[None]:
+    """On leaving, put back weights, buffers, average, optimizer state and random state, and drop the gradients.
+
+    Each tensor stays where it is in memory, as CUDA graphs need. Optimizer state that is new becomes zero, which is
+    what both optimizers begin with.
+    """
+
+    def tensors() -> list[Tensor]:
+        nets = [step.net] if step.average is None else [step.net, step.average.net]
+        of_nets = [tensor for net in nets for tensor in (*net.parameters(), *net.buffers())]
+        states = [value for state in step.optimizer.state.values() for value in state.values()]
+        return of_nets + [value for value in states if isinstance(value, Tensor)]
+
+    random_state = devices.random_state(step.device)
+    before = {tensor: tensor.detach().clone() for tensor in tensors()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor in tensors():
+                if tensor in before:
+                    tensor.copy_(before[tensor])
+                else:
+                    tensor.zero_()
+        for parameter in step.net.parameters():
+            parameter.grad = None
+        devices.set_random_state(step.device, random_state)
+
+
 class Average:
     """An exponential moving average (EMA) of a network's weights, on its device.
 
@@ -124,9 +164,16 @@ class Average:
         self._weights = [parameter.detach() for parameter in net.parameters()]
         self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
 
-    def update(self, step: int) -> None:
-        """Include the weights after `step` (0 the first)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._weights, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    def share(self, step: int) -> float:
+        """What the weights after `step` (0 the first) are multiplied by: 1 − decay."""
+        return 1.0 - min(self.decay, (1 + step) / (10 + step))
+
+    def update(self, share: float | Tensor) -> None:
+        """Include the weights, multiplied by `share`."""
+        if isinstance(share, Tensor):  # the loop over all in C++ takes none
+            for average, weight in zip(self._averages, self._weights, strict=True):
+                average.lerp_(weight, share)
+        else:
+            torch._foreach_lerp_(self._averages, self._weights, share)  # pyright: ignore[reportPrivateImportUsage]
         for average, buffer in self._buffers:
             average.copy_(buffer)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -185,6 +185,10 @@ class _PooledEngine:
     def run(self, requests: Iterable[Request], resolution: int) -> "Iterator[torch.Tensor]":
         """See `Engine.run`."""
         return self._engine.run(requests, resolution)
+
+    def __getattr__(self, name: str) -> Any:
+        """What `resident` offers beside it."""
+        return getattr(self._engine, name)
 
     def close(self) -> None:
         """Do nothing: the pool closes it."""

@@ -80,16 +80,25 @@ class ResidentEngine:
         """See `Engine.run`. The first run decodes the selection."""
         import torch
 
+        self.load()
+        for request in requests:
+            table = torch.from_numpy(self.table(request))
+            if self.device != "cpu":
+                table = table.pin_memory().to(self.device, non_blocking=True)
+            yield self.gather(table, resolution)
+
+    def load(self) -> None:
+        """Decode the selection, unless it was. Raises UsageError and DataError as above and `run`."""
         if self._pixels is None:
             check_memory(self.selection, self.device)  # again: something may have filled it since
             self._pixels = self._load()
-        for request in requests:
-            table = torch.from_numpy(self._table(request))
-            if self.device != "cpu":
-                table = table.pin_memory().to(self.device, non_blocking=True)
-            yield self._gather(self._pixels, table, resolution).permute(0, 3, 1, 2)
 
-    def _table(self, request: Request) -> np.ndarray:
+    def gather(self, table: "torch.Tensor", resolution: int) -> "torch.Tensor":
+        """Images as `run` yields them. table: (n, 7) int64 on the device, as `table` gives it. Comes after `load`."""
+        assert self._pixels is not None, "`load` comes first"
+        return self._gather(self._pixels, table, resolution).permute(0, 3, 1, 2)
+
+    def table(self, request: Request) -> np.ndarray:
         """(n, 7) int64: first pixel of the image, its width, box y, x, h, w, and symmetry."""
         positions = np.searchsorted(self.selection.samples, request.samples)
         known = self.selection.samples[np.minimum(positions, len(self.selection) - 1)] == request.samples
@@ -162,7 +171,7 @@ def _pinned(pixels: int) -> "torch.Tensor":
 def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "torch.Tensor":
     """Crop, resize and turn a batch: (n, S, S, 3) uint8. Bilinear, half-pixel centres, edges clamped to the box.
 
-    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine._table`. The Triton kernel computes the
+    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine.table`. The Triton kernel computes the
     same.
     """
     import torch

@@ -1,4 +1,5 @@
-"""Host to device: one asynchronous uint8 copy per batch, from the pinned memory that threads decode into."""
+"""Host to device: one asynchronous uint8 copy per batch, from the pinned memory that threads decode into; and how far
+the host may run ahead of the device."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,25 @@ _MOST_COPIES, _MOST_BYTES = 4, 256 << 20
 """Copies under way at once: at most so many, and bytes; at least one. Their buffers are page-locked memory, which no
 other program can have, and so are prefetch + 2 more of an engine. 1,024 images of 224 px take 154 MB, for which PyTorch
 locks 268 MB, a power of two: 1.3 GB in all."""
+
+_MOST_AHEAD = 3
+"""Batches with unfinished work on the device beside the one that is being queued: enough for the device to go on."""
+
+
+class Ahead:
+    """Keeps the host from queuing work with many batches, because each needs its memory until its work is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def wait(self) -> None:
+        """To be called when all work with a batch is queued: wait for the work with the one `_MOST_AHEAD` before it."""
+        end = torch.cuda.Event(blocking=True)  # does not take a core while it waits
+        end.record(torch.cuda.current_stream(self._device))
+        self._ends.append(end)
+        if len(self._ends) > _MOST_AHEAD:
+            self._ends.popleft().synchronize()
 
 
 def pinned_buffer(shape: tuple[int, ...]) -> np.ndarray:

@@ -75,7 +75,7 @@ def _gather(
 def gather(pixels: Tensor, table: Tensor, resolution: int, row_bits: int, column_bits: int, fraction: int) -> Tensor:
     """Crop, resize and turn a batch: (n, S, S, 3) uint8.
 
-    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine._table`. row_bits, column_bits, fraction: of the
+    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine.table`. row_bits, column_bits, fraction: of the
     weights, and of a mixed row.
     """
     n = len(table)

@@ -106,11 +106,12 @@ def test_a_ramp_is_charged_for_every_size_that_is_compiled(monkeypatch):
 def test_a_gpu_of_one_process_gets_graphs(monkeypatch):
     assert devices.compile_mode(CUDA, 1) == "reduce-overhead"
     assert devices.compile_mode(CUDA, 2) is devices.compile_mode(CPU, 1) is None
+    assert devices.compile_mode(CUDA, 1, graphed=True) is None  # its steps are recorded as a whole
     asked = []
     monkeypatch.setattr(torch, "compile", lambda net, **options: asked.append(options) or net)
-    monkeypatch.setattr(devices, "compile_mode", lambda device, processes: f"{device.type} {processes}")
+    monkeypatch.setattr(devices, "compile_mode", lambda device, *rest: f"{device.type} {rest}")
     compiled(small("no data", compile="on"))
-    assert asked == [{"dynamic": False, "mode": "cpu 1"}]
+    assert asked == [{"dynamic": False, "mode": "cpu (1, False)"}]
 
 
 def test_graphs_are_recorded_before_training(monkeypatch):

@@ -214,8 +214,9 @@ def _measure(config: Config, ahead: int, number: int, seconds: float, ready: Cal
         def steps():
             for epoch in itertools.count():
                 run.loaders["train"].set_epoch(epoch)
-                for batch in run.loaders["train"]:
-                    run.step(batch.images, batch.colour, batch.labels, 0.0)
+                run.graphs.ready(epoch, config.resolution)
+                for take_step in run.graphs.steps():
+                    take_step(0.0)
                     yield
 
         training = steps()

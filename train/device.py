@@ -235,7 +235,11 @@ class Recorder:
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may allocate memory meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with (
+            torch.cuda.stream(current),
+            recording,
+        ):  # the first: a recording that fails leaves its stream the current one
             results = run()
 
         def replay() -> _T:

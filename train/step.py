@@ -119,7 +119,7 @@ class TrainingStep:
 
 @contextmanager
 def leaving_no_trace(step: TrainingStep) -> Iterator[None]:
-    """On leaving, put back weights, buffers, average, optimizer state and random state, and drop the gradients.
+    """On leaving, put back weights, buffers, average, optimizer and random state, and the count; drop the gradients.
 
     Each tensor stays where it is in memory, as CUDA graphs need. Optimizer state that is new becomes zero, which is
     what both optimizers begin with.
@@ -131,7 +131,7 @@ def leaving_no_trace(step: TrainingStep) -> Iterator[None]:
         states = [value for state in step.optimizer.state.values() for value in state.values()]
         return of_nets + [value for value in states if isinstance(value, Tensor)]
 
-    random_state = devices.random_state(step.device)
+    random_state, done = devices.random_state(step.device), step.done
     before = {tensor: tensor.detach().clone() for tensor in tensors()}
     try:
         yield
@@ -144,6 +144,7 @@ def leaving_no_trace(step: TrainingStep) -> Iterator[None]:
                     tensor.zero_()
         for parameter in step.net.parameters():
             parameter.grad = None
+        step.done = done
         devices.set_random_state(step.device, random_state)
 
 

@@ -4,13 +4,22 @@ Fake tensors run no kernel, but know devices, types and shapes: tensors of mixed
 value, which is what a hidden host sync does. Autocast and the backward pass do not work with them.
 """
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from shards.engines.resident import gather
+from shards.loader import Tables
+from tests.support.train_runs import small
 from train import models
+from train.config import resolved
+from train.graphed import GraphedStep, Pass
 from train.loss import Loss
 from train.models import MODELS, Classifier
+from train.step import TrainingStep
 
 MEAN, STD = (0.7, 0.5, 0.4), (0.2, 0.15, 0.1)
 COUNTS = [30, 40, 100, 10, 90, 600, 0]
@@ -58,6 +67,45 @@ def test_backward_gives_every_parameter_a_gradient(name: str) -> None:
     total, _ = Loss("logit-adjusted", COUNTS, torch.device("meta"))(net(images, colour), labels)
     (total / 4).backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+
+
+@pytest.mark.parametrize(("model", "kernel"), [("test_resnet", "_fused_sgd_"), ("test_vit", "_fused_adamw_")])
+def test_what_a_graph_holds_beside_the_network_stays_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, model: str, kernel: str
+) -> None:
+    """The choice of the batch, its gather, clipping and the optimizer, up to the fused kernel, which has no fake."""
+    config = resolved(small("no data", model=model, clip=1.0, batch_size=4), models.family(model))  # type: ignore[arg-type]
+    net, rates = models.build(model, 32, 7, MEAN, STD), []
+    monkeypatch.setattr(torch, kernel, lambda *_, **settings: rates.append(settings["lr"]))
+    with FakeTensorMode():
+        for module in net.modules():
+            for name, value in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(value.shape, device="cuda")))
+            for name, value in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
+        step = TrainingStep(net, config, COUNTS, "fp32")
+        pixels = torch.empty(1000, 3, dtype=torch.uint8, device="cuda")
+        of_images, colour, mask = np.zeros((3, 4), np.int64), np.zeros((3, 4, 3, 4), np.float32), np.ones((3, 4), bool)
+        tables = Tables(np.zeros((3, 4, 7), np.int64), of_images, of_images, colour, mask)
+        loader = SimpleNamespace(
+            device=torch.device("cuda"),
+            train=False,
+            tables=lambda epoch: tables,
+            gather=lambda rows: gather(pixels, rows, 32).permute(0, 3, 1, 2),
+        )
+        batches = Pass(loader)  # type: ignore[arg-type]
+        batches.plan()
+        batches.seek(1)
+        found, expected = batches.take(), batch(32, "cuda")
+        for mine, other in zip((found.images, found.colour, found.labels), expected, strict=True):
+            assert (mine.device.type, mine.shape, mine.dtype) == ("cuda", other.shape, other.dtype)
+            assert mine.stride() == other.stride()
+        for parameter in net.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        graphed = GraphedStep(step, batches.take)
+        step.apply(graphed._lr, graphed._share)
+    assert rates == [graphed._lr] * len(step.optimizer.param_groups)
+    assert (graphed._lr.device.type, graphed._lr.dtype) == ("cuda", torch.float32)
 
 
 # ------------------------------------------------------------------ what these checks notice

@@ -239,14 +239,17 @@ class FakeCuda:
     @contextmanager
     def stream(self, stream: SimpleNamespace):
         self.at, before = stream.name, self.at
-        yield
-        self.at = before
+        try:
+            yield
+        finally:
+            self.at = before
 
     @contextmanager
     def graph(self, graph: SimpleNamespace, pool: object, stream: SimpleNamespace, capture_error_mode: str):
         self.calls.append(f"begin {pool} {capture_error_mode}")
-        with self.stream(stream):
-            yield
+        self.at, before = stream.name, self.at
+        yield
+        self.at = before  # only then: after an error PyTorch's stays on its stream
         self.calls.append("end")
 
     def CUDAGraph(self) -> SimpleNamespace:  # noqa: N802
@@ -266,6 +269,19 @@ def test_work_is_warmed_up_and_recorded_on_a_side_stream_and_then_replayed(monke
     cuda.calls.clear()
     assert run() is run() is result
     assert cuda.calls == ["replay", "replay"]
+
+
+def test_a_failed_recording_goes_back_to_the_stream_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(devices.torch, "cuda", cuda)
+
+    def work() -> None:
+        if any(call.startswith("begin") for call in cuda.calls):
+            raise RuntimeError("a host sync")
+
+    with pytest.raises(RuntimeError, match="host sync"):
+        Recorder(CUDA).record(work)
+    assert cuda.at == "main" and "end" not in cuda.calls
 
 
 def test_on_a_cpu_work_stays_as_it_is() -> None:

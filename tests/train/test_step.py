@@ -11,7 +11,7 @@ from train.compiling import example
 from train.config import Config
 from train.distributed import World
 from train.loss import Loss
-from train.step import TrainingStep
+from train.step import TrainingStep, leaving_no_trace
 
 COUNTS = [30, 40, 100, 10, 90, 600, 20]
 CPU = torch.device("cpu")
@@ -155,6 +155,30 @@ def test_a_step_goes_on_from_its_state() -> None:
     for _ in range(2):
         second(*batch, lr=0.01)
     for a, b in ((whole.net, second.net), (whole.reported, second.reported)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("changes", [SGD, ADAMW])
+@pytest.mark.parametrize("done", [0, 2])
+def test_timing_leaves_no_trace(changes: dict, done: int) -> None:
+    """Steps in between change nothing, and every tensor stays where it is: weights, average, optimizer, buffers."""
+    batch = example(8, 32, CPU)
+    step, other = (step_of(config(ema=0.9, **changes)) for _ in range(2))
+    for _ in range(done):
+        assert step(*batch, lr=0.05) == other(*batch, lr=0.05)
+    random_state = torch.get_rng_state()
+    places = [tensor.data_ptr() for tensor in (*step.net.parameters(), *step.net.buffers())]
+    with pytest.raises(KeyError), leaving_no_trace(step):
+        step(*batch, lr=0.05)
+        step.backward(*batch)
+        torch.rand(3)
+        raise KeyError
+    assert step.done == done and all(parameter.grad is None for parameter in step.net.parameters())
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert places == [tensor.data_ptr() for tensor in (*step.net.parameters(), *step.net.buffers())]
+    for _ in range(3):
+        assert step(*batch, lr=0.05) == other(*batch, lr=0.05)
+    for a, b in ((step.net, other.net), (step.reported, other.reported)):
         assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 

@@ -287,6 +287,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+BUSY_PERIOD_S = 1.0
+"""The longest time that a value of `busy` is about."""
+
+
+def busy(device: torch.device) -> float | None:
+    """Share of the last moments in which some kernel ran on a GPU, of any process, 0 to 1. None on a CPU, and if the
+    driver does not tell (parts of a GPU, for example).
+
+    The driver counts it for `nvidia-smi`, over 1/6 to 1 s. It is asked only for it, which takes less than a
+    millisecond. CUDA events at the ends of steps would count the gaps between the kernels of a step as work: half of an
+    eager ResNet's step on an H100. A profiler adds up kernels, but it slows down the launches that it watches.
+    `benchmarks/gpu_check.py` has its sum beside this number.
+    """
+    if device.type != "cuda":
+        return None
+    import pynvml
+
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (pynvml.NVMLError, RuntimeError):
+        return None
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of the peak memory."""
     if device.type == "cuda":

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Generator
 from contextlib import closing
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,7 @@ def finish(
         "flops_per_image": flops,
         "img_per_s": progress.images / progress.train_s,
         "data_wait_fraction": progress.wait_s / progress.train_s,
+        **({"gpu_busy": fmean(run.busy)} if run.busy else {}),
         "seconds": seconds,
         "peak_memory_bytes": devices.peak_memory_bytes(run.world.device),
         "device": devices.describe(run.world.device),

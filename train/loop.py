@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -195,7 +196,7 @@ def train_once(
         for epoch, px in list(enumerate(run.sizes))[progress.epoch :]:
             steps = min(len(loader), run.total - epoch * len(loader))
             progress.seconds["compile"] += run.graphs.ready(epoch, px)
-            mark = time.perf_counter()
+            mark, read = time.perf_counter(), len(run.busy)
             if crowding is not None:
                 crowding.pause()
             for take_step in _steps(run, epoch, px, steps, progress):
@@ -213,6 +214,9 @@ def train_once(
                 if stopping or saving or len(rates) == LOG_STEPS or progress.epoch_step == steps:
                     fetch()
                     progress.epoch_train_s += time.perf_counter() - mark
+                    long = progress.epoch_train_s >= devices.BUSY_PERIOD_S  # else it is about what was before the epoch
+                    if long and (busy := devices.busy(device)) is not None:
+                        run.busy.append(busy)
                     if stopping or saving:
                         save()
                     if stopping:
@@ -228,12 +232,15 @@ def train_once(
                 "data_wait_fraction": progress.epoch_wait_s / progress.epoch_train_s,
                 "resolution_px": px,
             }
+            if run.busy[read:]:
+                numbers["gpu_busy"] = fmean(run.busy[read:])
             line = f"epoch {epoch + 1:3d}/{len(run.sizes)}  loss {numbers['loss']:.4f}"
             due = (epoch + 1) % config.eval_epochs == 0 or epoch + 1 == len(run.sizes)
             if due and "val" in selections and (found := evaluate("val", run.step.precision)) is not None:
                 numbers["val_balanced_accuracy"] = balanced_accuracy(found, selections["val"].labels)
                 line += f"  val balanced accuracy {numbers['val_balanced_accuracy']:.3f}"
             line += f"  {numbers['img_per_s']:.1f} img/s  data wait {100 * numbers['data_wait_fraction']:.1f} %"
+            line += f"  GPU busy {100 * numbers['gpu_busy']:.1f} %" if "gpu_busy" in numbers else ""
             say(line + (f"  {px} px" if config.start_resolution else ""))
             if folder is not None:
                 folder.epoch(progress.step, numbers)

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class Run:
 
     selections, loaders: by split. class_counts: training images of each class. total: optimizer steps of the whole run.
     sizes: resolution of each epoch, px. chosen: what `auto` chose for engine, precision, layout and threads, and what
-    the network starts from.
+    the network starts from. busy: readings of how busy the GPU of this process was in training, since the run was
+    started or resumed, 0 to 1.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Run:
     total: int
     sizes: list[int]
     chosen: dict[str, Decision]
+    busy: list[float] = field(default_factory=list)
 
     @property
     def decisions(self) -> dict[str, Decision]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import pynvml
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from shards.engines import dali
 from shards.format import CLASSES
 from tests.conftest import write_set
 from tests.support.train_runs import Heard, assert_same_run, at, losses, small, weights
+from train import device as devices
 from train.distributed import World
 from train.evaluation import used_temperature
 from train.inference.predictor import Predictor, read_about
@@ -107,6 +109,46 @@ def test_the_run_folder_is_whole_and_true(tiny_shards: Path, whole: Path) -> Non
     epochs = [line for line in epochs if line["kind"] == "epoch"]
     assert [line["epoch"] for line in epochs] == [1, 2]
     assert epochs[0]["loss"] == pytest.approx(np.mean(losses(whole)[:4]))
+
+
+def test_how_busy_a_gpu_was_is_in_the_log_the_metrics_the_result_and_the_table(
+    tiny_shards: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is asked whenever the losses are fetched, here at each step. A CPU and an old run have nothing."""
+    epochs = [line for line in (whole / "metrics.jsonl").read_text().splitlines() if '"epoch", ' in line]
+    assert epochs and not any("gpu_busy" in line for line in epochs)
+    assert "GPU busy" not in (whole / "log.txt").read_text()
+    readings = iter([0.5] * 4 + [1.0] * 4)
+    monkeypatch.setattr("train.device.busy", lambda device: next(readings))
+    monkeypatch.setattr("train.device.BUSY_PERIOD_S", 0.0)
+    result = train_once(small(tiny_shards), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["gpu_busy"] for line in lines if line["kind"] == "epoch"] == [0.5, 1.0]
+    assert "GPU busy 50.0 %" in (tmp_path / "run" / "log.txt").read_text()
+    assert result["gpu_busy"] == 0.75
+    config = json.loads((whole / "config.json").read_text())
+    before = json.loads((whole / "result.json").read_text())
+    assert finished_row(result, config, "new")["gpu_busy"] == 0.75
+    assert finished_row(before, config, "old")["gpu_busy"] is None
+
+
+def test_the_driver_is_not_asked_about_what_was_before_the_epoch(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.device.BUSY_PERIOD_S", 1e9)
+    monkeypatch.setattr("train.device.busy", lambda device: 1 // 0)
+    assert "gpu_busy" not in train_once(small(tiny_shards), tmp_path / "run")
+
+
+def test_a_driver_that_does_not_tell_how_busy_a_gpu_is_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(device: torch.device) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    assert devices.busy(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 37)
+    assert devices.busy(torch.device("cuda:0")) == 0.37
+    monkeypatch.setattr(torch.cuda, "utilization", refused)
+    assert devices.busy(torch.device("cuda:0")) is None
 
 
 def test_a_test_split_without_lesions_has_no_number_of_them(

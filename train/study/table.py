@@ -62,6 +62,7 @@ def finished_row(
         **{f"{phase}_s": seconds for phase, seconds in result["seconds"].items()},
         "img_per_s": result["img_per_s"],
         "data_wait_fraction": result["data_wait_fraction"],
+        "gpu_busy": result.get("gpu_busy"),
         "peak_memory_bytes": result["peak_memory_bytes"],
         "device": result["device"],
         **{key: decisions.get(key) for key in ("compile", "engine", "precision", "threads")},

@@ -2,7 +2,9 @@
 
 DS-Analyzer's differential method (Mohan et al., VLDB 2021, "Analyzing and mitigating data stalls in DNN training"):
 the same training with one cached batch (no stall), with the files in memory (prep stall: decoding does not keep up)
-and with files that are only on the disk (fetch stall on top). Beside it, the waiting that is counted in the loop.
+and with files that are only on the disk (fetch stall on top). Beside it, the waiting that is counted in the loop. A GPU
+is not synchronised for that before each batch, which would be a stall of its own: the host runs ahead of it, and waits
+for batches that are not needed yet. So for a GPU only the differential stalls count.
 """
 
 from collections.abc import Sequence
@@ -40,10 +42,8 @@ def command(settings: Settings) -> None:
     engines = ["jpg"] if settings.quick else [name for name in ENGINES if gpu or name != "dali"]
     systems = 1 + sum(len(ENGINES[engine]) for engine in engines)
 
-    def measure(job: TrainingJob, measurement: Measurement) -> list[Row]:
-        return measure_stalls(replace(job, synchronized=True), engines, measurement)
-
-    train_models(settings, PAGE, systems * (2 + settings.rounds), measure)
+    steps = systems * (2 + settings.rounds)
+    train_models(settings, PAGE, steps, lambda job, measurement: measure_stalls(job, engines, measurement))
 
 
 def measure_stalls(job: TrainingJob, engines: Sequence[str], measurement: Measurement) -> list[Row]:
@@ -137,9 +137,9 @@ def tables(rows: Sequence[Row]) -> list[str]:
     header += ["AU warm, %", "whole stall, cold, %", "data wait, cold, %", "both compared, cold", "AU cold, %"]
     return [
         "Percentages of training time. Prep stall: warm files against a cached batch. Fetch stall: cold files against "
-        "warm ones. Data wait: counted in the loop. AU: accelerator utilization, the speed divided by that with a "
-        "cached batch. On a CPU the loader and the model share the cores: a prep stall is then time that decoding took "
-        "from the model, and little of it is waiting.\n",
+        "warm ones. Data wait: the host's, counted in the loop. AU: accelerator utilization, the speed divided by that "
+        "with a cached batch. On a CPU the loader and the model share the cores: a prep stall is then time that "
+        "decoding took from the model, and little of it is waiting.\n",
         table([*header, "fetch stall, %"], lines),
     ]
 

@@ -88,15 +88,12 @@ _NOTES = {
 class TrainingJob:
     """What is trained.
 
-    images: what it is trained on; its batch_size is that of training. device: as `train.run` takes it. synchronized:
-    the device ends each step before the next batch is asked for, so that the counted wait is time in which the device
-    had nothing to do. Otherwise a host that runs ahead of a GPU waits for batches that are not needed yet.
+    images: what it is trained on; its batch_size is that of training. device: as `train.run` takes it.
     """
 
     images: Job
     model: str
     device: str = "auto"
-    synchronized: bool = False
 
     def columns(self, benchmark: str, measurement: Measurement, name: str, **more: Any) -> dict[str, Any]:
         """The fields of Row that the rows of a system share, and more of them."""
@@ -189,8 +186,6 @@ def set_up(name: str, job: TrainingJob) -> Running:
         nonlocal waited
         count = 0
         for _ in range(20 if device.type == "cuda" else 1):  # a GPU is synchronized once in 20 steps
-            if job.synchronized:
-                devices.synchronize(device)
             begin = time.perf_counter()
             batch = next(feed.batches, None)
             waited += time.perf_counter() - begin

@@ -12,6 +12,8 @@ from shards.common.errors import DataError, UsageError
 
 OPTIMIZERS = ("sgd-nesterov", "adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
+TTA = {"none": 1, "flips": 4, "symmetries": 8}
+"""How many views of an image are averaged when it is tested, by name."""
 LOSSES = ("logit-adjusted", "class-weighted", "plain")
 NORMALIZE = ("auto", "data", "imagenet", "half")
 MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
@@ -138,6 +140,12 @@ class Config:
         "Evaluation and prediction look at the centre square with this share of the shorter side.",
         least=0.01,
         most=1.0,
+    )
+    tta: str = _option(
+        "none",
+        "Test with the mean over views of each image: {choices}; flips are 4 times the work and symmetries 8 times. It "
+        "holds for the evaluation at the end and for prediction.",
+        choices=tuple(TTA),
     )
     optimizer: str | None = _option(
         None,
@@ -351,6 +359,7 @@ ADDED = {
     "colour_jitter": 0.2,
     "symmetries": True,
     "eval_crop": 0.875,
+    "tta": "none",
 }
 """Fields that the files of older releases lack, and the values that these releases used."""
 

@@ -38,17 +38,18 @@ def logits_of(
     world: World,
     between: Callable[[int], None],
     graphs: Graphs | None = None,
+    tta: str = "none",
 ) -> np.ndarray | None:
     """The (N, classes) float32 logits of a whole split, in the order of its selection; None on ranks after the first.
 
     net: holds the weights to evaluate. It is not compiled, because an evaluation is too short for that. loader: of a
     whole split. between: called after each batch with the number of batches done. graphs: of the run, if they are on.
-    Padded samples are dropped. Raises ValueError if a sample is missing or counted twice.
+    tta: a key of `config.TTA`. Padded samples are dropped. Raises ValueError if a sample is missing or counted twice.
     """
 
     def forward(batch: Batch) -> tuple[Tensor, ...]:
         with torch.inference_mode(), devices.autocast(world.device, precision):
-            return batch.samples, net(batch.images, batch.colour), batch.mask
+            return batch.samples, net.tested(batch.images, batch.colour, tta), batch.mask
 
     def of_batches() -> Generator[tuple[Tensor, ...], None, None]:
         with closing(iter(loader)) as batches:
@@ -59,7 +60,7 @@ def logits_of(
     net.eval()
     parts = []
     try:
-        with closing(of_batches() if graphs is None else graphs.outputs(loader, forward, precision)) as each:
+        with closing(of_batches() if graphs is None else graphs.outputs(loader, forward, f"{precision} {tta}")) as each:
             for number, part in enumerate(each, 1):
                 parts.append(part)
                 between(number)
@@ -189,7 +190,8 @@ def _metadata(run: Run, prior: str, temperature: float) -> dict[str, str]:
         "mean": json.dumps(run.step.reported.head.mean.tolist()),
         "std": json.dumps(run.step.reported.head.std.tolist()),
         "encode": json.dumps(asdict(run.data.manifest.encode)),
-        "eval_crop": repr(run.loaders["test"].augment.eval_crop),
+        "eval_crop": repr(run.config.eval_crop),
+        "tta": run.config.tta,
         "logits_prior": prior,
         "temperature": repr(temperature),
         "training_images_per_class": json.dumps(run.class_counts),

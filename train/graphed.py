@@ -172,22 +172,22 @@ class Graphs:
             yield self._graphed
 
     def outputs(
-        self, loader: Loader, forward: Callable[[Batch], tuple[Tensor, ...]], precision: str
+        self, loader: Loader, forward: Callable[[Batch], tuple[Tensor, ...]], what: str
     ) -> Generator[tuple[Tensor, ...], None, None]:
-        """`forward(batch)` of each batch of an evaluation: what it does is recorded once a loader and precision."""
-        if (loader, precision) not in self._evaluations:
+        """`forward(batch)` of each batch of an evaluation. It is recorded once for a loader and `what` it does."""
+        if (loader, what) not in self._evaluations:
             batches = Pass(loader)
             batches.plan()
 
             def run() -> tuple[Tensor, ...]:
                 return forward(batches.take())
 
-            self._evaluations[loader, precision] = batches, run
+            self._evaluations[loader, what] = batches, run
             try:
-                self._evaluations[loader, precision] = batches, self._recorder.record(run)
+                self._evaluations[loader, what] = batches, self._recorder.record(run)
             except RuntimeError as error:
                 self._failed(error)
-        batches, run = self._evaluations[loader, precision]
+        batches, run = self._evaluations[loader, what]
         batches.seek(0)
         for _ in range(len(loader)):
             yield tuple(tensor.clone() for tensor in run())

@@ -185,10 +185,10 @@ def train_once(
                 save()
                 raise stopped()
 
-        def evaluate(split: str, precision: str) -> np.ndarray | None:
+        def evaluate(split: str, precision: str, tta: str = "none") -> np.ndarray | None:
             began, batches = time.perf_counter(), run.loaders[split]
             shown, graphs = functools.partial(between, split), run.graphs if run.graphs.on else None
-            found = logits_of(run.step.reported, batches, precision, world, shown, graphs)
+            found = logits_of(run.step.reported, batches, precision, world, shown, graphs, tta)
             progress.seconds["eval"] += time.perf_counter() - began
             return found
 
@@ -253,7 +253,7 @@ def train_once(
         # due: after a crash, training continues from the last one, or from the start, to the same weights.
         if world.from_first(lambda: checkpoint.FILE not in unwanted or time.monotonic() - saved >= config.checkpoint_s):
             save()
-        logits = {split: evaluate(split, "fp32") for split in selections if split != "train"}
+        logits = {split: evaluate(split, "fp32", config.tta) for split in selections if split != "train"}
         world.settle()
         known = {split: found for split, found in logits.items() if found is not None}
         if folder is None or not known:  # on ranks after the first

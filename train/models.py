@@ -80,6 +80,15 @@ class Classifier(nn.Module):
         """As of every module, but a frozen network stays as in evaluation, with the means of its batch norms."""
         return super().train(mode and not self.frozen)
 
+    def tested(self, images: Tensor, colour: Tensor, tta: str) -> Tensor:
+        """The mean of the logits over the views of `tta`, a key of `config.TTA`; shapes as in `forward`.
+
+        `flips`: an image and its mirror images left-right, top-bottom and both. `symmetries`: also their transposes.
+        """
+        turned = (images, images.transpose(2, 3)) if tta == "symmetries" else (images,)
+        axes = ((), (3,), (2,), (2, 3)) if tta != "none" else ((),)
+        return torch.stack([self(one.flip(flipped), colour) for one in turned for flipped in axes]).mean(0)
+
 
 # ------------------------------------------------------------------ what a name stands for
 

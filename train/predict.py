@@ -19,6 +19,7 @@ import click
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
 from shards.common.files import encoded, growing_file
+from train.config import TTA
 from train.inference.options import network_options
 
 
@@ -39,7 +40,12 @@ from train.inference.options import network_options
     show_default="the run's own",
     help="Class frequencies that the probabilities assume. Another prior moves them all.",
 )
-@click.option("--flips", is_flag=True, help="Average over the image and its three mirror images (4 times the work).")
+@click.option(
+    "--tta",
+    type=click.Choice(tuple(TTA)),
+    show_default="the run's own",
+    help="Average over views of each image. flips are 4 times the work, symmetries 8 times.",
+)
 @click.option(
     "--explain",
     is_flag=True,
@@ -59,7 +65,7 @@ def main(
     as_json: bool,
     isic: bool,
     prior: str | None,
-    flips: bool,
+    tta: str | None,
     explain: bool,
     explain_out: Path,
     device: str,
@@ -112,13 +118,14 @@ def main(
             if not os.access(explain_out, os.W_OK | os.X_OK):
                 raise UsageError(f"--explain-out {explain_out}: cannot be written; check the permissions")
         longest = max(len(str(one)) for one in files)
-        settings = output.Settings(predictor.about, folder, prior or predictor.about.prior, flips, longest)
+        about = predictor.about
+        settings = output.Settings(about, folder, prior or about.prior, tta or about.tta, longest)
         click.echo(output.NOTICE, err=True)
         with Progress("predicting", len(files), "images", transient=True) as progress:
 
             def answers() -> output.Answers:
                 nonlocal refused, unexplained
-                for batch in predict_files(predictor, files, prior, flips, explainer, explain_out, batch_size):
+                for batch in predict_files(predictor, files, prior, tta, explainer, explain_out, batch_size):
                     for one in batch:
                         if isinstance(one, output.Refused):
                             refused += 1

@@ -63,6 +63,7 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"ema": 1.0}, "--ema 1.0"),
         ({"optimizer": "lion"}, "sgd-nesterov, adamw, muon"),
         ({"schedule": "step"}, "cosine, linear, constant"),
+        ({"tta": "five-crop"}, "none, flips, symmetries"),
         ({"warmup": 1.5}, "--warmup 1.5 is outside 0 to 1"),
         ({"label_smoothing": 1.0}, "--label-smoothing 1.0"),
         ({"crop_scale": 0.0}, "--crop-scale 0.0 is outside 0.01 to 1"),

@@ -34,7 +34,7 @@ class About:
 
     resolution: side of the images in px. mean, std: RGB, 0 to 1. encode: how images were packed. eval_crop: share of
     the image that is cropped. prior: that of the logits. temperature: the divisor of the logits. class_counts: training
-    images of each class.
+    images of each class. tta: a key of `config.TTA`, with which the run was tested.
     """
 
     model: str
@@ -47,6 +47,7 @@ class About:
     prior: str
     temperature: float
     class_counts: tuple[int, ...]
+    tta: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +92,13 @@ class Refused:
 class Settings:
     """What all answers of one command share. prior: that of the probabilities.
 
-    flips: whether mirror images were averaged. longest: characters of the longest file name.
+    tta: the views that were averaged. longest: characters of the longest file name.
     """
 
     about: About
     run: Path
     prior: str
-    flips: bool
+    tta: str
     longest: int = 0
 
 
@@ -138,7 +139,7 @@ def as_json(settings: Settings, answers: Answers) -> Iterator[str]:
         "resolution_px": about.resolution,
         "prior": settings.prior,
         "temperature": about.temperature,
-        "flips": settings.flips,
+        "tta": settings.tta,
     }
     yield json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False).removesuffix("\n}") + ',\n  "images": [\n'
     refused: list[Refused] = []

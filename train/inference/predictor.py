@@ -32,6 +32,7 @@ from shards.engines.resample import Resampler
 from shards.format import read_encode
 from shards.plan import Augment, evaluation_plan
 from train import device as devices
+from train.config import TTA
 from train.inference.images import Picture, read_image
 from train.inference.output import PRIORS, About, Prediction, Refused
 from train.inference.resnet import LAYERS, ResNet
@@ -100,6 +101,7 @@ def _described(raw: dict[str, str]) -> About:
         prior=raw["logits_prior"],
         temperature=read("temperature", float),
         class_counts=read("training_images_per_class", lambda text: tuple(json.loads(text))),
+        tta=raw.get("tta", "none"),  # which runs of older releases do not name
     )
     classes, counts = about.classes, about.class_counts
     for name, right, expected in (
@@ -107,6 +109,7 @@ def _described(raw: dict[str, str]) -> About:
         ("classes", all(type(one) is str for one in classes) and 1 < len(set(classes)) == len(classes), "names"),
         ("eval_crop", 0.0 < about.eval_crop <= 1.0, "above 0 and at most 1"),
         ("logits_prior", about.prior in PRIORS, " or ".join(PRIORS)),
+        ("tta", about.tta in TTA, " or ".join(TTA)),
         ("temperature", 0.0 < about.temperature < math.inf, "a number above 0"),
         (
             "training_images_per_class",
@@ -190,15 +193,17 @@ class Predictor:
 
     def inputs(self, squares: np.ndarray) -> torch.Tensor:
         """(N, S, S, 3) uint8 → the input of the network's body: (N, 3, S, S) float32 on the device."""
-        images = torch.from_numpy(squares).to(self.device).permute(0, 3, 1, 2)
-        return self.net.head(images, self._colour.expand(len(squares), 3, 4))
+        return self.net.head(*self._batch(squares))
 
-    def logits(self, squares: np.ndarray, flips: bool = False) -> np.ndarray:
-        """(N, S, S, 3) uint8 → (N, classes) float64; with `flips`, the mean over four mirrored views."""
+    def _batch(self, squares: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and colours as in `shards.Batch`."""
+        images = torch.from_numpy(squares).to(self.device).permute(0, 3, 1, 2)
+        return images, self._colour.expand(len(squares), 3, 4)
+
+    def logits(self, squares: np.ndarray, tta: str | None = None) -> np.ndarray:
+        """(N, S, S, 3) uint8 → (N, classes) float64, the mean over the views of `tta` (default: the run's own)."""
         with torch.inference_mode():
-            x = self.inputs(squares)
-            views = [x, x.flip(3), x.flip(2), x.flip(2, 3)] if flips else [x]
-            return torch.stack([self.net.body(view).double() for view in views]).mean(0).cpu().numpy()
+            return self.net.tested(*self._batch(squares), tta or self.about.tta).double().cpu().numpy()
 
     def features(self, squares: np.ndarray) -> np.ndarray:
         """(N, S, S, 3) uint8 → (N, F) float32: the input of the network's last layer."""
@@ -221,7 +226,7 @@ def predict_files(
     predictor: Predictor,
     files: Iterable[Path],
     prior: str | None = None,
-    flips: bool = False,
+    tta: str | None = None,
     explainer: "Explainer | None" = None,
     explain_out: Path = Path(),
     batch_size: int = 32,
@@ -236,7 +241,7 @@ def predict_files(
         with closing(read_ahead(submit, files, 3 * batch_size)) as prepared:
             while batch := [(file, item) for file, (item,) in islice(prepared, batch_size)]:
                 good = [(file, item) for file, item in batch if not isinstance(item, str)]
-                found = iter(_predict(predictor, good, prior, flips, explainer, explain_out, written))
+                found = iter(_predict(predictor, good, prior, tta, explainer, explain_out, written))
                 yield [Refused(file, item) if isinstance(item, str) else next(found) for file, item in batch]
 
 
@@ -254,7 +259,7 @@ def _predict(
     predictor: Predictor,
     good: list[tuple[Path, Prepared]],
     prior: str | None,
-    flips: bool,
+    tta: str | None,
     explainer: "Explainer | None",
     explain_out: Path,
     written: set[Path],
@@ -263,7 +268,7 @@ def _predict(
     if not good:
         return []
     squares = np.stack([item.square for _, item in good])
-    probabilities = predictor.probabilities(predictor.logits(squares, flips), prior)
+    probabilities = predictor.probabilities(predictor.logits(squares, tta), prior)
     found = [Prediction(file, row) for (file, _), row in zip(good, probabilities, strict=True)]
     if explainer is None:
         return found

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from train.metrics.differences import Tested
 
 
-EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "ema", "eval_crop")
+EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "ema", "eval_crop", "tta")
 """Settings that must be equal in all runs of a report. What a recipe sets may differ, and batch sizes: they depend on
 the model and on the size of the training set."""
 

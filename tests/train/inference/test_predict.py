@@ -40,9 +40,10 @@ PROBABILITIES = [f"prob_{dx}" for dx in CLASSES]
 
 @pytest.fixture(scope="module")
 def runs(raw: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`quick`: a ResNet, JPEG, balanced prior. `timm`: another model, jpg and raw mixed, the training prior."""
+    """`quick`: a ResNet, JPEG, balanced prior. `timm`: another, jpg and raw mixed, the training prior, symmetries."""
     encode = EncodeSpec(write_mode="proportion", max_resolution=64, jpeg_quality=85)
-    return {"quick": run, "timm": train_on(raw, tmp_path_factory.mktemp("timm"), encode, loss="plain")}
+    other = train_on(raw, tmp_path_factory.mktemp("timm"), encode, loss="plain", tta="symmetries")
+    return {"quick": run, "timm": other}
 
 
 def predict(*arguments: object, python: tuple[str, ...] = ("-m", "train.predict")) -> subprocess.CompletedProcess[str]:
@@ -145,14 +146,18 @@ def test_a_temperature_at_its_limit_is_not_used():
     assert used_temperature({"temperature_scaling": {"temperature": 20.0, "at_limit": True}}) == 1.0
 
 
-def test_flips_average_over_the_mirror_images(runs):
+def test_views_average_over_the_mirror_images_and_their_transposes(runs):
     predictor = Predictor(runs["quick"], "cpu")
     square = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     views = np.concatenate([square, square[:, ::-1], square[:, :, ::-1], square[:, ::-1, ::-1]])
-    averaged = predictor.logits(views, flips=True)
+    averaged = predictor.logits(views, "flips")
     assert np.allclose(averaged, averaged[0], atol=1e-5)  # a mirrored image has the same four views
     assert np.allclose(averaged[0], predictor.logits(views).mean(axis=0), atol=1e-5)
     assert predictor.logits(views).std(axis=0).max() > 1e-3
+    eight = np.concatenate([views, views.transpose(0, 2, 1, 3)])
+    averaged = predictor.logits(eight, "symmetries")
+    assert np.allclose(averaged, predictor.logits(eight).mean(axis=0), atol=1e-5)
+    assert Predictor(runs["timm"], "cpu").about.tta == "symmetries"
 
 
 # ------------------------------------------------------------------ any file, each predicted or refused
@@ -207,7 +212,7 @@ def test_images_of_one_pixel_are_predicted_and_empty_ones_refused(runs, tmp_path
         Image.new("RGB", size, (200, 100, 50)).save(tmp_path / f"{name}.png")
     (tmp_path / "zero.jpg").touch()
     maps = ("--explain", "--explain-out", tmp_path / "maps")
-    assert predict_here("--run", runs["quick"], tmp_path, "--json", "--flips", *maps) == 1
+    assert predict_here("--run", runs["quick"], tmp_path, "--json", "--tta", "flips", *maps) == 1
     output, errors = capsys.readouterr()
     found = json.loads(output)
     shown = {one["image"]: list(one["probabilities"].values()) for one in found["images"]}

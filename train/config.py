@@ -48,6 +48,9 @@ class Recipe:
     label_smoothing: float = 0.0
     crop_scale: float = 0.25
     colour_jitter: float = 0.2
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 RECIPES = {
@@ -134,6 +137,29 @@ class Config:
     )
     symmetries: bool = _option(
         True, "Turn and mirror each training image in one of the eight ways of a square. Costs no time."
+    )
+    erasing: float | None = _option(
+        None,
+        "Share of the training images in which a random box is erased. Varies images more; short runs rarely gain.",
+        least=0.0,
+        most=1.0,
+        shown="by model",
+    )
+    mixup: float | None = _option(
+        None,
+        "Mix pairs of training images, and their labels, in shares from Beta(α, α) with this α, e.g. 0.2. Needs more "
+        "epochs. 0: not at all.",
+        least=0.0,
+        most=100.0,
+        shown="by model",
+    )
+    cutmix: float | None = _option(
+        None,
+        "Put a box of one training image into another, of an area from Beta(α, α) with this α, e.g. 1. Needs more "
+        "epochs; with --mixup too, each pair has one of them.",
+        least=0.0,
+        most=100.0,
+        shown="by model",
     )
     eval_crop: float = _option(
         0.875,
@@ -338,13 +364,22 @@ def resolved(config: Config, family: str) -> Config:
     return replace(config, **(missing | ({"lr": lr} if "lr" in missing else {})))
 
 
-def check_batch(batch_size: int, family: str, processes: int = 1) -> None:
-    """Raise UsageError if a global batch gives a process fewer images than a model family needs."""
+def check_batch(config: Config, family: str, processes: int = 1) -> None:
+    """Raise UsageError if a global batch gives a process fewer images than a model family needs, or an odd number.
+
+    config: resolved.
+    """
+    batch_size = config.batch_size
     least = (2 if family == "batchnorm" else 1) * processes
     if batch_size < least:
         why = "batch norm needs 2 images in each process" if family == "batchnorm" else "each process needs 1 image"
         shared = f" with {processes} processes" if processes > 1 else ""
         raise UsageError(f"--batch-size {batch_size}{shared}: {why}; choose {least} or more")
+    if (config.mixup or config.cutmix) and batch_size % (2 * processes):
+        raise UsageError(
+            f"--batch-size {batch_size}: --mixup and --cutmix mix images in pairs; choose a multiple of {2 * processes}"
+            f"{', twice the number of processes' if processes > 1 else ''}"
+        )
 
 
 ADDED = {
@@ -358,6 +393,9 @@ ADDED = {
     "crop_ratio": 4 / 3,
     "colour_jitter": 0.2,
     "symmetries": True,
+    "erasing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
     "eval_crop": 0.875,
     "tta": "none",
 }

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from train import mixing
+
 
 class InputHead(nn.Module):
     """uint8 pixels and a colour map per image → floats of mean 0 and deviation 1 per channel.
@@ -25,8 +27,11 @@ class InputHead(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
         self.memory_format = torch.channels_last
 
-    def forward(self, images: Tensor, colour: Tensor) -> Tensor:
-        """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → (N, 3, H, W) float32 in `memory_format`."""
+    def forward(self, images: Tensor, colour: Tensor, mix: Tensor | None = None) -> Tensor:
+        """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → (N, 3, H, W) float32 in `memory_format`.
+
+        mix: erases and mixes, as `train.mixing.drawn` says; the images are square then.
+        """
         scale = colour[:, :, :3] / (255.0 * self.std)[:, None]
         shift = ((colour[:, :, 3] - self.mean) / self.std)[:, :, None, None]
         pixels = images.float()
@@ -34,4 +39,6 @@ class InputHead(nn.Module):
         for channel in range(3):
             # elementwise, because TF32 and autocast would make a matrix product less precise
             out = torch.addcmul(out, pixels[:, channel, None], scale[:, :, channel, None, None])
+        if mix is not None:
+            out = mixing.apply(out, mix)
         return out.contiguous(memory_format=self.memory_format)

@@ -1,8 +1,12 @@
 """The loss of a batch: the sum over its samples, and the denominator of the mean, which ranks can add up."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from train.mixing import partners
 
 LOGITS_PRIOR = {"logit-adjusted": "balanced", "class-weighted": "balanced", "plain": "training"}
 """Loss → the class prior that the logits of a model trained with it are for (`train/metrics/calibration.py`)."""
@@ -35,13 +39,21 @@ class Loss:
         elif smoothing:
             self._weights = (present > 0).float().to(device)
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, logits: Tensor, labels: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """logits (N, C) float32, labels (N,) int64 → the sum over the samples, and the sum of their weights.
+
+        own: (N,) each sample's share of its own label, if pairs were mixed; the rest is the partner's.
 
         The mean over a global batch is the first, summed over the ranks, divided by the second, summed over the ranks.
         If the second is None, divide by the number of samples.
         """
         if self._shift is not None:
             logits = logits + self._shift
-        loss = F.cross_entropy(logits, labels, weight=self._weights, reduction="sum", label_smoothing=self._smoothing)
-        return loss, self._weights[labels].sum() if self.weighted and self._weights is not None else None
+        each = functools.partial(F.cross_entropy, logits, weight=self._weights, label_smoothing=self._smoothing)
+        weights = self._weights if self.weighted else None
+        if own is None:
+            return each(labels, reduction="sum"), None if weights is None else weights[labels].sum()
+        others = partners(labels)
+        total = torch.lerp(each(others, reduction="none"), each(labels, reduction="none"), own)
+        weight = None if weights is None else torch.lerp(weights[others], weights[labels], own).sum()
+        return total.sum(), weight

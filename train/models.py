@@ -72,9 +72,9 @@ class Classifier(nn.Module):
         self.frozen = False
         """Whether only the classifier is trained."""
 
-    def forward(self, images: Tensor, colour: Tensor) -> Tensor:
-        """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → logits (N, classes) float32."""
-        return self.body(self.head(images, colour)).float()
+    def forward(self, images: Tensor, colour: Tensor, mix: Tensor | None = None) -> Tensor:
+        """images (N, 3, H, W) uint8, 0–255; colour (N, 3, 4) float32 → logits (N, classes) float32. mix: of `head`."""
+        return self.body(self.head(images, colour, mix)).float()
 
     def train(self, mode: bool = True) -> "Classifier":
         """As of every module, but a frozen network stays as in evaluation, with the means of its batch norms."""

@@ -21,6 +21,7 @@ from train.device import Decision
 from train.distributed import World
 from train.graphed import Graphs
 from train.graphed import choose as choose_graph
+from train.mixing import Mixing, mixes
 from train.step import TrainingStep
 from train.workspace import Workspace
 
@@ -80,7 +81,7 @@ def choose_data(config: Config, data: ShardSet, family: str, world: World) -> di
             f"--batch-size {config.batch_size} is larger than the training set of {images} images "
             f"(--fraction {config.fraction:g}): choose {images} or less"
         )
-    check_batch(config.batch_size, family, world.size)
+    check_batch(config, family, world.size)
     return found
 
 
@@ -164,11 +165,13 @@ def prepare(
             pool=workspace.engines,
         )
         stack.callback(loaders[split].close)
+    length = len(loaders["train"])
+    if config.erasing or mixes(config):
+        step.mixing = Mixing(config, length, world)
     graphs = Graphs(step, loaders["train"], earlier.get("graph") or choose_graph(step, engine.value, world))
     if graphs.on:
         step.graphed = True
         loaders["train"].load()
-    length = len(loaders["train"])
     total = config.steps or config.epochs * length
     epochs = math.ceil(total / length)
     sizes = [resolution_of(config, epoch, epochs) for epoch in range(epochs)]

@@ -17,6 +17,7 @@ from train import models
 from train.config import Config
 from train.distributed import World
 from train.loss import Loss
+from train.mixing import Mixing
 from train.models import Classifier
 
 
@@ -25,8 +26,9 @@ class TrainingStep:
 
     net: the network, which owns the weights. model: what the step calls, one of: `net`, its compiled form, or either
     of them wrapped for several processes. precision: `fp32`, `bf16` or `fp16`. world: the processes that share each
-    global batch; one until `distribute`. done: optimizer steps so far. graphed: whether CUDA graphs will hold the steps
-    (`train/graphed.py`), so that compiled code needs none of its own.
+    global batch; one until `distribute`. mixing: erases and mixes the images of each batch. done: optimizer steps so
+    far. graphed: whether CUDA graphs will hold the steps (`train/graphed.py`), so that compiled code needs none of its
+    own.
     """
 
     def __init__(self, net: Classifier, config: Config, class_counts: list[int], precision: str) -> None:
@@ -42,6 +44,7 @@ class TrainingStep:
         self.scaler = devices.scaler(self.device, precision)
         self.batch_size = config.batch_size
         self.clip = config.clip
+        self.mixing: Mixing | None = None
         self.average = Average(net, config.ema) if config.ema else None
         self.world = World(device=self.device)
         self.done = 0
@@ -58,9 +61,10 @@ class TrainingStep:
 
     def backward(self, images: Tensor, colour: Tensor, labels: Tensor) -> Tensor:
         """Forward pass, loss and backward pass: add the gradients of the share that is returned."""
+        mix = () if self.mixing is None else (self.mixing.batch(self.done, len(images), images.shape[-1]),)
         with devices.autocast(self.device, self.precision):
-            logits = self.model(images, colour)
-        total, weight = self.loss(logits, labels)
+            logits = self.model(images, colour, *mix)
+        total, weight = self.loss(logits, labels, *(table[:, 9] for table in mix if table.shape[1] > 4))
         share = total / (self.batch_size if weight is None else self.world.sum(weight.detach()))
         # times the number of processes, because DistributedDataParallel takes the mean of their gradients
         self.scaler.scale(share * self.world.size).backward()

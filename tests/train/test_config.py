@@ -70,6 +70,8 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"crop_scale": float("nan")}, "--crop-scale nan"),
         ({"crop_ratio": 0.75}, "--crop-ratio 0.75 is outside 1 to 4"),
         ({"colour_jitter": 1.0}, "--colour-jitter 1.0"),
+        ({"erasing": 1.5}, "--erasing 1.5 is outside 0 to 1"),
+        ({"mixup": -0.1}, "--mixup -0.1"),
         ({"eval_crop": 1.5}, "--eval-crop 1.5"),
         ({"pretrained": True, "weights": "w.pt"}, "exclude"),
         ({"start_resolution": 100}, "steps of 32"),

@@ -36,13 +36,13 @@ def network(name: str, px: int) -> Classifier:
         return models.build(name, px, 7, MEAN, STD).train()
 
 
-def on_cuda(net: Classifier, images: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+def on_cuda(net: Classifier, *inputs: torch.Tensor) -> torch.Tensor:
     """The forward pass with fake CUDA tensors, of the same shapes and layouts, in the place of the `meta` ones."""
     state = {
         name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
         for name, value in (*net.named_parameters(), *net.named_buffers())
     }
-    return torch.func.functional_call(net, state, (images, colour))
+    return torch.func.functional_call(net, state, inputs)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -50,11 +50,12 @@ def test_forward_and_loss_stay_on_cuda(name: str) -> None:
     net = network(name, 96)
     with FakeTensorMode():
         images, colour, labels = batch(96, "cuda")
-        logits = on_cuda(net, images, colour)
+        mix = torch.empty(4, 10, device="cuda")
+        logits = on_cuda(net, images, colour, mix)
         assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", torch.float32, (4, 7))
         losses = torch.zeros(50, device="cuda")
         for kind in ("logit-adjusted", "class-weighted", "plain"):
-            total, weight = Loss(kind, COUNTS, torch.device("cuda"))(logits, labels)
+            total, weight = Loss(kind, COUNTS, torch.device("cuda"), 0.1)(logits, labels, mix[:, 9])
             share = total / (4 if weight is None else weight)
             losses[7] = share.detach()
             assert share.device.type == losses.device.type == "cuda"

@@ -57,9 +57,18 @@ def assert_equal_within_float_error(one: Path, several: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kind"), [(2, "logit-adjusted"), (3, "class-weighted")])
-def test_torchrun_gives_the_loss_curve_of_one_process(tiny_shards: Path, tmp_path: Path, ranks: int, kind: str) -> None:
-    config = small(tiny_shards, loss=kind, **NORM_FREE)  # 8 images over 3 processes: 2, 3 and 3
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (2, {}),
+        (2, {"mixup": 0.4, "cutmix": 1.0, "erasing": 0.5, "loss": "class-weighted"}),
+        (3, {"loss": "class-weighted"}),
+    ],
+)
+def test_torchrun_gives_the_loss_curve_of_one_process(
+    tiny_shards: Path, tmp_path: Path, ranks: int, changes: dict
+) -> None:
+    config = small(tiny_shards, **changes, **NORM_FREE)  # 8 images over 3 processes: 2, 3 and 3
     train_once(config, tmp_path / "alone")
     done = run_ranks({"config": config.to_dict(), "out": str(tmp_path / "run")}, ranks)
     assert done.returncode == 0, done.stderr

@@ -36,6 +36,7 @@ PLAIN = {}
 RICH = {"model": "test_vit_relpos", "loss": "class-weighted", "ema": 0.9, "resolution": 32}
 """AdamW, dropout, clipping, class weights, averaged weights."""
 MUON = {"optimizer": "muon", "lr": 1e-3, "weight_decay": 0.05, "schedule": "linear", "label_smoothing": 0.1}
+MIXED = {"erasing": 0.5, "mixup": 0.4, "cutmix": 1.0, "resolution": 64, "start_resolution": 32}
 RAMP = {"resolution": 96, "start_resolution": 32, "ema": 0.5, "precision": "bf16"}
 
 
@@ -53,8 +54,8 @@ def crash() -> bool:
 # 8 steps, and 2 batches of each evaluation: `stop` is asked 16 times, and each is a place to die
 @pytest.mark.parametrize(
     ("changes", "calls"),
-    [(PLAIN, (1, 4, 6, 12, 15)), (RICH, (3, 8)), (MUON, (4,)), (RAMP, (4, 11))],
-    ids=["plain", "rich", "muon", "ramp"],
+    [(PLAIN, (1, 4, 6, 12, 15)), (RICH, (3, 8)), (MUON, (4,)), (MIXED, (3, 11)), (RAMP, (4, 11))],
+    ids=["plain", "rich", "muon", "mixed", "ramp"],
 )
 def test_crashed_anywhere_and_resumed_ends_in_the_same_bits(
     tiny_shards: Path, tmp_path: Path, changes: dict, calls: tuple[int, ...]

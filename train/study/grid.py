@@ -46,8 +46,8 @@ def check_settings(names: Sequence[str], base: Config) -> None:
 
     for name in names:
         models.check_resolution(name, base.resolution, base.start_resolution)
-        check_batch(base.batch_size, family := models.family(name))
-        resolved(replace(base, model=name), family)
+        family = models.family(name)
+        check_batch(resolved(replace(base, model=name), family), family)
     # `auto` always fits; asking for it would start CUDA here, which takes memory of the GPU until the study ends.
     if base.device not in ("auto", "cpu") or base.precision not in ("auto", "fp32"):
         devices.precision(devices.choose(base.device), base.precision)

@@ -35,6 +35,8 @@ def choose(step: TrainingStep, engine: str, world: World) -> Decision:
         return Decision("off", f"the engine {engine} loads each batch from the host")
     if step.precision == "fp16":
         return Decision("off", "the loss scaler of fp16 has not been tried in a graph")
+    if not all(group.get("fused") for group in step.optimizer.param_groups):
+        return Decision("off", "the optimizer takes the learning rate from the host")
     if step.mixing is not None:
         return Decision("off", "what is erased and mixed comes from the host for each batch")
     return Decision("on", "one process, and its images are in the memory of the device")

@@ -19,7 +19,7 @@ import numpy as np
 from preprocess.ham10000 import METADATA, read_source
 from preprocess.records import Record
 from shards.common.errors import DataError
-from shards.format import CLASSES
+from shards.format import HAM10000
 
 QUALITY = 90
 """JPEG quality of everything that is packed."""
@@ -125,7 +125,7 @@ def originals(job: Job) -> list[tuple[Path, int, Record]]:
     Read once per process, so that no timed round has to look for files.
     """
     records = sorted(read_source(job.source).records, key=lambda record: record.image_id)[: job.most]
-    return [(job.source / record.file, CLASSES.index(record.dx), record) for record in records]
+    return [(job.source / record.file, HAM10000.names.index(record.dx), record) for record in records]
 
 
 def samples(job: Job) -> list[tuple[str, Path, int]]:
@@ -177,8 +177,8 @@ def _write_source(job: Job, folder: Path) -> None:
 def _write_originals(job: Job, folder: Path) -> None:
     """A folder per class with links to the originals, as torchvision's ImageFolder expects it."""
     for name, path, label in samples(job):
-        (folder / CLASSES[label]).mkdir(exist_ok=True)
-        (folder / CLASSES[label] / f"{name}.jpg").symlink_to(path.resolve())
+        (folder / HAM10000.names[label]).mkdir(exist_ok=True)
+        (folder / HAM10000.names[label] / f"{name}.jpg").symlink_to(path.resolve())
 
 
 def _write_packed(job: Job, folder: Path) -> None:
@@ -197,7 +197,7 @@ def _write_packed(job: Job, folder: Path) -> None:
         done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
         if not done:
             raise DataError(f"{path}: cannot be encoded")
-        home = folder / CLASSES[label]
+        home = folder / HAM10000.names[label]
         home.mkdir(exist_ok=True)
         for name in copies:
             (home / f"{name}.jpg").write_bytes(data.tobytes())
@@ -213,7 +213,7 @@ PACKED = Format("packed", _write_packed)
 def packed_files(job: Job) -> list[tuple[Path, int]]:
     """The packed JPEG files with their labels, in the order of `samples`."""
     folder = prepared(PACKED, job)
-    return [(folder / CLASSES[label] / f"{name}.jpg", label) for name, _, label in samples(job)]
+    return [(folder / HAM10000.names[label] / f"{name}.jpg", label) for name, _, label in samples(job)]
 
 
 def stats(job: Job) -> tuple[tuple[float, float, float], str]:

@@ -245,7 +245,8 @@ def _step(style: str, job: TrainingJob, device: "torch.device") -> Step:
     torch.manual_seed(0)
     data = ShardSet(prepared(SHARDS_JPG, job.images) / "set")
     manifest, images = data.manifest, job.images
-    net = models.build(job.model, images.resolution_px, 7, manifest.mean, manifest.std).to(device).train()
+    classes = len(manifest.classes)
+    net = models.build(job.model, images.resolution_px, classes, manifest.mean, manifest.std).to(device).train()
     models.lay_out(net, "auto", device)
     if style.startswith(EAGER):
         return _usual_step(net, job.model, precision_of(style, device), device, (manifest.mean, manifest.std))

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
 from shards import Loader, ShardSet
-from shards.format import CLASSES
 from train.head import InputHead
 from train.models import Classifier
 
@@ -34,7 +33,7 @@ def main(
     val = Loader(data.select("val"), train=False, **options)
 
     head = InputHead(data.manifest.mean, data.manifest.std)
-    net = Classifier(head, timm.create_model("resnet18", num_classes=len(CLASSES)))
+    net = Classifier(head, timm.create_model("resnet18", num_classes=len(data.manifest.classes)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     net, optimizer, train, val = accelerator.prepare(net, optimizer, train, val)
 

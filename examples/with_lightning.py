@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from shards import Batch, Loader, ShardSet
-from shards.format import CLASSES
 from train.head import InputHead
 from train.models import Classifier
 
@@ -25,9 +24,9 @@ class Lesions(lightning.LightningModule):
     def __init__(self, shards: str, batch_size: int, resolution: int) -> None:
         super().__init__()
         self.data, self.options = ShardSet(shards), {"batch_size": batch_size, "resolution": resolution}
-        mean, std = self.data.manifest.mean, self.data.manifest.std
-        self.net = Classifier(InputHead(mean, std), timm.create_model("resnet18", num_classes=len(CLASSES)))
-        self.accuracy = MulticlassAccuracy(len(CLASSES), average="micro")
+        mean, std, classes = self.data.manifest.mean, self.data.manifest.std, len(self.data.manifest.classes)
+        self.net = Classifier(InputHead(mean, std), timm.create_model("resnet18", num_classes=classes))
+        self.accuracy = MulticlassAccuracy(classes, average="micro")
 
     def train_dataloader(self) -> Loader:
         """Lightning keeps its position in checkpoints."""

@@ -16,7 +16,6 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from transformers.trainer_utils import get_last_checkpoint
 
 from shards import Batch, Loader, ShardSet
-from shards.format import CLASSES
 from train.head import InputHead
 from train.models import Classifier
 
@@ -72,7 +71,7 @@ def main(
     data, options = ShardSet(shards), {"batch_size": batch_size, "resolution": resolution, "device": args.device}
     head = InputHead(data.manifest.mean, data.manifest.std)
     trainer = LesionTrainer(
-        Lesions(head, timm.create_model("resnet18", num_classes=len(CLASSES))),
+        Lesions(head, timm.create_model("resnet18", num_classes=len(data.manifest.classes))),
         args,
         train_dataset=Loader(data.select("train"), **options),
         eval_dataset=Loader(data.select("val"), train=False, **options),

@@ -12,7 +12,7 @@ from pathlib import Path
 from preprocess.records import COLUMNS, Record, Rejected, Source, list_images, read_table, record_from, sha256_of
 from shards.common.cli import typed
 from shards.common.errors import DataError
-from shards.format import CLASSES
+from shards.format import HAM10000
 
 METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
 CITATION = (
@@ -175,7 +175,7 @@ def _warnings(records: list[Record]) -> list[str]:
             f"lesion {lesion} owns {views:,} images, and in HAM10000 none has more than 6: this looks like an "
             "augmented CSV, whose copies make all results look too good; use the official metadata"
         )
-    absent = sorted(set(CLASSES) - {record.dx for record in records})
+    absent = sorted(set(HAM10000.names) - {record.dx for record in records})
     if absent:
         warnings.append(
             f"the source has no image of {', '.join(absent)}: a model trained on it cannot know these classes"

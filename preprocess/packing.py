@@ -28,7 +28,7 @@ from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
 from shards.encode import TOGETHER, BadImageError, Encoded, encode_images
-from shards.format import CLASSES, QUARANTINE, SPLITS, EncodeSpec, Manifest
+from shards.format import QUARANTINE, SPLITS, EncodeSpec, Manifest
 from shards.subsets import split_lesions
 from shards.writer import PackedSample, ShardSetWriter
 
@@ -131,7 +131,7 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
     with (
         full_disk_names(out),
         single_threaded_opencv(),
-        ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite) as writer,
+        ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite, source.classes) as writer,
         Progress("packing", len(jobs), "images") as bar,
         ThreadPoolExecutor(settings.workers, thread_name_prefix="pack") as pool,
         closing(_encoded(pool, jobs, settings)) as encoded_jobs,
@@ -164,6 +164,7 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             citation="; ".join(dict.fromkeys(each.citation for each in sources)),
             licence="; ".join(dict.fromkeys(each.licence for each in sources)),
             versions=library_versions(),
+            group=source.group,
         )
     warnings = _missing_classes(manifest) + (_divided_unit(jobs)[1] if settings.assigned is not None else [])
     return Packed(manifest, rejected, warnings, time.monotonic() - started)
@@ -271,7 +272,8 @@ def _jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]
 
 def _split_jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
     """Every image with its split, which a seed decides."""
-    labels = [CLASSES.index(record.dx) for record in source.records]
+    label = {name: number for number, name in enumerate(source.classes.names)}
+    labels = [label[record.dx] for record in source.records]
     by_image = settings.unit == "image"
     lesions = [
         f"image {record.image_id}" if by_image or record.lesion_id is None else record.lesion_id

@@ -14,7 +14,7 @@ from typing import Any
 
 from shards.common.errors import DataError
 from shards.common.files import encoded
-from shards.format import CLASSES
+from shards.format import HAM10000, Classes
 from shards.writer import check_image_id
 
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
@@ -55,7 +55,8 @@ class Rejected:
 class Source:
     """The contents of a raw folder: what can be packed, what cannot, and what the user should know.
 
-    citation, licence, about (names and hashes; no path of the machine): for the manifest.
+    citation, licence, about (names and hashes; no path of the machine), classes, group (the columns that lesion_id was
+    made from): for the manifest.
     """
 
     folder: Path
@@ -65,6 +66,8 @@ class Source:
     rejected: list[Rejected] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    classes: Classes = HAM10000
+    group: tuple[str, ...] = ("lesion_id",)
 
     def error(self, rejected: Rejected) -> DataError:
         """The error that stops packing at an image that cannot be packed."""
@@ -206,8 +209,8 @@ def record_from(row: dict[str, str], file: str, dataset: str | None) -> Record:
         raise ValueError(str(error)) from None
     if not row["lesion_id"]:
         raise ValueError("lesion_id is empty, and splits are made by lesion")
-    if row["dx"] not in CLASSES:
-        raise ValueError(f"dx '{row['dx']}' is unknown (known: {', '.join(CLASSES)})")
+    if row["dx"] not in HAM10000.names:
+        raise ValueError(f"dx '{row['dx']}' is unknown (known: {', '.join(HAM10000.names)})")
     try:
         age = float(row["age"]) if row["age"] else None
     except ValueError:

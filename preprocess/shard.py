@@ -11,17 +11,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError
 from shards.common.machine import available_cores
-from shards.format import CLASSES, QUARANTINE, WRITE_MODES, EncodeSpec
-
-if TYPE_CHECKING:
-    from preprocess.packing import Packed
+from shards.format import QUARANTINE, WRITE_MODES, EncodeSpec
 
 
 class _TerminatedError(DermscaleError):
@@ -203,35 +200,19 @@ def main(
         packed = pack(raw, out, settings, test)
     for warning in packed.warnings:
         _warn(warning)
-    click.echo(table(packed))
+    click.echo(packed.manifest.table())
     if test is not None and test.about["known_missing"]:
         click.echo(f"{', '.join(test.about['known_missing'])}: left out, as the official test archive and scoring do")
     if packed.rejected:
         click.echo(f"{len(packed.rejected)} left out, listed with reasons in {out / QUARANTINE}")
-    seconds = packed.seconds
-    images = sum(shard.samples for shard in packed.manifest.shards)
-    click.echo(f"{images:,} images packed in {out}, {seconds:.1f} s, {images / seconds:.0f} images/s")
+    seconds, shards = packed.seconds, packed.manifest.shards
+    images, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
+    rate = f"{seconds:.1f} s, {images / seconds:.0f} images/s"
+    click.echo(f"{images:,} images packed in {out}, {size:,} bytes, {rate}")
 
 
 def _warn(text: str) -> None:
     click.echo(f"warning: {text}", err=True)
-
-
-def table(packed: "Packed") -> str:
-    """Samples per split and class and the bytes of the shards, as text."""
-    lines = [f"{'split':6}" + "".join(f"{dx:>7}" for dx in CLASSES) + f"{'images':>9}{'bytes':>15}"]
-    shards = packed.manifest.shards
-    total: dict[str, int] = dict.fromkeys(CLASSES, 0)
-    for split, counts in packed.manifest.counts.items():
-        size = sum(shard.bytes for shard in shards if shard.split == split)
-        lines.append(_row(split, counts, size))
-        total = {dx: total[dx] + counts[dx] for dx in CLASSES}
-    lines.append(_row("all", total, sum(shard.bytes for shard in shards)))
-    return "\n".join(lines)
-
-
-def _row(name: str, counts: dict[str, int], size: int) -> str:
-    return f"{name:6}" + "".join(f"{counts[dx]:7,}" for dx in CLASSES) + f"{sum(counts.values()):9,}{size:15,}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from shards.common import cli
 from shards.common.errors import DataError, UsageError
 from shards.common.files import full_disk_names
 from shards.common.machine import available_cores, single_threaded_opencv
-from shards.format import CLASSES
+from shards.format import HAM10000
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,12 +79,12 @@ def class_counts(images: int) -> dict[str, tuple[int, int]]:
     """
     if images < LEAST_IMAGES:
         raise UsageError(
-            f"--images {images}: at least {LEAST_IMAGES} are needed, so that every split has all {len(CLASSES)} classes"
+            f"--images {images}: at least {LEAST_IMAGES} are needed, so that every split has all its classes"
         )
     least = max(_LEAST_LESIONS, min(10, images // 14))
     total = sum(_IMAGES.values())
     counts: dict[str, tuple[int, int]] = {}
-    for dx in CLASSES:
+    for dx in HAM10000.names:
         views = _IMAGES[dx] / _LESIONS[dx]
         count = max(round(images * _IMAGES[dx] / total), round(least * views))
         counts[dx] = (min(count, max(least, round(count / views))), count)
@@ -241,7 +241,7 @@ def main(out: Path, images: int, seed: int, difficulty: float, workers: int | No
     click.echo(f"{'class':8}{'lesions':>9}{'images':>9}")
     of_class = Counter(lesion.dx for lesion in lesions)
     pictures = Counter(row["dx"] for lesion in lesions for row in lesion.rows)
-    for dx in CLASSES:
+    for dx in HAM10000.names:
         click.echo(f"{dx:8}{of_class[dx]:9,}{pictures[dx]:9,}")
     click.echo(f"{'all':8}{len(lesions):9,}{images:9,}")
     click.echo(f"{images:,} synthetic images in {out}, {seconds:.1f} s, {images / seconds:.0f} images/s")

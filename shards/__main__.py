@@ -21,21 +21,10 @@ def main() -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def info(folder: Path) -> None:
     """Print the settings, sizes and counts of the set in FOLDER."""
-    from rich.console import Console
-    from rich.table import Table
-
     from shards.shardset import ShardSet
 
     with ShardSet(folder) as data:
         manifest = data.manifest
-        table = Table("split", *manifest.classes, "samples", "shards", "MB")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for split, counts in manifest.counts.items():
-            shards = [shard for shard in manifest.shards if shard.split == split]
-            size = sum(shard.bytes for shard in shards) / 1e6
-            cells = [str(counts[dx]) for dx in manifest.classes]
-            table.add_row(split, *cells, str(sum(counts.values())), str(len(shards)), f"{size:.1f}")
         encode, sides = manifest.encode, [data.column(name) for name in ("width", "height")]
         click.echo(f"{folder}: format {manifest.format_version}, {len(data)} samples")
         click.echo(
@@ -43,7 +32,12 @@ def info(folder: Path) -> None:
             f"images {min(sides[0])}x{min(sides[1])} to {max(sides[0])}x{max(sides[1])} px"
         )
         click.echo(f"split {manifest.split}")
-        Console().print(table)
+        for split in manifest.counts:
+            shards = [shard.bytes for shard in manifest.shards if shard.split == split]
+            click.echo(f"{split}: {len(shards)} shards, {sum(shards) / 1e6:.1f} MB")
+        click.echo(f"{manifest.table()}\ngroups from {', '.join(manifest.group) or 'no column: each image is its own'}")
+        for name, members in manifest.classes.sets.items():
+            click.echo(f"{name}: {', '.join(members)}")
         click.echo(f"licence: {manifest.licence}\ncite: {manifest.citation}")
 
 
@@ -113,7 +107,7 @@ def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool
         shown = np.einsum("ncd,nhwd->nhwc", colour[:, :, :3], rgb) + colour[:, None, None, :, 3]
         tiles = np.clip(np.rint(shown * 255), 0, 255).astype(np.uint8)
         for tile, label in zip(tiles, batch.labels.tolist(), strict=True):
-            name, scale = data.manifest.classes[label], resolution / 300
+            name, scale = data.manifest.classes.names[label], resolution / 300
             for ink, width in ((0, 4), (255, 1)):
                 place = (resolution // 24, resolution - resolution // 16)
                 cv2.putText(tile, name, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (ink,) * 3, width, cv2.LINE_AA)

@@ -1,4 +1,4 @@
-"""The packed format, version 1, as one declaration. FORMAT.md beside this file is its normative description."""
+"""The packed format, version 2, as one declaration. FORMAT.md beside this file is its normative description."""
 
 import hashlib
 import json
@@ -14,14 +14,85 @@ from shards.common.errors import DataError, UsageError, one_line
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, INDEX, QUARANTINE = "manifest.json", "index.parquet", "quarantine.csv"
 
 AGAIN = "copy the set again from where it is whole, or pack it again"
 """What to do about a damaged set."""
 
-CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
-"""The seven diagnoses in alphabetical order: the label of a class is its position."""
+MOST_CLASSES = 65_535
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a set; the label of a class is its position in `names`.
+
+    long_names: name → what it is called in words, for those that have such a name. sets: classes of interest, as in
+    {"malignant": ("mel", "bcc")}: they are also measured together, against all others.
+    """
+
+    names: tuple[str, ...]
+    long_names: dict[str, str] = field(default_factory=dict)
+    sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the names. Raises ValueError."""
+        if not 2 <= len(self.names) <= MOST_CLASSES:
+            raise ValueError(f"{len(self.names)} classes, and 2 to {MOST_CLASSES:,} are needed")
+        named = (*self.names, *self.sets, *self.long_names, *self.long_names.values())
+        if wrong := [name for name in named if type(name) is not str or not name.strip() or not name.isprintable()]:
+            raise ValueError(f"class {one_line(str(wrong[0]), 60)!r} is not printable text")
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise ValueError(f"class '{one_line(twice, 60)}' is listed twice")
+        for where, members in (("long_names", self.long_names), *((f"set '{s}'", m) for s, m in self.sets.items())):
+            if unknown := [name for name in members if name not in self.names]:
+                raise ValueError(f"{where} names '{one_line(str(unknown[0]), 60)}', which is none of the classes")
+            if not members and where != "long_names":
+                raise ValueError(f"{where} is empty")
+
+    def __len__(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    def described(self, name: str) -> str:
+        """A class for people: its name and its words."""
+        return f"{name}: {self.long_names[name]}" if name in self.long_names else name
+
+    def members(self, name: str) -> list[int]:
+        """The labels of a set of interest, ascending."""
+        return sorted(self.names.index(member) for member in self.sets[name])
+
+
+HAM10000 = Classes(
+    ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"),
+    {
+        "akiec": "actinic keratosis or intraepithelial carcinoma",
+        "bcc": "basal cell carcinoma",
+        "bkl": "benign keratosis",
+        "df": "dermatofibroma",
+        "mel": "melanoma",
+        "nv": "melanocytic nevus",
+        "vasc": "vascular lesion",
+    },
+    {"melanoma": ("mel",), "malignant": ("akiec", "bcc", "mel")},
+)
+"""The seven diagnoses of HAM10000 (Tschandl et al. 2018). Sets of version 1, and runs on them, have no others."""
+
+
+def read_classes(raw: Any) -> Classes:
+    """The classes in a manifest or a run. Raises ValueError.
+
+    raw: an object with the fields of `Classes`, or the list of names of version 1, which are those of HAM10000.
+    """
+    if type(raw) is list:
+        if raw != list(HAM10000.names):
+            raise ValueError(f"classes is {one_line(json.dumps(raw), 60)}, expected {', '.join(HAM10000.names)}")
+        return HAM10000
+    _check({"classes": raw}, _CLASSES)
+    _known(raw, {f.name for f in fields(Classes)}, "classes")
+    return Classes(tuple(raw["names"]), raw["long_names"], {name: tuple(some) for name, some in raw["sets"].items()})
+
 
 SPLITS = ("train", "val", "test")
 MOST_PIXELS = 100_000_000
@@ -53,13 +124,14 @@ INDEX_TYPES: dict[str, str] = {
 ISIC 2018 test labels carry none) makes every image a lesion of its own."""
 
 
-def index_schema() -> "pa.Schema":
-    """The Arrow schema of index.parquet."""
+def index_schema(classes: Classes) -> "pa.Schema":
+    """The Arrow schema of index.parquet. Labels are uint8 for up to 256 classes, and uint16 for more."""
     import pyarrow as pa
 
     nullable = {"age", "lesion_id", "dx_type", "sex", "localization", "dataset"}
+    types = INDEX_TYPES | ({"label": "uint16"} if len(classes) > 256 else {})
     return pa.schema(
-        [pa.field(name, pa.type_for_alias(kind), nullable=name in nullable) for name, kind in INDEX_TYPES.items()]
+        [pa.field(name, pa.type_for_alias(kind), nullable=name in nullable) for name, kind in types.items()]
     )
 
 
@@ -156,13 +228,15 @@ _SHA256: _Rule = (
     lambda value: type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None,
 )
 _ANY: _Rule = ("anything", lambda value: True)
-_PER_CLASS: _Rule = (
-    "a number for each class",
-    lambda value: type(value) is dict and set(value) == set(CLASSES) and all(map(_COUNT[1], value.values())),
-)
+_NAMES: _Rule = ("a list of names", lambda value: type(value) is list and all(type(one) is str for one in value))
+_CLASSES: dict[str, _Rule] = {
+    "classes": ("an object", lambda value: type(value) is dict),
+    "classes.names": _NAMES,
+    "classes.long_names": _object(None, _TEXT, "an object of texts"),
+    "classes.sets": _object(None, _NAMES, "an object of lists of names"),
+}
 
 _FIELDS: dict[str, _Rule] = {
-    "classes": (", ".join(CLASSES), lambda value: value == list(CLASSES)),
     "encode": ("an object", lambda value: type(value) is dict),
     "encode.write_mode": _one_of(*WRITE_MODES),
     "encode.max_resolution": _COUNT,  # EncodeSpec knows the ranges
@@ -177,7 +251,7 @@ _FIELDS: dict[str, _Rule] = {
     "split.unit": _one_of("lesion", "image"),
     "mean": _list(3, _number(0, 1)),
     "std": _list(3, _number(1e-6, 1)),
-    "counts": _object(SPLITS, _PER_CLASS, "samples of each class, by split"),
+    "counts": _object(SPLITS, _object(None, _COUNT, "numbers"), "samples of each class, by split"),
     "source": _object(None, _ANY, "an object"),
     "citation": _TEXT,
     "licence": _TEXT,
@@ -185,7 +259,8 @@ _FIELDS: dict[str, _Rule] = {
     "shards": ("a list of at least one shard", lambda value: type(value) is list and len(value) > 0),
     "index_sha256": _SHA256,
 }
-"""Every version 1 manifest has these; `split` and `source` may hold more."""
+"""Every manifest has these, and `classes`; `split` and `source` may hold more."""
+_VERSION_2: dict[str, _Rule] = {"group": _NAMES}
 _SHARD: dict[str, _Rule] = {
     "split": _one_of(*SPLITS),
     "samples": _number(1, 2**32, whole=True),
@@ -198,6 +273,8 @@ _ADDED: dict[str, _Rule] = {
 }
 """Manifests of older releases lack these, and older releases ignore them."""
 _MOST_LEVELS, _MOST_DIGITS = 16, 1000
+_MOST_ROWS = 40
+"""Of a table for people."""
 
 
 def _check(content: dict[str, Any], rules: dict[str, _Rule], prefix: str = "") -> None:
@@ -247,7 +324,7 @@ class Manifest:
     """manifest.json. Written last: a folder without one is not a shard set."""
 
     format_version: int
-    classes: tuple[str, ...]
+    classes: Classes
     encode: EncodeSpec
     split: dict[str, Any]  # {"ratio": [70, 10, 20], "seed": 0, "unit": "lesion", "test_source": None}
     mean: tuple[float, float, float]  # RGB, of the training split's packed pixels, 0 to 1
@@ -259,6 +336,7 @@ class Manifest:
     versions: dict[str, str]  # of the libraries that decide the bytes
     shards: tuple[ShardInfo, ...]
     index_sha256: str  # run folders and loader states name the set by it
+    group: tuple[str, ...] = ("lesion_id",)  # the columns of the source that `lesion_id` in the index was made from
     attached: dict[str, str] = field(default_factory=dict)  # SHA-256 of quarantine.csv, if the set has one
     manifest_sha256: str | None = None  # of the content; None if an older release packed the set
 
@@ -293,16 +371,21 @@ class Manifest:
                 raise ValueError("not a JSON object")
             _check(raw, {"format_version": _ANY})
             version = raw["format_version"]
-            if type(version) is not int or version != FORMAT_VERSION:
+            if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
                 raise _OtherVersionError(one_line(json.dumps(version), 60))
             if _levels(raw) > _MOST_LEVELS:
                 raise ValueError(f"nested more than {_MOST_LEVELS} levels deep")
         except RecursionError:
             raise ValueError(f"nested more than {_MOST_LEVELS} levels deep") from None
         digest = content_sha256(raw)
-        _check(raw, _FIELDS)
+        _check(raw, {"classes": _ANY} | _FIELDS | (_VERSION_2 if version > 1 else {}))
         _check(raw, {name: rule for name, rule in _ADDED.items() if name in raw})
-        encode = read_encode(raw["encode"])
+        encode, classes = read_encode(raw["encode"]), read_classes(raw["classes"])
+        if (type(raw["classes"]) is list) != (version == 1):
+            raise ValueError(f"classes is not written as in version {version}")
+        for split, counts in raw["counts"].items():
+            if set(counts) != set(classes.names):
+                raise ValueError(f"counts.{split} has not a number for each class")
         for number, shard in enumerate(raw["shards"]):
             where, name = f"shards[{number}]", shard_name(number)
             if type(shard) is not dict:
@@ -314,12 +397,24 @@ class Manifest:
             _known(raw, {*known}, "it")  # only a later release adds keys, and then there is a checksum
         elif raw["manifest_sha256"] != digest:
             raise ValueError("its content is not what its manifest_sha256 says: a value was changed after packing")
-        known["encode"] = encode
+        known |= {"encode": encode, "classes": classes}
         known["counts"] = {split: raw["counts"][split] for split in SPLITS if split in raw["counts"]}
         known["shards"] = tuple(ShardInfo(**shard) for shard in raw["shards"])
-        for name in ("classes", "mean", "std"):
-            known[name] = tuple(raw[name])
+        for name in ("group", "mean", "std"):
+            if name in known:
+                known[name] = tuple(raw[name])
         return cls(**known)
+
+    def table(self) -> str:
+        """Samples of each class and split, as text: a line a class, and the sums."""
+        head = ["class", *self.counts, "all"]
+        rows = [[name, *(counts[name] for counts in self.counts.values())] for name in self.classes.names]
+        rows.append(["all", *(sum(counts.values()) for counts in self.counts.values())])
+        rows = [[name, *(f"{n:,}" for n in (*counts, sum(counts)))] for name, *counts in rows]
+        if len(rows) > _MOST_ROWS:
+            rows[_MOST_ROWS - 1 : -1] = [[f"… {len(rows) - _MOST_ROWS} more classes", *[""] * (len(head) - 1)]]
+        widest = max(len(row[0]) for row in (head, *rows))
+        return "\n".join(row[0].ljust(widest) + "".join(cell.rjust(9) for cell in row[1:]) for row in (head, *rows))
 
     @classmethod
     def from_file(cls, path: Path) -> "Manifest":
@@ -335,7 +430,7 @@ class Manifest:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
         except _OtherVersionError as error:
             raise DataError(
-                f"{path}: format version {error}, and this release reads version {FORMAT_VERSION}; "
+                f"{path}: format version {error}, and this release reads versions 1 and {FORMAT_VERSION}; "
                 "pack the set again or use the release that wrote it"
             ) from None
         except ValueError as error:

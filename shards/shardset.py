@@ -17,7 +17,6 @@ from shards.common.cli import typed
 from shards.common.errors import DataError, UsageError, one_line
 from shards.format import (
     AGAIN,
-    CLASSES,
     ENCODINGS,
     INDEX,
     INDEX_TYPES,
@@ -127,7 +126,8 @@ class ShardSet:
         def damaged(what: str) -> DataError:
             return DataError(f"{index}: {what}; {AGAIN}")
 
-        for field in index_schema():
+        names = self.manifest.classes.names
+        for field in index_schema(self.manifest.classes):
             if (times := self.table.column_names.count(field.name)) != 1:
                 raise damaged(f"has {times or 'no'} column{'s' * (times > 1)} '{field.name}'")
             column = self.table[field.name]
@@ -135,17 +135,19 @@ class ShardSet:
                 raise damaged(f"its column '{field.name}' is {column.type}, and not {field.type}")
             if not field.nullable and column.null_count:
                 raise damaged(f"its column '{field.name}' has {column.null_count} empty cells")
-        for name, known in (("encoding", ENCODINGS), ("split", SPLITS), ("dx", CLASSES)):
+        for name, known in (("encoding", ENCODINGS), ("split", SPLITS), ("dx", names)):
             found = pc.unique(self.table[name]).to_pylist()
             if unknown := sorted(set(found) - set(known)):
-                raise damaged(f"its column '{name}' says '{unknown[0]}', which is none of {', '.join(known)}")
+                raise damaged(
+                    f"its column '{name}' says '{unknown[0]}', which is none of {one_line(', '.join(known), 160)}"
+                )
         shard, offset, length, height, width, label = (
             self.column(name).astype(np.int64 if name != "offset" else np.uint64)
             for name in ("shard", "offset", "length", "height", "width", "label")
         )
         raw = pc.equal(self.table["encoding"], "raw").to_numpy()
         sizes = np.array([info.bytes for info in self.manifest.shards], np.uint64)
-        classes = pc.index_in(self.table["dx"], pa.array(CLASSES)).to_numpy()
+        classes = pc.index_in(self.table["dx"], pa.array(names)).to_numpy()
         known_shard = shard < len(sizes)
         known_rows = np.where(known_shard, shard, 0)
         room = sizes[known_rows]
@@ -167,8 +169,8 @@ class ShardSet:
         for info, rows in zip(self.manifest.shards, np.bincount(shard, minlength=len(sizes)), strict=True):
             if rows != info.samples:
                 raise damaged(f"has {rows} samples of {info.file}, and the manifest says {info.samples}")
-        found = np.bincount(split * len(CLASSES) + label, minlength=len(SPLITS) * len(CLASSES))
-        for (name, dx), rows in zip(product(SPLITS, CLASSES), found.tolist(), strict=True):
+        found = np.bincount(split * len(names) + label, minlength=len(SPLITS) * len(names))
+        for (name, dx), rows in zip(product(SPLITS, names), found.tolist(), strict=True):
             if rows != (said := self.manifest.counts.get(name, {}).get(dx, 0)):
                 raise damaged(f"has {rows} samples of {dx} in {name}, and the manifest says {said}")
 

@@ -20,11 +20,12 @@ import xxhash
 from shards.common.errors import DataError, UsageError
 from shards.common.files import lock, write_durably
 from shards.format import (
-    CLASSES,
     FORMAT_VERSION,
+    HAM10000,
     INDEX,
     INDEX_TYPES,
     MANIFEST,
+    Classes,
     EncodeSpec,
     Manifest,
     ShardInfo,
@@ -57,12 +58,12 @@ class PackedSample:
 class IndexFile:
     """A new index.parquet; `add` each row, then `finish`. Rows go to the file in groups: memory holds one group."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, classes: Classes) -> None:
         import pyarrow.parquet as pq
 
-        self.path = path
+        self.path, self._schema = path, index_schema(classes)
         self._file = path.open("wb")  # Python's own file: a full disk is then an OSError that commands explain
-        self._writer: Any = pq.ParquetWriter(self._file, index_schema(), compression="zstd", write_statistics=False)
+        self._writer: Any = pq.ParquetWriter(self._file, self._schema, compression="zstd", write_statistics=False)
         self._columns: dict[str, list[Any]] = {name: [] for name in INDEX_TYPES}
         self._waiting = 0
 
@@ -77,7 +78,7 @@ class IndexFile:
     def _write_group(self) -> None:
         import pyarrow as pa
 
-        self._writer.write_table(pa.table(self._columns, schema=index_schema()))
+        self._writer.write_table(pa.table(self._columns, schema=self._schema))
         self._columns = {name: [] for name in INDEX_TYPES}
         self._waiting = 0
 
@@ -107,15 +108,23 @@ class ShardSetWriter:
     training shards alone.
     """
 
-    def __init__(self, out: Path, encode: EncodeSpec, shard_bytes: int, overwrite: bool = False) -> None:
-        """Open `out` for writing.
+    def __init__(
+        self,
+        out: Path,
+        encode: EncodeSpec,
+        shard_bytes: int,
+        overwrite: bool = False,
+        classes: Classes = HAM10000,
+    ) -> None:
+        """Open `out` for writing. classes: those of the set; every sample's `dx` is one of them.
 
         Raises UsageError if `shard_bytes` is under 1 MiB. Raises DataError if `out` holds a shard set and `overwrite`
         is False, if it holds anything else or cannot be renamed, and if another process is packing to it.
         """
         if shard_bytes < 1 << 20:
             raise UsageError(f"shard size {shard_bytes} bytes is under 1 MiB")
-        self.out, self.encode, self.shard_bytes = out, encode, shard_bytes
+        self.out, self.encode, self.shard_bytes, self.classes = out, encode, shard_bytes, classes
+        self._label = {name: label for label, name in enumerate(classes.names)}
         self._overwrite = overwrite
         self._shard: Shard | None = None
         self._infos: list[ShardInfo] = []
@@ -134,7 +143,7 @@ class ShardSetWriter:
             if self._partial.exists():  # left by a killed packing
                 shutil.rmtree(self._partial)
             self._partial.mkdir()
-            self._index = IndexFile(self._partial / INDEX)
+            self._index = IndexFile(self._partial / INDEX, classes)
         except BaseException:
             self._release_lock()
             raise
@@ -184,7 +193,7 @@ class ShardSetWriter:
         if image_id in self._seen:
             raise DataError(f"{image_id}: is twice in the source; every image_id must be unique")
         self._seen.add(image_id)
-        label = CLASSES.index(sample.metadata["dx"])
+        label = self._label[sample.metadata["dx"]]
         record = {**sample.metadata, "label": label, "split": sample.split}
         members = [
             (_SUFFIX[sample.encoding], sample.payload),
@@ -213,7 +222,7 @@ class ShardSetWriter:
         if shard is None or shard.split != split:
             if split in self._counts:
                 raise ValueError(f"samples of split '{split}' must come together")
-            self._counts[split] = dict.fromkeys(CLASSES, 0)
+            self._counts[split] = dict.fromkeys(self.classes.names, 0)
         if shard is not None:
             self._end(shard)
         self._shard = Shard(self._partial, len(self._infos), split)
@@ -237,9 +246,11 @@ class ShardSetWriter:
         citation: str,
         licence: str,
         versions: dict[str, str],
+        group: tuple[str, ...] = ("lesion_id",),
     ) -> Manifest:
         """Close the last shard, write the index and the manifest, and move the folder into place.
 
+        group: the columns of the source that `lesion_id` was made from; none if each image is a group of its own.
         Raises DataError if nothing was packed, if a value cannot be read back, and if something else was put into the
         final folder meanwhile.
         """
@@ -249,7 +260,7 @@ class ShardSetWriter:
         index_sha256 = self._index.finish()
         text = Manifest(
             format_version=FORMAT_VERSION,
-            classes=CLASSES,
+            classes=self.classes,
             encode=self.encode,
             split=split,
             mean=mean,
@@ -261,6 +272,7 @@ class ShardSetWriter:
             versions=versions,
             shards=tuple(self._infos),
             index_sha256=index_sha256,
+            group=group,
             attached=self._attached,
         ).to_json()
         try:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from shards.common import cli
-from shards.format import CLASSES, EncodeSpec
+from shards.format import HAM10000, Classes, EncodeSpec
 from shards.jpeg import encode_jpeg
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter
@@ -78,21 +78,23 @@ def write_set(
     images: int = 120,
     size: tuple[int, int] | None = (72, 96),
     shares: tuple[float, float, float] = (0.6, 0.2, 0.2),
+    classes: Classes = HAM10000,
 ) -> Path:
-    """Write a set of `images` pictures, seven classes, lesions of one to three views. encoding: jpg, raw or mixed.
+    """Write a set of `images` pictures, lesions of one to three views. encoding: jpg, raw or mixed.
 
     shares: of train, val and test.
     """
-    rng = np.random.default_rng(0)
-    with ShardSetWriter(out, EncodeSpec(write_mode="jpg" if encoding == "jpg" else "raw"), 1 << 20) as writer:
+    rng, of_all = np.random.default_rng(0), len(classes)
+    spec = EncodeSpec(write_mode="jpg" if encoding == "jpg" else "raw")
+    with ShardSetWriter(out, spec, 1 << 20, classes=classes) as writer:
         number = 0
         for split, share in zip(("train", "val", "test"), shares, strict=True):
             for i in range(int(images * share)):
-                label = i % 7
+                label = i % of_all
                 height, width = size or (int(rng.integers(40, 120)), int(rng.integers(40, 120)))
                 image = picture(rng, label, height, width)
                 kind = encoding if encoding != "mixed" else ("jpg", "raw")[number % 2]
-                write_sample(writer, number, f"LES_{split}_{i % 7}_{i // 21}", label, split, image, kind)
+                write_sample(writer, number, f"LES_{split}_{label}_{i // (3 * of_all)}", label, split, image, kind)
                 number += 1
         finish_set(writer)
     return out
@@ -112,7 +114,7 @@ def write_sample(
     metadata = {
         "image_id": f"IMG_{number:05d}",
         "lesion_id": lesion,
-        "dx": CLASSES[label],
+        "dx": writer.classes.names[label],
         "dx_type": "histo",
         "age": None if number % 9 == 0 else float(20 + number % 60),
         "sex": "unknown",

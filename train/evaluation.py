@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from shards import Loader, Selection
-from shards.format import CLASSES
 from shards.loader import Batch
 from train import device as devices
 from train import models
@@ -94,7 +93,7 @@ def finish(
     can repeat them.
     """
     began = time.perf_counter()
-    config, prior = run.config, LOGITS_PRIOR[run.config.loss]
+    config, prior, classes = run.config, LOGITS_PRIOR[run.config.loss], run.data.manifest.classes
     evaluated = [run.selections[split] for split in logits]
     val, test = run.selections.get("val"), run.selections["test"]
     lesions = {"val": 0} | {split: _lesions(selection) for split, selection in run.selections.items()}
@@ -103,6 +102,7 @@ def finish(
         logits["test"],
         test.labels,
         None if lesions["test"] is None else test.lesion_ids,
+        classes=classes,
         split=run.data.column("split")[test.samples],
         image_id=test.image_ids,
         logits_prior=prior,
@@ -121,7 +121,7 @@ def finish(
     write_predictions(folder.path, evaluated, list(logits.values()), shares, about)
     if WEIGHTS not in unwanted:
         write_weights(folder.path / WEIGHTS, run.step.reported.body, _metadata(run, prior, temperature))
-    parameters, flops = models.cost(config.model, config.resolution, len(CLASSES))
+    parameters, flops = models.cost(config.model, config.resolution, len(classes))
     score = metrics["balanced_accuracy"]
     seconds = {"train": progress.train_s, **progress.seconds, "write": time.perf_counter() - began}
     result = {
@@ -137,7 +137,8 @@ def finish(
         "subset_seed": config.subset_seed,
         "images": {"val": 0} | {split: len(selection) for split, selection in run.selections.items()},
         "lesions": lesions,
-        "training_images_per_class": dict(zip(CLASSES, run.class_counts, strict=True)),
+        "classes": asdict(classes),
+        "training_images_per_class": dict(zip(classes.names, run.class_counts, strict=True)),
         "epochs": len(run.sizes),
         "steps": progress.step,
         "test": metrics,
@@ -186,7 +187,7 @@ def _metadata(run: Run, prior: str, temperature: float) -> dict[str, str]:
     return {
         "model": run.config.model,
         "resolution": str(run.config.resolution),
-        "classes": json.dumps(CLASSES),
+        "classes": json.dumps(asdict(run.data.manifest.classes)),
         "mean": json.dumps(run.step.reported.head.mean.tolist()),
         "std": json.dumps(run.step.reported.head.std.tolist()),
         "encode": json.dumps(asdict(run.data.manifest.encode)),

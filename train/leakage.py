@@ -62,7 +62,7 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
             data.column("label"),
             data.lesion_names,
             data.column("image_id"),
-            data.manifest.classes,
+            data.manifest.classes.names,
         )
         # A folder holds one experiment, so the model is one of its settings.
         settings = study_settings(base, "epochs", data) | {"model": model, "experiment": "leakage"}

@@ -33,7 +33,7 @@ from train.inference.options import network_options
     "so far are in FILE.part.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON, which also lists the refused files with the reasons.")
-@click.option("--isic", is_flag=True, help="CSV in the submission format of ISIC 2018 Task 3.")
+@click.option("--isic", is_flag=True, help="CSV in the form of the ISIC challenges, a column for each class.")
 @click.option(
     "--prior",
     type=click.Choice(["balanced", "training"]),

@@ -27,7 +27,6 @@ import numpy as np
 from shards.common.errors import DataError, UsageError, one_line
 from shards.common.files import encoded, lock, write_durably
 from shards.common.machine import available_cores
-from shards.format import CLASSES
 from shards.kernels import load as kernels
 from train.config import COMPILE, ENGINES, PRECISIONS, Config, differences, read_config
 
@@ -267,7 +266,7 @@ def write_predictions(
 ) -> None:
     """predictions.parquet: image_id, lesion_id, split, label, `logit_<dx>` and `prob_<dx>`, one row an image.
 
-    selections: the splits. logits, probabilities: (N, 7) float of each. about: the prior and temperature of the
+    selections: the splits. logits, probabilities: (N, classes) float of each. about: the prior and temperature of the
     probabilities, which become the file's metadata.
     """
     import pyarrow as pa
@@ -277,7 +276,7 @@ def write_predictions(
     columns = {name: data.column(name)[samples] for name in ("image_id", "lesion_id", "split", "label")}
     for kind, parts in (("logit", logits), ("prob", probabilities)):
         values = np.concatenate(parts).astype(np.float32)
-        columns |= {f"{kind}_{dx}": values[:, c] for c, dx in enumerate(CLASSES)}
+        columns |= {f"{kind}_{dx}": values[:, c] for c, dx in enumerate(data.manifest.classes.names)}
     content = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(about), content)
     write_durably(folder / PREDICTIONS, content.getvalue())

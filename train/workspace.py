@@ -66,7 +66,7 @@ class Workspace:
         norm = (fresh.head.mean.tolist(), fresh.head.std.tolist())
         ramp = config.start_resolution not in (None, config.resolution)
         key = (config.model, config.resolution, ramp, config.sync_batch_norm, str(world.device), str(norm))
-        key = (*key, config.memory_format, config.freeze)
+        key = (*key, config.memory_format, config.freeze, len(data.manifest.classes))
         if world.size == 1 and key == self._key and self._net is not None:
             self._net.load_state_dict(fresh.state_dict())
             self._net.decisions = fresh.decisions

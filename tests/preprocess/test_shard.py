@@ -21,7 +21,7 @@ from preprocess.packing import Settings, pack
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
 from shards.encode import decode_strictly, shrink
-from shards.format import CLASSES, EncodeSpec
+from shards.format import HAM10000, EncodeSpec
 from tests.support.rawdata import jpeg, rows, write_raw, write_table
 
 ROOT = Path(__file__).parents[2]
@@ -132,12 +132,13 @@ def test_the_table_and_the_summary(raw, tmp_path, command):
     code, out, err = command(shard.main, "--source", raw, "--out", tmp_path / "set", "--workers", 2)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].split() == ["split", *CLASSES, "images", "bytes"]
-    table = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:]] for line in lines[1:5]}
-    assert list(table) == ["train", "val", "test", "all"]
-    assert table["all"][7] == 150 == sum(table["all"][:7]) == sum(table[s][7] for s in ("train", "val", "test"))
-    assert table["all"][8] == sum(file.stat().st_size for file in (tmp_path / "set").glob("*.tar"))
-    assert re.fullmatch(r"150 images packed in .*set, [\d.]+ s, \d+ images/s", lines[5])
+    assert lines[0].split() == ["class", "train", "val", "test", "all"]
+    table = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:]] for line in lines[1:9]}
+    assert list(table) == [*HAM10000.names, "all"]
+    assert all(sum(row[:3]) == row[3] for row in table.values()) and table["all"][3] == 150
+    assert table["all"] == np.sum([table[name] for name in HAM10000.names], axis=0).tolist()
+    size = sum(file.stat().st_size for file in (tmp_path / "set").glob("*.tar"))
+    assert re.fullmatch(rf"150 images packed in .*set, {size:,} bytes, [\d.]+ s, \d+ images/s", lines[9])
 
 
 def test_an_old_set_is_kept_without_overwrite_and_until_the_new_one_is_whole(raw, tmp_path, command):

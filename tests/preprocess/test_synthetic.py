@@ -22,7 +22,7 @@ from preprocess.phantom.camera import photograph
 from preprocess.phantom.paint import paint_lesion
 from shards.common.errors import DataError, UsageError
 from shards.common.files import exclusive
-from shards.format import CLASSES
+from shards.format import HAM10000
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=60, deadline=None)
 def test_counts_add_up_and_every_class_can_be_split(images):
     counts = synthetic.class_counts(images)
-    assert tuple(counts) == CLASSES
+    assert tuple(counts) == HAM10000.names
     assert sum(count for _, count in counts.values()) == images
     assert all(3 <= lesions <= count for lesions, count in counts.values())
     if images >= 140:
@@ -113,7 +113,7 @@ def test_opencv_keeps_its_number_of_threads(tmp_path):
     assert cv2.getNumThreads() == before
 
 
-@pytest.mark.parametrize("dx", CLASSES)
+@pytest.mark.parametrize("dx", HAM10000.names)
 def test_views_show_one_lesion_and_lesions_differ(dx):
     """The colours about the middle, free of pose: closer between two views of a lesion than between two lesions."""
 
@@ -159,13 +159,13 @@ def balanced_accuracy(difficulty: float, lesions_per_class: int) -> float:
 
     def features(key: tuple[int, int]) -> np.ndarray:
         rng = np.random.default_rng(key)
-        lesion = draw_lesion(rng, CLASSES[key[0]], difficulty)
+        lesion = draw_lesion(rng, HAM10000.names[key[0]], difficulty)
         picture = cv2.resize(photograph(lesion, paint_lesion(lesion), rng), (75, 56), interpolation=cv2.INTER_AREA)
         lab = cv2.cvtColor(picture[8:48, 15:60], cv2.COLOR_RGB2LAB).reshape(-1, 3)
         bins = [np.histogram(lab[:, c], 12, span)[0] for c, span in enumerate(((0, 255), (110, 200), (100, 190)))]
         return np.concatenate([*bins, np.percentile(lab, [2, 10, 50, 90], axis=0).ravel()])
 
-    keys = [(label, number) for label in range(len(CLASSES)) for number in range(lesions_per_class)]
+    keys = [(label, number) for label in range(len(HAM10000.names)) for number in range(lesions_per_class)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         table = np.stack(list(pool.map(features, keys)))
     labels = np.array([label for label, _ in keys])
@@ -177,7 +177,7 @@ def balanced_accuracy(difficulty: float, lesions_per_class: int) -> float:
 @pytest.mark.slow
 def test_it_can_be_learned_and_difficulty_makes_it_harder():
     easy, middle, hard = (balanced_accuracy(difficulty, 25) for difficulty in (0.0, 0.5, 1.0))
-    chance = 1 / len(CLASSES)
+    chance = 1 / len(HAM10000.names)
     assert easy > middle + 0.05, (easy, middle, hard)
     assert middle > hard + 0.05, (easy, middle, hard)
     assert middle > chance + 0.2, (easy, middle, hard)  # well above chance

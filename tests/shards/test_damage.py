@@ -16,7 +16,7 @@ import torch
 from shards import Loader, Selection, ShardSet
 from shards.__main__ import main
 from shards.common.errors import DataError
-from shards.format import CLASSES, INDEX, MANIFEST, QUARANTINE, EncodeSpec, Manifest
+from shards.format import HAM10000, INDEX, MANIFEST, QUARANTINE, EncodeSpec, Manifest
 from shards.kernels.load import compiled
 from shards.writer import PackedSample, ShardSetWriter
 from tests.conftest import finish_set, little_metadata, picture, write_sample, write_set
@@ -54,16 +54,23 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-SWAPPED = [*CLASSES[:4], "nv", "mel", "vasc"]
+SWAPPED = [*HAM10000.names[:4], "nv", "mel", "vasc"]
 
 
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("format_version", True, "format version true, and this release reads version 1"),
+        ("format_version", True, "format version true, and this release reads versions 1 and 2"),
         ("format_version", 1.0, "format version 1.0"),
         ("classes", SWAPPED, "classes is"),
         ("classes", 7, "classes is 7"),
+        ("classes.names", [*SWAPPED[:6], "mel"], "class 'mel' is listed twice"),
+        ("classes.names", ["nv"], "1 classes, and 2 to 65,535 are needed"),
+        ("classes.names", [*HAM10000.names[:6], "wart"], "long_names names 'vasc', which is none of the classes"),
+        ("classes.sets.malignant", [], "set 'malignant' is empty"),
+        ("classes.sets.malignant", ["mole"], "set 'malignant' names 'mole', which is none of the classes"),
+        ("classes.long_names", {"mel": "a\nb"}, "classes.long_names is"),
+        ("group", "lesion_id", 'group is "lesion_id", expected a list of names'),
         ("encode", [], "encode is [], expected an object"),
         ("encode.max_resolution", "400", 'encode.max_resolution is "400", expected a whole number'),
         ("encode.max_resolution", 4, "max resolution 4 px is outside 16 to 65535"),
@@ -212,7 +219,7 @@ def test_files_that_are_missing_foreign_older_or_of_another_set_are_named(forty,
             ["shard-00001.idx is", "shard-00002.idx is"],
         ),
         (lambda f: change_manifest(f, put("format_version", 0)), ["format version 0", "release that wrote it"]),
-        (lambda f: change_manifest(f, put("format_version", 2)), ["format version 2", "release that wrote it"]),
+        (lambda f: change_manifest(f, put("format_version", 3)), ["format version 3", "release that wrote it"]),
         *((lambda f, name=file.name: (f / name).unlink(), [file.name]) for file in forty.iterdir()),
     ]
     for number, (damage, words) in enumerate(cases):

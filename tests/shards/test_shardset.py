@@ -15,7 +15,7 @@ import pytest
 
 from shards.__main__ import main
 from shards.common.errors import DataError, UsageError
-from shards.format import AGAIN, CLASSES, INDEX_TYPES, EncodeSpec, Manifest
+from shards.format import AGAIN, HAM10000, INDEX_TYPES, EncodeSpec, Manifest
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter, check_image_id
 from tests.conftest import little_metadata, write_set
@@ -41,7 +41,7 @@ def test_plain_tar_reads_every_sample(shard_sets, kind):
         assert payload == bytes(data.read(sample))
         assert int(members[f"{image_id}.cls"]) == data.column("label")[sample]
         record = json.loads(members[f"{image_id}.json"])
-        assert record["image_id"] == image_id and record["dx"] == CLASSES[record["label"]]
+        assert record["image_id"] == image_id and record["dx"] == HAM10000.names[record["label"]]
         if raw:
             assert np.array_equal(np.load(io.BytesIO(payload)), data.pixels(sample))
 
@@ -172,7 +172,10 @@ def damaged_manifest(change):
         (lambda f: (f / "index.parquet").write_bytes(b"PAR1"), "not the index that the manifest names"),
         (lambda f: (f / "shard-00001.tar").unlink(), "shard-00001.tar: missing"),
         (lambda f: os.truncate(f / "shard-00000.tar", 1024), "1024 bytes, and the manifest says"),
-        (damaged_manifest(lambda m: m.update(format_version=2)), "format version 2, and this release reads version 1"),
+        (
+            damaged_manifest(lambda m: m.update(format_version=3)),
+            "format version 3, and this release reads versions 1",
+        ),
         (damaged_manifest(lambda m: m.pop("mean")), "no mean"),
         (damaged_manifest(lambda m: m["encode"].update(colour="no")), "damaged"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from shards.format import CLASSES
+from shards.format import HAM10000
 from train.config import Config
 from train.metrics.calibration import softmax
 from train.metrics.differences import COMPARED
@@ -67,6 +67,7 @@ def write_run(
         logits,
         labels,
         lesions if with_lesions else None,
+        classes=HAM10000,
         split=np.full(labels.size, "test"),
         prior="balanced",
         logits_prior="balanced",
@@ -87,7 +88,7 @@ def write_run(
         "subset_seed": config.subset_seed,
         "images": {"train": n_train, "val": int(labels.size), "test": int(labels.size)},
         "lesions": {"train": n_train, "val": len(set(lesions)), "test": len(set(lesions))},
-        "training_images_per_class": dict(zip(CLASSES, counts.tolist(), strict=True)),
+        "training_images_per_class": dict(zip(HAM10000.names, counts.tolist(), strict=True)),
         "epochs": config.epochs,
         "steps": steps,
         "test": metrics,
@@ -125,7 +126,7 @@ def write_run(
     if not with_lesions:
         table["lesion_id"] = None
     shares = softmax(logits)
-    for c, name in enumerate(CLASSES):
+    for c, name in enumerate(HAM10000.names):
         table[f"logit_{name}"], table[f"prob_{name}"] = logits[:, c], shares[:, c]
     table.to_parquet(folder / "predictions.parquet")
     return result

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from shards.format import CLASSES
+from shards.format import HAM10000
 from tests.conftest import picture
 
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization", "dataset")
@@ -29,7 +29,7 @@ def rows(images: int) -> list[dict[str, str]]:
                 {
                     "lesion_id": f"HAM_{lesion:07d}",
                     "image_id": f"ISIC_{len(out):07d}",
-                    "dx": CLASSES[lesion % 7],
+                    "dx": HAM10000.names[lesion % 7],
                     "dx_type": "histo",
                     "age": "" if len(out) % 5 == 0 else "45.0",
                     "sex": "unknown",
@@ -57,7 +57,7 @@ def write_raw(folder: Path, images: int = 60, size: tuple[int, int] = (45, 60)) 
     for part in parts:
         part.mkdir(parents=True)
     for number, row in enumerate(table):
-        data = jpeg(number, CLASSES.index(row["dx"]), *size)
+        data = jpeg(number, HAM10000.names.index(row["dx"]), *size)
         (parts[number >= images // 2] / f"{row['image_id']}.jpg").write_bytes(data)
     write_table(folder / "HAM10000_metadata.csv", table)
     return folder

@@ -5,13 +5,16 @@
 prints a table; the tests run the same functions with fewer repeats, and docstrings of train/ quote the table.
 """
 
+from typing import Any
+
 import click
 import numpy as np
 from scipy.stats import t
 
+from shards.format import HAM10000
 from train.metrics.bootstrap import LesionBootstrap, estimate, interval, mean_freedom, members
 from train.metrics.differences import Tested, between_pairs, model_difference, student
-from train.metrics.run_metrics import SCALARS, evaluate
+from train.metrics.run_metrics import evaluate
 from train.metrics.scores import Scores
 from train.study.curves import fit_curve, hold_out_largest
 from train.study.variance import SOURCES, variance_shares
@@ -148,15 +151,20 @@ def every_metric(repeats, prior="training", sharpness=1.0, resamples=1000, seed=
         x = of_lesion[ids] + 0.6 * rng.normal(size=(labels.size, 6))
         return sharpness * -((x[:, None] - centres) ** 2).sum(axis=2) / 2, labels, ids
 
-    options = {"prior": prior, "logits_prior": "balanced", "training_prior": LESIONS}
+    options: dict[str, Any] = {
+        "classes": HAM10000,
+        "prior": prior,
+        "logits_prior": "balanced",
+        "training_prior": LESIONS,
+    }
     logits, labels, _ = draw(400 * LESIONS)
     whole = Scores(logits, labels, **options).measure(np.ones((labels.size, 1)))
-    truth = {name: float(whole[name][0]) for name in SCALARS}
-    held = dict.fromkeys(SCALARS, 0.0)
+    truth = {name: float(values[0]) for name, values in whole.items() if values.ndim == 1}
+    held = dict.fromkeys(truth, 0.0)
     for i in range(repeats):
         logits, labels, ids = draw(LESIONS)
         found = evaluate(logits, labels, ids, split=["test"] * labels.size, resamples=resamples, seed=i, **options)
-        for name in SCALARS:
+        for name in truth:
             held[name] += holds(found[name], truth[name]) / repeats
     return held
 

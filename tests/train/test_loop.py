@@ -16,7 +16,7 @@ import torch
 from shards import Augment, Loader, ShardSet
 from shards.common.errors import DataError, DermscaleError, UsageError
 from shards.engines import dali
-from shards.format import CLASSES
+from shards.format import HAM10000
 from tests.conftest import write_set
 from tests.support.train_runs import Heard, assert_same_run, at, losses, small, weights
 from train import device as devices
@@ -203,7 +203,7 @@ def test_metrics_are_told_at_the_training_prior_too(tiny_shards: Path, whole: Pa
     result = json.loads((whole / "result.json").read_text())
     counts = np.array(list(result["training_images_per_class"].values()), float)
     table = pd.read_parquet(whole / "predictions.parquet").query("split == 'test'")
-    called = table[[f"logit_{dx}" for dx in CLASSES]].to_numpy() + np.log(counts / counts.sum())
+    called = table[[f"logit_{dx}" for dx in HAM10000.names]].to_numpy() + np.log(counts / counts.sum())
     right = float((called.argmax(axis=1) == table["label"].to_numpy()).mean())
     other = result["test_training_prior"]
     assert (result["test"]["prior"], other["prior"]) == ("balanced", "training")
@@ -225,7 +225,7 @@ def test_predictions_hold_each_val_and_test_image_once(tiny_shards: Path, whole:
     data = ShardSet(tiny_shards)
     expected = [image for split in ("val", "test") for image in data.select(split).image_ids]
     assert table["image_id"].tolist() == expected
-    classes = data.manifest.classes
+    classes = data.manifest.classes.names
     assert list(table.columns) == ["image_id", "lesion_id", "split", "label"] + [
         f"{kind}_{dx}" for kind in ("logit", "prob") for dx in classes
     ]

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from shards.common.errors import UsageError
-from shards.format import EncodeSpec
+from shards.format import HAM10000, Classes, EncodeSpec
 
 NOTICE = "Research software, not a medical device. Do not use it to diagnose or treat anyone."
 """Shown with every prediction."""
 
 ISIC_COLUMNS = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
-"""The classes in the order that the challenge's scorer, isic-challenge-scoring, demands."""
+"""HAM10000's classes in the order that the challenge's scorer, isic-challenge-scoring, demands."""
 
 PRIORS = {
     "balanced": "all classes are equally frequent",
@@ -39,7 +39,7 @@ class About:
 
     model: str
     resolution: int
-    classes: tuple[str, ...]
+    classes: Classes
     mean: tuple[float, ...]
     std: tuple[float, ...]
     encode: EncodeSpec
@@ -111,7 +111,7 @@ def as_lines(settings: Settings, answers: Answers) -> Iterator[str]:
     about = settings.about
     for one in _predictions(answers):
         best = np.argsort(-one.probabilities, kind="stable")[:3]
-        shown = "  ".join(f"{about.classes[c]:5s} {100 * one.probabilities[c]:5.1f} %" for c in best)
+        shown = "  ".join(f"{about.classes.names[c]:5s} {100 * one.probabilities[c]:5.1f} %" for c in best)
         yield f"{one.file!s:{settings.longest}s}  {shown}\n"
     scaled = f"The logits were divided by a temperature of {about.temperature:.3g}."
     if about.temperature == 1:
@@ -122,9 +122,9 @@ def as_lines(settings: Settings, answers: Answers) -> Iterator[str]:
 def as_csv(settings: Settings, answers: Answers) -> Iterator[str]:
     """One row per image: image, file, prediction, prior, temperature, and `prob_<dx>` for each class."""
     about = settings.about
-    yield _row("image", "file", "prediction", "prior", "temperature", *(f"prob_{dx}" for dx in about.classes))
+    yield _row("image", "file", "prediction", "prior", "temperature", *(f"prob_{dx}" for dx in about.classes.names))
     for one in _predictions(answers):
-        likeliest = about.classes[int(one.probabilities.argmax())]
+        likeliest = about.classes.names[int(one.probabilities.argmax())]
         shown = (f"{p:.6f}" for p in one.probabilities)
         yield _row(one.name, one.file, likeliest, settings.prior, f"{about.temperature:.6g}", *shown)
 
@@ -151,8 +151,10 @@ def as_json(settings: Settings, answers: Answers) -> Iterator[str]:
         image = {
             "image": one.name,
             "file": str(one.file),
-            "prediction": about.classes[int(one.probabilities.argmax())],
-            "probabilities": {dx: round(float(p), 6) for dx, p in zip(about.classes, one.probabilities, strict=True)},
+            "prediction": about.classes.names[int(one.probabilities.argmax())],
+            "probabilities": {
+                dx: round(float(p), 6) for dx, p in zip(about.classes.names, one.probabilities, strict=True)
+            },
             "explanation": str(one.explanation) if one.explanation else None,
             "explanation_error": one.explanation_error,
         }
@@ -172,9 +174,14 @@ def check_names(files: Sequence[Path]) -> None:
 
 
 def as_isic(settings: Settings, answers: Answers) -> Iterator[str]:
-    """The submission of ISIC 2018 Task 3: `image,MEL,NV,BCC,AKIEC,BKL,DF,VASC`, values from 0 to 1."""
-    order = [settings.about.classes.index(column.lower()) for column in ISIC_COLUMNS]
-    yield _row("image", *ISIC_COLUMNS)
+    """The form of an ISIC challenge: `image` and a column for each class, values from 0 to 1.
+
+    HAM10000's classes stand as ISIC 2018 Task 3 demands them, `MEL,NV,BCC,AKIEC,BKL,DF,VASC`; others in their order.
+    """
+    names = settings.about.classes.names
+    columns = ISIC_COLUMNS if names == HAM10000.names else names
+    order = [names.index(column.lower()) for column in columns] if columns is ISIC_COLUMNS else range(len(names))
+    yield _row("image", *columns)
     for one in _predictions(answers):
         yield _row(one.name, *(f"{one.probabilities[c]:.6f}" for c in order))
 

@@ -18,17 +18,8 @@ Ask = Callable[[bytes], "Answer | str"]
 
 _WAITING = 20
 """Images that wait for their turn; more are refused."""
-
-NAMES = {
-    "akiec": "actinic keratosis or intraepithelial carcinoma",
-    "bcc": "basal cell carcinoma",
-    "bkl": "benign keratosis",
-    "df": "dermatofibroma",
-    "mel": "melanoma",
-    "nv": "melanocytic nevus",
-    "vasc": "vascular lesion",
-}
-"""The seven diagnoses of HAM10000 (Tschandl et al. 2018) in words."""
+_MOST_SHOWN = 7
+"""Classes whose probabilities are shown: the most likely ones."""
 
 STYLE = """
 .pair, .similar { display: flex; flex-wrap: wrap; gap: 12px; }
@@ -37,11 +28,6 @@ STYLE = """
 figcaption { font-size: 0.9em; } .refused { font-weight: 600; } .small { font-size: 0.8em; opacity: 0.8; }
 """
 """The page's CSS."""
-
-
-def class_name(dx: str) -> str:
-    """A class for people: its short name and its words."""
-    return f"{dx}: {NAMES[dx]}" if dx in NAMES else dx
 
 
 def application(ask: Ask, about: About, credit: str, most_bytes: int) -> "FastAPI":
@@ -81,7 +67,9 @@ def build(ask: Ask, about: About, credit: str) -> Any:
             with gr.Column():
                 upload = gr.File(label="Drop a dermoscopic image here", elem_id="upload")
                 message = gr.HTML(elem_id="message")
-                label = gr.Label(label="Probabilities", num_top_classes=len(NAMES), elem_id="probabilities")
+                label = gr.Label(
+                    label="Probabilities", num_top_classes=min(len(about.classes), _MOST_SHOWN), elem_id="probabilities"
+                )
             with gr.Column():
                 pictures = gr.HTML(elem_id="pictures")
                 similar = gr.HTML(elem_id="similar")
@@ -103,8 +91,8 @@ def build(ask: Ask, about: About, credit: str) -> Any:
             if isinstance(answer, str):
                 refused = f'<p class="refused">{html.escape(file.name)} {html.escape(answer)}.</p>'
                 return None, refused, None, "", ""
-            probabilities = {class_name(dx): p for dx, p in answer.probabilities.items()}
-            return None, _message(file.name, about), probabilities, _pictures(answer), _similar(answer, credit)
+            probabilities = {about.classes.described(dx): p for dx, p in answer.probabilities.items()}
+            return None, _message(file.name, about), probabilities, _pictures(answer, about), _similar(answer, credit)
 
         outputs = [upload, message, label, pictures, similar]
         # without preprocess=False, gr.File makes an empty file for each upload, which stays
@@ -126,12 +114,13 @@ def _figure(kind: str, picture: bytes, alternative: str, caption: str) -> str:
     return f'<figure><img src="{source}" alt="{html.escape(alternative)}"><figcaption>{caption}</figcaption></figure>'
 
 
-def _pictures(answer: "Answer") -> str:
+def _pictures(answer: "Answer", about: About) -> str:
     likeliest = max(answer.probabilities, key=lambda dx: answer.probabilities[dx])
     image = _figure("png", answer.image, "your image", "Your image.")
     if not answer.overlay:
         return f'<div class="pair">{image}</div><p>{html.escape(answer.overlay_note)}</p>'
-    caption = f"Bright places support <b>{html.escape(class_name(likeliest))}</b>. The model does not see the dark rim."
+    name = html.escape(about.classes.described(likeliest))
+    caption = f"Bright places support <b>{name}</b>. The model does not see the dark rim."
     overlay = _figure("png", answer.overlay, "your image with a map of the evidence", caption)
     return f'<div class="pair">{image}{overlay}</div>'
 

@@ -29,7 +29,7 @@ from shards.common.readahead import read_ahead
 from shards.decode import decode_whole
 from shards.encode import BadImageError, encode_pixels
 from shards.engines.resample import Resampler
-from shards.format import read_encode
+from shards.format import read_classes, read_encode
 from shards.plan import Augment, evaluation_plan
 from train import device as devices
 from train.config import TTA
@@ -93,7 +93,7 @@ def _described(raw: dict[str, str]) -> About:
     about = About(
         model=raw["model"],
         resolution=read("resolution", int),
-        classes=read("classes", lambda text: tuple(json.loads(text))),
+        classes=read_classes(read("classes", json.loads)),
         mean=mean,
         std=std,
         encode=read_encode(read("encode", json.loads)),
@@ -106,7 +106,6 @@ def _described(raw: dict[str, str]) -> About:
     classes, counts = about.classes, about.class_counts
     for name, right, expected in (
         ("resolution", 1 <= about.resolution <= 65_535, "1 to 65535"),
-        ("classes", all(type(one) is str for one in classes) and 1 < len(set(classes)) == len(classes), "names"),
         ("eval_crop", 0.0 < about.eval_crop <= 1.0, "above 0 and at most 1"),
         ("logits_prior", about.prior in PRIORS, " or ".join(PRIORS)),
         ("tta", about.tta in TTA, " or ".join(TTA)),

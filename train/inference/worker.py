@@ -128,7 +128,7 @@ def answer(data: bytes) -> Answer:
         shown, overlay_note = _overlay(session, prepared, int(probabilities.argmax()))
         similar, similar_note = _similar(session, squares)
     return Answer(
-        probabilities={dx: float(p) for dx, p in zip(predictor.about.classes, probabilities, strict=True)},
+        probabilities={dx: float(p) for dx, p in zip(predictor.about.classes.names, probabilities, strict=True)},
         image=png(prepared.packed),
         overlay=shown,
         overlay_note=overlay_note,

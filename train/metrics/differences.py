@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.common.errors import DataError
-from shards.format import CLASSES
+from shards.format import Classes
 from train.metrics.bootstrap import CONFIDENCE, Floats, LesionBootstrap, mean_freedom, number, pooled_freedom
 from train.metrics.scores import Scores, check_test, replicate
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COMPARED = ("balanced_accuracy", "accuracy", "macro_auc", "macro_f1", "malignant_auc")
+"""What is compared, where it is there: only a set that has malignant classes has their area."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Tested:
     scores: Scores
 
 
-def tested(table: "pd.DataFrame", *, prior: str, logits_prior: str, training_prior: Any) -> Tested:
+def tested(table: "pd.DataFrame", *, classes: Classes, prior: str, logits_prior: str, training_prior: Any) -> Tested:
     """A run's answers from its predictions: columns image_id, lesion_id, split, label and logit_<class>.
 
-    Rows of other splits are left out. Priors as in `run_metrics.evaluate`.
+    Rows of other splits are left out. classes, priors: as in `run_metrics.evaluate`.
     Raises DataError for a missing column, no row of the test split, or an image that comes twice (padding).
     """
-    columns = [f"logit_{name}" for name in CLASSES]
+    columns = [f"logit_{name}" for name in classes.names]
     missing = [name for name in ("image_id", "lesion_id", "split", "label", *columns) if name not in table]
     if missing:
         raise DataError(f"predictions have no column {', '.join(missing)}")
@@ -48,6 +49,7 @@ def tested(table: "pd.DataFrame", *, prior: str, logits_prior: str, training_pri
         scores=Scores(
             rows[columns].to_numpy(dtype=np.float64),
             rows["label"].to_numpy(dtype=np.int64),
+            classes=classes,
             prior=prior,
             logits_prior=logits_prior,
             training_prior=training_prior,
@@ -139,6 +141,8 @@ def _of_pairs(
     pairs = len(first)
     cells: dict[str, dict[str, Any]] = {}
     for name in metrics:
+        if not all(name in run for run in (*first, *second)):
+            continue
         ones, twos = (np.stack([run[name] for run in half]) for half in (first, second))
         gaps = ones - twos  # (pairs, R + 1)
         mean, low, high, p, note = float(gaps[:, 0].mean()), np.nan, np.nan, None, ""

@@ -12,13 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.common.errors import DataError
-from shards.format import CLASSES
+from shards.format import Classes
 from train.metrics.bootstrap import Floats, Ints, LesionBootstrap, members, ratio
 from train.metrics.calibration import ConfidenceBins, at_prior, class_prior, prior_weights, softmax
 
-MALIGNANT = tuple(sorted(CLASSES.index(name) for name in ("mel", "bcc", "akiec")))
-MELANOMA = CLASSES.index("mel")
 SPECIFICITY = 0.90
+MOST_CONFUSED = 50
+"""Classes whose confusion matrix is resampled: for 1,000 classes and 1,000 resamples it would take 8 GB."""
+SET_SCALARS = ("auc", "sensitivity", "specificity", "sensitivity_at_90_specificity")
+"""What is measured of each set of interest against the other classes. An image is called a member of the set if its
+classes together have a probability of at least 0.5."""
 
 
 def check_test(split: Sequence[str] | NDArray[Any], image_id: Sequence[str] | NDArray[Any] | None = None) -> None:
@@ -45,21 +48,21 @@ def check_test(split: Sequence[str] | NDArray[Any], image_id: Sequence[str] | ND
             raise DataError(f"{twice.size} images come more than once, first {twice[0]}: each may be counted only once")
 
 
-def checked(logits: Any, labels: Any) -> tuple[Floats, Ints]:
+def checked(logits: Any, labels: Any, classes: int) -> tuple[Floats, Ints]:
     """(N, C) float64 logits, (N,) int64 labels. Raises DataError for wrong shapes, no rows, NaN or unknown labels."""
     scores, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if truth.ndim != 1 or truth.size == 0:
         raise DataError(f"labels have shape {truth.shape}: one is needed for each of at least one sample")
-    if scores.shape != (truth.size, len(CLASSES)):
-        raise DataError(f"logits have shape {scores.shape}, and {(truth.size, len(CLASSES))} is needed")
+    if scores.shape != (truth.size, classes):
+        raise DataError(f"logits have shape {scores.shape}, and {(truth.size, classes)} is needed")
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if bad.size:
         raise DataError(
             f"logits of {bad.size} samples are not finite, first row {bad[0]}: the model has diverged; "
             "train it with a lower --lr"
         )
-    if not np.issubdtype(truth.dtype, np.integer) or truth.min() < 0 or truth.max() >= len(CLASSES):
-        raise DataError(f"labels run from {truth.min()} to {truth.max()}, and classes from 0 to {len(CLASSES) - 1}")
+    if not np.issubdtype(truth.dtype, np.integer) or truth.min() < 0 or truth.max() >= classes:
+        raise DataError(f"labels run from {truth.min()} to {truth.max()}, and classes from 0 to {classes - 1}")
     return scores, truth.astype(np.int64)
 
 
@@ -121,25 +124,37 @@ class Scores:
     Everything about a class that has no image in the labels is NaN, and means are over the classes that have one.
     """
 
-    def __init__(self, logits: Any, labels: Any, *, prior: str, logits_prior: str, training_prior: Any):
-        """logits: (N, C); labels: (N,) 0 to C − 1. prior, logits_prior, training_prior: as for `run_metrics.evaluate`.
+    def __init__(
+        self, logits: Any, labels: Any, *, classes: Classes, prior: str, logits_prior: str, training_prior: Any
+    ):
+        """logits: (N, C); labels: (N,) 0 to C − 1. classes: the C of them. Priors as for `run_metrics.evaluate`.
 
         Raises DataError for logits, labels or a training prior that cannot be used, UsageError for an unknown prior.
         """
-        raw, self.labels = checked(logits, labels)
+        raw, self.labels = checked(logits, labels, len(classes))
         self.logits = at_prior(raw, estimated=logits_prior, wanted=prior, training_prior=training_prior)
         self.prior = class_prior(prior, training_prior)
         self.classes = raw.shape[1]
         self.probabilities = softmax(self.logits)
         self.called = self.logits.argmax(axis=1)
         self.present = np.bincount(self.labels, minlength=self.classes) > 0
-        self.malignant = np.isin(self.labels, MALIGNANT)
-        self.danger = self.probabilities[:, MALIGNANT].sum(axis=1)
+        self.sets = {name: self._of_set(classes.members(name)) for name in classes.sets}
         self.bins = ConfidenceBins(self.probabilities, self.labels)
         self._cells = members(self.labels * self.classes + self.called, self.classes**2)
-        self._danger_cells = members(2 * self.malignant + (self.danger >= 0.5), 4)
         self._rankings = [Ranking(self.probabilities[:, c], self.labels == c) for c in range(self.classes)]
-        self._danger_ranking = Ranking(self.danger, self.malignant)
+        self._of_sets = {
+            name: (members(2 * truth + (score >= 0.5), 4), Ranking(score, truth))
+            for name, (truth, score) in self.sets.items()
+        }
+
+    def _of_set(self, labels: list[int]) -> tuple[NDArray[np.bool_], Floats]:
+        """(N,) whether an image belongs to a set of classes, and (N,) the probability that it does."""
+        return np.isin(self.labels, labels), self.probabilities[:, labels].sum(axis=1)
+
+    def confusion(self) -> Ints:
+        """(C, C) images by true and called class."""
+        counts = np.bincount(self.labels * self.classes + self.called, minlength=self.classes**2)
+        return counts.reshape(self.classes, self.classes)
 
     def values(self, weights: Floats | None = None) -> dict[str, Any]:
         """The scores of `measure` that scikit-learn has, on the test set itself or for one (N,) weighting.
@@ -163,12 +178,15 @@ class Scores:
         of_class: Any = metrics.precision_recall_fscore_support(self.labels, self.called, labels=names, **options)
         precision, recall, f1 = of_class[0], of_class[1], np.where(self.present, of_class[2], np.nan)
         auc = np.array([area(self.labels == c, self.probabilities[:, c]) for c in names])
-        of_danger: Any = metrics.precision_recall_fscore_support(
-            self.malignant, self.danger >= 0.5, labels=[False, True], **options
-        )
-        specificity, sensitivity_at_half = of_danger[1]
+        of_sets: dict[str, float] = {}
+        for name, (truth, score) in self.sets.items():
+            both: Any = metrics.precision_recall_fscore_support(truth, score >= 0.5, labels=[False, True], **options)
+            specificity, at_half = both[1]
+            figures = area(truth, score), at_half, specificity, sensitivity(truth, score)
+            of_sets |= {f"{name}_{key}": figure for key, figure in zip(SET_SCALARS, figures, strict=True)}
+        confusion = metrics.confusion_matrix(self.labels, self.called, labels=names, sample_weight=weights)
         return {
-            "confusion": metrics.confusion_matrix(self.labels, self.called, labels=names, sample_weight=weights),
+            **({"confusion": confusion} if self.classes <= MOST_CONFUSED else {}),
             "recall": recall,
             "precision": precision,
             "f1": f1,
@@ -177,36 +195,36 @@ class Scores:
             "balanced_accuracy": recall[self.present].mean(),
             "macro_f1": f1[self.present].mean(),
             "macro_auc": np.nan if np.isnan(auc).all() else np.nanmean(auc),
-            "melanoma_sensitivity_at_90_specificity": sensitivity(
-                self.labels == MELANOMA, self.probabilities[:, MELANOMA]
-            ),
-            "malignant_auc": area(self.malignant, self.danger),
-            "malignant_sensitivity": sensitivity_at_half,
-            "malignant_specificity": specificity,
-            "malignant_sensitivity_at_90_specificity": sensitivity(self.malignant, self.danger),
+            **of_sets,
         }
 
     def measure(self, weights: Floats) -> dict[str, Floats]:
         """Every score for (N, R) weights: arrays whose first axis is R.
 
-        `confusion` (R, C, C) weights by true and called class, `recall`, `precision`, `f1`, `auc` (R, C),
-        `reliability_mass`, `reliability_confidence`, `reliability_accuracy` (R, BINS), and (R,) each: `accuracy`,
-        `balanced_accuracy`, `macro_f1`, `macro_auc`, `expected_calibration_error`, `malignant_auc`,
-        `malignant_sensitivity`, `malignant_specificity` (called malignant where the malignant classes together have a
-        probability of at least 0.5), `malignant_sensitivity_at_90_specificity` and, of melanoma against the rest,
-        `melanoma_sensitivity_at_90_specificity`.
+        `confusion` (R, C, C) weights by true and called class (up to MOST_CONFUSED classes), `recall`, `precision`,
+        `f1`, `auc` (R, C), `reliability_mass`, `reliability_confidence`, `reliability_accuracy` (R, BINS), and (R,)
+        each: `accuracy`, `balanced_accuracy`, `macro_f1`, `macro_auc`, `expected_calibration_error`, and SET_SCALARS of
+        each set of interest, as in `malignant_auc`.
         """
-        size = weights.shape[1]
-        confusion = (self._cells @ weights).T.reshape(size, self.classes, self.classes)
-        right, true, called = np.einsum("rcc->rc", confusion), confusion.sum(axis=2), confusion.sum(axis=1)
+        size, right_here = weights.shape[1], self.labels == self.called
+        true, called = ((members(of, self.classes) @ weights).T for of in (self.labels, self.called))
+        right = (members(self.labels[right_here], self.classes) @ weights[right_here]).T
+        confusion = {}
+        if self.classes <= MOST_CONFUSED:
+            confusion["confusion"] = (self._cells @ weights).T.reshape(size, self.classes, self.classes)
         recall, precision = ratio(right, true), ratio(right, called)
         f1 = np.where(true > 0, ratio(2 * right, true + called), np.nan)
         auc = np.stack([ranking.area(weights) for ranking in self._rankings], axis=1)
-        cleared, alarmed, missed, caught = self._danger_cells @ weights
+        of_sets: dict[str, Floats] = {}
+        for name, (cells, ranking) in self._of_sets.items():
+            cleared, alarmed, missed, caught = cells @ weights
+            at_half = ratio(caught, missed + caught), ratio(cleared, cleared + alarmed)
+            figures = ranking.area(weights), *at_half, ranking.sensitivity(weights)
+            of_sets |= {f"{name}_{key}": figure for key, figure in zip(SET_SCALARS, figures, strict=True)}
         # A class in the test set keeps at least one lesion in every resample, so these means need no NaN care.
         rankable = self.present & (np.bincount(self.labels, minlength=self.classes) < self.labels.size)
         return {
-            "confusion": confusion,
+            **confusion,
             "recall": recall,
             "precision": precision,
             "f1": f1,
@@ -215,11 +233,7 @@ class Scores:
             "balanced_accuracy": recall[:, self.present].mean(axis=1),
             "macro_f1": f1[:, self.present].mean(axis=1),
             "macro_auc": auc[:, rankable].mean(axis=1) if rankable.any() else np.full(size, np.nan),
-            "melanoma_sensitivity_at_90_specificity": self._rankings[MELANOMA].sensitivity(weights),
-            "malignant_auc": self._danger_ranking.area(weights),
-            "malignant_sensitivity": ratio(caught, missed + caught),
-            "malignant_specificity": ratio(cleared, cleared + alarmed),
-            "malignant_sensitivity_at_90_specificity": self._danger_ranking.sensitivity(weights),
+            **of_sets,
             **self.bins.measure(prior_weights(self.labels, weights, self.prior)),
         }
 

@@ -62,7 +62,7 @@ def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> 
     kept = [name for name in names[: names.index("split")] if name != "label"]
     splits = data.column("split")
     rows = np.concatenate([training, np.flatnonzero(splits == "val"), np.flatnonzero(splits == "test")])
-    with ShardSetWriter(out, data.manifest.encode, 64 << 20, overwrite=True) as writer:
+    with ShardSetWriter(out, data.manifest.encode, 64 << 20, overwrite=True, classes=data.manifest.classes) as writer:
         for row in rows.tolist():
             metadata: dict[str, Any] = {name: data.column(name)[row] for name in kept}
             metadata["age"] = None if math.isnan(metadata["age"]) else float(metadata["age"])
@@ -85,6 +85,7 @@ def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> 
             citation=manifest.citation,
             licence=manifest.licence,
             versions=manifest.versions,
+            group=manifest.group,
         )
 
 

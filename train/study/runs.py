@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shards.common.cli import typed
 from shards.common.errors import DataError, one_line
 from shards.common.files import encoded
+from shards.format import Classes, read_classes
 from train.config import ADDED
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT, read_result
 from train.study.cells import EIGHT
@@ -45,6 +46,11 @@ class Run:
         """Its seed and subset seed: runs of two models with the same key are compared as a pair."""
         return self.row["seed"], self.row["subset_seed"]
 
+    @property
+    def classes(self) -> Classes:
+        """The classes of its shard set."""
+        return read_classes(self.result.get("classes", list(self.result["training_images_per_class"])))
+
     def predictions(self) -> "pd.DataFrame":
         """The table in predictions.parquet. Raises DataError if it cannot be read."""
         import pandas as pd
@@ -62,6 +68,7 @@ class Run:
         test, table = self.result["test"], self.predictions()
         return tested(
             table if images is None else table.loc[table["image_id"].isin(list(images))],
+            classes=self.classes,
             prior=test["prior"],
             logits_prior=test["logits_prior"],
             training_prior=list(self.result["training_images_per_class"].values()),

@@ -20,7 +20,7 @@ from shards.engines import dali, dali_feed
 from shards.engines.dali import DaliEngine, Graph, build_graph
 from shards.engines.dali_feed import INPUTS, Reader
 from shards.engines.native import NativeEngine
-from shards.format import CLASSES, EncodeSpec
+from shards.format import HAM10000, EncodeSpec
 from shards.writer import PackedSample, ShardSetWriter
 from tests.conftest import finish_set, little_metadata, write_set
 from tests.support.benchdata import in_a_process_of_its_own
@@ -134,7 +134,7 @@ def test_a_sample_that_cannot_be_decoded_is_named(tmp_path):
     with ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20) as writer:
         for row in range(12):
             payload = bytes(rng.bytes(900)) if row == 7 else bytes(intact.read(row))
-            metadata = little_metadata(f"IMG_{row}", CLASSES[row % 7])
+            metadata = little_metadata(f"IMG_{row}", HAM10000.names[row % 7])
             writer.add(PackedSample(payload, "jpg", 72, 96, "train", metadata))
         finish_set(writer)
     loader = Loader(ShardSet(tmp_path / "set").select("train"), batch_size=4, resolution=32, engine="dali", train=False)

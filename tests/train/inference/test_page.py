@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shards.format import EncodeSpec
+from shards.format import Classes, EncodeSpec
 from tests.conftest import anonymous_bytes
 from train import serve
 from train.inference.guard import Guard, host_name
@@ -21,7 +21,18 @@ from train.inference.worker import Answer
 
 pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dermscale[serve]')")
 
-ABOUT = About("resnet18", 32, ("mel", "nv"), (0.5,) * 3, (0.2,) * 3, EncodeSpec(), 0.875, "balanced", 1.0, (1, 1))
+ABOUT = About(
+    "resnet18",
+    32,
+    Classes(("mel", "nv"), {"mel": "melanoma"}),
+    (0.5,) * 3,
+    (0.2,) * 3,
+    EncodeSpec(),
+    0.875,
+    "balanced",
+    1.0,
+    (1, 1),
+)
 ANSWER = Answer({"mel": 0.25, "nv": 0.75}, b"png", b"png", "", [], "none")
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from shards import Loader, ShardSet
 from shards.common.errors import DataError, UsageError
 from shards.common.machine import Load
-from shards.format import CLASSES, EncodeSpec
+from shards.format import HAM10000, EncodeSpec
 from tests.support.train_runs import child_environment
 from tests.train.inference.conftest import train_on
 from tests.train.inference.test_images import png_header
@@ -35,7 +35,7 @@ from train.metrics.calibration import class_prior, softmax
 from train.predict import main as predict_command
 
 ROOT = Path(__file__).parents[3]
-PROBABILITIES = [f"prob_{dx}" for dx in CLASSES]
+PROBABILITIES = [f"prob_{dx}" for dx in HAM10000.names]
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_the_isic_submission_follows_the_rules_of_its_scorer(runs, raw, tmp_path
     with out.open() as file:
         head, *rows = csv.reader(file)
     assert head == ["image", *ISIC_COLUMNS]
-    assert sorted(column.lower() for column in ISIC_COLUMNS) == list(CLASSES)
+    assert sorted(column.lower() for column in ISIC_COLUMNS) == list(HAM10000.names)
     assert [row[0] for row in rows] == [image.stem for image in images]
     found = pd.read_csv(out)
     assert all(found[column].dtype == np.float64 and found[column].between(0, 1).all() for column in ISIC_COLUMNS)

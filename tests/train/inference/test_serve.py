@@ -20,12 +20,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from shards.format import CLASSES
+from shards.format import HAM10000
 from tests.conftest import free_port
 from tests.support.train_runs import child_environment
 from train import serve
 from train.inference.images import open_image
-from train.inference.page import class_name
 from train.inference.predictor import Predictor
 
 pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dermscale[serve]')")
@@ -140,7 +139,7 @@ def kept(server: Server) -> list[str]:
 
 def shown_probabilities(page: Any) -> dict[str, float]:
     text = page.inner_text("#probabilities")
-    found = {dx: re.search(re.escape(class_name(dx)) + r"\s*(\d+)%", text) for dx in CLASSES}
+    found = {dx: re.search(re.escape(HAM10000.described(dx)) + r"\s*(\d+)%", text) for dx in HAM10000.names}
     assert all(found.values()), text
     return {dx: int(match[1]) / 100 for dx, match in found.items() if match}
 
@@ -148,7 +147,7 @@ def shown_probabilities(page: Any) -> dict[str, float]:
 def expected_probabilities(run: Path, data: bytes) -> dict[str, float]:
     predictor = Predictor(run, "cpu")
     square = predictor.prepare(open_image(data), "upload").square
-    return dict(zip(CLASSES, predictor.probabilities(predictor.logits(square[None]))[0], strict=True))
+    return dict(zip(HAM10000.names, predictor.probabilities(predictor.logits(square[None]))[0], strict=True))
 
 
 def drawn(page: Any, selector: str) -> list[tuple[int, int]]:
@@ -176,7 +175,7 @@ def test_a_dropped_image_is_predicted_explained_compared_and_deleted(server, vis
     assert drawn(visit.page, "#similar img") == [[64, 48]] * 6
     assert "balanced prior" in visit.page.inner_text("#message")
     assert "not a medical device" in visit.page.inner_text("body")
-    assert class_name(max(expected, key=lambda dx: expected[dx])) in visit.page.inner_text("#pictures")
+    assert HAM10000.described(max(expected, key=lambda dx: expected[dx])) in visit.page.inner_text("#pictures")
     assert not kept(server)
     assert not visit.complaints and not visit.elsewhere
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from shards.common.errors import DataError
-from shards.format import CLASSES
+from shards.format import HAM10000
 from tests.support import simulate_coverage as simulate
 from train.metrics.bootstrap import pooled_freedom
 from train.metrics.differences import between_pairs, model_difference, model_differences, student
@@ -16,7 +16,7 @@ from train.metrics.differences import tested as make_ready
 from train.metrics.run_metrics import evaluate
 
 COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])
-PRIORS = {"prior": "balanced", "logits_prior": "balanced", "training_prior": COUNTS}
+PRIORS = {"classes": HAM10000, "prior": "balanced", "logits_prior": "balanced", "training_prior": COUNTS}
 
 
 def predictions(skill, seed=0, *, lesions=200, data_seed=0):
@@ -36,14 +36,14 @@ def predictions(skill, seed=0, *, lesions=200, data_seed=0):
             "label": labels,
         }
     )
-    return table.assign(**{f"logit_{name}": logits[:, c].astype(np.float32) for c, name in enumerate(CLASSES)})
+    return table.assign(**{f"logit_{name}": logits[:, c].astype(np.float32) for c, name in enumerate(HAM10000.names)})
 
 
 def evaluated(table: pd.DataFrame, resamples: int) -> dict:
     """What `evaluate` returns for one run's test images."""
     rows = table[table["split"] == "test"]
     return evaluate(
-        rows[[f"logit_{name}" for name in CLASSES]].to_numpy(),
+        rows[[f"logit_{name}" for name in HAM10000.names]].to_numpy(),
         rows["label"].to_numpy(),
         rows["lesion_id"].to_numpy(),
         split=rows["split"].to_numpy(),

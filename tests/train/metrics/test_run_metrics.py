@@ -9,7 +9,7 @@ from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
 from shards.common.errors import DataError, UsageError
-from shards.format import CLASSES
+from shards.format import HAM10000
 from tests.support import simulate_coverage as simulate
 from train.metrics.bootstrap import LesionBootstrap, exact_interval
 from train.metrics.calibration import (
@@ -25,9 +25,9 @@ from train.metrics.run_metrics import SCALARS, evaluate, flatten
 from train.metrics.scores import Scores, balanced_accuracy, check_test
 
 HAM_COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])
-MEL, BCC, DF, NV = (CLASSES.index(name) for name in ("mel", "bcc", "df", "nv"))
-MALIGNANT = sorted(CLASSES.index(name) for name in ("mel", "bcc", "akiec"))
-PRIORS = {"prior": "balanced", "logits_prior": "balanced", "training_prior": HAM_COUNTS}
+MEL, BCC, DF, NV = (HAM10000.names.index(name) for name in ("mel", "bcc", "df", "nv"))
+MALIGNANT = sorted(HAM10000.names.index(name) for name in ("mel", "bcc", "akiec"))
+PRIORS = {"classes": HAM10000, "prior": "balanced", "logits_prior": "balanced", "training_prior": HAM_COUNTS}
 
 
 def draw(lesions=300, seed=0, *, prior=None, decimals=None):
@@ -58,7 +58,7 @@ def test_point_values_equal_scikit_learn():
     }
     for name, value in expected.items():
         assert result[name]["value"] == pytest.approx(value, abs=1e-12), name
-    report: dict = sk.classification_report(labels, called, target_names=CLASSES, output_dict=True)  # pyright: ignore
+    report: dict = sk.classification_report(labels, called, target_names=HAM10000.names, output_dict=True)  # pyright: ignore
     for name, mine in result["per_class"].items():
         values = [mine["precision"]["value"], mine["recall"]["value"], mine["f1"]["value"], mine["images"]]
         np.testing.assert_allclose(values, [*report[name].values()])
@@ -173,7 +173,7 @@ def test_intervals_hold_their_value_and_the_json_has_no_nan():
     result = run(logits, labels, lesions, resamples=400, val_logits=logits, val_labels=labels)
     text = json.dumps(result, allow_nan=False)
     assert json.loads(text) == result
-    for name in set(SCALARS) - {"expected_calibration_error"}:
+    for name in {*SCALARS, "malignant_auc", "melanoma_sensitivity_at_90_specificity"} - {"expected_calibration_error"}:
         cell = result[name]
         assert 0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1, name
         assert cell["low"] < cell["high"], name

@@ -10,7 +10,7 @@ import pytest
 
 from shards import ShardSet
 from shards.common.errors import DataError
-from shards.format import CLASSES, EncodeSpec
+from shards.format import HAM10000, EncodeSpec
 from shards.writer import ShardSetWriter
 from tests.conftest import finish_set, picture, write_sample
 from tests.support.made_study import made_leakage, write_leakage, write_run, write_study
@@ -42,7 +42,7 @@ def by_image(tmp_path_factory) -> Path:
 
 def chosen(data: ShardSet) -> dict[str, np.ndarray]:
     columns = [data.column("split"), data.column("label"), data.lesion_names, data.column("image_id")]
-    return arms(*columns, data.manifest.classes)
+    return arms(*columns, data.manifest.classes.names)
 
 
 def test_the_arms_have_one_size_in_every_class_and_differ_in_views_of_test_lesions(by_image):
@@ -68,8 +68,8 @@ def test_the_arms_have_one_size_in_every_class_and_differ_in_views_of_test_lesio
 def test_the_arms_do_not_depend_on_the_order_of_rows(by_image):
     with ShardSet(by_image) as data:
         columns = [data.column("split"), data.column("label"), data.lesion_names, data.column("image_id")]
-        there = arms(*columns, data.manifest.classes)
-        turned = arms(*(c[::-1] for c in columns), data.manifest.classes)
+        there = arms(*columns, data.manifest.classes.names)
+        turned = arms(*(c[::-1] for c in columns), data.manifest.classes.names)
         names = data.column("image_id")
         for arm in ARMS:
             assert set(names[there[arm]]) == set(names[::-1][turned[arm]])
@@ -78,7 +78,7 @@ def test_the_arms_do_not_depend_on_the_order_of_rows(by_image):
 def test_a_class_without_other_lesions_is_refused():
     split = np.array(["train", "test", "train"], dtype=object)
     with pytest.raises(DataError, match="class bcc"):
-        arms(split, np.array([1, 1, 0]), np.array(["a", "a", "b"]), np.array(["x", "y", "z"]), CLASSES)
+        arms(split, np.array([1, 1, 0]), np.array(["a", "a", "b"]), np.array(["x", "y", "z"]), HAM10000.names)
 
 
 def test_the_sets_of_the_arms_hold_the_same_tests_and_the_same_bytes(by_image, tmp_path):

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from train.study.analysis import METRICS, Analysis, Score, Size, confusion, reliability, significant
 from train.study.numbers import NAMES, between, p_value, percent, points, score
 from train.study.report.picture import (
@@ -23,6 +25,8 @@ TOGETHER = 3
 """Up to so many models share one learning-curve picture with bands; of more, each gets a picture of its own."""
 
 SMALL_PICTURE = (248.0, 186.0)
+MOST_CLASSES = 20
+"""Of more classes, those with the most test images are drawn."""
 
 
 class Table(NamedTuple):
@@ -449,6 +453,9 @@ def confusions(found: Analysis) -> Chart:
     drawn, rows = [], []
     for model, sizes in found.sizes.items():
         classes, counts = confusion(sizes[-1].runs)
+        most = np.sort(np.argsort(-counts.sum(axis=1), kind="stable")[:MOST_CLASSES])
+        hidden = len(classes) - len(most)
+        classes, counts, others = [classes[c] for c in most], counts[np.ix_(most, most)], counts[most].sum(axis=1)
         side = 25.0 * len(classes)
         title = f"{model}: true and predicted classes, {100 * sizes[-1].fraction:.3g} % of the training lesions"
         one = Picture(f"confusion-{model}", title, size=(side + 53, side + 46))
@@ -458,7 +465,7 @@ def confusions(found: Analysis) -> Chart:
         one.axes.xaxis.tick_top()
         one.axes.spines["bottom"].set_visible(False)
         for i, true in enumerate(classes):
-            total = counts[i].sum()
+            total = others[i]
             for j, predicted in enumerate(classes):
                 share = counts[i, j] / total if total else 0.0
                 rows.append([model, true, predicted, str(counts[i, j]), percent(share)])
@@ -471,6 +478,8 @@ def confusions(found: Analysis) -> Chart:
         "Rows are the true classes, columns the predicted ones. Numbers are percent of the row, summed over the seeds, "
         "at the largest fraction of each model."
     )
+    if hidden:
+        caption += f" Shown are the {MOST_CLASSES} classes with the most test images; {hidden:,} others are left out."
     table = Table(("model", "true", "predicted", "images", "share of true"), rows)
     return Chart("confusion", "Which classes are confused", drawn, caption, table)
 
@@ -487,8 +496,10 @@ def class_recalls(found: Analysis) -> Chart:
     study = found.study
     sizes = [size.n for by_model in found.sizes.values() for size in by_model]
     drawn, rows = [], []
-    for name, cell in study.runs[0].result["test"]["per_class"].items():
-        if not cell["images"]:
+    per_class = {name: cell for name, cell in study.runs[0].result["test"]["per_class"].items() if cell["images"]}
+    most = sorted(per_class, key=lambda name: -per_class[name]["images"])[:MOST_CLASSES]
+    for name, cell in per_class.items():
+        if name not in most:
             continue
         one = Picture(f"recall-{name}", f"Recall of {name} by training images", size=SMALL_PICTURE)
         one.linear("y", 0.0, 1.0, shares, limits=(0.0, 1.0))
@@ -507,6 +518,8 @@ def class_recalls(found: Analysis) -> Chart:
         "Means over the seeds; bars span the seeds. The recall of a class with few test lesions moves in large steps. "
         "Its intervals are in results.csv."
     )
+    if len(per_class) > len(most):
+        caption += f" Shown are the {MOST_CLASSES} classes with the most test images, of {len(per_class):,}."
     table = Table(("class", "model", "training images", "mean recall", "lowest", "highest"), rows)
     return Chart("recall", "Recall of each class by fraction", drawn, caption, table)
 
@@ -558,12 +571,13 @@ def calibration(found: Analysis) -> Chart | None:
 
 def results_table(found: Analysis) -> Table:
     """Each model at its largest fraction: the metrics of the study, averaged over the seeds."""
+    sets = found.study.runs[0].classes.sets
     keys = {
         **{metric: NAMES[metric] for metric in METRICS},
         "accuracy": "accuracy",
         "macro_f1": "macro F1",
-        "melanoma_sensitivity_at_90_specificity": "melanoma sensitivity at 90 % specificity",
-        "malignant_auc": "malignant AUC",
+        **{f"{name}_sensitivity_at_90_specificity": f"{name} sensitivity at 90 % specificity" for name in sets},
+        **{f"{name}_auc": f"{name} AUC" for name in sets},
         "expected_calibration_error": "calibration error",
     }
     prior = found.study.runs[0].result["test"]["prior"]

@@ -15,6 +15,9 @@ FEW = 3
 FEW_LESIONS = 20
 """A class with fewer test lesions than this is named as one whose numbers are rough."""
 
+MOST_NAMED = 20
+"""Classes in one sentence."""
+
 STALL = 0.10
 """A cell that waits for data for more than this share of its training time is named."""
 
@@ -276,13 +279,15 @@ def _classes(found: Analysis) -> Iterator[str]:
         return
     worst, good = min(recalls, key=lambda n: recalls[n]), max(recalls, key=lambda n: recalls[n])
     yield f"{best.model} finds {percent(recalls[good], 0)} of {good} and only {percent(recalls[worst], 0)} of {worst}."
-    melanoma = best.score("melanoma_sensitivity_at_90_specificity")
-    if melanoma is not None:
-        yield f"At a specificity of 90 % it finds {percent(melanoma.value, 0)} of the melanoma images."
+    for name in best.runs[0].classes.sets:
+        found_at_90 = best.score(f"{name}_sensitivity_at_90_specificity")
+        if found_at_90 is not None:
+            yield f"At a specificity of 90 % it finds {percent(found_at_90.value, 0)} of the {name} images."
     lesions = {name: cell["lesions"] for name, cell in per_class.items() if cell["lesions"]}
     rough = [f"{name} ({number})" for name, number in lesions.items() if number < FEW_LESIONS]
     if rough:
-        yield f"Few test lesions: {_listed(rough)}. The numbers of these classes are rough."
+        more = [f"{len(rough) - MOST_NAMED:,} more classes"] if len(rough) > MOST_NAMED else []
+        yield f"Few test lesions: {_listed(rough[:MOST_NAMED] + more)}. The numbers of these classes are rough."
 
 
 def _calibration(found: Analysis) -> Iterator[str]:

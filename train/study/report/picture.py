@@ -151,7 +151,8 @@ class Picture:
     def __init__(
         self, name: str, title: str, *, size: tuple[float, float] = (330.0, 225.0), wide: bool = False
     ) -> None:
-        self.name, self.title, self.size, self.wide = name, title, size, wide
+        self.name = re.sub(r"[^\w.-]", "_", name)  # a class may be called `A/B`, and this names a file
+        self.title, self.size, self.wide = title, size, wide
         self.said: list[str] = []
         self.words: list[str] = []
         self.figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")

@@ -5,11 +5,12 @@ the metadata (Tschandl, Rosendahl & Kittler, Sci. Data 5:180161, 2018; data set 
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from preprocess.records import COLUMNS, Record, Rejected, Source, list_images, read_table, record_from, sha256_of
+from preprocess.records import COLUMNS, Record, Rejected, Source, list_images, one_row_each, record_from, sha256_of
+from preprocess.tables import read_table
 from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.format import HAM10000
@@ -57,7 +58,7 @@ def read_source(folder: Path) -> Source:
     if not source.records:
         first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
         raise DataError(f"{table}: lists no image that can be packed{first}")
-    joined = _join_same_lesions(source.records)
+    joined = join_same_lesions(source.records)
     source.warnings = _warnings(source.records)
     synthetic = {record.dataset for record in source.records} == {"synthetic"}
     if synthetic:
@@ -87,39 +88,25 @@ def read_metadata(
     images: image_id → file. known: image_ids that are skipped silently. dataset: the default of that column. Returns
     the records in the order of the table.
     """
-    records: dict[str, Record] = {}
-    lines: dict[str, int] = {}
-    contradicted = set()
-    for line, row in read_table(table, COLUMNS):
-        image_id = row.get("image_id", "")
-        if image_id in known:
-            continue
-        try:
-            record = record_from(row, images.get(image_id, ""), dataset)
-        except ValueError as error:
-            rejected.append(Rejected(image_id, table.name, f"line {line}: {error}"))
-            lines.setdefault(image_id, line)
-            continue
-        if image_id in lines:
-            rejected.append(
-                Rejected(image_id, table.name, f"line {line}: image_id {image_id} is on line {lines[image_id]} too")
-            )
-            if records.get(image_id) != record:
-                contradicted.add(image_id)
-            continue
-        records[image_id], lines[image_id] = record, line
-    for image_id in sorted(contradicted & records.keys()):
-        del records[image_id]
-        reason = f"line {lines[image_id]}: another line has other values for image_id {image_id}"
-        rejected.append(Rejected(image_id, table.name, reason))
-    _drop_contradicted_lesions(records, lines, table, rejected)
-    images = _in_another_case(records, {i: file for i, file in images.items() if i not in lines and i not in known})
+
+    def rows() -> Iterator[tuple[int, str, Record | str]]:
+        for line, row in read_table(table, COLUMNS):
+            image_id = row.get("image_id", "")
+            if image_id not in known:
+                try:
+                    yield line, image_id, record_from(row, images.get(image_id, ""), dataset)
+                except ValueError as error:
+                    yield line, image_id, str(error)
+
+    records, lines = one_row_each(rows(), table.name, rejected)
+    unlisted = {image_id: file for image_id, file in images.items() if image_id not in lines and image_id not in known}
+    unlisted = _in_another_case(records, unlisted)
     elsewhere = {r.image_id for r in rejected}
     for image_id in [i for i, record in records.items() if not record.file]:
         del records[image_id]
         if image_id not in elsewhere:
             rejected.append(Rejected(image_id, f"{image_id}.jpg", f"is missing, and {table.name} lists it"))
-    rejected += [Rejected(image_id, file, f"is not listed in {table.name}") for image_id, file in images.items()]
+    rejected += [Rejected(image_id, file, f"is not listed in {table.name}") for image_id, file in unlisted.items()]
     return list(records.values())
 
 
@@ -140,7 +127,7 @@ def _in_another_case(records: dict[str, Record], unlisted: dict[str, str]) -> di
     return left
 
 
-def _join_same_lesions(records: list[Record]) -> int:
+def join_same_lesions(records: list[Record]) -> int:
     """Give the lesions of each pair in SAME_LESION one lesion_id, so that no split divides them; returns how many."""
     lesions = {record.image_id: record.lesion_id for record in records}
     pairs = [[f"ISIC_{int(number):07d}" for number in pair.split("+")] for pair in SAME_LESION.split()]
@@ -149,21 +136,6 @@ def _join_same_lesions(records: list[Record]) -> int:
         if record.lesion_id in names:
             records[place] = replace(record, lesion_id=names[record.lesion_id])
     return len(names)
-
-
-def _drop_contradicted_lesions(
-    records: dict[str, Record], lines: dict[str, int], table: Path, rejected: list[Rejected]
-) -> None:
-    """Remove every image of a lesion that has two diagnoses."""
-    diagnoses: dict[str | None, set[str]] = {}
-    for record in records.values():
-        diagnoses.setdefault(record.lesion_id, set()).add(record.dx)
-    for image_id, record in list(records.items()):
-        found = diagnoses[record.lesion_id]
-        if len(found) > 1:
-            del records[image_id]
-            reason = f"line {lines[image_id]}: lesion {record.lesion_id} has the dx {' and '.join(sorted(found))}"
-            rejected.append(Rejected(image_id, table.name, reason))
 
 
 def _warnings(records: list[Record]) -> list[str]:

@@ -8,7 +8,8 @@ HAM10000's columns, lesions included.
 from pathlib import Path
 
 from preprocess.ham10000 import read_metadata
-from preprocess.records import Record, Rejected, Source, list_images, read_table, sha256_of, table_columns
+from preprocess.records import Record, Rejected, Source, list_images, sha256_of
+from preprocess.tables import Table, read_table
 from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.writer import check_image_id
@@ -23,7 +24,7 @@ ONE_HOT = {"MEL": "mel", "NV": "nv", "BCC": "bcc", "AKIEC": "akiec", "BKL": "bkl
 NOT_IN_ARCHIVE = "ISIC_0035068"
 """Listed in the labels, absent from the image archive, and left out by the challenge's own scoring (its code names it,
 github.com/ImageMarkup/isic-challenge-scoring). It is left out here too, even if the file is there."""
-_DATASET = "isic2018_task3_test"
+_DATASET, _REMEDY = "isic2018_task3_test", "the official labels"
 
 
 def read_test_source(folder: Path) -> Source:
@@ -34,7 +35,7 @@ def read_test_source(folder: Path) -> Source:
     table = _labels(folder, inside)
     source = Source(folder, CITATION, LICENCE)
     images = list_images(folder, inside, source.rejected)
-    by_lesion = "lesion_id" in table_columns(table)[0]
+    by_lesion = "lesion_id" in Table(table, _REMEDY).columns
     if by_lesion:
         source.records = read_metadata(table, images, source.rejected, (NOT_IN_ARCHIVE,), _DATASET)
     else:
@@ -60,7 +61,7 @@ def _labels(folder: Path, inside: list[Path]) -> Path:
             f"{folder}: holds no ISIC2018_Task3_Test_GroundTruth.csv, here or in a folder ISIC2018_Task3_Test*; "
             f"get it with `{typed('preprocess.download')} --test-set`"
         )
-    return next((table for table in tables if "lesion_id" in table_columns(table)[0]), tables[0])
+    return next((table for table in tables if "lesion_id" in Table(table, _REMEDY).columns), tables[0])
 
 
 def _read_one_hot(table: Path, images: dict[str, str], rejected: list[Rejected]) -> list[Record]:

@@ -6,12 +6,13 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from sys import intern
 from typing import Any
 
+from preprocess.tables import PICTURES, read_table
 from shards.common.errors import DataError
 from shards.common.files import encoded
 from shards.format import HAM10000, Classes
@@ -19,8 +20,6 @@ from shards.writer import check_image_id
 
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
 """The columns that HAM10000's metadata must have; `dataset` is optional (older copies lack it)."""
-
-_PICTURES = {"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,52 +96,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def table_columns(path: Path, official: str = "the official CSV") -> tuple[list[str], str]:
-    """Column names of a CSV or tab-separated file, and its delimiter. Raises DataError if it has none.
-
-    official: what the error tells the user to use instead.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text; use {official}") from None
-    if not head.strip():
-        raise DataError(f"{path}: is empty; use {official}")
-    delimiter = "\t" if "\t" in head else ","
-    try:
-        return [name.strip() for name in next(csv.reader([head], delimiter=delimiter))], delimiter
-    except csv.Error as error:
-        raise DataError(f"{path}: line 1 cannot be read ({error}); use {official}") from None
-
-
-def read_table(
-    path: Path, needed: Iterable[str], official: str = "the official metadata"
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a CSV or tab-separated file, with their line numbers; values are stripped of spaces.
-
-    A short row lacks the missing fields; surplus fields are dropped. Raises DataError if a needed column is missing, or
-    if the file is not a table.
-    """
-    columns, delimiter = table_columns(path, official)
-    missing = [name for name in needed if name not in columns]
-    if missing:
-        raise DataError(f"{path}: has no column {', '.join(missing)} (it has {', '.join(columns)}); use {official}")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
-            next(rows)
-            for row in rows:
-                if row:
-                    yield rows.line_num, dict(zip(columns, (value.strip() for value in row), strict=False))
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text; use {official}") from None
-    except csv.Error as error:
-        raise DataError(f"{path}: line {rows.line_num} cannot be read ({error}); use {official}") from None
-
-
-_SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-_SPLIT_NAMES |= {"test": "test", "testing": "test"}
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLIT_NAMES |= {"test": "test", "testing": "test"}
 
 
 def read_splits(path: Path) -> dict[str, str]:
@@ -153,7 +108,7 @@ def read_splits(path: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for line, row in read_table(path, ("image_id", "split"), "a table with the columns image_id and split"):
-        image_id, split = Path(row.get("image_id", "")).stem, _SPLIT_NAMES.get(row.get("split", "").lower())
+        image_id, split = Path(row.get("image_id", "")).stem, SPLIT_NAMES.get(row.get("split", "").lower())
         if not image_id or split is None:
             raise DataError(
                 f"{path}: line {line}: image '{image_id}', split '{row.get('split', '')}': an image and one of train, "
@@ -179,8 +134,8 @@ def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -
         with os.scandir(folder) as entries:
             files = sorted(entry.name for entry in entries if not entry.name.startswith("."))
         for file in files:
-            stem, _, suffix = file.rpartition(".")
-            if suffix.lower() not in _PICTURES:
+            stem = file.rpartition(".")[0]
+            if not file.lower().endswith(PICTURES):
                 continue
             name = inside + file
             first = found.setdefault(stem, name)
@@ -222,3 +177,44 @@ def record_from(row: dict[str, str], file: str, dataset: str | None) -> Record:
     return Record(
         row["image_id"], file, row["lesion_id"], intern(row["dx"]), dx_type, age, sex, localization, named or dataset
     )
+
+
+def one_row_each(
+    rows: Iterable[tuple[int, str, Record | str]], table: str, rejected: list[Rejected], one_label: bool = True
+) -> tuple[dict[str, Record], dict[str, int]]:
+    """The records of a table by image_id, and the line of each image_id, also of those that have no record.
+
+    rows: line, image_id, and the record, or the reason why there is none. An image_id on two lines has one record, or
+    none if the lines differ. one_label: all images of a lesion whose lines have two dx are left out. Reasons go to
+    `rejected`, with the name of the table.
+    """
+    records: dict[str, Record] = {}
+    lines: dict[str, int] = {}
+    contradicted = set()
+    for line, image_id, record in rows:
+        if isinstance(record, str):
+            rejected.append(Rejected(image_id, table, f"line {line}: {record}"))
+            lines.setdefault(image_id, line)
+            continue
+        if image_id in lines:
+            reason = f"line {line}: image_id {image_id} is on line {lines[image_id]} too"
+            rejected.append(Rejected(image_id, table, reason))
+            if records.get(image_id) != record:
+                contradicted.add(image_id)
+            continue
+        records[image_id], lines[image_id] = record, line
+    for image_id in sorted(contradicted & records.keys()):
+        del records[image_id]
+        reason = f"line {lines[image_id]}: another line has other values for image_id {image_id}"
+        rejected.append(Rejected(image_id, table, reason))
+    diagnoses: dict[str, set[str]] = {}
+    for record in records.values() if one_label else ():
+        if record.lesion_id is not None:
+            diagnoses.setdefault(record.lesion_id, set()).add(record.dx)
+    for image_id, record in list(records.items()):
+        found = diagnoses.get(record.lesion_id or "", set())
+        if len(found) > 1:
+            del records[image_id]
+            reason = f"line {lines[image_id]}: lesion {record.lesion_id} has the dx {' and '.join(sorted(found))}"
+            rejected.append(Rejected(image_id, table, reason))
+    return records, lines

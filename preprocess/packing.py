@@ -27,8 +27,9 @@ from shards.common.files import full_disk_names
 from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
-from shards.encode import TOGETHER, BadImageError, Encoded, encode_images
+from shards.encode import JPEG, TOGETHER, BadImageError, Encoded, encode_images, encode_pixels
 from shards.format import QUARANTINE, SPLITS, EncodeSpec, Manifest
+from shards.pictures import decode_picture
 from shards.subsets import split_lesions
 from shards.writer import PackedSample, ShardSetWriter
 
@@ -289,14 +290,25 @@ def _split_jobs(source: Source, test: Source | None, settings: Settings) -> list
 def _encode(jobs: list[_Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
     """Read and encode some images, in a worker thread."""
     read = [_read(job) for job in jobs]
-    found = [(data, job.record.image_id) for data, job in zip(read, jobs, strict=True) if isinstance(data, bytes)]
-    encoded = iter(encode_images([data for data, _ in found], [image_id for _, image_id in found], spec))
+    jpegs = [
+        (data, job.record.image_id)
+        for data, job in zip(read, jobs, strict=True)
+        if isinstance(data, bytes) and data[:2] == JPEG
+    ]
+    encoded = iter(encode_images([data for data, _ in jpegs], [image_id for _, image_id in jpegs], spec))
     results: list[Encoded | Rejected] = []
     for data, job in zip(read, jobs, strict=True):
-        result = data if isinstance(data, Rejected) else next(encoded)
-        if isinstance(result, BadImageError):
-            result = Rejected(job.record.image_id, job.record.file, str(result))
-        results.append(result)
+        image_id, file = job.record.image_id, job.record.file
+        try:
+            if isinstance(data, Rejected):
+                result = data
+            elif data[:2] == JPEG:
+                result = next(encoded)
+            else:
+                result = encode_pixels(decode_picture(data), image_id, spec)
+        except BadImageError as error:
+            result = error
+        results.append(Rejected(image_id, file, str(result)) if isinstance(result, BadImageError) else result)
     return results
 
 
@@ -328,7 +340,9 @@ def _missing_classes(manifest: Manifest) -> list[str]:
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that the bytes depend on, and of this project."""
     versions = {}
-    names = {"opencv": "opencv-python-headless"} | {n: n for n in ("simplejpeg", "numpy", "pyarrow", "dermscale")}
+    names = {"opencv": "opencv-python-headless"} | {
+        n: n for n in ("simplejpeg", "numpy", "pillow", "pyarrow", "dermscale")
+    }
     for name, package in names.items():
         try:
             versions[name] = version(package)

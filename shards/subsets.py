@@ -18,14 +18,25 @@ def _keys(names: Sequence[str], seed: int, use: str) -> np.ndarray:
     return np.array([xxhash.xxh3_64_intdigest(f"{use}/{seed}/{name}".encode()) for name in names], np.uint64)
 
 
+def group_labels(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(G,) the class of each group, or of its images' classes the one that has the fewest images in all.
+
+    labels: (N,) class of each image; groups: (N,) number of its group, 0 to G − 1. A lesion has one class; a patient
+    may have several.
+    """
+    order = np.lexsort((labels, np.bincount(labels)[labels]))
+    first = np.unique(groups[order], return_index=True)[1]
+    return labels[order[first]]
+
+
 class _Lesions:
     """The lesions of a set of images: their names, sizes (images) and classes, in the order of their names."""
 
     def __init__(self, labels: np.ndarray, lesions: Sequence[str]) -> None:
-        self.names, first, self.of_image, self.sizes = np.unique(
-            np.asarray(lesions, dtype=object).astype(str), return_index=True, return_inverse=True, return_counts=True
+        self.names, self.of_image, self.sizes = np.unique(
+            np.asarray(lesions, dtype=object).astype(str), return_inverse=True, return_counts=True
         )
-        self.labels = np.asarray(labels)[first]
+        self.labels = group_labels(np.asarray(labels), self.of_image)
 
 
 def split_lesions(

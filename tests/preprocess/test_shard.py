@@ -166,7 +166,7 @@ def damage(folder: Path) -> dict[str, str]:
         "ISIC_0000003": (good[:-900] + bytes(900), "is damaged"),
         "ISIC_0000004": (good[:middle] + bytes(8192) + good[middle + 8192 :], "is damaged"),
         "ISIC_0000005": (b"", "is empty"),
-        "ISIC_0000006": (b"<html>", "is not a JPEG"),
+        "ISIC_0000006": (b"<html>", "is not an image of a known format"),
     }
     for image_id, (data, _) in spoilt.items():
         (images / f"{image_id}.jpg").write_bytes(data)

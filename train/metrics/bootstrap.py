@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.common.errors import DataError
+from shards.subsets import group_labels
 
 CONFIDENCE = 0.95
 CHUNK = 128
@@ -25,8 +26,8 @@ Ints = NDArray[np.int64]
 def lesion_codes(lesions: Sequence[Any] | NDArray[Any] | None, labels: Ints) -> tuple[Ints, Ints]:
     """(N,) int64 numbers of the lesions, 0 to L − 1, and the (L,) class of each.
 
-    lesions: (N,) ids. None, or a null id, makes an image a lesion of its own. Raises DataError when a lesion has images
-    of two classes, because lesions are drawn within their class.
+    lesions: (N,) ids. None, or a null id, makes an image a lesion of its own. Lesions are drawn within their class; that
+    of a patient with several is the rarest (`group_labels`).
     """
     count = labels.size
     if lesions is None:
@@ -38,12 +39,7 @@ def lesion_codes(lesions: Sequence[Any] | NDArray[Any] | None, labels: Ints) -> 
     codes = np.empty(count, dtype=np.int64)
     names, codes[known] = np.unique(ids[known].astype(str), return_inverse=True)
     codes[~known] = names.size + np.arange(int((~known).sum()))
-    classes = np.zeros(int(codes.max(initial=-1)) + 1, dtype=np.int64)
-    classes[codes] = labels
-    mixed = np.flatnonzero(classes[codes] != labels)
-    if mixed.size:
-        raise DataError(f"lesion {ids[mixed[0]]} has images of two classes: a lesion has one diagnosis")
-    return codes, classes
+    return codes, group_labels(labels, codes)
 
 
 def members(group: Ints, count: int) -> Any:

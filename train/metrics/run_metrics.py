@@ -93,12 +93,13 @@ def evaluate(
     bootstrap = LesionBootstrap(scores.labels, lesions, resamples=resamples, seed=seed)
     found = replicate([scores], bootstrap)[0]
     images = np.bincount(scores.labels, minlength=len(classes))
-    groups = np.bincount(bootstrap.lesion_label, minlength=len(classes))
+    pairs = np.unique(np.stack([bootstrap.codes, scores.labels]), axis=1)  # a patient may have several classes
+    groups = np.bincount(pairs[1], minlength=len(classes))
     scalars = {key: estimate(found[key]) for key in SCALARS}
     for name in classes.sets:
-        inside = int(groups[classes.members(name)].sum())
-        lesions_of = {"sensitivity": inside, "sensitivity_at_90_specificity": inside}
-        lesions_of["specificity"] = bootstrap.lesions - inside
+        truth = scores.sets[name][0]
+        inside, outside = (int(np.unique(bootstrap.codes[part]).size) for part in (truth, ~truth))
+        lesions_of = {"sensitivity": inside, "sensitivity_at_90_specificity": inside, "specificity": outside}
         for key in SET_SCALARS:
             scalars[f"{name}_{key}"] = estimate(found[f"{name}_{key}"], lesions=lesions_of.get(key))
     freedom = mean_freedom(found["recall"], bootstrap)

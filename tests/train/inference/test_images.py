@@ -15,8 +15,9 @@ from PIL import Image
 
 from shards.encode import BadImageError
 from shards.jpeg import encode_jpeg
+from shards.pictures import _NEWER, _newer_formats
 from tests.conftest import picture
-from train.inference.images import _NEWER, _newer_formats, find_images, open_image, read_image
+from train.inference.images import find_images, open_image, read_image
 
 RGB = picture(np.random.default_rng(0), 3, 40, 60)
 
@@ -131,7 +132,7 @@ def test_avif_and_heic_are_read_or_refused_with_what_helps(kind, monkeypatch):
     brand = {"AVIF": b"avif", "HEIF": b"heic"}[kind]
     data = b"\0\0\0\x18ftyp" + brand + bytes(200)
     with monkeypatch.context() as patch:
-        patch.setattr("train.inference.images._newer_formats", tuple)
+        patch.setattr("shards.pictures._newer_formats", tuple)
         with pytest.raises(BadImageError, match=f"format {kind}, which cannot be read here.*: pip install '.*'$"):
             open_image(data)
     if kind not in _newer_formats():

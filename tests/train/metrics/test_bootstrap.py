@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shards.common.errors import DataError
+from shards.subsets import split_lesions
 from train.metrics.bootstrap import LesionBootstrap, interval, lesion_codes
 
 
@@ -92,5 +92,18 @@ def test_a_class_of_one_lesion_is_named_and_not_resampled():
 def test_null_lesion_ids_are_lesions_of_their_own():
     labels = np.array([0, 0, 0, 0, 1])
     assert len(set(lesion_codes([None, float("nan"), "x", "x", ""], labels)[0].tolist())) == 4
-    with pytest.raises(DataError, match="lesion x has images of two classes"):
-        lesion_codes(["a", "b", "c", "x", "x"], labels)
+
+
+def test_a_group_of_several_classes_is_of_the_rarest_and_stays_together():
+    """A patient with moles and a melanoma is drawn with the patients who have a melanoma."""
+    labels = np.array([0, 0, 0, 0, 1, 1, 2])
+    patients = np.array(["a", "a", "b", "c", "c", "d", "d"])
+    codes, classes = lesion_codes(patients, labels)
+    assert classes.tolist() == [0, 0, 1, 2]
+    weights = np.concatenate(list(LesionBootstrap(labels, patients, resamples=50, seed=0).weights()), axis=1)
+    assert all((weights[codes == code] == weights[codes == code][0]).all() for code in range(4))
+    splits = split_lesions(np.tile(labels, 9), [f"{p}{n}" for n in range(9) for p in patients])
+    of_patient = {}
+    for name, split in zip([f"{p}{n}" for n in range(9) for p in patients], splits, strict=True):
+        assert of_patient.setdefault(name, split) == split
+    assert {split for name, split in of_patient.items() if name[0] == "d"} == {"train", "val", "test"}

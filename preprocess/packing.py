@@ -340,9 +340,8 @@ def _missing_classes(manifest: Manifest) -> list[str]:
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that the bytes depend on, and of this project."""
     versions = {}
-    names = {"opencv": "opencv-python-headless"} | {
-        n: n for n in ("simplejpeg", "numpy", "pillow", "pyarrow", "dermscale")
-    }
+    own = ("simplejpeg", "numpy", "pillow", "pyarrow", "dermscale")
+    names = {"opencv": "opencv-python-headless"} | {name: name for name in own}
     for name, package in names.items():
         try:
             versions[name] = version(package)

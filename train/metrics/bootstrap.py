@@ -26,8 +26,8 @@ Ints = NDArray[np.int64]
 def lesion_codes(lesions: Sequence[Any] | NDArray[Any] | None, labels: Ints) -> tuple[Ints, Ints]:
     """(N,) int64 numbers of the lesions, 0 to L − 1, and the (L,) class of each.
 
-    lesions: (N,) ids. None, or a null id, makes an image a lesion of its own. Lesions are drawn within their class; that
-    of a patient with several is the rarest (`group_labels`).
+    lesions: (N,) ids. None, or a null id, makes an image a lesion of its own. Lesions are drawn within their
+    class; that of a patient with several is the rarest (`group_labels`).
     """
     count = labels.size
     if lesions is None:

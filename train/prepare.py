@@ -168,7 +168,7 @@ def prepare(
     length = len(loaders["train"])
     if config.erasing or mixes(config):
         step.mixing = Mixing(config, length, world)
-    graphs = Graphs(step, loaders["train"], earlier.get("graph") or choose_graph(step, engine.value, world))
+    graphs = Graphs(step, loaders["train"], choose_graph(step, engine.value, world))
     if graphs.on:
         step.graphed = True
         loaders["train"].load()

@@ -44,13 +44,16 @@ def on(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-class Rehearsal(Recorder):
-    """Calls the work four times, as recording does (on a GPU, the last call only records), then as it is called."""
+def rehearsed(run: Callable) -> Callable:
+    """Calls the work four times, as recording does; on a GPU, the last call only records."""
+    for _ in range(4):
+        run()
+    return run
 
-    def record(self, run: Callable) -> Callable:
-        for _ in range(4):
-            run()
-        return run
+
+@pytest.fixture
+def rehearsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorder, "record", lambda self, run: rehearsed(run))
 
 
 def resident(folder: Path, seed: int = 3, train: bool = True, batch_size: int = 8) -> Loader:
@@ -63,41 +66,47 @@ def resident(folder: Path, seed: int = 3, train: bool = True, batch_size: int = 
 # ------------------------------------------------------------------ whole runs
 
 
-@pytest.mark.parametrize("changes", [RESNET, VIT, RAMP], ids=["resnet", "vit", "ramp"])
+# recorded: the step for each size; test, and val in the precision of training and in fp32
+@pytest.mark.parametrize(("changes", "recorded"), [(RESNET, 3), (VIT, 3), (RAMP, 5)], ids=["resnet", "vit", "ramp"])
 def test_a_run_ends_in_the_bits_of_a_run_on_loaded_batches(
-    tiny_shards: Path, tmp_path: Path, on: None, monkeypatch: pytest.MonkeyPatch, changes: dict
+    tiny_shards: Path, tmp_path: Path, on: None, monkeypatch: pytest.MonkeyPatch, changes: dict, recorded: int
 ) -> None:
-    monkeypatch.setattr(graphed, "Recorder", Rehearsal)
+    asked: list[Callable] = []
+    monkeypatch.setattr(Recorder, "record", lambda self, run: asked.append(run) or rehearsed(run))
     train_once(small(tiny_shards, **changes), tmp_path / "loaded")
+    assert not asked
     train_once(small(tiny_shards, engine="resident", **changes), tmp_path / "graphed")
     assert_same_run(tmp_path / "loaded", tmp_path / "graphed")
+    assert len(asked) == recorded
     taken = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("loaded", "graphed")]
     assert [one["decisions"]["graph"]["value"] for one in taken] == ["off", "on"]
     assert taken[1]["images"]["test"] % 16, "the last batch of an evaluation is padded"
 
 
-# 8 steps, and 2 batches of each evaluation: `stop` is asked 16 times
-@pytest.mark.parametrize("changes", [VIT, RAMP], ids=["vit", "ramp"])
+# 8 steps, and 2 batches of each evaluation: `stop` is asked at steps 1 to 4, twice in the evaluation, at steps 5 to 8 …
+@pytest.mark.parametrize(
+    ("changes", "starts"),
+    [(VIT, [(2, "on", "on"), (4, "on", "off"), (9, "off", "on")]), (RAMP, [(8, "on", "on")])],
+    ids=["vit", "ramp"],
+)
 def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch_with_graphs_or_without(
-    tiny_shards: Path, tmp_path: Path, on: None, monkeypatch: pytest.MonkeyPatch, changes: dict
+    tiny_shards: Path,
+    tmp_path: Path,
+    rehearsing: None,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict,
+    starts: list[tuple[int, str, str]],
 ) -> None:
-    monkeypatch.setattr(graphed, "Recorder", Rehearsal)
+    """starts: when the run is stopped, and whether graphs are on before and after."""
     config = small(tiny_shards, engine="resident", **changes)
     train_once(config, tmp_path / "whole")
-    for call in (2, 4, 9):
+    for call, *values in starts:
+        out, stop = tmp_path / str(call), at(call, lambda: True)
+        monkeypatch.setattr("train.prepare.choose_graph", lambda *_, left=values: Decision(left.pop(0), "a test"))
         with pytest.raises(Stopped):
-            train_once(config, tmp_path / str(call), stop=at(call, lambda: True))
-        train_once(config, tmp_path / str(call), resume=True)
-        assert_same_run(tmp_path / "whole", tmp_path / str(call))
-    for number, order in enumerate((("on", "off"), ("off", "on"))):  # one start with graphs, the other without
-        out = tmp_path / "-".join(order)
-        for resume, value in enumerate(order):
-            monkeypatch.setattr("train.prepare.choose_graph", lambda *_, value=value: Decision(value, "a test"))
-            stop = at(10**6 if resume else 3 + 3 * number, lambda: True)
-            try:
-                train_once(config, out, resume=bool(resume), stop=stop)
-            except Stopped:
-                assert not resume
+            train_once(config, out, stop=stop)
+        train_once(config, out, resume=True)
+        assert not values
         assert_same_run(tmp_path / "whole", out)
 
 
@@ -179,7 +188,7 @@ def test_the_position_of_the_loader_is_that_of_a_loader_that_yields(tiny_shards:
 
 @pytest.mark.parametrize("changes", [RESNET, VIT], ids=["resnet", "vit"])
 @pytest.mark.parametrize("done", [0, 3])
-def test_recording_leaves_no_trace(tiny_shards: Path, changes: dict, done: int) -> None:
+def test_recording_leaves_no_trace(tiny_shards: Path, rehearsing: None, changes: dict, done: int) -> None:
     """Before the first step, and after a state was loaded; losses, weights, average, optimizer and random numbers."""
     config = small("no data", **(changes | {"batch_size": 8}))  # type: ignore[arg-type]
     plain, recorded = step_of(config), step_of(config)
@@ -201,7 +210,7 @@ def test_recording_leaves_no_trace(tiny_shards: Path, changes: dict, done: int) 
 
     torch.set_rng_state(random)
     step = GraphedStep(recorded, batches.take)
-    step.record(Rehearsal(CPU))
+    step.record(Recorder(CPU))
     assert recorded.done == done and all(parameter.grad is None for parameter in recorded.net.parameters())
     assert torch.equal(torch.get_rng_state(), random)
     batches.seek(done)
@@ -288,7 +297,7 @@ def test_on_a_cpu_work_stays_as_it_is() -> None:
     assert Recorder(CPU).record(work) is work
 
 
-def test_adamw_may_be_recorded_after_any_checkpoint() -> None:
+def test_adamw_may_be_recorded_after_any_checkpoint(rehearsing: None) -> None:
     step = step_of(small("no data", model="test_vit"))  # type: ignore[arg-type]
     step.load_state_dict(step.state_dict(), 0)
     assert not any(group["capturable"] for group in step.optimizer.param_groups)
@@ -297,7 +306,7 @@ def test_adamw_may_be_recorded_after_any_checkpoint() -> None:
         colour=torch.eye(3, 4).repeat(16, 1, 1),
         labels=torch.arange(16) % 7,
     )
-    GraphedStep(step, lambda: batch).record(Rehearsal(CPU))  # type: ignore[arg-type, return-value]
+    GraphedStep(step, lambda: batch).record(Recorder(CPU))  # type: ignore[arg-type, return-value]
     assert all(group["capturable"] for group in step.optimizer.param_groups)
 
 

@@ -216,7 +216,7 @@ def _check_optimizer(found: Any, own: dict[str, Any], shapes: list[torch.Size]) 
     if type(found["param_groups"]) is not list or len(found["param_groups"]) != len(groups):
         raise ValueError(f"optimizer.param_groups is not a list of {len(groups)}")
     for number, group in enumerate(groups):
-        for name in ("params", "weight_decay", "momentum", "nesterov", "betas", "eps", "use_muon"):
+        for name in ("params", "weight_decay", "momentum", "nesterov", "betas", "eps", "use_muon", "lr_scale"):
             theirs = found["param_groups"][number]
             if name in group and not (isinstance(theirs, dict) and theirs.get(name) == group[name]):
                 raise ValueError(f"optimizer.param_groups[{number}].{name} is not that of the run")

@@ -51,6 +51,8 @@ class Recipe:
     erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    drop_path: float = 0.0
+    layer_decay: float = 1.0
 
 
 RECIPES = {
@@ -215,6 +217,22 @@ class Config:
         "Share of each target that goes to all classes alike. Makes the network less certain of its answers.",
         least=0.0,
         most=0.99,
+        shown="by model",
+    )
+    drop_path: float | None = _option(
+        None,
+        "Stochastic depth: share of the images for which the last residual branch is left out, fewer for those before. "
+        "Deep networks learn more from few images, and need more epochs.",
+        least=0.0,
+        most=0.9,
+        shown="by model",
+    )
+    layer_decay: float | None = _option(
+        None,
+        "Factor of the learning rate from each layer to the one before it, e.g. 0.75 to keep what given weights know. "
+        "1: all learn alike.",
+        least=0.01,
+        most=1.0,
         shown="by model",
     )
     ema: float | None = _option(
@@ -397,6 +415,8 @@ ADDED = {
     "mixup": 0.0,
     "cutmix": 0.0,
     "eval_crop": 0.875,
+    "drop_path": 0.0,
+    "layer_decay": 1.0,
     "tta": "none",
 }
 """Fields that the files of older releases lack, and the values that these releases used."""

@@ -78,6 +78,7 @@ def train_once(
         models.check_resolution(config.model, config.resolution, config.start_resolution)
         family = models.family(config.model)
         config = resolved(config, family)
+        models.check_layers(config.model, config.drop_path, config.layer_decay)
         selections = choose_data(config, workspace.open(config.data), family, world)
         folder: RunFolder | None = None  # on the first rank only
 

@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -145,6 +145,24 @@ def check_resolution(name: str, px: int, start_px: int | None = None) -> None:
             raise UsageError(f"{name} at {size} px: it cannot take this size ({one_line(error, 160)})") from None
 
 
+def check_layers(name: str, drop_path: float | None, layer_decay: float | None) -> None:
+    """Raise UsageError if a model has no residual branches that could be left out, or no order of its layers."""
+    import timm
+    from timm.layers.drop import DropPath
+
+    timm_model, ordered = timm_name(name), layer_decay not in (None, 1.0)
+    if not drop_path and not ordered:
+        return
+    wanted: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    body: nn.Module | None = None
+    with torch.device("meta"), suppress(TypeError):  # of a model that does not know the argument
+        body = timm.create_model(timm_model, **wanted) if timm_model else None
+    if drop_path and not (body and any(isinstance(layer, DropPath) for layer in body.modules())):
+        raise UsageError(f"--drop-path: {name} cannot leave out residual branches; leave the option out")
+    if ordered and not hasattr(body, "group_matcher"):
+        raise UsageError(f"--layer-decay: the layers of {name} have no known order; leave the option out")
+
+
 def _fixed_size(name: str) -> bool:
     from timm.models import get_pretrained_cfg_value
 
@@ -194,12 +212,13 @@ def build(
     weights: Path | None = None,
     freeze: bool = False,
     normalize: str = "auto",
+    drop_path: float = 0.0,
 ) -> Classifier:
     """A model on the CPU in channels-last layout, its random weights drawn from torch's global generator.
 
     mean, std: RGB, 0 to 1, of the training images. freeze: only the classifier requires gradients. normalize: one of
-    `config.NORMALIZE`. Raises UsageError for an unknown model or an impossible size, DataError for weights that are
-    missing or do not fit.
+    `config.NORMALIZE`. drop_path: rate of stochastic depth in training (Huang et al. 2016, arXiv:1603.09382). Raises
+    UsageError for an unknown model or an impossible size, DataError for weights that are missing or do not fit.
     """
     timm_model = timm_name(name)
     check_resolution(name, resolution, start_resolution)
@@ -207,8 +226,10 @@ def build(
     if timm_model is None:
         body, start = _alexnet(classes, pretrained, found)
     else:
-        sizes = _size_arguments(timm_model, resolution, ramp=start_resolution not in (None, resolution))
-        body, start = _from_timm(name, timm_model, classes, sizes, pretrained, found)
+        given = _size_arguments(timm_model, resolution, ramp=start_resolution not in (None, resolution))
+        if drop_path:
+            given["drop_path_rate"] = drop_path
+        body, start = _from_timm(name, timm_model, classes, given, pretrained, found)
     norm, why = _normalisation(normalize, (tuple(mean), tuple(std)), start)
     net = Classifier(InputHead(*norm), body)
     if freeze:
@@ -256,12 +277,12 @@ def _he_init(body: nn.Module) -> None:
 
 
 def _from_timm(
-    name: str, timm_model: str, classes: int, sizes: dict[str, Any], pretrained: bool, found: Weights | None
+    name: str, timm_model: str, classes: int, given: dict[str, Any], pretrained: bool, found: Weights | None
 ) -> "tuple[nn.Module, Start]":
     import timm
 
     with downloading(name) if pretrained else nullcontext():
-        body: Any = timm.create_model(timm_model, pretrained=pretrained, num_classes=classes, **sizes)
+        body: Any = timm.create_model(timm_model, pretrained=pretrained, num_classes=classes, **given)
     if pretrained:
         about = f"its classifier is new if it is not for {classes} classes"
         return body, Start(f"timm's {timm_model}", about, _timm_norm(body.pretrained_cfg))
@@ -332,12 +353,19 @@ def _unsafe_convolution(body: nn.Module) -> str | None:
 # ------------------------------------------------------------------ parameters and cost
 
 
-def parameter_groups(net: Classifier, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with weight decay, and without: biases, normalisation, ViT's class token and positions."""
-    from timm.optim._param_groups import param_groups_weight_decay
+def parameter_groups(net: Classifier, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Parameters with weight decay, and without: biases, normalisation, ViT's class token and positions.
+
+    layer_decay: if it is not 1, each layer has groups of its own with a `lr_scale`, `layer_decay` to the power of the
+    layers after it (BEiT, Bao et al. 2022, arXiv:2106.08254).
+    """
+    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
     exempt = net.body.no_weight_decay() if hasattr(net.body, "no_weight_decay") else ()  # pyright: ignore
-    groups = param_groups_weight_decay(net.body, 1.0, no_weight_decay_list=exempt)  # with 0, timm makes one group
+    if layer_decay == 1.0:
+        groups = param_groups_weight_decay(net.body, 1.0, no_weight_decay_list=exempt)  # with 0, timm makes one group
+    else:
+        groups = param_groups_layer_decay(net.body, 1.0, no_weight_decay_list=exempt, layer_decay=layer_decay)
     return [group | {"weight_decay": weight_decay * group["weight_decay"]} for group in groups]
 
 

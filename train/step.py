@@ -38,7 +38,9 @@ class TrainingStep:
         self.model: Callable[..., Tensor] = net
         self.loss = Loss(config.loss, class_counts, self.device, config.label_smoothing or 0.0)
         self.optimizer = devices.optimizer(
-            models.parameter_groups(net, config.weight_decay or 0.0), config.optimizer or "", config.lr or 0.0
+            models.parameter_groups(net, config.weight_decay or 0.0, config.layer_decay or 1.0),
+            config.optimizer or "",
+            config.lr or 0.0,
         )
         self.precision = precision
         self.scaler = devices.scaler(self.device, precision)
@@ -81,7 +83,7 @@ class TrainingStep:
         share: of the new weights in the average.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)

@@ -62,11 +62,12 @@ class Workspace:
             weights=Path(config.weights) if config.weights else None,
             freeze=config.freeze,
             normalize=config.normalize,
+            drop_path=config.drop_path or 0.0,
         )
         norm = (fresh.head.mean.tolist(), fresh.head.std.tolist())
         ramp = config.start_resolution not in (None, config.resolution)
-        key = (config.model, config.resolution, ramp, config.sync_batch_norm, str(world.device), str(norm))
-        key = (*key, config.memory_format, config.freeze, len(data.manifest.classes))
+        built = (config.model, config.resolution, ramp, config.drop_path, config.sync_batch_norm, config.memory_format)
+        key = (*built, config.freeze, len(data.manifest.classes), str(world.device), str(norm))
         if world.size == 1 and key == self._key and self._net is not None:
             self._net.load_state_dict(fresh.state_dict())
             self._net.decisions = fresh.decisions

@@ -72,6 +72,8 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"colour_jitter": 1.0}, "--colour-jitter 1.0"),
         ({"erasing": 1.5}, "--erasing 1.5 is outside 0 to 1"),
         ({"mixup": -0.1}, "--mixup -0.1"),
+        ({"drop_path": 1.0}, "--drop-path 1.0"),
+        ({"layer_decay": 0.0}, "--layer-decay 0.0 is outside 0.01 to 1"),
         ({"eval_crop": 1.5}, "--eval-crop 1.5"),
         ({"pretrained": True, "weights": "w.pt"}, "exclude"),
         ({"start_resolution": 100}, "steps of 32"),

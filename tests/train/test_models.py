@@ -187,3 +187,25 @@ def test_cost_counts_a_known_network() -> None:
     parameters, flops = models.cost("resnet18", 224, 1000)
     assert parameters == 11_689_512  # torchvision's documentation of resnet18
     assert flops == pytest.approx(2 * 1.814e9, rel=0.01)  # its 1.81 GFLOPS there are multiply-adds
+
+
+def test_stochastic_depth_leaves_out_branches_in_training_alone() -> None:
+    torch.manual_seed(0)
+    net = models.build("test_vit", 32, 7, MEAN, STD, drop_path=0.9)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    colour = torch.eye(3, 4).expand(8, 3, 4)
+    trained = [net.train()(images, colour) for _ in range(2)]
+    tested = [net.eval()(images, colour) for _ in range(2)]
+    assert not torch.equal(*trained)
+    assert torch.equal(*tested)
+
+
+def test_models_without_the_needed_parts_are_refused_by_name() -> None:
+    for name in ("alexnet", "vgg11"):
+        with pytest.raises(UsageError, match=f"--drop-path: {name} cannot leave out residual branches"):
+            models.check_layers(name, 0.1, None)
+    with pytest.raises(UsageError, match="--layer-decay: the layers of alexnet have no known order"):
+        models.check_layers("alexnet", 0.0, 0.75)
+    for name in ("resnet18", "vit_b16", "mixer_b16"):
+        models.check_layers(name, 0.1, 0.75)
+    models.check_layers("alexnet", 0.0, 1.0)

@@ -84,6 +84,22 @@ def test_muon_makes_the_updates_of_matrices_orthogonal_and_as_large_as_adamws(mo
     assert matrices > 5
 
 
+def test_layers_learn_the_more_the_later_they_come() -> None:
+    """Against SGD's own update: the rate of each layer, from the patches to the classifier."""
+    for decay in (1.0, 0.5):
+        step = step_of(config(model="test_vit", optimizer="sgd-nesterov", lr=0.1, weight_decay=0.0, layer_decay=decay))
+        before = {name: weight.detach().clone() for name, weight in step.net.named_parameters()}
+        step.clip = None
+        step.backward(*example(8, 32, CPU))
+        gradients = {name: weight.grad.clone() for name, weight in step.net.named_parameters()}  # type: ignore[union-attr]
+        step.update(0.1)
+        blocks = len(step.net.body.blocks)  # type: ignore[arg-type]
+        last = f"body.blocks.{blocks - 1}.mlp.fc1.weight"
+        for name, layers in (("body.head.weight", 0), (last, 1), ("body.patch_embed.proj.bias", blocks + 1)):
+            moved = step.net.get_parameter(name) - before[name]
+            torch.testing.assert_close(moved, -0.1 * decay**layers * 1.9 * gradients[name], rtol=1e-3, atol=1e-7)
+
+
 def test_clipping_shortens_the_gradient_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer, *_: norms.append(norm(optimizer)))

@@ -37,7 +37,8 @@ def check_settings(names: Sequence[str], base: Config) -> None:
     """Refuse settings that would make every cell fail, before anything is written.
 
     Raises UsageError for an unknown model, an impossible resolution, too small a batch, an optimizer without its
-    learning rate, a missing device or a precision that it does not support, DataError for weights that cannot be read.
+    learning rate, an option for parts that a model lacks, a missing device or a precision that it does not support,
+    DataError for weights that cannot be read.
     """
     from train import device as devices
     from train import models
@@ -47,7 +48,9 @@ def check_settings(names: Sequence[str], base: Config) -> None:
     for name in names:
         models.check_resolution(name, base.resolution, base.start_resolution)
         family = models.family(name)
-        check_batch(resolved(replace(base, model=name), family), family)
+        config = resolved(replace(base, model=name), family)
+        check_batch(config, family)
+        models.check_layers(name, config.drop_path, config.layer_decay)
     # `auto` always fits; asking for it would start CUDA here, which takes memory of the GPU until the study ends.
     if base.device not in ("auto", "cpu") or base.precision not in ("auto", "fp32"):
         devices.precision(devices.choose(base.device), base.precision)

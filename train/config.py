@@ -14,7 +14,7 @@ OPTIMIZERS = ("sgd-nesterov", "adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 TTA = {"none": 1, "flips": 4, "symmetries": 8}
 """How many views of an image are averaged when it is tested, by name."""
-LOSSES = ("logit-adjusted", "class-weighted", "plain")
+LOSSES = ("logit-adjusted", "class-weighted", "plain", "focal")
 NORMALIZE = ("auto", "data", "imagenet", "half")
 MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -209,7 +209,7 @@ class Config:
     )
     loss: str = _option(
         "logit-adjusted",
-        "Cross-entropy: {choices}. Only plain keeps the frequencies of the training images.",
+        "Cross-entropy: {choices}. Only plain and focal keep the frequencies of the training images.",
         choices=LOSSES,
     )
     label_smoothing: float | None = _option(

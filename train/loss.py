@@ -8,16 +8,17 @@ from torch import Tensor
 
 from train.mixing import partners
 
-LOGITS_PRIOR = {"logit-adjusted": "balanced", "class-weighted": "balanced", "plain": "training"}
+LOGITS_PRIOR = {"logit-adjusted": "balanced", "class-weighted": "balanced", "plain": "training", "focal": "training"}
 """Loss → the class prior that the logits of a model trained with it are for (`train/metrics/calibration.py`)."""
 
 
 class Loss:
-    """Cross-entropy in one of three forms, with or without label smoothing (Szegedy et al. 2016, arXiv:1512.00567).
+    """Cross-entropy in one of four forms, with or without label smoothing (Szegedy et al. 2016, arXiv:1512.00567).
 
     `logit-adjusted`: the log of the training prior is added to the logits during training (Menon et al. 2021,
     "Long-tail learning via logit adjustment", ICLR, τ = 1), so that the logits alone estimate the balanced posterior.
     `class-weighted`: each sample's weight is inversely proportional to the size of its class. `plain`: neither.
+    `focal`: each sample's loss times (1 − p)², p the probability of its class (Lin et al. 2017, arXiv:1708.02002).
     Smoothing is PyTorch's, except that a class without images has no share of a target.
     """
 
@@ -28,6 +29,7 @@ class Loss:
         """
         present = torch.tensor(counts, dtype=torch.float64)
         self.weighted = kind == "class-weighted"
+        self._focal = kind == "focal"
         self._smoothing = smoothing
         self._shift = self._weights = None
         if kind == "logit-adjusted":
@@ -49,11 +51,21 @@ class Loss:
         """
         if self._shift is not None:
             logits = logits + self._shift
-        each = functools.partial(F.cross_entropy, logits, weight=self._weights, label_smoothing=self._smoothing)
         weights = self._weights if self.weighted else None
         if own is None:
-            return each(labels, reduction="sum"), None if weights is None else weights[labels].sum()
+            return self._of(logits, labels, "sum"), None if weights is None else weights[labels].sum()
         others = partners(labels)
-        total = torch.lerp(each(others, reduction="none"), each(labels, reduction="none"), own)
+        total = torch.lerp(self._of(logits, others, "none"), self._of(logits, labels, "none"), own)
         weight = None if weights is None else torch.lerp(weights[others], weights[labels], own).sum()
         return total.sum(), weight
+
+    def _of(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """The loss of the samples: () with the reduction `sum`, (N,) with `none`."""
+        entropy = functools.partial(
+            F.cross_entropy, logits, labels, weight=self._weights, label_smoothing=self._smoothing
+        )
+        if not self._focal:
+            return entropy(reduction=reduction)
+        missed = 1 - logits.softmax(1).gather(1, labels[:, None])[:, 0]
+        losses = missed.square() * entropy(reduction="none")
+        return losses.sum() if reduction == "sum" else losses

@@ -54,7 +54,7 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"batch_size": 0}, "--batch-size 0"),
         ({"seed": -1}, "--seed -1"),
         ({"threads": 0}, "--threads 0 is under 1"),
-        ({"loss": "focal"}, "logit-adjusted"),
+        ({"loss": "hinge"}, "logit-adjusted, class-weighted, plain, focal"),
         ({"precision": "fp8"}, "bf16"),
         ({"compile": "yes"}, "auto, on, off"),
         ({"engine": "pil"}, "native"),

@@ -15,7 +15,7 @@ from shards.engines.resident import gather
 from shards.loader import Tables
 from tests.support.train_runs import small
 from train import models
-from train.config import resolved
+from train.config import LOSSES, resolved
 from train.graphed import GraphedStep, Pass
 from train.loss import Loss
 from train.models import MODELS, Classifier
@@ -54,7 +54,7 @@ def test_forward_and_loss_stay_on_cuda(name: str) -> None:
         logits = on_cuda(net, images, colour, mix)
         assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", torch.float32, (4, 7))
         losses = torch.zeros(50, device="cuda")
-        for kind in ("logit-adjusted", "class-weighted", "plain"):
+        for kind in LOSSES:
             total, weight = Loss(kind, COUNTS, torch.device("cuda"), 0.1)(logits, labels, mix[:, 9])
             share = total / (4 if weight is None else weight)
             losses[7] = share.detach()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.support.train_runs import small, step_of
 from train.compiling import example
-from train.config import Config
+from train.config import LOSSES, Config
 from train.distributed import World
 from train.loss import Loss
 from train.step import TrainingStep, leaving_no_trace
@@ -144,7 +144,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_weights_and_loss_in_float32() -
     torch.testing.assert_close(seen[1], seen[3], rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "logit-adjusted", "class-weighted"])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_the_loss_is_the_mean_over_the_global_batch(kind: str) -> None:
     """Two slices, as of two processes, add up to the loss of the whole batch; class weights divide by their sum."""
     batch = example(8, 32, CPU)
@@ -213,13 +213,15 @@ def mean(loss: Loss, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return total / (len(labels) if weight is None else weight)
 
 
-def test_the_three_losses_against_their_definitions() -> None:
+def test_the_losses_against_their_definitions() -> None:
     logits, labels = logits_and_labels()
     torch.testing.assert_close(mean(Loss("plain", COUNTS, CPU), logits, labels), F.cross_entropy(logits, labels))
     adjusted = -((logits + prior().float().log()).softmax(1)[range(12), labels]).log().mean()
     torch.testing.assert_close(mean(Loss("logit-adjusted", COUNTS, CPU), logits, labels), adjusted)
     weighted = F.cross_entropy(logits, labels, weight=1 / prior().float())
     torch.testing.assert_close(mean(Loss("class-weighted", COUNTS, CPU), logits, labels), weighted)
+    p = logits.softmax(1)[range(12), labels]
+    torch.testing.assert_close(mean(Loss("focal", COUNTS, CPU), logits, labels), -((1 - p) ** 2 * p.log()).mean())
 
 
 def test_a_smoothed_target_is_shared_by_the_classes_that_have_images() -> None:
@@ -237,7 +239,7 @@ def test_a_smoothed_target_is_shared_by_the_classes_that_have_images() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("kind", ["plain", "logit-adjusted", "class-weighted"])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_a_class_without_images_does_no_harm(kind: str, smoothing: float) -> None:
     logits, labels = logits_and_labels()
     logits.requires_grad_()

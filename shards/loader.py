@@ -21,7 +21,16 @@ from shards.engines import Draw, Request
 from shards.engines.choose import make_engine
 from shards.kernels.load import compiled
 from shards.kernels.workers import Source
-from shards.order import SHORT, batch_count, check_seed, epoch_order, evaluation_order, rank_slice
+from shards.order import (
+    SAMPLERS,
+    SHORT,
+    balanced_order,
+    batch_count,
+    check_seed,
+    epoch_order,
+    evaluation_order,
+    rank_slice,
+)
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 
 if TYPE_CHECKING:
@@ -144,6 +153,7 @@ class Loader(IterableDataset[Batch]):
         threads: int | None = None,
         prefetch: int | None = None,
         augment: Augment | None = None,
+        sampler: str = "uniform",
         pool: "EnginePool | None" = None,
     ) -> None:
         """Set up. Nothing is read before the first batch.
@@ -151,10 +161,13 @@ class Loader(IterableDataset[Batch]):
         batch_size: of the global batch, which `world_size` ranks share. resolution: side of the images in px. engine:
         `auto`, `native`, `dali` or `resident`. rank, world_size: default, those of torch.distributed when a pass
         begins, or 0 and 1 if it is not initialised. threads: at most the cores this process may
-        use, which is the default. prefetch: batches loaded ahead; default, 256 samples in 2 to 4 batches. pool: keeps
-        engines that take long to build for later loaders. Raises UsageError for a value outside its range, naming the
-        limit.
+        use, which is the default. sampler: `uniform`, each sample once in an epoch, or `balanced`, each class equally
+        often: samples of small classes come again, with another crop, turn and colour each time. prefetch: batches
+        loaded ahead; default, 256 samples in 2 to 4 batches. pool: keeps engines that take long to build for later
+        loaders. Raises UsageError for a value outside its range, naming the limit.
         """
+        if sampler not in SAMPLERS:
+            raise UsageError(f"sampler '{sampler}' is unknown: use one of {', '.join(SAMPLERS)}")
         if batch_size < 1:
             raise UsageError(f"batch size {batch_size} is below 1")
         if train and batch_size > len(selection):
@@ -174,7 +187,7 @@ class Loader(IterableDataset[Batch]):
         self._options = {"engine": engine, "threads": threads, "prefetch": prefetch, "resolution": resolution}
         self.selection, self.batch_size, self.resolution, self.train = selection, batch_size, resolution, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.augment = augment or Augment()
+        self.augment, self.sampler = augment or Augment(), sampler
         self.device = torch.device(device)
         self.epoch = 0
         self._part()  # checks them
@@ -206,12 +219,17 @@ class Loader(IterableDataset[Batch]):
         self.resolution = resolution
 
     def plan(self, epoch: int | None = None) -> tuple[np.ndarray, Plan]:
-        """The order of an epoch (default: the current one) as (N,) int64 positions in the selection, and their plan."""
+        """The order of an epoch (default: the current one) as (N,) int64 positions in the selection, and their plan.
+
+        With the sampler `balanced`, the plan is that of each sample's first time in the epoch.
+        """
         if not self.train:
             return np.arange(len(self.selection)), evaluation_plan(self._heights, self._widths, self.augment)
         number = self.epoch if epoch is None else epoch
         samples = self.selection.samples
         plan = training_plan(self.seed, number, samples, self._heights, self._widths, self.augment)
+        if self._balanced:
+            return balanced_order(self.selection.labels, self.seed, number)[0], plan
         return epoch_order(len(samples), self.seed, number), plan
 
     def _part(self) -> slice:
@@ -313,7 +331,7 @@ class Loader(IterableDataset[Batch]):
         """Start the engine at batch `start` of the current epoch; in training it continues with the next epochs."""
         epoch, part = self.epoch, self._part()
         native: Any = self._engine
-        if self.engine_name == "native" and native.draws:
+        if self.engine_name == "native" and native.draws and not self._balanced:
             data = self.selection
             source = Source(data.samples, data.labels, self.augment, self.seed, self.train)
             batches = native.draw(source, self._draws(epoch, start, part), part.stop - part.start, self.resolution)
@@ -325,7 +343,7 @@ class Loader(IterableDataset[Batch]):
     def _draws(self, epoch: int, start: int, part: slice) -> Iterator[Draw]:
         """A rank's parts of the global batches from `start` on, to be planned; in training they never end."""
         for number in itertools.count(epoch):
-            order, counts = self._order(number)
+            order, counts, _ = self._order(number)
             address = order.ctypes.data
             for first in range(start * self.batch_size, len(order), self.batch_size):
                 begin, end = first + part.start, first + part.stop
@@ -357,26 +375,29 @@ class Loader(IterableDataset[Batch]):
         samples, labels, n = self.selection.samples, self.selection.labels, part.stop - part.start
         together = max(1, _TOGETHER // n) * self.batch_size
         for number in itertools.count(epoch):
-            order, counts = self._order(number)
-            for first in range(start * self.batch_size, len(order), together):
+            order = self._order(number)
+            for first in range(start * self.batch_size, len(order[0]), together):
                 block = slice(first, first + together)
-                positions, mask = (
-                    values[block].reshape(-1, self.batch_size)[:, part].ravel() for values in (order, counts)
+                positions, mask, before = (
+                    values[block].reshape(-1, self.batch_size)[:, part].ravel() for values in order
                 )
-                yield _Block(n, samples[positions], labels[positions], self._plan(number, positions), mask)
+                yield _Block(n, samples[positions], labels[positions], self._plan(number, positions, before), mask)
             if not self.train:
                 return
             start = 0
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The positions of an epoch's global batches, one after the other, and which of them count.
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The positions of an epoch's global batches, one after the other; which of them count; how often each came.
 
         A long order is computed on a thread while the epoch before it is loaded.
         """
         length = len(self.selection)
+        before = np.zeros(len(self) * self.batch_size, np.int64)
         if not self.train:
-            return evaluation_order(length, self.batch_size)
-        if length < SHORT:
+            return *evaluation_order(length, self.batch_size), before
+        if self._balanced:
+            order, before = balanced_order(self.selection.labels, self.seed, epoch)
+        elif length < SHORT:
             order = epoch_order(length, self.seed, epoch)
         else:
             coming, this = self._coming, (os.getpid(), epoch)
@@ -388,18 +409,25 @@ class Loader(IterableDataset[Batch]):
             self._coming = (os.getpid(), epoch + 1), thread.submit(_order_ahead, length, self.seed, epoch + 1)
             thread.shutdown(wait=False)  # it ends with this order
         whole = len(self) * self.batch_size
-        return order[:whole], np.ones(whole, bool)
+        return order[:whole], np.ones(whole, bool), before[:whole]
 
-    def _plan(self, epoch: int, positions: np.ndarray) -> Plan:
-        """What is done to the samples at some positions."""
+    @property
+    def _balanced(self) -> bool:
+        return self.train and self.sampler == "balanced"
+
+    def _plan(self, epoch: int, positions: np.ndarray, before: np.ndarray) -> Plan:
+        """What is done to the samples at some positions. before: how often each came in the epoch until then."""
         heights, widths = self._heights[positions], self._widths[positions]
         if not self.train:
             return evaluation_plan(heights, widths, self.augment)
-        if compiled() is None:  # NumPy takes as long for a batch as for thousands of samples
+        samples = self.selection.samples[positions]
+        if self._balanced:
+            samples = samples + before * len(self.selection.data)  # a sample has a plan for each time that it comes
+        elif compiled() is None:  # NumPy takes as long for a batch as for thousands of samples
             if self._whole is None or self._whole[0] != epoch:
                 self._whole = epoch, self.plan(epoch)[1]
             return self._whole[1][positions]
-        return training_plan(self.seed, epoch, self.selection.samples[positions], heights, widths, self.augment)
+        return training_plan(self.seed, epoch, samples, heights, widths, self.augment)
 
     def _identity(self) -> dict[str, Any]:
         """The settings that a saved position depends on, or what is computed from the batches after it.
@@ -412,6 +440,7 @@ class Loader(IterableDataset[Batch]):
             "seed": self.seed,
             "batch_size": self.batch_size,
             "train": self.train,
+            "sampler": self.sampler,
             "resolution": self._options["resolution"],
             **{f"augment_{name}": str(value) for name, value in asdict(self.augment).items()},
         }
@@ -431,6 +460,7 @@ class Loader(IterableDataset[Batch]):
         """
         if state.get("version") != 1:
             raise UsageError(f"loader state version {state.get('version')}, and this release reads version 1")
+        state = {"sampler": "uniform"} | state  # what older releases had
         named = {k: v for k, v in self._identity().items() if k in state or k in _ALWAYS}
         different = [f"{k} {state.get(k)} → {v}" for k, v in named.items() if state.get(k) != v]
         if different:
@@ -452,6 +482,7 @@ class Loader(IterableDataset[Batch]):
             "rank": self.rank,
             "world_size": self.world_size,
             "augment": self.augment,
+            "sampler": self.sampler,
         }
         return _reopened, (settings, self.state_dict(), self.resolution)
 

@@ -9,7 +9,9 @@ import numpy as np
 from shards.common.errors import UsageError
 from shards.kernels.load import compiled, holding_the_lock
 
-_STREAM = 1  # the last word of Philox's counter; plan.py uses another, so the two share no numbers
+_STREAM, _BALANCED = 1, 4  # the last word of Philox's counter; plan.py has 2, train/mixing.py 3: no number is shared
+
+SAMPLERS = ("uniform", "balanced")
 
 SHORT = 1 << 16
 """Samples that are sorted in about two milliseconds."""
@@ -37,6 +39,28 @@ def numpy_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """`epoch_order` in NumPy, the same permutation: used if there is no compiled library, and as its test."""
     keys = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, _STREAM]).random_raw(count)
     return np.argsort(keys, kind="stable")
+
+
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) int64 positions, in which each class comes equally often, within one; and how often each came before.
+
+    labels: (N,) classes of the samples. A class's samples are taken in turn, each time round in another order, so a
+    large class has its turn over several epochs. It depends on (labels, seed, epoch) alone.
+    """
+    check_seed(seed, epoch)
+    classes, sizes = np.unique(labels, return_counts=True)
+    number = len(classes)
+    shares = len(labels) // number + ((np.arange(number) + epoch) % number < len(labels) % number)
+    rounds = -(-shares // sizes)
+    keys = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, _BALANCED]).random_raw(int(rounds @ sizes))
+    positions, before = [], []
+    parts = np.split(keys, np.cumsum(rounds * sizes)[:-1])
+    for one, share, times, own in zip(classes, shares, rounds, parts, strict=True):
+        turns = np.argsort(own.reshape(times, -1), axis=1, kind="stable") if times else np.empty((0, 1), np.int64)
+        positions.append(np.flatnonzero(labels == one)[turns].ravel()[:share])
+        before.append(np.repeat(np.arange(times), turns.shape[1])[:share])
+    order = epoch_order(len(labels), seed, epoch)
+    return np.concatenate(positions)[order], np.concatenate(before)[order]
 
 
 def batch_count(count: int, batch_size: int, train: bool) -> int:

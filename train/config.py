@@ -14,6 +14,7 @@ OPTIMIZERS = ("sgd-nesterov", "adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 TTA = {"none": 1, "flips": 4, "symmetries": 8}
 """How many views of an image are averaged when it is tested, by name."""
+SAMPLERS = ("uniform", "balanced")
 LOSSES = ("logit-adjusted", "class-weighted", "plain", "focal")
 NORMALIZE = ("auto", "data", "imagenet", "half")
 MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
@@ -53,6 +54,7 @@ class Recipe:
     cutmix: float = 0.0
     drop_path: float = 0.0
     layer_decay: float = 1.0
+    sampler: str = "uniform"
 
 
 RECIPES = {
@@ -139,6 +141,13 @@ class Config:
     )
     symmetries: bool = _option(
         True, "Turn and mirror each training image in one of the eight ways of a square. Costs no time."
+    )
+    sampler: str | None = _option(
+        None,
+        "Order of the training images: {choices}. balanced: each class comes equally often, so images of small classes "
+        "are repeated and a large class needs several epochs. The time stays the same.",
+        choices=SAMPLERS,
+        shown="by model",
     )
     erasing: float | None = _option(
         None,
@@ -417,6 +426,7 @@ ADDED = {
     "eval_crop": 0.875,
     "drop_path": 0.0,
     "layer_decay": 1.0,
+    "sampler": "uniform",
     "tta": "none",
 }
 """Fields that the files of older releases lack, and the values that these releases used."""

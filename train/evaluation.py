@@ -93,7 +93,8 @@ def finish(
     can repeat them.
     """
     began = time.perf_counter()
-    config, prior, classes = run.config, LOGITS_PRIOR[run.config.loss], run.data.manifest.classes
+    config, classes = run.config, run.data.manifest.classes
+    prior = "balanced" if config.sampler == "balanced" else LOGITS_PRIOR[config.loss]
     evaluated = [run.selections[split] for split in logits]
     val, test = run.selections.get("val"), run.selections["test"]
     lesions = {"val": 0} | {split: _lesions(selection) for split, selection in run.selections.items()}

@@ -140,7 +140,8 @@ def prepare(
     precision = earlier.get("precision") or devices.precision(device, config.precision)
     net = workspace.network(config, data, world)
     counts = torch.from_numpy(selections["train"].labels).bincount(minlength=len(data.manifest.classes)).tolist()
-    step = TrainingStep(net, config, counts, precision.value)
+    drawn = [min(count, 1) for count in counts] if config.sampler == "balanced" else counts
+    step = TrainingStep(net, config, drawn, precision.value)
     loaders: dict[str, Loader] = {}
 
     def choose_engine() -> Decision:
@@ -162,6 +163,7 @@ def prepare(
             rank=world.rank,
             world_size=world.size,
             augment=augment_of(config),
+            sampler=config.sampler if split == "train" and config.sampler else "uniform",
             pool=workspace.engines,
         )
         stack.callback(loaders[split].close)

@@ -3,6 +3,7 @@
 import gc
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -137,6 +138,51 @@ def test_a_state_at_the_end_of_an_evaluation_starts_the_next_one(tiny_shards):
     assert everything and [b.samples.tolist() for b in resumed] == everything
 
 
+def balanced(tiny_shards, **more):
+    """Of a selection in which some classes have one sample."""
+    selection = ShardSet(tiny_shards).select("train")
+    _, first = np.unique(selection.labels, return_index=True)
+    kept = np.union1d(first, np.flatnonzero(selection.labels >= 4))
+    return Loader(
+        replace(selection, samples=selection.samples[kept]),
+        batch_size=8,
+        resolution=32,
+        seed=1,
+        sampler="balanced",
+        **more,
+    )
+
+
+def test_a_balanced_epoch_repeats_samples_in_other_crops(tiny_shards):
+    labels, seen = [], {}
+    for batch in balanced(tiny_shards):
+        labels += batch.labels.tolist()
+        for sample, image in zip(batch.samples.tolist(), batch.images.numpy().copy(), strict=True):
+            seen.setdefault(sample, []).append(image.tobytes())
+    counts = np.bincount(labels)
+    assert np.ptp(counts[counts > 0]) <= 8  # the last, incomplete batch is dropped
+    assert max(map(len, seen.values())) > 2
+    assert all(len(set(images)) == len(images) for images in seen.values())
+
+
+@pytest.mark.parametrize("engine", ["native", "resident", "dali"])
+def test_a_balanced_epoch_is_the_same_for_engines_processes_and_restarts(tiny_shards, engine):
+    expected = batches(balanced(tiny_shards))
+    ranks = [batches(balanced(tiny_shards, engine=engine, rank=rank, world_size=2)) for rank in range(2)]
+    assert len(expected) == len(ranks[0]) > 2
+    for whole, *parts in zip(expected, *ranks, strict=True):
+        assert torch.equal(whole.samples, torch.cat([part.samples for part in parts]))
+        images = torch.cat([part.images for part in parts])
+        assert (whole.images.int() - images.int()).abs().max() <= (1 if engine == "dali" else 0)
+    loader = balanced(tiny_shards, engine=engine)
+    passes = iter(loader)
+    next(passes)
+    resumed = balanced(tiny_shards, engine=engine)
+    resumed.load_state_dict(loader.state_dict())
+    for whole, batch in zip(expected[1:], resumed, strict=True):
+        assert torch.equal(whole.samples, batch.samples) and torch.equal(whole.colour, batch.colour)
+
+
 def test_a_state_of_another_loader_is_refused_by_name(tiny_shards):
     data = ShardSet(tiny_shards)
     state = Loader(data.select("train"), batch_size=8, seed=1).state_dict()
@@ -148,6 +194,12 @@ def test_a_state_of_another_loader_is_refused_by_name(tiny_shards):
         Loader(data.select("train"), batch_size=8, seed=1, resolution=192).load_state_dict(state)
     with pytest.raises(UsageError, match=r"augment_hue 0\.02 → 0\.1; go on"):
         Loader(data.select("train"), batch_size=8, seed=1, augment=Augment(hue=0.1)).load_state_dict(state)
+    del state["sampler"]  # as in older releases
+    with pytest.raises(UsageError, match="sampler uniform → balanced"):
+        Loader(data.select("train"), batch_size=8, seed=1, sampler="balanced").load_state_dict(state)
+    Loader(data.select("train"), batch_size=8, seed=1).load_state_dict(state)
+    with pytest.raises(UsageError, match="sampler 'rare' is unknown: use one of uniform, balanced"):
+        Loader(data.select("train"), batch_size=8, sampler="rare")
     with pytest.raises(UsageError, match="version"):
         Loader(data.select("train"), batch_size=8).load_state_dict({"version": 9})
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shards.common.errors import UsageError
 from shards.kernels.load import compiled
-from shards.order import batch_count, epoch_order, evaluation_order, numpy_order, rank_slice
+from shards.order import balanced_order, batch_count, epoch_order, evaluation_order, numpy_order, rank_slice
 
 
 @given(st.integers(1, 500), st.integers(0, 2**63 - 1), st.integers(0, 1000))
@@ -25,6 +25,30 @@ def test_the_order_is_written_down():
     # The stream of numpy's Philox is promised to stay: a change here would make old runs irreproducible.
     assert epoch_order(8, 0, 0).tolist() == [7, 4, 2, 6, 5, 0, 1, 3]
     assert epoch_order(8, 1, 5).tolist() == [2, 1, 6, 3, 0, 7, 5, 4]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=300), st.integers(0, 2**63 - 1), st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_the_balanced_order_has_each_class_equally_often(classes, seed, epoch):
+    labels = np.array(classes)
+    positions, before = balanced_order(labels, seed, epoch)
+    assert len(positions) == len(before) == len(labels)
+    drawn = np.bincount(labels[positions], minlength=10)[np.unique(labels)]
+    assert drawn.max() - drawn.min() <= 1
+    times = np.bincount(positions, minlength=len(labels))
+    for one in np.unique(labels):  # the samples of a class come equally often, within one
+        assert np.ptp(times[labels == one]) <= 1
+    for position in np.unique(positions):
+        assert sorted(before[positions == position]) == list(range(times[position]))
+
+
+def test_the_balanced_order_is_written_down_and_new_in_each_epoch():
+    labels = np.array([0, 0, 0, 0, 0, 0, 1, 2])
+    assert balanced_order(labels, 0, 0)[0].tolist() == [7, 6, 2, 7, 6, 5, 4, 6]
+    orders = [balanced_order(labels, seed, epoch)[0].tobytes() for seed in range(5) for epoch in range(5)]
+    assert len(set(orders)) > 20
+    seen = {int(p) for epoch in range(20) for p in balanced_order(labels, 0, epoch)[0]}
+    assert seen == set(range(8))
 
 
 def test_positions_are_spread_evenly():

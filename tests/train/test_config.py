@@ -8,12 +8,13 @@ from typing import get_args
 
 import pytest
 
-from shards import Augment
+from shards import Augment, order
 from shards.common.errors import DataError, UsageError
 from train import grid, leakage, run
 from train.config import (
     ADDED,
     RECIPES,
+    SAMPLERS,
     Config,
     differences,
     learning_rate,
@@ -74,6 +75,7 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"mixup": -0.1}, "--mixup -0.1"),
         ({"drop_path": 1.0}, "--drop-path 1.0"),
         ({"layer_decay": 0.0}, "--layer-decay 0.0 is outside 0.01 to 1"),
+        ({"sampler": "rare"}, "uniform, balanced"),
         ({"eval_crop": 1.5}, "--eval-crop 1.5"),
         ({"pretrained": True, "weights": "w.pt"}, "exclude"),
         ({"start_resolution": 100}, "steps of 32"),
@@ -83,6 +85,10 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
 def test_impossible_values_are_refused_by_name(changes: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Config(model="resnet18", **changes)
+
+
+def test_the_loader_knows_the_samplers_of_the_options() -> None:
+    assert SAMPLERS == order.SAMPLERS
 
 
 def test_recipes_by_family_and_what_is_given_stays() -> None:

@@ -90,13 +90,15 @@ def test_the_options_of_augmentation_reach_training_evaluation_and_prediction(
 
 
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
-def test_erased_and_mixed_images_are_the_same_with_every_engine(
+def test_order_erasing_and_mixing_are_the_same_with_every_engine(
     tiny_shards: Path, whole: Path, tmp_path: Path, compiled: str
 ) -> None:
-    config = small(tiny_shards, erasing=0.5, mixup=0.4, cutmix=1.0, compile=compiled)
+    changes = {"sampler": "balanced", "loss": "plain", "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0}
+    config = small(tiny_shards, compile=compiled, **changes)
     for engine in ("native", "resident"):
         train_once(replace(config, engine=engine), tmp_path / engine)
     assert_same_run(tmp_path / "native", tmp_path / "resident")
+    assert read_about(tmp_path / "native").prior == "balanced"  # as the order was
     assert losses(tmp_path / "native") != losses(whole)
 
 

@@ -37,7 +37,7 @@ RICH = {"model": "test_vit_relpos", "loss": "class-weighted", "ema": 0.9, "resol
 RICH |= {"drop_path": 0.3, "layer_decay": 0.8}
 """AdamW, dropout, clipping, class weights, averaged weights, stochastic depth, layer decay."""
 MUON = {"optimizer": "muon", "lr": 1e-3, "weight_decay": 0.05, "schedule": "linear", "label_smoothing": 0.1}
-MIXED = {"erasing": 0.5, "mixup": 0.4, "cutmix": 1.0, "resolution": 64, "start_resolution": 32}
+MIXED = {"sampler": "balanced", "erasing": 0.5, "mixup": 0.4, "cutmix": 1.0, "resolution": 64, "start_resolution": 32}
 RAMP = {"resolution": 96, "start_resolution": 32, "ema": 0.5, "precision": "bf16"}
 
 

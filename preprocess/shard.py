@@ -1,10 +1,11 @@
-"""Raw HAM10000 → a packed shard set.
+"""Labelled images → a packed shard set.
 
     python -m preprocess.shard --source data/ham10000 --out data/shards
+    python -m preprocess.shard --source photos --table labels.csv --out data/mine
 
-Reads the official layout, splits by lesion, decodes every image strictly, reduces it to 400 px and writes tar shards of
-64 MiB with an index and a manifest. The same source and settings give the same set byte for byte, with any number of
-workers.
+Finds the layout of HAM10000 and other public sets, or reads any table; splits by lesion, decodes every image strictly,
+reduces it to 400 px and writes tar shards of 64 MiB with an index and a manifest. The same source and settings give the
+same set byte for byte, with any number of workers.
 """
 
 import signal
@@ -61,13 +62,45 @@ class Ratio(click.ParamType):
     "--source",
     type=click.Path(path_type=Path),
     default=Path("data/ham10000"),
-    help="Raw HAM10000 folder. It is only read.",
+    help="Folder of the images: HAM10000, another set whose layout is known, a folder for each class, or any images "
+    "with --table. It is only read.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("data/shards"),
     help="Shard set to write. It must be new, except with --overwrite.",
+)
+@click.option(
+    "--table",
+    "tables",
+    multiple=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Labels of the images: a text file with a row for each image, with any usual separator. Given again, a file "
+    "is joined by the first column that it shares.",
+)
+@click.option(
+    "--image", metavar="COLUMN", show_default="found", help="Names the images, with or without folder and ending."
+)
+@click.option(
+    "--label",
+    metavar="COLUMN,...",
+    show_default="found",
+    help="The class, or a column for each class with 1 in one of them. `a,b,else=c`: rows without a 1 are of class c.",
+)
+@click.option(
+    "--group",
+    metavar="COLUMN,...",
+    show_default="patient or lesion",
+    help="What no split divides. Several columns name it together. none: each image is split on its own.",
+)
+@click.option("--split-column", metavar="COLUMN", help="Says train, val or test of each image, instead of --split.")
+@click.option(
+    "--classes",
+    "classes_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Table with the columns name, long_name and sets (such as malignant): the classes in this order. A label that "
+    "is not in it is a bad image.",
 )
 @click.option(
     "--test-source",
@@ -147,6 +180,12 @@ class Ratio(click.ParamType):
 def main(
     source: Path,
     out: Path,
+    tables: tuple[Path, ...],
+    image: str | None,
+    label: str | None,
+    group: str | None,
+    split_column: str | None,
+    classes_file: Path | None,
     test_source: Path | None,
     shard_mb: int,
     workers: int | None,
@@ -158,16 +197,21 @@ def main(
     overwrite: bool,
     **encode: Any,
 ) -> None:
-    """Pack a raw HAM10000 folder into shards."""
+    """Pack a folder of labelled images into shards."""
     spec = EncodeSpec(**encode)
     if shard_mb < 1:
         raise UsageError(f"--shard-mb {shard_mb}: at least 1")
     given = click.get_current_context().get_parameter_source
-    if split_file is not None and click.core.ParameterSource.COMMANDLINE in (given("split"), given("split_unit")):
-        raise UsageError("--split-file names the split of each image: leave --split and --split-unit out")
+    by_ratio = click.core.ParameterSource.COMMANDLINE in (given("split"), given("split_unit"))
+    named = [name for name, value in (("--split-file", split_file), ("--split-column", split_column)) if value]
+    if named and by_ratio:
+        raise UsageError(f"{named[0]} names the split of each image: leave --split and --split-unit out")
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} exclude each other: choose one")
 
-    from preprocess.ham10000 import read_source
     from preprocess.isic2018 import read_test_source
+    from preprocess.labelled import Columns, read_classes_file
+    from preprocess.layouts import read_folder
     from preprocess.packing import Settings, pack
     from preprocess.records import read_splits, sha256_of
     from shards.place import refuse_occupied
@@ -175,7 +219,11 @@ def main(
     refuse_occupied(out, overwrite)
     assigned = None if split_file is None else read_splits(split_file)
     assigned_from = {} if split_file is None else {"file": split_file.name, "file_sha256": sha256_of(split_file)}
-    raw = read_source(source)
+    columns = Columns(image, _listed(label), _listed(group), split_column)
+    classes = None if classes_file is None else read_classes_file(classes_file)
+    raw, splits, layout = read_folder(source, tables, columns, classes)
+    if splits is not None and assigned is None and not by_ratio:
+        assigned, assigned_from = splits, {"column": raw.about["columns"]["split"]}
     test = read_test_source(test_source) if test_source else None
     for warning in raw.warnings + (test.warnings if test else []):
         _warn(warning)
@@ -200,6 +248,7 @@ def main(
         packed = pack(raw, out, settings, test)
     for warning in packed.warnings:
         _warn(warning)
+    click.echo(f"layout: {layout}; {len(raw.classes)} classes, groups by {' and '.join(raw.group) or 'image'}")
     click.echo(packed.manifest.table())
     if test is not None and test.about["known_missing"]:
         click.echo(f"{', '.join(test.about['known_missing'])}: left out, as the official test archive and scoring do")
@@ -209,6 +258,11 @@ def main(
     images, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
     rate = f"{seconds:.1f} s, {images / seconds:.0f} images/s"
     click.echo(f"{images:,} images packed in {out}, {size:,} bytes, {rate}")
+
+
+def _listed(names: str | None) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(name.strip() for name in names.split(",") if name.strip()) if names else ()
 
 
 def _warn(text: str) -> None:

@@ -131,7 +131,8 @@ def test_lesions_stay_together_and_classes_mix(raw, tmp_path):
 def test_the_table_and_the_summary(raw, tmp_path, command):
     code, out, err = command(shard.main, "--source", raw, "--out", tmp_path / "set", "--workers", 2)
     assert (code, err) == (0, "")
-    lines = out.splitlines()
+    first, *lines = out.splitlines()
+    assert first == "layout: HAM10000; 7 classes, groups by lesion_id"
     assert lines[0].split() == ["class", "train", "val", "test", "all"]
     table = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:]] for line in lines[1:9]}
     assert list(table) == [*HAM10000.names, "all"]

@@ -1,0 +1,428 @@
+"""A folder of images and any table of their labels → records.
+
+The table may have the quirks that `tables.py` reads. Columns are found by their names and contents; where that leaves a
+choice, the error lists the columns and names the option.
+"""
+
+import filecmp
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from sys import intern
+from typing import Any, Protocol
+
+import xxhash
+
+from preprocess.ham10000 import join_same_lesions
+from preprocess.records import SPLIT_NAMES, Record, Source, one_row_each, sha256_of
+from preprocess.tables import PICTURES, SURPLUS, Table, image_key
+from shards.common.errors import DataError, UsageError
+from shards.format import Classes
+
+NONE = "none"
+"""The name of no column: given as the group, it makes each image a group of its own."""
+REST = "else="
+"""What begins the name of the class of those rows that have no 1 in a one-hot table."""
+_LABELS = (
+    "dx", "diagnosis", "diagnostic", "label", "labels", "class", "classid", "classname", "target", "benignmalignant",
+    "category", "lesiontype", "y",
+)  # fmt: skip
+_PATIENTS, _LESIONS = ("patientid", "patient", "subjectid", "pid"), ("lesionid", "lesion", "groupid", "group", "caseid")
+_KNOWN = {
+    "age": ("age", "ageapprox"),
+    "sex": ("sex", "gender"),
+    "localization": ("localization", "anatomsitegeneral", "anatomsitegeneralchallenge", "site", "region"),
+    "dx_type": ("dxtype", "diagnosisconfirmtype"),
+    "dataset": ("dataset", "attribution"),
+}
+"""Columns of the index and what tables call them, without case and punctuation."""
+_UNKNOWN = {"", "unknown", "nan", "none", "null", "na", "n/a", "-"}
+_SETS = {"melanoma": ("mel", "melanoma"), "malignant": ("malignant",)}
+_LOOKED_AT = 500
+_LONGEST_ID = 90
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that a set is made from; None, or an empty tuple, where they are to be found.
+
+    label: one, or one for each class with 1 where the image is of it, and perhaps REST with a name. group: one or
+    several that name a lesion or patient together, or NONE. split: train, val or test of each image.
+    """
+
+    image: str | None = None
+    label: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+    split: str | None = None
+
+
+class Rows(Protocol):
+    """What is read: a `Table`, several joined, or the folders that images lie in."""
+
+    path: Path
+    columns: list[str]
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Line number and values."""
+        ...
+
+
+class Joined:
+    """A table with the columns of others beside it, each by the first column that it shares with those before it."""
+
+    def __init__(self, first: Table, others: Iterable[Table]) -> None:
+        """Read the others. Raises DataError if one shares no column, or has two rows for one value."""
+        self.path, self.columns, self._first = first.path, list(first.columns), first
+        self._found: list[tuple[str, dict[str, dict[str, str]]]] = []
+        for other in others:
+            shared = next((name for name in self.columns if name in other.columns), None)
+            if shared is None:
+                raise DataError(
+                    f"{other.path}: shares no column with {first.path.name} ({', '.join(other.columns)} and "
+                    f"{', '.join(self.columns)}); rename the column that names the image or lesion"
+                )
+            rows: dict[str, dict[str, str]] = {}
+            for line, row in other:
+                key = image_key(row.pop(shared, ""))
+                if rows.setdefault(key, row) != row:
+                    raise DataError(f"{other.path}: line {line}: {shared} '{key}' has another row; remove one")
+            self._found.append((shared, rows))
+            self.columns += [name for name in other.columns if name not in self.columns]
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """The rows of the first table, with the values of the others."""
+        for line, row in self._first:
+            for shared, rows in self._found:
+                row = rows.get(image_key(row.get(shared, "")), {}) | row
+            yield line, row
+
+
+class Folders:
+    """Images in folders named after their classes, below folders train, val and test or not: a row for each image."""
+
+    columns: list[str] = ["image", "label", "split"]  # noqa: RUF012
+
+    def __init__(self, folder: Path, files: Iterable[str]) -> None:
+        """files: paths of images relative to the folder."""
+        self.path = folder
+        self._rows = []
+        for file in files:
+            parts = PurePosixPath(file).parent.parts
+            split = next((SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES), "")
+            label = next((part for part in reversed(parts) if part.lower() not in SPLIT_NAMES), "")
+            self._rows.append({"image": file, "label": label, "split": split})
+        self.classes = {row["label"] for row in self._rows} - {""}
+        self.all_split = all(row["split"] for row in self._rows)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """The rows in the order of the paths."""
+        yield from enumerate(self._rows, 1)
+
+
+class Images:
+    """The picture files in a folder and below it, found by what a table calls them."""
+
+    def __init__(self, folder: Path) -> None:
+        """List the files. Hidden ones, and those of `__MACOSX`, are left out."""
+        self.folder, self.files = folder, list[str]()
+        for place, inside, names in os.walk(folder):
+            inside[:] = sorted(name for name in inside if not name.startswith(".") and name != "__MACOSX")
+            above = Path(place).relative_to(folder)
+            self.files += [
+                (above / name).as_posix()
+                for name in sorted(names)
+                if name.lower().endswith(PICTURES) and not name.startswith(".")
+            ]
+        self.keys: dict[str, list[str]] = {}
+        for file in self.files:
+            self.keys.setdefault(image_key(file), []).append(file)
+        self.ids = _image_ids(self.files)
+
+    def find(self, cell: str) -> str:
+        """The file that a cell names, with or without folders and ending. Raises ValueError with the reason."""
+        found = self.keys.get(image_key(cell), [])
+        if not found:
+            raise ValueError(f"image '{cell}' has no file in the source")
+        if len(found) > 1:
+            parts = _parts(cell)
+            alike = {file: _alike(parts, _parts(file)) for file in found}
+            found = [file for file in found if alike[file] == max(alike.values())]
+        differing = [f for f in found[1:] if not filecmp.cmp(self.folder / found[0], self.folder / f, shallow=False)]
+        if differing:
+            raise ValueError(f"image '{cell}' may be {found[0]} or {differing[0]}, which differ")
+        return found[0]
+
+
+def _parts(path: str) -> list[str]:
+    return path.replace("\\", "/").split("/")[::-1]
+
+
+def _alike(one: list[str], other: list[str]) -> tuple[int, bool]:
+    """How many folders two paths share, from the image up, and whether the image's name is written alike."""
+    same = 0
+    for mine, theirs in zip(one[1:], other[1:], strict=False):
+        if mine.casefold() != theirs.casefold():
+            break
+        same += 1
+    return same, one[0] == other[0]
+
+
+def _image_ids(files: list[str]) -> dict[str, str]:
+    """file → image_id: its name without ending, with its folders where two images have one name.
+
+    Characters that a webdataset key cannot have become `_`. Where that leaves two equal names, or too long ones, a hash
+    of the path is added.
+    """
+
+    def clean(path: str) -> str:
+        return re.sub(r"[^!-~]|[./\\]", "_", path.rpartition(".")[0])
+
+    ids = {file: clean(PurePosixPath(file).name) for file in files}
+    for shorten in (clean, lambda file: f"{clean(file)[: _LONGEST_ID - 17]}-{xxhash.xxh3_64_hexdigest(file.encode())}"):
+        counts = Counter(name.casefold() for name in ids.values())
+        for file, name in ids.items():
+            if counts[name.casefold()] > 1 or len(name) > _LONGEST_ID:
+                ids[file] = shorten(file)
+    return ids
+
+
+# ------------------------------------------------------------------ which columns
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _named(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The columns with one of the names, without case and punctuation."""
+    return [column for name in names for column in columns if _plain(column) == name]
+
+
+def find_columns(rows: Rows, given: Columns, images: Images) -> Columns:
+    """The columns of a set, found where they are not given. Raises DataError or UsageError that lists the choices."""
+    there = f"{rows.path} has the columns {', '.join(rows.columns)}"
+    if given.label and all(name.startswith(REST) for name in given.label):
+        raise UsageError(f"--label {','.join(given.label)}: name the columns of the other classes before it")
+    asked = [given.image, *given.label, *given.group, given.split]
+    if missing := [n for n in asked if n and n not in rows.columns and not n.startswith(REST) and n != NONE]:
+        raise UsageError(f"{missing[0]}: no such column; {there}")
+    image = given.image or _image_column(rows, images)
+    label = given.label
+    if not label:
+        named = _named(rows.columns, _LABELS)
+        label = (named[0],) if len(named) == 1 else ()
+        if len(named) > 1:
+            raise UsageError(f"{rows.path}: the label may be {' or '.join(named)}; name one with --label")
+        label = label or _one_hot_columns(rows)
+        if not label:
+            raise UsageError(f"{there}, and none is clearly the label; name it with --label, or one column a class")
+    group = given.group or tuple(_named(rows.columns, _PATIENTS)[:1] or _named(rows.columns, _LESIONS)[:1]) or (NONE,)
+    return Columns(image, label, group, given.split)
+
+
+def _image_column(rows: Rows, images: Images) -> str:
+    """The column that names the most images in the first rows."""
+    hits = dict.fromkeys(rows.columns, 0)
+    shown: dict[str, str] = {}
+    for _, row in islice(rows, _LOOKED_AT):
+        for name in hits:
+            hits[name] += image_key(row.get(name, "")) in images.keys
+        shown = shown or row
+    best = max(hits, key=lambda name: hits[name])
+    if not hits[best]:
+        first = ", ".join(f"{name} '{shown[name]}'" for name in list(shown)[:4])
+        raise DataError(
+            f"{rows.path}: no column names the images in {images.folder} (first row: {first}; first of "
+            f"{len(images.files):,} images: {images.files[0]}); give their folder with --source, or --image"
+        )
+    return best
+
+
+def _one_hot_columns(rows: Rows) -> tuple[str, ...]:
+    """The columns of which exactly one is 1 in every row; empty if there are none."""
+    columns, marked = list(rows.columns), Counter[str]()
+    for _, row in rows:
+        columns = [name for name in columns if label_text(row.get(name, "")) in _FLAGS]
+        marked.update(name for name in columns if _FLAGS[label_text(row[name])])
+        if len(columns) < 2:
+            return ()
+    columns = [name for name in columns if marked[name]]
+    one_each = all(sum(_FLAGS[label_text(row[name])] for name in columns) == 1 for _, row in rows)
+    return tuple(columns) if one_each and len(columns) > 1 else ()
+
+
+_FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1}
+
+
+def label_text(cell: str) -> str:
+    """A label as text: `1.0` is `1`, and `TRUE` is `true`."""
+    if re.fullmatch(r"[+-]?\d+\.0*", cell):
+        cell = cell.partition(".")[0]
+    return cell.lower() if cell.lower() in ("true", "false") else cell
+
+
+def _label_of(columns: Columns) -> Callable[[dict[str, str]], str]:
+    """What reads the label of a row. It raises ValueError with the reason if the row has none."""
+    one_hot = [name for name in columns.label if not name.startswith(REST)]
+    rest = next((name.removeprefix(REST) for name in columns.label if name.startswith(REST)), None)
+    if len(columns.label) == 1:
+        (name,) = one_hot or ("",)
+
+        def of_column(row: dict[str, str]) -> str:
+            if label := label_text(row.get(name, "")):
+                return label
+            raise ValueError(f"{name} is empty, so there is no label")
+
+        return of_column
+
+    def of_marks(row: dict[str, str]) -> str:
+        flags = {name: _FLAGS.get(label_text(row.get(name, ""))) for name in one_hot}
+        if wrong := [name for name, flag in flags.items() if flag is None]:
+            raise ValueError(f"{wrong[0]} is '{row.get(wrong[0], '')}', and 0 or 1 is needed")
+        marked = [name for name, flag in flags.items() if flag]
+        if len(marked) > 1:
+            raise ValueError(f"has {' and '.join(marked)} at 1, and one class is needed")
+        if not marked and rest is None:
+            raise ValueError(f"has no class at 1; say which class that is with --label {','.join(one_hot)},{REST}NAME")
+        return marked[0] if marked else str(rest)
+
+    return of_marks
+
+
+# ------------------------------------------------------------------ the records
+
+
+def read_labelled(
+    images: Images, rows: Rows, given: Columns, classes: Classes | None = None, dataset: str | None = None
+) -> tuple[Source, dict[str, str] | None]:
+    """The records of a table's rows, and the split of each image_id if a column names it.
+
+    classes: those of the set, which labels name in any case; None: all labels of the table. dataset: its name in the
+    manifest. Problems of single rows are in `rejected`. Raises DataError or UsageError if the columns or classes cannot
+    be found, or if no image can be packed.
+    """
+    columns = find_columns(rows, given, images)
+    source = Source(images.folder, "not named", "not named", group=() if NONE in columns.group else columns.group)
+    one_label = not source.group or any("lesion" in name.lower() for name in source.group)
+    read_label = _label_of(columns)
+    known = {name: (_named(rows.columns, names) or [""])[0] for name, names in _KNOWN.items()}
+    spelling = None if classes is None else {name.casefold(): name for name in classes.names}
+    splits: dict[str, str] = {}
+
+    def read(row: dict[str, str]) -> Record:
+        if SURPLUS in row:
+            raise ValueError(f"has more fields than columns ('{row[SURPLUS][:40]}'): quote a field with a separator")
+        file = images.find(row.get(str(columns.image), ""))
+        label = read_label(row)
+        if spelling is not None:
+            if label.casefold() not in spelling:
+                raise ValueError(f"label '{label}' is none of the classes ({', '.join(spelling.values())})")
+            label = spelling[label.casefold()]
+        if columns.split is not None:
+            split = SPLIT_NAMES.get(row.get(columns.split, "").lower())
+            if split is None:
+                raise ValueError(f"{columns.split} is '{row.get(columns.split, '')}', and train, val or test is needed")
+            splits[images.ids[file]] = split
+        values: dict[str, Any] = {name: intern(row.get(column, "")) or None for name, column in known.items()}
+        values["age"] = _age(values["age"])
+        parts = [row.get(name, "") for name in source.group]
+        parts = ["" if part.lower() in _UNKNOWN else part for part in parts]
+        return Record(images.ids[file], file, "/".join(parts) if any(parts) else None, intern(label), **values)
+
+    def read_all() -> Iterator[tuple[int, str, Record | str]]:
+        for line, row in rows:
+            cell = PurePosixPath(row.get(str(columns.image), "").replace("\\", "/")).name
+            try:
+                record = read(row)
+                yield line, record.image_id, record
+            except ValueError as error:
+                yield line, cell, str(error)
+
+    table = os.path.relpath(rows.path, images.folder)
+    records, _ = one_row_each(read_all(), table, source.rejected, one_label)
+    source.records = list(records.values())
+    if not source.records:
+        first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
+        raise DataError(f"{rows.path}: lists no image that can be packed{first}")
+    source.classes = _found_classes(source.records, columns, rows.path) if classes is None else classes
+    if one_label and source.group:
+        join_same_lesions(source.records)
+    source.warnings = _warnings(source, images, rows)
+    about = {"image": columns.image, "label": list(columns.label), "split": columns.split}
+    source.about = {"dataset": dataset or rows.path.stem, "columns": about}
+    if rows.path.is_file():
+        source.about["metadata_sha256"] = sha256_of(rows.path)
+    return source, splits if columns.split is not None else None
+
+
+def _age(text: str | None) -> float | None:
+    """Years; None for what is no age."""
+    try:
+        age = float(text or "nan")
+    except ValueError:
+        return None
+    return age if 0 <= age <= 130 else None
+
+
+def _found_classes(records: list[Record], columns: Columns, path: Path) -> Classes:
+    """The labels as classes: in the order of one-hot columns, of their numbers, or of the alphabet."""
+    found = {record.dx for record in records}
+    if len(found) > max(2, len(records) // 2):
+        raise UsageError(
+            f"{path}: {columns.label[0]} has {len(found):,} values in {len(records):,} rows, so it is no class; name "
+            "the label with --label"
+        )
+    names = [name.removeprefix(REST) for name in columns.label] if len(columns.label) > 1 else sorted(found)
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        names.sort(key=int)
+    names = [name for name in names if name in found]
+    members = {kind: tuple(n for n in names if n.lower() in words) for kind, words in _SETS.items()}
+    try:
+        return Classes(tuple(names), {}, {kind: some for kind, some in members.items() if some})
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; name another --label, or the classes with --classes") from None
+
+
+def _warnings(source: Source, images: Images, rows: Rows) -> list[str]:
+    """What is allowed, and may be a mistake."""
+    warnings = []
+    if not source.group:
+        warnings.append(
+            "no column names the lesion or patient, so each image is split on its own: views of one lesion may be in "
+            "training and test; name the column with --group if there is one"
+        )
+    used = {record.file for record in source.records}
+    left_out = {image_key(rejected.image_id) for rejected in source.rejected}
+    unlisted = [f for f in images.files if f not in used and not {image_key(f), images.ids[f].casefold()} & left_out]
+    if unlisted:
+        warnings.append(f"{len(unlisted):,} images are not in {rows.path.name} and are left out (first: {unlisted[0]})")
+    if absent := [name for name in source.classes.names if name not in {record.dx for record in source.records}]:
+        warnings.append(f"the source has no image of {', '.join(absent[:20])}: a model cannot learn these classes")
+    return warnings
+
+
+def read_classes_file(path: Path) -> Classes:
+    """The classes in a table with the columns `name` and, if wanted, `long_name` and `sets`, in the order of its rows.
+
+    `sets` holds names of sets of interest with blanks between them, such as `malignant`. Raises DataError.
+    """
+    table = Table(path, "a table with the columns name, long_name and sets")
+    table.require(["name"])
+    names: list[str] = []
+    long_names: dict[str, str] = {}
+    sets: dict[str, tuple[str, ...]] = {}
+    for _, row in table:
+        name = label_text(row["name"])
+        names.append(name)
+        if row.get("long_name"):
+            long_names[name] = row["long_name"]
+        for kind in row.get("sets", "").split():
+            sets[kind] = (*sets.get(kind, ()), name)
+    try:
+        return Classes(tuple(names), long_names, sets)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None

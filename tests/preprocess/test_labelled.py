@@ -1,0 +1,509 @@
+"""Sets other than HAM10000: any table, the layouts that are found by themselves, and the real tables of other sets."""
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from preprocess import shard
+from preprocess.labelled import Columns, Images, read_classes_file
+from preprocess.layouts import read_folder
+from shards import ShardSet
+from shards.common.errors import DataError, UsageError
+from shards.format import HAM10000, Classes
+from tests.conftest import picture
+from tests.support.rawdata import jpeg, write_table
+
+
+def write_image(path: Path, seed: int = 0) -> None:
+    """One picture, in the format that its ending names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(np.random.default_rng(seed), seed % 5, 40, 50)).save(path)
+
+
+def text_of(table: list[dict[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """24 photos of 12 patients, in two folders and five formats, without a table."""
+    for n in range(24):
+        write_image(tmp_path / "photos" / "ab"[n % 2] / f"P{n:03d}.{('jpg', 'png', 'bmp', 'tif', 'webp')[n % 5]}", n)
+    return tmp_path / "photos"
+
+
+def some_rows(count: int = 24) -> list[dict[str, str]]:
+    return [
+        {"photo": f"P{n:03d}", "patient_id": f"PAT_{n // 2}", "dx": ("mole", "melanoma")[n % 3 == 0], "age": "unknown"}
+        for n in range(count)
+    ]
+
+
+def read(folder: Path, *tables: Path, **given):
+    columns = {name: value for name, value in given.items() if name in Columns.__dataclass_fields__}
+    return read_folder(folder, tables, Columns(**columns), given.get("classes"))
+
+
+# ------------------------------------------------------------------ any table
+
+
+def test_any_table_is_packed_from_any_format(photos, tmp_path, command):
+    table = tmp_path / "labels.csv"
+    write_table(table, some_rows(), ";")
+    code, out, err = command(shard.main, "--source", photos, "--table", table, "--out", tmp_path / "set")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "layout: table labels.csv; 2 classes, groups by patient_id"
+    data = ShardSet(tmp_path / "set")
+    manifest = data.manifest
+    assert manifest.classes.names == ("melanoma", "mole") and manifest.classes.sets == {"melanoma": ("melanoma",)}
+    assert manifest.group == ("patient_id",) and len(data) == 24
+    of_patient = set(zip(data.column("lesion_id"), data.column("split"), strict=True))
+    assert len(of_patient) == 12  # patients have both classes, and no split divides one
+    assert manifest.source["columns"] == {"image": "photo", "label": ["dx"], "split": None}
+    for sample, name in enumerate(data.column("image_id")):
+        (file,) = photos.glob(f"*/{name}.*")
+        original = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB).astype(float)
+        assert ((data.pixels(sample) - original) ** 2).mean() < 40, file
+
+
+@pytest.mark.parametrize("cell", ["{}", "{}.jpg", "{}.PNG", r"C:\x\{}.jpeg", "/home/me/{}", "a/b/{}"])
+@pytest.mark.parametrize("case", [str.upper, str.lower])
+def test_images_are_named_in_many_ways(photos, tmp_path, cell, case):
+    table = tmp_path / "labels.csv"
+    write_table(table, [row | {"photo": case(cell.format(row["photo"]))} for row in some_rows()])
+    source, splits, _ = read(photos, table)
+    assert len(source.records) == 24 and not source.rejected and splits is None
+    assert {r.image_id: r.dx for r in source.records} == {row["photo"]: row["dx"] for row in some_rows()}
+
+
+@pytest.mark.parametrize("one", ["1", "1.0", "True", "TRUE"])
+def test_one_hot_columns_are_the_classes_in_their_order(photos, tmp_path, one):
+    zero = {"1": "0", "1.0": "0.0", "True": "False", "TRUE": "FALSE"}[one]
+    table = tmp_path / "labels.csv"
+    rows = [{"photo": row["photo"], "NV": zero, "MEL": zero, "UNK": zero} for row in some_rows()]
+    for n, row in enumerate(rows):
+        row["MEL" if n % 3 == 0 else "NV"] = one
+    write_table(table, rows)
+    source, _, _ = read(photos, table)
+    assert source.classes.names == ("NV", "MEL") and source.group == () and "no column names the" in source.warnings[0]
+    assert [r.dx for r in source.records] == ["MEL" if n % 3 == 0 else "NV" for n in range(24)]
+    rows[3]["MEL"] = zero
+    rows[4]["MEL"] = rows[4]["NV"] = one
+    rows[5]["MEL"] = "0.5"
+    write_table(table, rows)
+    with pytest.raises(UsageError, match="none is clearly the label; name it with --label, or one column a class"):
+        read(photos, table)
+    reasons = [r.reason for r in read(photos, table, label=("NV", "MEL"))[0].rejected]
+    assert reasons == [
+        "line 5: has no class at 1; say which class that is with --label NV,MEL,else=NAME",
+        "line 6: has NV and MEL at 1, and one class is needed",
+        "line 7: MEL is '0.5', and 0 or 1 is needed",
+    ]
+    source, _, _ = read(photos, table, label=("NV", "MEL", "else=other"))
+    assert [r.image_id for r in source.records if r.dx == "other"] == ["P003"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "names"),
+    [
+        (["0", "10", "2"], ("0", "2", "10")),
+        (["0.0", "1.0"], ("0", "1")),
+        (["TRUE", "False", "true"], ("false", "true")),
+        (["A::B, left", "Ä/b"], ("A::B, left", "Ä/b")),
+    ],
+)
+def test_labels_are_numbers_words_and_hierarchies(photos, tmp_path, cells, names):
+    table = tmp_path / "labels.csv"
+    write_table(table, [row | {"dx": cells[n % len(cells)]} for n, row in enumerate(some_rows())])
+    assert read(photos, table, group=("none",))[0].classes.names == names
+
+
+def test_unknown_groups_are_groups_of_their_own_and_several_columns_name_one_together(photos, tmp_path):
+    table = tmp_path / "labels.csv"
+    rows = [row | {"lesion": str(n % 6), "dx": "mole"} for n, row in enumerate(some_rows())]
+    for n, unknown in enumerate(["", "unknown", "NaN", "None"]):
+        rows[n]["patient_id"] = unknown
+        rows[n]["dx"] = "melanoma"
+    write_table(table, rows)
+    source, _, _ = read(photos, table)
+    assert [r.lesion_id for r in source.records[:6]] == [None] * 4 + ["PAT_2", "PAT_2"]
+    source, _, _ = read(photos, table, group=("patient_id", "lesion"))
+    assert [r.lesion_id for r in source.records[2:6]] == ["/2", "/3", "PAT_2/4", "PAT_2/5"]
+
+
+def test_a_lesion_has_one_label_and_a_patient_may_have_several(photos, tmp_path):
+    table = tmp_path / "labels.csv"
+    write_table(table, some_rows())
+    assert not read(photos, table)[0].rejected
+    write_table(table, [{("lesion_id" if k == "patient_id" else k): v for k, v in row.items()} for row in some_rows()])
+    reasons = [r.reason for r in read(photos, table, classes=Classes(("mole", "melanoma")))[0].rejected]
+    assert "line 2: lesion PAT_0 has the dx melanoma and mole" in reasons
+
+
+def test_rows_that_contradict_each_other_and_images_without_a_file_are_named(photos, tmp_path, command):
+    table = tmp_path / "labels.csv"
+    rows = some_rows()
+    rows += [rows[0] | {"dx": "mole"}, rows[1], rows[2] | {"photo": "P999"}]
+    write_table(table, rows)
+    write_image(photos / "extra.jpg")
+    source, _, _ = read(photos, table)
+    assert [r.reason.split(":", 1)[1].strip() for r in source.rejected] == [
+        "image_id P000 is on line 2 too",
+        "image_id P001 is on line 3 too",
+        "image 'P999' has no file in the source",
+        "another line has other values for image_id P000",
+    ]
+    assert source.warnings == ["1 images are not in labels.csv and are left out (first: extra.jpg)"]
+    code, _, err = command(shard.main, "--source", photos, "--table", table, "--out", tmp_path / "set")
+    assert code == 1 and str(table.name) in err and "line 26" in err and err.count("\n") == 2
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_folders_or_refused(tmp_path):
+    for n, name in enumerate(("nv/1.jpg", "mel/1.jpg", "nv/2.jpg", "mel/3.jpg")):
+        write_image(tmp_path / "source" / name, n)
+    table = tmp_path / "labels.csv"
+    write_table(table, [{"path": rf"D:\train\{k}\{n}.jpg", "dx": k} for k, n in (("nv", 1), ("mel", 1), ("nv", 2))])
+    source, _, _ = read(tmp_path / "source", table)
+    assert {(r.file, r.dx) for r in source.records} == {("nv/1.jpg", "nv"), ("mel/1.jpg", "mel"), ("nv/2.jpg", "nv")}
+    assert {r.image_id for r in source.records} == {"nv_1", "mel_1", "2"}
+    write_table(table, [{"path": n, "dx": k} for k, n in (("nv", "1.jpg"), ("nv", "2.jpg"), ("mel", "3.jpg"))])
+    (rejected,) = read(tmp_path / "source", table)[0].rejected
+    assert rejected.reason == "line 2: image '1.jpg' may be mel/1.jpg or nv/1.jpg, which differ"
+
+
+def test_image_ids_are_keys_that_webdataset_can_read_and_unique(tmp_path):
+    names = [
+        "a b.jpg",
+        "a.b.jpg",
+        "x/a.jpg",
+        "y/a.png",
+        "ü.jpg",
+        f"{'l' * 120}.jpg",
+        f"{'l' * 121}.jpg",
+    ]
+    for name in [*names, "__MACOSX/a.jpg", "._a.jpg", "notes.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images = Images(tmp_path)
+    assert set(images.files) == set(names)
+    assert images.ids["x/a.jpg"] == "x_a" and images.ids["ü.jpg"] == "_"
+    assert len(set(images.ids.values())) == 7
+    assert all(len(name) <= 90 and not set(name) & set("./\\ ") and name.isascii() for name in images.ids.values())
+
+
+def test_published_splits_in_a_column(photos, tmp_path, command):
+    table = tmp_path / "labels.csv"
+    parts = ["Training", "train", "val", "test"]
+    write_table(table, [row | {"part": parts[n % 4], "patient_id": str(n)} for n, row in enumerate(some_rows())])
+    options = ("--source", photos, "--table", table, "--out", tmp_path / "set", "--split-column", "part")
+    code, _, err = command(shard.main, *options)
+    assert code == 0, err
+    data = ShardSet(tmp_path / "set")
+    assert Counter(data.column("split")) == {"train": 12, "val": 6, "test": 6}
+    assert data.manifest.split["column"] == "part"
+    code, _, err = command(shard.main, *options, "--split", "80/10/10")
+    assert code == 2 and "--split-column names the split of each image" in err
+    write_table(table, [row | {"part": "fold 3"} for row in some_rows()])
+    with pytest.raises(DataError, match=r"part is 'fold 3', and train, val or test is needed"):
+        read(photos, table, split="part")
+
+
+def test_classes_come_from_a_file(photos, tmp_path, command):
+    table, file = tmp_path / "labels.csv", tmp_path / "classes.csv"
+    write_table(table, [row | {"dx": row["dx"].upper()} for row in some_rows()])
+    file.write_text("name,long_name,sets\nmole,melanocytic nevus,\nmelanoma,,melanoma malignant\nwart,,\n")
+    classes = read_classes_file(file)
+    source, _, _ = read(photos, table, classes=classes)
+    assert source.classes == classes and classes.sets == {"melanoma": ("melanoma",), "malignant": ("melanoma",)}
+    assert {r.dx for r in source.records} == {"mole", "melanoma"}
+    assert source.warnings == ["the source has no image of wart: a model cannot learn these classes"]
+    write_table(table, [*some_rows(23), some_rows()[23] | {"dx": "cyst"}])
+    (rejected,) = read(photos, table, classes=classes)[0].rejected
+    assert rejected.reason == "line 25: label 'cyst' is none of the classes (mole, melanoma, wart)"
+    file.write_text("name\nmole\nmole\n")
+    with pytest.raises(DataError, match=r"classes\.csv: class 'mole' is listed twice"):
+        read_classes_file(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "text"),
+    [
+        ({"dx": None, "a": "x"}, {}, "none is clearly the label; name it with --label"),
+        ({"target": "1"}, {}, "the label may be dx or target; name one with --label"),
+        ({"photo": "Q"}, {}, r"no column names the images in .* \(first row: photo 'Q'.*first of 24 images: a/P000"),
+        ({}, {"label": ("dx", "d")}, "d: no such column; .* has the columns photo, patient_id, dx, age"),
+        ({}, {"group": ("lesion",)}, "lesion: no such column"),
+        ({}, {"label": ("photo",)}, "photo has 24 values in 24 rows, so it is no class"),
+        ({"dx": "nv"}, {}, "1 classes, and 2 to 65,535 are needed; name another --label"),
+    ],
+)
+def test_what_cannot_be_found_is_asked_for(photos, tmp_path, change, given, text):
+    table = tmp_path / "labels.csv"
+    write_table(table, [{k: v for k, v in (row | change).items() if v is not None} for row in some_rows()])
+    with pytest.raises((DataError, UsageError), match=text) as caught:
+        read(photos, table, **given)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ layouts
+
+_ONE_HOT_18, _ONE_HOT_19 = (
+    ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"],
+    ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"],
+)
+
+
+def one_hot(names: list[str], classes: int) -> str:
+    return text_of(
+        [
+            {"image": f"ISIC_{n:07d}", **{name: str(float(c == n % classes)) for c, name in enumerate(names)}}
+            for n in range(24)
+        ]
+    )
+
+
+def of_images(**columns) -> str:
+    return text_of([{name: make(n) for name, make in columns.items()} for n in range(24)])
+
+
+LAYOUTS = {
+    "ISIC 2018 Task 3": (
+        {
+            "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv": one_hot(_ONE_HOT_18, 7),
+            "ISIC2018_Task3_Training_LesionGroupings.csv": of_images(
+                image=lambda n: f"ISIC_{n:07d}", lesion_id=lambda n: f"HAM_{n}", diagnosis_confirm_type=lambda n: "x"
+            ),
+        },
+        ("lesion_id",),
+        HAM10000.names,
+    ),
+    "ISIC 2019": (
+        {
+            "ISIC_2019_Training_GroundTruth.csv": one_hot(_ONE_HOT_19, 8),
+            "ISIC_2019_Training_Metadata.csv": of_images(
+                image=lambda n: f"ISIC_{n:07d}", age_approx=lambda n: "55", lesion_id=lambda n: "" if n % 2 else f"L{n}"
+            ),
+        },
+        ("lesion_id",),
+        tuple(_ONE_HOT_19[:8]),
+    ),
+    "PAD-UFES-20": (
+        {
+            "metadata.csv": of_images(
+                patient_id=lambda n: f"PAT_{n}",
+                lesion_id=lambda n: str(n % 6),
+                img_id=lambda n: f"ISIC_{n:07d}.png",
+                diagnostic=lambda n: ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK")[n % 6],
+            )
+        },
+        ("patient_id", "lesion_id"),
+        ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK"),
+    ),
+    "ISIC archive export": (
+        {
+            "metadata.csv": of_images(
+                isic_id=lambda n: f"ISIC_{n:07d}",
+                attribution=lambda n: "Hospital Clínic, Barcelona",
+                diagnosis_1=lambda n: ("Benign", "Malignant")[n % 2],
+                diagnosis_2=lambda n: str(n % 3),
+                lesion_id=lambda n: f"IL_{n}",
+            )
+        },
+        ("lesion_id",),
+        ("Benign", "Malignant"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_found_and_packed(name, tmp_path, command):
+    tables, group, classes = LAYOUTS[name]
+    for n in range(24):
+        write_image(tmp_path / "source" / "images" / f"ISIC_{n:07d}.jpg", n)
+    for path, text in tables.items():
+        (tmp_path / "source" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "source" / path).write_text(text, encoding="utf-8")
+    code, out, err = command(shard.main, "--source", tmp_path / "source", "--out", tmp_path / "set")
+    assert code == 0, err
+    assert out.startswith(f"layout: {name}; {len(classes)} classes, groups by {' and '.join(group)}\n")
+    data = ShardSet(tmp_path / "set")
+    assert data.manifest.classes.names == classes and data.manifest.group == group and len(data) == 24
+    assert data.manifest.source["dataset"] == name and len(data.manifest.citation) > 20
+    assert "malignant" in data.manifest.classes.sets
+    found = dict(zip(data.column("image_id"), data.column("lesion_id"), strict=True))
+    expected = {"PAD-UFES-20": "PAT_3/3", "ISIC 2019": None, "ISIC 2018 Task 3": "HAM_3"}
+    assert found["ISIC_0000003"] == expected.get(name, "IL_3")
+
+
+@pytest.mark.parametrize("parts", [("",), ("train/", "val/", "test/"), ("Train/", "Test/")])
+def test_a_folder_for_each_class_with_and_without_splits(tmp_path, command, parts):
+    for n in range(36):
+        place = parts[n % len(parts)] + ("actinic keratosis", "nevus")[n // 18]
+        write_image(tmp_path / "source" / place / f"{n}.png", n)
+    code, out, err = command(shard.main, "--source", tmp_path / "source", "--out", tmp_path / "set")
+    assert code == 0 and out.startswith("layout: a folder for each class"), err
+    data = ShardSet(tmp_path / "set")
+    assert data.manifest.classes.names == ("actinic keratosis", "nevus") and data.manifest.group == ()
+    if parts != ("",):
+        files = {p.stem: p.parent.parent.name.lower() for p in (tmp_path / "source").glob("*/*/*.png")}
+        assert dict(zip(data.column("image_id"), data.column("split"), strict=True)) == files
+
+
+def test_a_folder_that_nothing_is_known_of(tmp_path, command):
+    (tmp_path / "empty").mkdir()
+    code, _, err = command(shard.main, "--source", tmp_path / "empty", "--out", tmp_path / "set")
+    assert code == 1 and "holds no HAM10000_metadata.csv" in err
+    write_image(tmp_path / "flat" / "a.jpg")
+    code, _, err = command(shard.main, "--source", tmp_path / "flat", "--out", tmp_path / "set")
+    assert code == 1 and "PAD-UFES-20" in err and "name a table with --table" in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------ real tables
+
+
+@pytest.fixture
+def tables(real_images: Path) -> Path:
+    folder = real_images.parent / "tables"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} does not exist")
+    return folder
+
+
+def one_of(table: pd.DataFrame, columns: list[str]) -> pd.Series:
+    """The name of the column that is 1."""
+    return table[columns].astype(float).idxmax(axis=1)
+
+
+def published(folder: Path) -> dict[str, tuple]:
+    """By name: tables, what the user names, images, labels and groups (None: unknown), as plain pandas reads them."""
+
+    def csv_of(name: str, **options) -> pd.DataFrame:
+        return pd.read_csv(folder / name, dtype=str, **options)
+
+    t18, l18 = (
+        "isic2018/ISIC2018_Task3_Training_GroundTruth.csv",
+        "isic2018/ISIC2018_Task3_Training_LesionGroupings.csv",
+    )
+    t19, m19 = "isic2019/ISIC_2019_Training_GroundTruth.csv", "isic2019/ISIC_2019_Training_Metadata.csv"
+    t20, milk = "isic2020/ISIC_2020_Training_GroundTruth_v2.csv", "milk10k/MILK10k_Training_{}.csv"
+    in_18, in_19 = (csv_of(a).merge(csv_of(b), on="image") for a, b in ((t18, l18), (t19, m19)))
+    in_20, pad, s24 = (
+        csv_of(t20),
+        csv_of("pad_ufes_20/metadata.csv"),
+        csv_of("isic2024/ISIC_2024_Training_Supplement_head20000_plus_malignant.csv"),
+    )
+    in_milk = csv_of(milk.format("Metadata")).merge(csv_of(milk.format("GroundTruth")), on="lesion_id")
+    folds, haneen = csv_of("ham10000/bavishm/train_folds.csv"), csv_of("ham10000/Haneen-97/HAM10000_metadata.csv")
+    bias, gem = (
+        csv_of("homemade/isic_bias.csv", sep=";"),
+        csv_of("homemade/gem_isic2018_train0.txt", sep=" ", header=None),
+    )
+    wild = csv_of("ham10000/doem97/HAM10000_metadata.csv", header=None)
+    classes_milk = [c for c in in_milk.columns if c.isupper() and c not in ("MONET",)]
+    return {
+        "2018": ((t18, l18), {}, in_18["image"], one_of(in_18, _ONE_HOT_18), in_18["lesion_id"]),
+        "2019": ((t19, m19), {}, in_19["image"], one_of(in_19, _ONE_HOT_19), in_19["lesion_id"]),
+        "2020": ((t20,), {"label": ("target",)}, in_20["image_name"], in_20["target"], in_20["patient_id"]),
+        "2024": (
+            ("isic2024/ISIC_2024_Training_Supplement_head20000_plus_malignant.csv",),
+            {"label": ("iddx_1",)},
+            s24["isic_id"],
+            s24["iddx_1"],
+            s24["lesion_id"],
+        ),
+        "milk10k": (
+            (milk.format("Metadata"), milk.format("GroundTruth")),
+            {},
+            in_milk["isic_id"],
+            one_of(in_milk, classes_milk),
+            in_milk["lesion_id"],
+        ),
+        "pad": (
+            ("pad_ufes_20/metadata.csv",),
+            {"group": ("patient_id", "lesion_id")},
+            pad["img_id"],
+            pad["diagnostic"],
+            pad["patient_id"] + "/" + pad["lesion_id"],
+        ),
+        "folds": (("ham10000/bavishm/train_folds.csv",), {}, folds["image_id"], folds["dx"], folds["lesion_id"]),
+        "haneen": (
+            ("ham10000/Haneen-97/HAM10000_metadata.csv",),
+            {"group": ("none",)},
+            haneen[" ImagePath"],
+            haneen["ClassId"],
+            None,
+        ),
+        "wild": (("ham10000/doem97/HAM10000_metadata.csv",), {"label": ("2",)}, wild[0], wild[1], None),
+        "bias": (("homemade/isic_bias.csv",), {}, bias["image"], bias["label"], None),
+        "gem": (("homemade/gem_isic2018_train0.txt",), {"label": ("2",)}, gem[0], gem[1], None),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["2018", "2019", "2020", "2024", "milk10k", "pad", "folds", "haneen", "wild", "bias", "gem"]
+)
+def test_real_tables_have_the_classes_and_groups_that_pandas_counts(tables, tmp_path, name):
+    files, given, images, labels, groups = published(tables)[name]
+    for image in images:
+        path = tmp_path / (image if "." in image else f"{image}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    source, _, _ = read(tmp_path, *(tables / file for file in files), **given)
+    assert not source.rejected
+    assert Counter(r.dx for r in source.records) == Counter(labels)
+    found = [r.lesion_id for r in source.records]
+    if groups is None:
+        assert set(found) == {None}
+        return
+    assert sum(group is None for group in found) == groups.isna().sum()
+    pairs = pd.read_csv(tables / "dermamnist" / "newly_discovered_duplicates.csv")  # lesions of two names in HAM10000
+    group_of = dict(zip(images + ".jpg", groups, strict=True))
+    twice = {frozenset(map(group_of.get, pair)) for pair in zip(pairs["from_img"], pairs["to_img"], strict=True)}
+    twice = {pair for pair in twice if len(pair - {None}) == 2}
+    assert len(set(found) - {None}) == groups.nunique() - len(twice)
+    assert len(twice) == {"2018": 18, "2019": 18, "folds": 15}.get(name, 0)
+
+
+def test_real_images_of_three_sets_are_packed(tables, tmp_path, command):
+    for name, count, options in (
+        ("pad_ufes_20", 12, ("--on-bad", "skip")),
+        ("milk10k", 60, ("--on-bad", "skip", "--table", tables / "milk10k" / "MILK10k_Training_Metadata.csv")),
+        ("isic2019/images", 60, ()),
+    ):
+        more = ("--table", tables / "milk10k" / "MILK10k_Training_GroundTruth.csv") if name == "milk10k" else ()
+        arguments = ("--source", tables / name, "--out", tmp_path / name.replace("/", "_"), *options, *more)
+        code, _, err = command(shard.main, *arguments)
+        assert code == 0, err
+        assert len(ShardSet(tmp_path / name.replace("/", "_"))) == count
+
+
+def test_jpegs_of_a_table_are_the_bytes_of_ham10000s_own_layout(tmp_path):
+    """One way of reading gives what another gives: the layout decides about records, and not about pixels."""
+    from preprocess.packing import Settings, pack
+
+    for n in range(12):
+        (tmp_path / "source").mkdir(exist_ok=True)
+        (tmp_path / "source" / f"I{n}.jpg").write_bytes(jpeg(n))
+    rows = [
+        {"lesion_id": f"L{n}", "image_id": f"I{n}", "dx": HAM10000.names[n % 2], "dx_type": "histo", "age": "40"}
+        | {"sex": "male", "localization": "back", "dataset": "x"}
+        for n in range(12)
+    ]
+    write_table(tmp_path / "source" / "HAM10000_metadata.csv", rows)
+    own, _, layout = read(tmp_path / "source")
+    other, _, _ = read(tmp_path / "source", tmp_path / "source" / "HAM10000_metadata.csv", classes=HAM10000)
+    assert layout == "HAM10000"
+    sets = [pack(source, tmp_path / str(n), Settings()).manifest for n, source in enumerate((own, other))]
+    assert sets[0].shards == sets[1].shards and sets[0].index_sha256 == sets[1].index_sha256

@@ -222,8 +222,9 @@ class Recorder:
         """What does on each call what `run` does, launched as one graph on a GPU, and `run` itself on a CPU.
 
         run: has no host sync, and takes numbers that change from tensors. It is called three times first, on the stream
-        that records, because kernels are chosen and compiled and state is allocated in the first calls. Its results are
-        overwritten by the next graph of this recorder: copy them. Raises RuntimeError if the work cannot be recorded.
+        that records, because kernels are chosen and compiled and state is allocated in the first calls. What it reads
+        must live as long as the graph. Its results are overwritten by the next graph of this recorder: copy them.
+        Raises RuntimeError if the work cannot be recorded.
         """
         if self._device.type != "cuda":
             return run
@@ -236,10 +237,7 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may allocate memory meanwhile
         recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with (
-            torch.cuda.stream(current),
-            recording,
-        ):  # the first: a recording that fails leaves its stream the current one
+        with torch.cuda.stream(current), recording:  # a recording that fails does not go back to this stream itself
             results = run()
 
         def replay() -> _T:

@@ -99,12 +99,16 @@ class GraphedStep:
         Comes after `TrainingStep.load_state_dict`, and again if the images change their size. Raises RuntimeError if it
         cannot be recorded; calls work without recording then.
         """
-        self._recorded = None  # an earlier graph's memory is free from here on
+        self.forget()
         for group in self.step.optimizer.param_groups:
             if "capturable" in group:  # AdamW refuses to be recorded without it
                 group["capturable"] = True
         with leaving_no_trace(self.step):
             self._recorded = recorder.record(self._run)
+
+    def forget(self) -> None:
+        """Drop the graph and free its memory."""
+        self._recorded = None
 
     def __call__(self, lr: float) -> Tensor:
         """Update the weights once; return the loss, () on the device, which the next call overwrites. No host sync."""
@@ -186,17 +190,20 @@ class Graphs:
             def run() -> tuple[Tensor, ...]:
                 return forward(batches.take())
 
-            self._evaluations[loader, what] = batches, run
+            recorded = run
             try:
-                self._evaluations[loader, what] = batches, self._recorder.record(run)
+                recorded = self._recorder.record(run)
             except RuntimeError as error:
                 self._failed(error)
-        batches, run = self._evaluations[loader, what]
+            self._evaluations[loader, what] = batches, recorded
+        batches, recorded = self._evaluations[loader, what]
         batches.seek(0)
         for _ in range(len(loader)):
-            yield tuple(tensor.clone() for tensor in run())
+            yield tuple(tensor.clone() for tensor in recorded())
 
     def _failed(self, error: RuntimeError) -> None:
         why = "the memory is too small for it" if devices.is_out_of_memory(error) else one_line(error, 200)
         self.decision = Decision("off", f"recording failed: {why}")
+        self._graphed.forget()
+        self._evaluations.clear()
         self.console.warn(f"without CUDA graphs: {self.decision.reason}")

@@ -192,6 +192,8 @@ def test_the_faster_one_is_kept_and_the_network_stays(eager_s, compiled_s, value
     trial = compiling.recall(step, config, 2, World())
     assert trial is not None and trial.compile_s == 3.0 and (trial.compiled_s < trial.eager_s) == (value == "on")
     assert compiling.recall(step, replace(config, resolution=64), 2, World()) is None
+    step.graphed = True
+    assert compiling.recall(step, config, 2, World()) is None
     assert all(torch.equal(before[name], tensor) for name, tensor in step.net.state_dict().items())
     assert all(parameter.grad is None for parameter in step.net.parameters())
     assert torch.equal(random_state, torch.get_rng_state())

@@ -6,6 +6,7 @@ and stubs of `torch.cuda` show what is called, and in which order.
 
 import copy
 import json
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,24 +115,37 @@ def test_what_cannot_be_recorded_runs_without_after_a_warning(
     tiny_shards: Path, tmp_path: Path, on: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_once(small(tiny_shards), tmp_path / "loaded")
-    for name, error, why in (
-        ("broken", RuntimeError("capture\nfailed"), "capture failed"),
-        ("full", torch.OutOfMemoryError(), "the memory is too small for it"),
+    for failing, error, why in (  # the first is the step, the second an evaluation
+        (1, RuntimeError("capture\nfailed"), "capture failed"),
+        (2, torch.OutOfMemoryError(), "the memory is too small for it"),
     ):
-        asked = []
+        asked: list[weakref.ref] = []
+        kept: list[bool] = []  # whether the graph of the step is in memory, at each step and batch of an evaluation
 
-        def record(self: Recorder, run: Callable, asked: list = asked, error: Exception = error) -> Callable:
-            run()
-            asked.append(run)
-            raise error
+        def record(
+            self: Recorder, run: Callable, asked: list = asked, failing: int = failing, error: Exception = error
+        ) -> Callable:
+            def replay() -> object:
+                return run()
+
+            rehearsed(run)
+            asked.append(weakref.ref(replay))
+            if len(asked) == failing:
+                raise error
+            return replay
 
         monkeypatch.setattr(Recorder, "record", record)
-        console = Heard()
-        result = train_once(small(tiny_shards, engine="resident"), tmp_path / name, console=console)
+        console, out = Heard(), tmp_path / str(failing)
+        config = small(tiny_shards, engine="resident")
+        result = train_once(
+            config, out, console=console, stop=lambda asked=asked, kept=kept: bool(kept.append(asked[0]() is not None))
+        )
         assert result["decisions"]["graph"] == {"value": "off", "reason": f"recording failed: {why}"}
         assert console.warnings == [f"without CUDA graphs: recording failed: {why}"]
-        assert len(asked) == 1
-        assert_same_run(tmp_path / "loaded", tmp_path / name)
+        assert len(asked) == failing
+        if failing == 2:
+            assert kept == [True] * 4 + [False] * 12, "its memory is not free"
+        assert_same_run(tmp_path / "loaded", out)
 
 
 def test_what_a_gpu_needs_for_graphs() -> None:

@@ -149,13 +149,16 @@ def test_what_cannot_be_recorded_runs_without_after_a_warning(
 
 
 def test_what_a_gpu_needs_for_graphs() -> None:
-    step = SimpleNamespace(device=CUDA, precision="bf16")
+    fused, plain = (SimpleNamespace(param_groups=[{"fused": value}]) for value in (True, False))
+    step = SimpleNamespace(device=CUDA, precision="bf16", optimizer=fused, mixing=None)
     assert graphed.choose(step, "resident", World()).value == "on"  # type: ignore[arg-type]
     for changes, engine, size, why in (
         ({"device": CPU}, "resident", 1, "a CPU"),
         ({}, "resident", 2, "several processes"),
         ({}, "dali", 1, "dali"),
         ({"precision": "fp16"}, "resident", 1, "fp16"),
+        ({"optimizer": plain}, "resident", 1, "learning rate"),
+        ({"mixing": object()}, "resident", 1, "mixed"),
     ):
         off = SimpleNamespace(**(vars(step) | changes))
         found = graphed.choose(off, engine, World(size=size))  # type: ignore[arg-type]

@@ -140,18 +140,18 @@ class Config:
         shown="by model",
     )
     symmetries: bool = _option(
-        True, "Turn and mirror each training image in one of the eight ways of a square. Costs no time."
+        True, "Turn and mirror each training image in one of the eight ways of a square. Varies images more."
     )
     sampler: str | None = _option(
         None,
         "Order of the training images: {choices}. balanced: each class comes equally often, so images of small classes "
-        "are repeated and a large class needs several epochs. The time stays the same.",
+        "are repeated and a large class needs several epochs. An epoch has as many images as before.",
         choices=SAMPLERS,
         shown="by model",
     )
     erasing: float | None = _option(
         None,
-        "Share of the training images in which a random box is erased. Varies images more; short runs rarely gain.",
+        "Share of the training images in which a random box is erased. Varies images more, and so needs more epochs.",
         least=0.0,
         most=1.0,
         shown="by model",
@@ -201,7 +201,7 @@ class Config:
     )
     schedule: str | None = _option(
         None,
-        "Learning rate after the warm-up: {choices}. The first two fall to zero, with which short runs end better.",
+        "Learning rate after the warm-up: {choices}. The first two fall to zero at the end.",
         choices=SCHEDULES,
         shown="by model",
     )
@@ -231,7 +231,7 @@ class Config:
     drop_path: float | None = _option(
         None,
         "Stochastic depth: share of the images for which the last residual branch is left out, fewer for those before. "
-        "Deep networks learn more from few images, and need more epochs.",
+        "The network fits its training images less closely, and needs more epochs.",
         least=0.0,
         most=0.9,
         shown="by model",

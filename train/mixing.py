@@ -23,26 +23,33 @@ arXiv:1708.04896, with the ratio on a logarithmic scale as in torchvision)."""
 
 
 class Mixing:
-    """What is drawn for the batches of one process, and kept on the device for an epoch."""
+    """What is drawn for the batches of one process: on the device for an epoch, with a cursor that picks the batch.
+
+    Both stay in the same memory, so a CUDA graph can record `batch`; `seek` comes before each replay.
+    """
 
     def __init__(self, config: Config, epoch_steps: int, world: World) -> None:
         """config: resolved; its batch is a multiple of 2 · processes if it mixes. epoch_steps: batches in an epoch."""
-        self._config, self._steps, self._device = config, epoch_steps, world.device
+        self._config, self._steps = config, epoch_steps
         self._part = rank_slice(config.batch_size, world.rank, world.size)
+        images = self._part.stop - self._part.start
         self._of: tuple[int, int] | None = None  # epoch and px of the table
-        self._table = torch.empty(0)
+        self._table = torch.zeros(epoch_steps, images, 10 if mixes(config) else 4, device=world.device)
+        self._cursor = torch.zeros(1, dtype=torch.int64, device=world.device)
 
-    def batch(self, step: int, count: int, px: int) -> Tensor:
-        """What is drawn for the first `count` images of this process at `step` (0 the first of the run): see `drawn`.
-
-        Only the first call of an epoch copies to the device.
-        """
+    def seek(self, step: int, px: int) -> None:
+        """Make the batch of `step` (0 the first of the run), of images of `px`, the next one. Draws once an epoch."""
         epoch, number = divmod(step, self._steps)
         if self._of != (epoch, px):
             whole = drawn(self._config, epoch, self._steps * self._config.batch_size, px)
             mine = whole.reshape(self._steps, self._config.batch_size, -1)[:, self._part]
-            self._of, self._table = (epoch, px), torch.from_numpy(np.ascontiguousarray(mine)).to(self._device)
-        return self._table[number, :count]
+            self._table.copy_(torch.from_numpy(np.ascontiguousarray(mine)))
+            self._of = epoch, px
+        self._cursor.fill_(number)
+
+    def batch(self, count: int) -> Tensor:
+        """What is drawn for the first `count` images of this process's batch: see `drawn`. No host sync."""
+        return self._table.index_select(0, self._cursor)[0, :count]
 
 
 def drawn(config: Config, epoch: int, count: int, px: int) -> np.ndarray:

@@ -55,15 +55,21 @@ class TrainingStep:
     def __call__(self, images: Tensor, colour: Tensor, labels: Tensor, lr: float) -> Tensor:
         """Update the weights once; return this process's share of the global batch's mean loss, () on the device.
 
-        images (N, 3, H, W) uint8, colour (N, 3, 4) float32, labels (N,) int64, as in `shards.Batch`. No host sync.
+        images (N, 3, H, W) uint8, colour (N, 3, 4) float32, labels (N,) int64, as in `shards.Batch`. No host
+        sync; with `mixing`, the first step of an epoch copies its table to the device.
         """
+        if self.mixing is not None:
+            self.mixing.seek(self.done, images.shape[-1])
         loss = self.backward(images, colour, labels)
         self.update(lr)
         return loss
 
     def backward(self, images: Tensor, colour: Tensor, labels: Tensor) -> Tensor:
-        """Forward pass, loss and backward pass: add the gradients of the share that is returned."""
-        mix = () if self.mixing is None else (self.mixing.batch(self.done, len(images), images.shape[-1]),)
+        """Forward pass, loss and backward pass: add the gradients of the share that is returned.
+
+        With `mixing`, the images are erased and mixed as at the step that was sought last.
+        """
+        mix = () if self.mixing is None else (self.mixing.batch(len(images)),)
         with devices.autocast(self.device, self.precision):
             logits = self.model(images, colour, *mix)
         total, weight = self.loss(logits, labels, *(table[:, 9] for table in mix if table.shape[1] > 4))

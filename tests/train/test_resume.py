@@ -468,6 +468,22 @@ def test_an_optimizers_state_of_another_content_is_one_line(checked: tuple[Any, 
         checkpoint.check(folder, state, *rest)
 
 
+def test_a_state_in_which_muon_has_other_weights_is_one_line(tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train_once(small(tiny_shards, **MUON), tmp_path, stop=at(2, lambda: True))
+    state = checkpoint.load(tmp_path)
+    assert state is not None
+    kinds = state["optimizer"]["state"].values()
+    assert {one["use_muon"] for one in kinds} == {True, False}
+    for one in kinds:
+        one["use_muon"] = not one["use_muon"]
+    checkpoint.save(tmp_path, {name: value for name, value in state.items() if name != "version"})
+    with pytest.raises(
+        DataError, match=r"not a state of this run \(optimizer.state\[0\].use_muon is not that of the run"
+    ):
+        train_once(small(tiny_shards, **MUON), tmp_path, resume=True)
+
+
 def test_a_run_goes_on_only_with_the_normalisation_of_its_weights(tiny_shards: Path, tmp_path: Path) -> None:
     """The file of the weights is read again, and may be another one by then."""
     net = step_of(small(tiny_shards)).net

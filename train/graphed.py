@@ -37,8 +37,6 @@ def choose(step: TrainingStep, engine: str, world: World) -> Decision:
         return Decision("off", "the loss scaler of fp16 has not been tried in a graph")
     if not all(group.get("fused") for group in step.optimizer.param_groups):
         return Decision("off", "the optimizer takes the learning rate from the host")
-    if step.mixing is not None:
-        return Decision("off", "what is erased and mixed comes from the host for each batch")
     return Decision("on", "one process, and its images are in the memory of the device")
 
 
@@ -91,6 +89,8 @@ class GraphedStep:
         self.step, self._take = step, take
         self._lr = torch.zeros((), dtype=devices.rate_type(step.device), device=step.device)
         self._share = torch.zeros((), device=step.device)
+        self.px = 0
+        """Side of the images, for the step's `mixing`."""
         self._recorded: Callable[[], Tensor] | None = None
 
     def record(self, recorder: Recorder) -> None:
@@ -114,6 +114,8 @@ class GraphedStep:
         """Update the weights once; return the loss, () on the device, which the next call overwrites. No host sync."""
         step = self.step
         self._lr.fill_(lr)
+        if step.mixing is not None:
+            step.mixing.seek(step.done, self.px)
         if step.average is not None:
             self._share.fill_(step.average.share(step.done))
         loss = self._run() if self._recorded is None else self._recorded()
@@ -160,7 +162,7 @@ class Graphs:
                 self._graphed.record(self._recorder)
             except RuntimeError as error:
                 self._failed(error)
-            self._size = px
+            self._size = self._graphed.px = px
         return time.perf_counter() - began
 
     def steps(self, batch: int = 0) -> Generator[Callable[[float], Tensor], None, None]:

@@ -30,6 +30,7 @@ from train.step import TrainingStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 RESNET = {"ema": 0.9, "clip": 0.5}
+MIXED = {"mixup": 0.4, "cutmix": 1.0, "erasing": 0.5, "resolution": 64, "start_resolution": 32}
 VIT = {"model": "test_vit_relpos", "loss": "class-weighted", "ema": 0.9, "resolution": 32}
 """AdamW, dropout, clipping, class weights, averaged weights."""
 RAMP = {"resolution": 96, "start_resolution": 32, "ema": 0.5, "precision": "bf16"}
@@ -68,7 +69,9 @@ def resident(folder: Path, seed: int = 3, train: bool = True, batch_size: int = 
 
 
 # recorded: the step for each size; test, and val in the precision of training and in fp32
-@pytest.mark.parametrize(("changes", "recorded"), [(RESNET, 3), (VIT, 3), (RAMP, 5)], ids=["resnet", "vit", "ramp"])
+@pytest.mark.parametrize(
+    ("changes", "recorded"), [(RESNET, 3), (VIT, 3), (RAMP, 5), (MIXED, 4)], ids=["resnet", "vit", "ramp", "mixed"]
+)
 def test_a_run_ends_in_the_bits_of_a_run_on_loaded_batches(
     tiny_shards: Path, tmp_path: Path, on: None, monkeypatch: pytest.MonkeyPatch, changes: dict, recorded: int
 ) -> None:

@@ -127,16 +127,16 @@ def test_a_map_that_fails_costs_only_the_map(folder, monkeypatch):
         raise IndexError("tuple index\nout of range")
 
     image, _ = training_image(folder)
-    started(folder)
+    about = started(folder).predictor.about
     whole = worker.answer(image)
     assert whole.overlay and not whole.overlay_note
     monkeypatch.setattr("train.inference.explain.Explainer.maps", fail)
     found = worker.answer(image)
     assert found.probabilities == whole.probabilities and found.similar == whole.similar
     assert not found.overlay and found.overlay_note.endswith("(IndexError: tuple index out of range).")
-    shown = page._pictures(found)
+    shown = page._pictures(found, about)
     assert shown.count("<img") == 1 and found.overlay_note in shown
-    assert page._pictures(whole).count("<img") == 2
+    assert page._pictures(whole, about).count("<img") == 2
 
 
 def test_a_network_without_features_still_gives_probabilities(folder, monkeypatch):

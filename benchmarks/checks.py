@@ -1,13 +1,10 @@
-"""The checks of a GPU, as one list: `python -m benchmarks.gpu_check` and the tests marked `gpu` run the same ones.
+"""Checks of the engines on a GPU: DALI's own check, the choice of `auto`, every engine's pixels, alone and under load.
 
-Each engine is compared with native's pixels on the CPU, alone and under load on lagging streams. Every model is trained
-for a few steps while the device is sampled. Nothing here is special to CUDA: the tests run the same checks on a CPU.
+Each engine is compared with native's pixels on the CPU; under load, the streams that read its batches lag. Nothing here
+is special to CUDA: the tests run the same checks on a CPU. `benchmarks/gpu_check.py` runs them, and those of training.
 """
 
-import itertools
-import math
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,9 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.monitor import HZ, MOST_CORE_SHARE, Sampler, reader_of
-from shards import Batch, Loader, Selection, ShardSet
-from shards.common.errors import DermscaleError
+from shards import Loader, Selection, ShardSet
 from shards.common.kept import file_of
 from shards.common.machine import available_cores
 from shards.engines import Engine, Request, selfcheck
@@ -28,24 +23,10 @@ from shards.engines.dali import DaliEngine
 from shards.engines.native import NativeEngine
 from shards.engines.resident import ResidentEngine
 from train import device as devices
-from train import models
-from train.checkpoint import Progress
-from train.config import Config, learning_rate, resolved
-from train.console import Silent
-from train.distributed import World
-from train.loop import train_once
-from train.models import MODELS
-from train.prepare import choose_data, compile_and_distribute, prepare
 from train.workspace import Workspace
 
 WRITE_MODES = {"jpg": "jpg", "raw": "raw", "mixed": "proportion"}
 """The shard sets that are checked, by their contents → how they are packed."""
-LEAST_HZ = 10.0
-"""Readings per second that the sampler has to reach beside training."""
-COMPILED_WITHIN = 0.05
-"""How far the loss may be from the uncompiled network's after the same steps, as a share of it: bfloat16 rounds
-differently there."""
-_LOSSES = ("first_loss", "last_loss")
 
 Found = tuple[bool, dict[str, Any]]
 """Whether a check passed, and its numbers."""
@@ -55,30 +36,38 @@ Found = tuple[bool, dict[str, Any]]
 class Settings:
     """How much is checked.
 
-    models: names for training, None for all eight. compiled: those that are also trained with `torch.compile`. steps,
-    seconds: the minimum that is timed of each. batches: for each engine, in the comparison and under load. load_side,
-    load_repeats: of the matrix products that are queued for each batch. images, packed_px: of the data that is made.
+    batches: for each engine, in the comparison and under load. load_side, load_repeats: of the matrix products that are
+    queued for each batch. causes: models for which the causes of waiting are told apart, and whether they are compiled.
+    models: names for training, None for all eight; styles: how each is trained. whole_run: the model of whole runs.
+    steps, seconds: the minimum that is timed of each training. compared: steps whose losses are compared. at_once:
+    numbers of cells that share the device. images: of the set for training; other_images: of the sets that only engines
+    are compared on. packed_px: their longer side.
     """
 
-    models: tuple[str, ...] | None = None
-    compiled: tuple[str, ...] = ("resnet18", "vit_b16")
-    whole_run: str = "resnet18"
-    steps: int = 20
-    seconds: float = 1.5
-    batch_size: int = 64
-    resolution: int = 224
     batches: int = 16
     load_side: int = 4096
     load_repeats: int = 8
-    images: int = 256
+    causes: tuple[tuple[str, bool], ...] = (("resnet18", False), ("vit_b16", False), ("resnet18", True))
+    models: tuple[str, ...] | None = None
+    styles: tuple[str, ...] = ("eager", "graphed", "compiled")
+    whole_run: str = "resnet18"
+    steps: int = 20
+    seconds: float = 1.0
+    compared: int = 50
+    at_once: tuple[int, ...] = (1, 2, 4)
+    batch_size: int = 64
+    resolution: int = 224
+    images: int = 3600
+    other_images: int = 256
     packed_px: int = 400
 
 
 @dataclass
 class Context:
-    """What checks run on, and what they have found so far.
+    """What the checks of one section run on, and what they have found so far.
 
-    sets: shard sets by their contents. scratch: an empty folder for runs. numbers: of each check that passed, by name.
+    sets: shard sets by their contents. scratch: a folder for runs. numbers: of each check that passed, by name.
+    workspace: the network of the last training, and its compiled code.
     """
 
     device: torch.device
@@ -86,9 +75,9 @@ class Context:
     sets: Mapping[str, Path]
     scratch: Path
     numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sampler: Sampler | None = None
-    _opened: dict[str, ShardSet] = field(default_factory=dict)
+    workspace: Workspace = field(default_factory=Workspace)
     _stack: ExitStack = field(default_factory=ExitStack)
+    _opened: dict[str, ShardSet] = field(default_factory=dict)
     _expected: tuple[Any, list[Request], list[Tensor]] | None = None
 
     def selection(self, contents: str, split: str) -> Selection:
@@ -106,13 +95,9 @@ class Context:
             self._expected = (contents, split), requests, reference(selection, requests, settings.resolution)
         return self._expected[1:]
 
-    def start_sampling(self) -> Found:
-        """Read the device from now on, until `close`. Raises DataError where its driver does not answer."""
-        self.sampler = self._stack.enter_context(Sampler(reader_of(self.device), HZ))
-        return True, self.sampler.reader.about
-
     def close(self) -> None:
-        """End the sampler, and close the sets."""
+        """Close what is open."""
+        self.workspace.close()
         self._stack.close()
 
 
@@ -126,23 +111,11 @@ class Check:
     needs: str = ""
 
 
-def checks_of(settings: Settings, contents: Sequence[str], device_type: str) -> list[Check]:
-    """Every check, in order: engines on each shard set, then training while the device is sampled.
+def engine_checks(contents: str, device_type: str) -> list[Check]:
+    """Self-checks of DALI, the choice of `auto`, and each engine's pixels and stream order.
 
-    contents: keys of WRITE_MODES. device_type: `cuda` or `cpu`.
+    contents: a key of WRITE_MODES. device_type: `cuda` or `cpu`.
     """
-    found = [check for each in contents for check in _engine_checks(each, device_type)]
-    connection = f"connection to the {'driver' if device_type == 'cuda' else 'counters'}"
-    found.append(Check(connection, Context.start_sampling))
-    trained = contents[0] if "jpg" not in contents else "jpg"
-    for compiled, names in ((False, settings.models or tuple(MODELS)), (True, settings.compiled)):
-        found += [Check(_training_name(name, compiled), partial(_train, trained, name, compiled)) for name in names]
-    found.append(Check(f"whole run of {settings.whole_run}", partial(_whole_run, trained)))
-    return [*found, Check("sampling", _judge_sampling, needs=connection)]
-
-
-def _engine_checks(contents: str, device_type: str) -> list[Check]:
-    """Self-checks of DALI, the choice of `auto`, and each engine's pixels and stream order."""
     engines = [name for name in ENGINES if (contents, name) != ("raw", "dali whole")]  # raw: both graphs are the same
     own = {f"dali {variant}": f"self-check of dali {variant} ({contents})" for variant in selfcheck.NAMES}
     found = [
@@ -163,8 +136,6 @@ def _engine_checks(contents: str, device_type: str) -> list[Check]:
                     found.append(Check(title, partial(_stream_order, contents, name, stream), needs))
     return found
 
-
-# ------------------------------------------------------------------ engines
 
 ENGINES = ("native", "dali region", "dali whole", "resident")
 """Every engine; DALI's two graphs count as two."""
@@ -350,162 +321,10 @@ def stress(
     return judged(pairs, allowed, batches=len(requests), resolution_px=resolution)
 
 
-# ------------------------------------------------------------------ training
-
-
-def _training_name(model: str, compiled: bool) -> str:
-    return f"training of {model}{' (compiled)' if compiled else ''}"
-
-
-def _train(contents: str, model: str, compiled: bool, context: Context) -> Found:
-    """Training steps of a model; compiled, its losses are those of the uncompiled network, if that was trained."""
-    sampler = context.sampler
-    passed, numbers = training_steps(context.sets[contents], model, context.device, context.settings, compiled)
-    if compiled:
-        eager = context.numbers.get(_training_name(model, False), {})
-        numbers["eager_losses"] = [eager.get(name) for name in _LOSSES]
-        passed &= not eager or _near(numbers, eager)
-    began, ended = numbers.pop("span")
-    if sampler:
-        summary = sampler.summary(began - sampler.started, ended - sampler.started)
-        numbers |= {"utilization": summary["metrics"], "reached_hz": summary["reached_hz"], "span_s": ended - began}
-    return passed, numbers
-
-
-def _near(compiled: Mapping[str, Any], eager: Mapping[str, Any]) -> bool:
-    """Whether the losses of two trainings on the same batches are the same, except for rounding."""
-    return all(abs(compiled[name] - eager[name]) <= COMPILED_WITHIN * eager[name] for name in _LOSSES)
-
-
-def _whole_run(contents: str, context: Context) -> Found:
-    """A run as `train.run` makes it: steps, checkpoint, evaluation of val and test, result.json."""
-    settings = context.settings
-    data = context.sets[contents]
-    config = _config(data, settings.whole_run, context.device, settings, steps=settings.steps)
-    result = train_once(config, context.scratch / "run", world=World(device=context.device))
-    score = result["test"]["balanced_accuracy"]["value"]
-    kept = ("img_per_s", "data_wait_fraction", "train_loss", "seconds", "peak_memory_bytes", "decisions", "steps")
-    numbers = {name: result[name] for name in kept} | {"test_balanced_accuracy": score}
-    return math.isfinite(result["train_loss"]) and score is not None, numbers
-
-
-def _judge_sampling(context: Context) -> Found:
-    """Whether the sampler was fast enough beside training, cheap, and ran to the end. Compiling may slow it down."""
-    assert context.sampler is not None  # `needs`
-    trained = [numbers for numbers in context.numbers.values() if numbers.get("reached_hz")]
-    context.close()
-    summary = context.sampler.summary()
-    seconds = sum(numbers["span_s"] for numbers in trained)
-    pace = sum(numbers["reached_hz"] * numbers["span_s"] for numbers in trained) / seconds if trained else 0.0
-    passed = not summary["error"] and pace >= LEAST_HZ and summary["sampler_core_share"] < MOST_CORE_SHARE
-    return passed, {**summary, "training_hz": pace}
-
-
-WARM_UP = 5
-"""Steps before the timed ones; they allocate memory and choose kernels."""
-WATCHED = 10
-"""Maximum number of steps in which waiting is counted. The device ends each of them before the next batch is asked for,
-which takes time, so speeds are measured in other steps."""
-
-_SCHEDULE = 1000
-"""Further steps of the learning rate's schedule: a fast device makes many in the minimum time."""
-
-
-def training_steps(data: Path, model: str, device: torch.device, settings: Settings, compiled: bool) -> Found:
-    """Training steps on loaded batches, then on one cached batch, at least `settings.steps` each, for at least
-    `settings.seconds`; the losses must be numbers.
-
-    img_per_s: with loaded batches; cached_img_per_s: with the cached one, the most that the model could take.
-    last_loss: of step WARM_UP + `settings.steps`, also if more follow. data_wait_share: share of the time of further
-    steps on loaded batches in which the device waited for one, 0 to 1. span: start and end of the timed steps on
-    loaded batches, by `time.perf_counter()`.
-    """
-    steps, watched, total = settings.steps, min(settings.steps, WATCHED), _SCHEDULE + settings.steps
-    family = models.family(model)
-    compile = "on" if compiled else "off"
-    config = resolved(_config(data, model, device, settings, steps=total, compile=compile), family)
-    world, workspace = World(device=device), Workspace()
-    devices.reset_peak_memory(device)
-    with ExitStack() as stack:
-        stack.callback(workspace.close)
-        selections = choose_data(config, workspace.open(data), family, world)
-        run = prepare(config, family, world, workspace, selections, {}, stack)
-        progress = Progress()
-        compile_and_distribute(run, progress, Silent())
-        batches = stack.enter_context(closing(_endless(run.loaders["train"])))
-        losses: list[Tensor] = []
-
-        def step(batch: Batch) -> None:
-            rate = learning_rate(config, min(run.step.done, total - 1), total)
-            losses.append(run.step(batch.images, batch.colour, batch.labels, rate))
-
-        def timed(source: Iterator[Batch]) -> tuple[float, float, int]:
-            """Start and end of the steps, by `time.perf_counter()`, and how many they were."""
-            for _ in range(WARM_UP):
-                step(next(source))
-            devices.synchronize(device)
-            began, count = time.perf_counter(), 0
-            while not count or time.perf_counter() - began < settings.seconds:
-                for _ in range(steps):  # synchronized once in so many
-                    step(next(source))
-                devices.synchronize(device)
-                count += steps
-            return began, time.perf_counter(), count
-
-        def waiting() -> float:
-            """Share of the time of `watched` steps that was spent waiting for batches."""
-            for _ in range(WARM_UP):  # with the batches that were prepared while the cached one was timed
-                step(next(batches))
-            devices.synchronize(device)
-            waited, began = 0.0, time.perf_counter()
-            for _ in range(watched):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                step(batch)
-                devices.synchronize(device)  # otherwise the host waits for batches that are not needed yet
-            return waited / (time.perf_counter() - began)
-
-        began, ended, count = timed(batches)
-        cached_began, cached_ended, cached_count = timed(itertools.repeat(next(batches)))
-        step_s = (ended - began) / count
-        data_wait_share = waiting()
-        values = torch.stack(losses).float().cpu()
-        if compiled and run.compilation.decision.value != "on":
-            raise DermscaleError(f"torch.compile was not used: {run.compilation.decision.reason}")
-        return bool(values.isfinite().all()), {
-            "span": (began, ended),
-            "steps": count,
-            "batch_size": settings.batch_size,
-            "resolution_px": settings.resolution,
-            "step_s": step_s,
-            "img_per_s": settings.batch_size / step_s,
-            "cached_img_per_s": settings.batch_size * cached_count / (cached_ended - cached_began),
-            "data_wait_share": data_wait_share,
-            "compile_s": progress.seconds["compile"],
-            "first_loss": float(values[0]),
-            "last_loss": float(values[WARM_UP + steps - 1]),
-            "peak_memory_bytes": devices.peak_memory_bytes(device),
-            "decisions": {name: asdict(taken) for name, taken in run.decisions.items()},
-        }
-
-
-def _config(data: Path, model: str, device: torch.device, settings: Settings, **more: Any) -> Config:
-    """The configuration of a training. more: its other fields."""
-    more |= {"batch_size": settings.batch_size, "resolution": settings.resolution}
-    return Config(model=model, data=str(data), device=str(device), **more)
-
-
-def _endless(loader: Loader) -> Generator[Batch, None, None]:
-    """Batches of one epoch after the other."""
-    while True:
-        yield from loader
-
-
 # ------------------------------------------------------------------ data
 
 
-def make_sets(folder: Path, images: int, packed_px: int) -> dict[str, Path]:
+def make_sets(folder: Path, settings: Settings) -> dict[str, Path]:
     """Paint lesions and pack them as JPEG, raw, and half of each; the sets by their contents."""
     from preprocess.ham10000 import read_source
     from preprocess.packing import Settings as PackSettings
@@ -513,11 +332,12 @@ def make_sets(folder: Path, images: int, packed_px: int) -> dict[str, Path]:
     from preprocess.synthetic import write_folder
     from shards.format import EncodeSpec
 
-    workers = available_cores()
-    write_folder(folder / "images", images, seed=0, difficulty=0.5, workers=workers)
-    sets = {}
+    workers, sets = available_cores(), {}
     for contents, mode in WRITE_MODES.items():
-        spec = EncodeSpec(write_mode=mode, max_resolution=packed_px)
+        images = settings.images if contents == "jpg" else settings.other_images
+        if not (source := folder / f"{images} images").exists():
+            write_folder(source, images, seed=0, difficulty=0.5, workers=workers)
+        spec = EncodeSpec(write_mode=mode, max_resolution=settings.packed_px)
         sets[contents] = folder / contents
-        pack(read_source(folder / "images"), sets[contents], PackSettings(encode=spec, workers=workers))
+        pack(read_source(source), sets[contents], PackSettings(encode=spec, workers=workers))
     return sets

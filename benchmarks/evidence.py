@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,26 +46,10 @@ class Evidence:
     checks: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
-    def check(self, name: str, run: Callable[[], tuple[bool, dict[str, Any]]]) -> dict[str, Any] | None:
-        """Run a check and keep its result, `pass` or `fail`, its numbers and its error; the numbers, if it passed."""
-        from benchmarks.measure import reason
-
-        began, passed, numbers, error = time.perf_counter(), False, {}, ""
-        try:
-            passed, numbers = run()
-        except Exception as problem:  # noqa: BLE001 - it is kept, and the other checks go on
-            error = reason(problem)[:2000]
-        self._keep(name, "pass" if passed else "fail", numbers, error, time.perf_counter() - began)
-        return numbers if passed else None
-
-    def leave_out(self, name: str, why: str) -> None:
-        """Keep that a check was not run, with the reason."""
-        self._keep(name, "not run", {}, why, 0.0)
-
-    def _keep(self, name: str, result: str, numbers: dict[str, Any], error: str, seconds: float) -> None:
-        self.checks.append(
-            {"name": name, "result": result, "error": error, "seconds": round(seconds, 3), "numbers": numbers}
-        )
+    def keep(self, section: str, check: dict[str, Any]) -> None:
+        """Keep what was found by a check: its name, result (`pass`, `fail` or `not run`), error, seconds, numbers."""
+        self.checks.append(check | {"section": section})
+        name, result, error, seconds = (check[key] for key in ("name", "result", "error", "seconds"))
         self.announce(f"{result:8} {name}  {seconds:.1f} s{f'  ({error})' if error else ''}")
         self.write(finished=False)
 
@@ -123,7 +107,7 @@ def tables(folder: Path, page: Path = PAGE) -> str:
     if not files:
         return NOTHING
     found = [(path, read_evidence(path)) for path in files]
-    runs, trainings = [], ""
+    runs, trainings, speeds = [], "", ""
     for path, one in found:
         machine, checks = one["environment"], one["checks"]
         others = [check["name"] for check in checks if check["result"] != "pass"]
@@ -149,8 +133,16 @@ def tables(folder: Path, page: Path = PAGE) -> str:
                 "which is the most that the model could take; the share of the time that was spent waiting for data, "
                 "in steps that end before the next one begins; and the GPU's own counters (GPM), with the loader:\n\n"
             ) + table(["model", "img/s", "cached batch", "data wait", *_COUNTED.values()], rows)
+        measured = [check["numbers"] for check in checks if "source" in check["numbers"]]
+        if measured:
+            speeds += (
+                f"\nTraining on {one['name']}, batches of {one['settings']['batch_size']} at "
+                f"{one['settings']['resolution']} px from each source: img/s, also as a share of the speed on one "
+                "cached batch; the shares of the time in which kernels ran, by PyTorch's profiler, and by the driver; "
+                "the CPU time of the main thread, of the time; and how often it gave up its core, for each step:\n\n"
+            ) + table(list(_SPEEDS), _speeds(measured))
     header = ["GPU", "software", "date, commit", "checks", "failed or not run", "engine that auto takes", "evidence"]
-    return table(header, runs) + trainings
+    return table(header, runs) + trainings + speeds
 
 
 _COUNTED = {
@@ -170,9 +162,43 @@ def _trained(numbers: Mapping[str, Any]) -> list[str]:
     if not numbers:
         return ["failed"] + [""] * (2 + len(_COUNTED))
     cells = [number(numbers["img_per_s"]), number(numbers["cached_img_per_s"])]
-    cells.append(f"{100 * numbers['data_wait_share']:.1f} %")
+    cells.append(_share(numbers["data_wait_share"]))
     read = numbers.get("utilization", {})
-    return cells + [f"{read[name]['mean']:.1f} %" if name in read else "" for name in _COUNTED]
+    return cells + [_share(read[name]["mean"] / 100) if name in read else "" for name in _COUNTED]
+
+
+_SPEEDS = (
+    "model",
+    "style",
+    "batches",
+    "img/s",
+    "of one cached batch",
+    "kernels",
+    "GPU busy",
+    "main thread",
+    "switches",
+)
+
+
+def _speeds(measured: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The lines of the table of speeds, from the numbers of `trainings.timed`."""
+    from benchmarks.tables import number
+
+    cached = {(one["model"], one["style"]): one["img_per_s"] for one in measured if one["source"] == "cached"}
+    return [
+        [
+            *(one[name] for name in ("model", "style", "source")),
+            number(one["img_per_s"]),
+            _share(one["img_per_s"] / ceiling if (ceiling := cached.get((one["model"], one["style"]))) else None),
+            *(_share(one[name]) for name in ("kernel_share", "gpu_busy", "main_cpu_share")),
+            number(one["switches_per_step"]),
+        ]
+        for one in measured
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def _versions(text: str) -> str:

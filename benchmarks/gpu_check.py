@@ -1,19 +1,27 @@
-"""ENTRY: does everything work on this GPU? Ten minutes, and a file of evidence.
+"""ENTRY: does everything work on this GPU, and what slows it down? Ten minutes, and a file of evidence.
 
     python -m benchmarks.gpu_check --out benchmarks/results/gpu/my-gpu.json
 
-Runs the list of `benchmarks/checks.py` on data that it makes itself: every engine beside native's pixels, alone and
-under load, and the training of all eight models while the GPU is sampled. A failure is written down, and the rest goes
-on. `benchmarks/evidence.py` makes the tables of docs/gpu.md from the files that are committed.
+Makes its own data, and then runs the sections below, the most valuable first: checks of the engines
+(`benchmarks/checks.py`) and of training (`benchmarks/trainings.py`). Each section has a process and a time limit of its
+own. A failure, a crash or a limit is written down, and the rest goes on. The file is written after every check.
+`benchmarks/evidence.py` makes the tables of docs/gpu.md from the files that are committed.
 """
 
+import contextlib
+import os
 import re
+import signal
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -27,13 +35,120 @@ if TYPE_CHECKING:
 
     from benchmarks.checks import Check, Context, Settings
 
+LIMIT_S = 600.0
+"""Seconds for everything, with making the data."""
 
-def attempt(check: "Check", context: "Context", evidence: Evidence) -> None:
-    """Run one check, and keep what it found; or why it is not run, if the check that it needs did not pass."""
+
+@dataclass(frozen=True)
+class Section:
+    """Checks that share a process. limit_s: seconds, after which it is ended."""
+
+    name: str
+    limit_s: float
+    checks: "Sequence[Check]"
+
+
+def sections_of(settings: "Settings", contents: Sequence[str], device_type: str) -> list[Section]:
+    """Every section, in order. contents: keys of `checks.WRITE_MODES`. device_type: `cuda` or `cpu`."""
+    from benchmarks import checks, trainings
+    from benchmarks.checks import Check
+    from train.models import MODELS
+
+    half = "fp16" if device_type == "cuda" else "bf16"
+    engines = [check for each in contents for check in checks.engine_checks(each, device_type)]
+    causes = [
+        Section(
+            f"causes, {model}{' compiled' if compiled else ''}",
+            75 if compiled else 45,  # compiles three times: with a graph of its own, without, and with it again
+            trainings.causes(model, compiled),
+        )
+        for model, compiled in settings.causes
+    ]
+    whole = [
+        Check("resumed run", trainings.resumed),
+        Check(f"run in {half}", partial(trainings.whole_run, name=half, precision=half)),
+        Check("run with averaged weights", partial(trainings.whole_run, name="ema", ema=0.9)),
+    ]
+    cells = [Check(f"{count} cells at a time", partial(trainings.cells_at_once, count)) for count in settings.at_once]
+    phases = [
+        Check(f"whole run of {settings.whole_run}", partial(trainings.whole_run, name="whole", steps=None, epochs=1)),
+        Check("grid of 2 × 2", trainings.grid),
+    ]
+    return [
+        Section("engines", 120, engines),
+        *causes,
+        Section("models", 125, trainings.speeds(settings.models or tuple(MODELS), settings.styles)),
+        Section("losses", 30, [Check("losses of graphed steps", trainings.losses)]),
+        Section("whole runs", 45, whole),
+        Section("cells", 45, cells),
+        Section("phases", 60, phases),
+    ]
+
+
+def attempt(check: "Check", context: "Context") -> dict[str, Any]:
+    """Run one check, and return what it found; `not run` if the check that it needs did not pass."""
+    from benchmarks.measure import reason
+
     if check.needs and check.needs not in context.numbers:
-        evidence.leave_out(check.name, f"it needs `{check.needs}`, which did not pass")
-    elif (numbers := evidence.check(check.name, lambda: check.run(context))) is not None:
+        return result(check.name, "not run", error=f"it needs `{check.needs}`, which did not pass")
+    began, passed, numbers, error = time.perf_counter(), False, {}, ""
+    try:
+        passed, numbers = check.run(context)
+    except Exception as problem:  # noqa: BLE001 - it is kept, and the other checks go on
+        error = reason(problem)[:2000]
+    if passed:
         context.numbers[check.name] = numbers
+    return result(check.name, "pass" if passed else "fail", numbers, error, time.perf_counter() - began)
+
+
+def result(
+    name: str, result: str, numbers: Mapping[str, Any] | None = None, error: str = "", seconds: float = 0.0
+) -> dict[str, Any]:
+    """What the evidence keeps of a check."""
+    return {"name": name, "result": result, "error": error, "seconds": round(seconds, 3), "numbers": numbers or {}}
+
+
+Given: TypeAlias = "tuple[torch.device, Settings, Mapping[str, Path], Path]"
+"""What a Context is made of: device, settings, sets and scratch."""
+
+
+def run_section(section: Section, given: Given, evidence: Evidence, limit_s: float) -> None:
+    """Run a section in a process of its own, and keep each result when it comes; after `limit_s` end the process."""
+    left, end = [check.name for check in section.checks], time.perf_counter() + limit_s
+    why = f"not done when the {limit_s:.0f} s of its section were over"
+    spawn = get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_serve, args=(theirs, section.name, given))
+    process.start()
+    theirs.close()
+    try:
+        while ours.poll(max(end - time.perf_counter(), 0.0)):
+            evidence.keep(section.name, ours.recv())
+            left.pop(0)
+    except EOFError:
+        process.join()
+        why = f"its process ended with exit code {process.exitcode}"
+    finally:
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it started no other processes, or none that are left
+            os.killpg(process.ident, signal.SIGKILL)  # pyright: ignore[reportArgumentType] - it was started
+        process.join()
+    for number, name in enumerate(left):
+        evidence.keep(section.name, result(name, "not run" if number else "fail", error=why))
+
+
+def _serve(pipe: Connection, name: str, given: Given) -> None:
+    """The code of that process."""
+    from benchmarks.checks import Context
+    from train import device as devices
+
+    os.setsid()  # its own group: what it starts can be ended with it
+    context = Context(*given)
+    devices.prepare(context.device)
+    sections = sections_of(context.settings, list(context.sets), context.device.type)
+    with closing(context):
+        for check in next(section for section in sections if section.name == name).checks:
+            pipe.send(attempt(check, context))
 
 
 def run_checks(
@@ -44,16 +159,17 @@ def run_checks(
     *,
     command: str = "",
     announce: Callable[[str], None] = lambda line: None,
+    limit_s: float = LIMIT_S,
 ) -> Evidence:
-    """Run every check on `device` and write the evidence to `out`. sets: shard sets by contents; None makes them.
+    """Run every section on `device` and write the evidence to `out`. sets: shard sets by contents; None makes them.
 
     A file that was made on a CPU says that it is no evidence.
     """
-    from benchmarks.checks import Context, checks_of, make_sets
+    from benchmarks.checks import make_sets
     from benchmarks.machine import environment
     from train import device as devices
 
-    devices.prepare(device)
+    end = time.perf_counter() + limit_s
     about = devices.environment(device)
     head = {
         "format": FORMAT,
@@ -69,10 +185,10 @@ def run_checks(
     with tempfile.TemporaryDirectory(prefix="dermscale-gpu-check-") as scratch:
         if sets is None:
             announce(f"making {settings.images} images")
-            sets = make_sets(Path(scratch), settings.images, settings.packed_px)
-        with closing(Context(device, settings, sets, Path(scratch))) as context:
-            for check in checks_of(settings, list(sets), device.type):
-                attempt(check, context, evidence)
+            sets = make_sets(Path(scratch), settings)
+        for section in sections_of(settings, list(sets), device.type):
+            left_s = max(end - time.perf_counter(), 0.0)
+            run_section(section, (device, settings, sets, Path(scratch)), evidence, min(section.limit_s, left_s))
     evidence.write(finished=True)
     return evidence
 

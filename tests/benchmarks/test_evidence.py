@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.evidence import FOLDER, NOTHING, PAGE, Evidence, main, read_evidence, renewed, tables
+from benchmarks.gpu_check import result
 from shards.common.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,8 @@ def test_the_page_says_what_the_evidence_says(monkeypatch):
 
 def test_the_home_folder_is_not_in_what_is_committed(tmp_path):
     evidence = Evidence(tmp_path / "e.json", {"name": "a GPU"}, lambda line: None)
-    evidence.check("choice", lambda: (True, {"reason": f"kept in {Path.home()}/.cache/x.json", "all": [float("nan")]}))
+    numbers = {"reason": f"kept in {Path.home()}/.cache/x.json", "all": [float("nan")]}
+    evidence.keep("engines", result("choice", "pass", numbers))
     assert json.loads(evidence.out.read_text())["checks"][0]["numbers"] == {
         "reason": "kept in ~/.cache/x.json",
         "all": ["nan"],
@@ -77,6 +79,22 @@ def test_every_gpu_and_every_failure_is_in_the_table(tmp_path):
     assert "8 cores, batches of 64 at 224 px" in text and "99" not in text
     assert "| resnet50 | 1,234 | 2,000 | 25.0 % | 41.3 % |  |  |  |  |" in text
     assert "| vit_b16 | failed |  |  |  |  |  |  |  |" in text
+
+
+def test_speeds_are_shown_beside_that_of_one_cached_batch(tmp_path):
+    def speed(source, img_per_s, style="eager", busy=None):
+        numbers = {"model": "resnet18", "style": style, "source": source, "img_per_s": img_per_s}
+        numbers |= {"main_cpu_share": 0.5, "switches_per_step": 2.25, "kernel_share": 0.4, "gpu_busy": busy}
+        return result(source, "pass", numbers)
+
+    found = [speed("cached", 4000.0), speed("dali", 3000.0, busy=0.31), speed("resident", 5000.0, style="graphed")]
+    written(tmp_path, "a", checks=[*found, result("native", "fail", error="it broke")])
+    text = tables(tmp_path)
+    assert "3 of 4 passed" in text and "Training on Made-up a, batches of 64 at 224 px from each source" in text
+    assert "| resnet18 | eager | cached | 4,000 | 100.0 % | 40.0 % |  | 50.0 % | 2.25 |" in text
+    assert "| resnet18 | eager | dali | 3,000 | 75.0 % | 40.0 % | 31.0 % | 50.0 % | 2.25 |" in text
+    assert "| resnet18 | graphed | resident | 5,000 |  | 40.0 % |  | 50.0 % | 2.25 |" in text
+    assert "cached batch, which is the most" not in text  # the table of earlier checks
 
 
 @pytest.mark.parametrize(

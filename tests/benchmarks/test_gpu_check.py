@@ -1,37 +1,44 @@
-"""The checks of a GPU. With one, each check is a test; without, the list is run whole on the CPU.
+"""The checks of a GPU. With one, each section is a test; without, all of them are run on the CPU.
 
 Each comparison is also tested with engines that are wrong in a known way.
 """
 
+import itertools
 import json
+import os
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import checks
-from benchmarks.checks import WATCHED, WRITE_MODES, Check, Context, Settings, checks_of, make_sets, training_steps
-from benchmarks.evidence import FOLDER, Evidence, read_evidence
-from benchmarks.gpu_check import attempt, run_checks
+from benchmarks import checks, gpu_check, trainings
+from benchmarks.checks import WRITE_MODES, Check, Context, Settings, engine_checks, make_sets
+from benchmarks.evidence import Evidence, read_evidence
+from benchmarks.gpu_check import LIMIT_S, Section, attempt, run_checks, run_section, sections_of
 from shards.common.errors import DataError
 from shards.shardset import ShardSet
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TINY = Settings(
-    models=("resnet18",),
-    compiled=(),
-    steps=2,
-    seconds=0.0,
-    batch_size=8,
-    resolution=32,
     batches=3,
     load_side=64,
     load_repeats=1,
+    causes=(("test_resnet", False),),
+    models=("test_vit",),
+    styles=("eager", "graphed"),
+    whole_run="test_resnet",
+    steps=2,
+    seconds=0.1,
+    compared=6,
+    at_once=(1,),
+    batch_size=8,
+    resolution=32,
 )
 
 
@@ -40,66 +47,151 @@ TINY = Settings(
 
 @pytest.fixture(scope="module")
 def on_gpu(tmp_path_factory):
-    """What the checks run on, and a file of evidence that is thrown away."""
+    """Device, settings, sets and scratch of the sections."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    settings, folder = Settings(), tmp_path_factory.mktemp("gpu")
-    (folder / "scratch").mkdir()
-    sets = make_sets(folder, settings.images, settings.packed_px)
-    context = Context(torch.device("cuda"), settings, sets, folder / "scratch")
-    yield context, Evidence(folder / "evidence.json", {}, print)
-    context.close()
+    folder = tmp_path_factory.mktemp("gpu")
+    return torch.device("cuda", 0), Settings(), make_sets(folder, Settings()), folder
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", checks_of(Settings(), list(WRITE_MODES), "cuda"), ids=lambda check: check.name)
-def test_check_passes_on_a_gpu(check: Check, on_gpu):
-    context, evidence = on_gpu
-    attempt(check, context, evidence)
-    found = evidence.checks[-1]
-    assert found["result"] == "pass", found
+@pytest.mark.parametrize("number", range(9))
+def test_section_passes_on_a_gpu(number: int, on_gpu, tmp_path):
+    section, evidence = sections_of(Settings(), list(WRITE_MODES), "cuda")[number], Evidence(tmp_path / "e", {}, print)
+    run_section(section, (*on_gpu[:3], tmp_path), evidence, section.limit_s)
+    assert not [check for check in evidence.checks if check["result"] != "pass"]
 
 
-def test_the_list_has_the_names_of_the_committed_evidence():
-    listed = [check.name for check in checks_of(Settings(), list(WRITE_MODES), "cuda")]
-    assert len(set(listed)) == len(listed)
-    for path in (ROOT / FOLDER).glob("*.json"):
-        assert [check["name"] for check in read_evidence(path)["checks"]] == listed
+# ------------------------------------------------------------------ the list
+
+
+def test_every_check_is_listed_once_and_all_sections_end_within_the_limit():
+    sections = sections_of(Settings(), list(WRITE_MODES), "cuda")
+    names = [check.name for section in sections for check in section.checks]
+    assert len(set(names)) == len(names) and len(sections) == 9
+    assert sum(section.limit_s for section in sections) <= LIMIT_S
+    assert sections[0].name == "engines" and all(section.name.startswith("causes") for section in sections[1:4])
+    for source in trainings.SOURCES:
+        assert f"resnet18, compiled: {source}" in names
+    for model, style in itertools.product(trainings.models.MODELS, Settings().styles):
+        assert {f"speed of {model}, {style}: cached", f"speed of {model}, {style}: resident"} <= set(names)
 
 
 # ------------------------------------------------------------------ on a CPU
+
+
+def passed(evidence: Evidence) -> dict[str, dict]:
+    """The numbers of each check by its name; all have to have passed."""
+    assert not [check for check in evidence.checks if check["result"] != "pass"]
+    return {check["name"]: check["numbers"] for check in evidence.checks}
 
 
 @pytest.mark.slow
 def test_the_whole_check_runs_on_a_cpu_and_says_that_it_counts_for_nothing(shard_sets, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out, lines = tmp_path / "deep" / "cpu.json", []
-    evidence = run_checks(CPU, out, TINY, {"mixed": shard_sets["mixed"].path}, command="a test", announce=lines.append)
+    sets = {"jpg": shard_sets["jpg"].path}
+    # a busy machine takes long to start its processes
+    monkeypatch.setattr(
+        gpu_check, "sections_of", lambda *a: [replace(section, limit_s=1e4) for section in sections_of(*a)]
+    )
+    evidence = run_checks(CPU, out, TINY, sets, command="a test", announce=lines.append, limit_s=1e4)
     found = json.loads(out.read_text())
     assert found["device"] == "cpu" and found["counts_as_gpu_evidence"] is False
     with pytest.raises(DataError, match="made on a CPU"):
         read_evidence(out)
     assert found["finished"] and found["environment"]["command"] == "a test" and found["settings"]["steps"] == 2
     assert "torch" in found["environment"]["versions"] and found["environment"]["torch"]["device"] == "cpu"
-    results = {check["name"]: check for check in found["checks"]}
-    assert len(results) == len(found["checks"]) == len(lines)
-    errors = {name: check["error"] for name, check in results.items() if check["error"]}
-    busy = {"sampling"}  # its pace depends on the load of this machine
-    assert {name for name, check in results.items() if check["result"] != "pass"} <= busy, errors
-    assert found["passed"] is (not evidence.failed)
-    assert list(results) == [check.name for check in checks_of(TINY, ["mixed"], "cpu")]
-    parity = results["parity of dali region (mixed, training)"]["numbers"]
+    numbers = passed(evidence)
+    assert found["passed"] and len(found["checks"]) == len(lines)
+    listed = [check.name for section in sections_of(TINY, ["jpg"], "cpu") for check in section.checks]
+    assert list(numbers) == listed
+    parity = numbers["parity of dali region (jpg, training)"]
     assert parity["images"] == 24 and parity["max_difference"] <= 1 and parity["values"] == 24 * 3 * 32 * 32
     assert sum(parity["histogram"]) == parity["values"]
-    training = results["training of resnet18"]["numbers"]
-    assert training["img_per_s"] > 0 and training["cached_img_per_s"] > 0 and 0 <= training["data_wait_share"] <= 1
-    assert training["steps"] == 2 and training["peak_memory_bytes"] > 0 and training["first_loss"] > 0
-    assert isinstance(training["utilization"], dict) and "span" not in training  # steps may be too short to be read
-    assert training["decisions"]["compile"]["value"] == "off"
-    whole = results["whole run of resnet18"]["numbers"]
-    assert whole["steps"] == 2 and 0 <= whole["test_balanced_accuracy"] <= 1
-    assert results["sampling"]["numbers"]["device"] == "CPU"
-    assert "agreed with native" in results["self-check of dali whole (mixed)"]["numbers"]["reason"]
+    assert "agreed with native" in numbers["self-check of dali whole (jpg)"]["reason"]
+    speeds = [found for found in numbers.values() if "source" in found]
+    assert len(speeds) == len(trainings.SOURCES) + 2 * 2
+    for one in speeds:
+        assert one["img_per_s"] > 0 and one["steps"] >= 2 and one["switches_per_step"] >= 0 and one["gpu_busy"] is None
+        assert 0 < one["main_cpu_share"] < 1.5 and one["kernel_share"] > 0
+    assert numbers["losses of graphed steps"]["largest_difference"] == 0
+    resumed = numbers["resumed run"]
+    assert resumed["uninterrupted"]["train_loss"] == resumed["resumed"]["train_loss"]
+    assert numbers["run with averaged weights"]["weights"].startswith("average")
+    assert numbers["1 cells at a time"]["img_per_s"] > 0
+    assert len(numbers["grid of 2 × 2"]["seconds"]) == 2
+    assert numbers["whole run of test_resnet"]["seconds"]["train"] > 0
+
+
+# A section runs in a process of its own, which finds it by its name: this stands in for the list there and here.
+
+
+def stand_in(settings: Settings, contents: list[str], device_type: str) -> list[Section]:
+    def hang(context: Context) -> checks.Found:
+        time.sleep(600)
+        return True, {}
+
+    def die(context: Context) -> checks.Found:
+        os._exit(3)
+
+    def good(context: Context) -> checks.Found:
+        return True, {"n": 1}
+
+    ends = {"hangs": hang, "dies": die, "ends": good}
+    return [
+        Section(name, 60, [Check("before", good), Check(name, end), Check("after", good)]) for name, end in ends.items()
+    ]
+
+
+def serve_stand_in(pipe, name, given):
+    gpu_check.sections_of = stand_in
+    gpu_check_serve(pipe, name, given)
+
+
+gpu_check_serve = gpu_check._serve
+
+
+def test_a_crash_or_a_limit_ends_its_section_alone_and_is_in_the_file_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_serve", serve_stand_in)
+    clock = SimpleNamespace(ahead=0.0, perf_counter=lambda: time.perf_counter() + clock.ahead)
+    monkeypatch.setattr(gpu_check, "time", clock)
+    evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
+    kept: dict[str, list[int]] = {}
+    keep = evidence.keep
+
+    def watched(section: str, check: dict) -> None:
+        keep(section, check)
+        clock.ahead += 1e6 if section == "hangs" else 0.0
+        kept.setdefault(section, []).append(len(json.loads(evidence.out.read_text())["checks"]))
+
+    monkeypatch.setattr(evidence, "keep", watched)
+    for section in stand_in(TINY, [], "cpu"):
+        run_section(section, (CPU, TINY, {}, tmp_path), evidence, 300.0)
+    assert kept == {"hangs": [1, 2, 3], "dies": [4, 5, 6], "ends": [7, 8, 9]}
+    results = [check["result"] for check in evidence.checks]
+    assert results == ["pass", "fail", "not run", "pass", "fail", "not run", "pass", "pass", "pass"]
+    assert evidence.checks[1]["error"] == "not done when the 300 s of its section were over"
+    assert evidence.checks[4]["error"] == "its process ended with exit code 3"
+
+
+def test_the_time_in_which_kernels_ran_counts_none_twice():
+    assert trainings.union([]) == 0
+    assert trainings.union([(5, 6), (0, 2), (1, 3), (1, 2), (3, 4)]) == 5
+    spans = [(start, start + 1) for start in torch.rand(50).mul(20).tolist()]
+    grid = torch.arange(0, 21, 0.001)
+    covered = sum((grid >= start) & (grid < end) for start, end in spans) > 0  # pyright: ignore
+    assert trainings.union(spans) == pytest.approx(float(covered.sum()) * 0.001, abs=0.06)
+
+
+def test_the_profiler_sees_what_ran_and_not_the_rest():
+    matrix = torch.rand(400, 400)
+
+    def work() -> None:
+        time.sleep(0.3)
+        matrix @ matrix
+
+    assert 0 < trainings.kernel_s(CPU, work) < 0.3
 
 
 def engine_of(change):
@@ -200,31 +292,25 @@ def test_requests_are_those_of_the_loader(shard_sets):
 
 
 def test_errors_are_kept_by_name_and_the_rest_goes_on(tmp_path):
-    lines = []
+    lines: list[str] = []
     evidence = Evidence(tmp_path / "e.json", {"format": 1}, lines.append)
-    assert evidence.check("good", lambda: (True, {"worst": float("nan")}))
-    assert evidence.check("empty", lambda: (True, {})) == {}
-    assert evidence.check("broken", lambda: 1 / 0) is None  # type: ignore[arg-type, return-value]
-    assert evidence.check("bad", lambda: (False, {"n": 1})) is None
+    context = Context(CPU, TINY, {}, tmp_path)
+    found: dict[str, Any] = {
+        "good": lambda _: (True, {"worst": float("nan")}),
+        "broken": lambda _: 1 / 0,
+        "bad": lambda _: (False, {"n": 1}),
+        "later": lambda _: (True, {}),
+    }
+    for name, run in found.items():
+        evidence.keep("a section", attempt(Check(name, run, needs="bad" if name == "later" else ""), context))
     before = json.loads((tmp_path / "e.json").read_text())
     assert before["finished"] is before["passed"] is False and len(before["checks"]) == 4
-    evidence.leave_out("later", "the reason")
     evidence.write(finished=True)
     after = json.loads((tmp_path / "e.json").read_text())
-    assert [c["result"] for c in after["checks"]] == ["pass", "pass", "fail", "fail", "not run"]
-    assert after["checks"][0]["numbers"] == {"worst": "nan"}
-    assert after["checks"][2]["error"].startswith("ZeroDivisionError") and "ZeroDivisionError" in lines[2]
+    assert [c["result"] for c in after["checks"]] == ["pass", "fail", "fail", "not run"]
+    assert after["checks"][0]["numbers"] == {"worst": "nan"} and after["checks"][0]["section"] == "a section"
+    assert after["checks"][1]["error"].startswith("ZeroDivisionError") and "ZeroDivisionError" in lines[1]
     assert evidence.failed == ["broken", "bad", "later"] and after["finished"] and not after["passed"]
-
-
-def run(checks_: list[Check], shard_sets, tmp_path, settings=TINY) -> Evidence:
-    """The evidence of these checks on the CPU."""
-    context = Context(CPU, settings, {name: data.path for name, data in shard_sets.items()}, tmp_path)
-    evidence = Evidence(tmp_path / "e.json", {}, lambda line: None)
-    for check in checks_:
-        attempt(check, context, evidence)
-    context.close()
-    return evidence
 
 
 def test_a_variant_whose_self_check_fails_is_not_loaded_in_this_process(shard_sets, tmp_path, monkeypatch):
@@ -235,8 +321,9 @@ def test_a_variant_whose_self_check_fails_is_not_loaded_in_this_process(shard_se
     built: list[str] = []
     monkeypatch.setattr(checks, "_self_check", lambda contents, variant, context: (variant == "whole", {}))
     monkeypatch.setattr(checks, "DaliEngine", wrong)
-    evidence = run([c for c in checks_of(TINY, ["jpg"], "cpu") if "(jpg" in c.name], shard_sets, tmp_path)
-    results = {check["name"]: check for check in evidence.checks}
+    context = Context(CPU, TINY, {"jpg": shard_sets["jpg"].path}, tmp_path)
+    results = {check.name: attempt(check, context) for check in engine_checks("jpg", "cpu")}
+    context.close()
     assert set(built) == {"whole"}
     left_out = {name for name, check in results.items() if check["result"] == "not run"}
     assert left_out == {name for name in results if "of dali region" in name and "self-check" not in name}
@@ -244,68 +331,26 @@ def test_a_variant_whose_self_check_fails_is_not_loaded_in_this_process(shard_se
     assert results["parity of resident (jpg, training)"]["result"] == "pass"
 
 
-def trained(monkeypatch, loss) -> list[Check]:
-    """The checks that train, which take no time here: losses are 1, or what `loss(model, compiled)` says."""
+def test_graphed_steps_with_other_losses_are_found(shard_sets, tmp_path, monkeypatch):
+    context = Context(CPU, TINY, {"jpg": shard_sets["jpg"].path}, tmp_path)
+    steps, factor = trainings.steps, {True: 1.1, False: 1.0}
 
-    def steps(path, model, device, settings, compiled):
-        return True, {"span": (0.0, 1.0), **dict.fromkeys(("first_loss", "last_loss"), 1.0), **loss(model, compiled)}
+    def changed(run):
+        for take in steps(run):
+            yield lambda rate, take=take: take(rate) * factor[run.graphs.on]
 
-    monkeypatch.setattr(checks, "training_steps", steps)
-    monkeypatch.setattr(checks, "_whole_run", lambda *_: (True, {}))
-    return [check for check in checks_of(Settings(), ["jpg"], "cpu") if "(jpg" not in check.name]
-
-
-def test_training_goes_on_if_the_device_cannot_be_read(shard_sets, tmp_path, monkeypatch):
-    def refuse(device):
-        raise DataError("no driver")
-
-    monkeypatch.setattr(checks, "reader_of", refuse)
-    evidence = run(trained(monkeypatch, lambda model, compiled: {}), shard_sets, tmp_path)
-    assert evidence.failed == ["connection to the counters", "sampling"]
-    names = [check["name"] for check in evidence.checks]
-    assert sum(name.startswith("training of") for name in names) == 10 and "training of resnet18 (compiled)" in names
-
-
-@pytest.mark.parametrize("which", ["first_loss", "last_loss"])
-def test_compiled_training_with_other_losses_is_found(shard_sets, tmp_path, monkeypatch, which):
-    loss = lambda model, compiled: {which: 0.9 if model == "vit_b16" else 0.98} if compiled else {}  # noqa: E731
-    evidence = run(trained(monkeypatch, loss), shard_sets, tmp_path)
-    assert [name for name in evidence.failed if name.startswith("training")] == ["training of vit_b16 (compiled)"]
-    assert evidence.checks[-3]["numbers"]["eager_losses"] == [1.0, 1.0]
-
-
-@pytest.mark.slow
-def test_steps_whose_speed_is_taken_do_not_wait_for_the_device(tiny_shards, monkeypatch):
-    waits = []
-    monkeypatch.setattr("train.device.synchronize", waits.append)
-    settings = replace(TINY, steps=30, batch_size=4)
-    passed, found = training_steps(tiny_shards, "resnet18", CPU, settings, compiled=False)
-    assert passed and found["img_per_s"] > 0 and found["cached_img_per_s"] > 0
-    assert 0 <= found["data_wait_share"] <= 1
-    assert WATCHED < len(waits) < 30
-
-
-def test_sampling_is_judged_by_pace_cost_and_end(tmp_path):
-    good = {"error": "", "reached_hz": 8.0, "sampler_core_share": 0.004}  # slower while networks were compiled
-    paced = [{"reached_hz": 9.0, "span_s": 1.0}, {"reached_hz": 12.0, "span_s": 3.0}]
-
-    def judge(change: dict, trained: list) -> tuple:
-        context = Context(CPU, TINY, {}, tmp_path, dict(enumerate(trained)))  # type: ignore[arg-type]
-        context.sampler = SimpleNamespace(summary=lambda: good | change)  # type: ignore[assignment]
-        return checks._judge_sampling(context)
-
-    assert judge({}, paced)[0] and judge({}, paced)[1]["training_hz"] == pytest.approx(11.25)
-    assert not judge({"error": "x"}, paced)[0]
-    assert not judge({}, [*paced, {"reached_hz": 9.0, "span_s": 9.0}])[0]
-    assert not judge({}, [])[0]
-    assert not judge({"sampler_core_share": 0.02}, paced)[0]
+    monkeypatch.setattr(trainings, "steps", changed)
+    good, numbers = trainings.losses(context)
+    context.close()
+    assert not good and numbers["largest_difference"] == pytest.approx(0.1)
+    assert numbers["of_two_eager_trainings"] == 0 and len(numbers["losses"]["eager"]) == TINY.compared
 
 
 def test_sets_are_made_on_the_spot(tmp_path):
-    sets = make_sets(tmp_path, 40, 64)
+    sets = make_sets(tmp_path, replace(TINY, images=60, other_images=40, packed_px=64))
     for kinds, path in sets.items():
         with ShardSet(path) as data:
-            assert len(data) == 40 and int(data.column("width").max()) == 64
+            assert len(data) == (60 if kinds == "jpg" else 40) and int(data.column("width").max()) == 64
             encodings = set(data.column("encoding").tolist())
             assert encodings == ({"jpg", "raw"} if kinds == "mixed" else {kinds})
 

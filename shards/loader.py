@@ -3,6 +3,7 @@
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -191,6 +192,8 @@ class Loader(IterableDataset[Batch]):
         self.device = torch.device(device)
         self.epoch = 0
         self._part()  # checks them
+        self.waited_s = 0.0
+        """Seconds for which the caller has waited for batches so far, without those for a GPU that is behind."""
         self._position = 0  # global batches of this epoch that were yielded
         self._loaded: dict[str, Any] | None = None  # a state, until a pass that starts there ends
         self._stream: _Stream | None = None  # loads the first batches of the next epoch
@@ -270,7 +273,9 @@ class Loader(IterableDataset[Batch]):
             stream = self._open(start)
         try:
             while number < count:
+                began = time.perf_counter()
                 tensors = next(stream.batches)
+                self.waited_s += time.perf_counter() - began
                 number += 1
                 last = number == count
                 if self.epoch == epoch:  # else `set_epoch`, or a pass beside this one, has left this epoch

@@ -303,7 +303,7 @@ def _steps(run: Run, epoch: int, px: int, steps: int, progress: Progress) -> Ite
     loader.set_epoch(epoch)
     with closing(run.graphs.steps(progress.epoch_step)) as each:
         while progress.epoch_step < steps:
-            began = time.perf_counter()
+            before = loader.waited_s
             take_step = next(each)
-            progress.epoch_wait_s += time.perf_counter() - began
+            progress.epoch_wait_s += loader.waited_s - before
             yield take_step

@@ -1,7 +1,10 @@
 """A Loader in the hands of other code: its batches as tuples and trees, passes side by side, PyTorch's DataLoader."""
 
+import itertools
 import pickle
+import time
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from shards import Batch
 from shards.common.errors import UsageError
+from shards.engines import transfer
 from tests.conftest import free_port
 from tests.support.clients import EPOCH, epochs, make, samples
 
@@ -36,6 +40,31 @@ def test_a_batch_is_a_tuple_a_tree_and_goes_to_a_device(tiny_shards):
     assert isinstance(there, Batch) and {tensor.device.type for tensor in there} == {"meta"}
     assert there.images.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(pickle.loads(pickle.dumps(batch)), batch, strict=True))
+
+
+@pytest.mark.parametrize("slow", ["device", "loader"])
+def test_waiting_for_a_device_that_is_behind_does_not_count_as_waiting_for_data(tiny_shards, monkeypatch, slow):
+    class Ahead:
+        def __init__(self, device) -> None: ...
+
+        def wait(self) -> None:
+            time.sleep(0.2 if slow == "device" else 0.0)
+
+    def late(batches):
+        for batch in batches:
+            time.sleep(0.2 if slow == "loader" else 0.0)
+            yield batch
+
+    monkeypatch.setattr(transfer, "Ahead", Ahead)
+    with closing(make(tiny_shards)) as loader:
+        opened = loader._open
+        monkeypatch.setattr(loader, "_open", lambda start: replace(s := opened(start), batches=late(s.batches)))
+        loader.device = torch.device("cuda")  # its engine is that of the CPU
+        began = time.perf_counter()
+        count = sum(1 for _ in itertools.islice(loader, 5))
+        seconds = time.perf_counter() - began
+    assert count == 5
+    assert seconds - loader.waited_s >= 0.8 if slow == "device" else loader.waited_s >= 1.0
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -198,7 +198,13 @@ class Loader(IterableDataset[Batch]):
         self._loaded: dict[str, Any] | None = None  # a state, until a pass that starts there ends
         self._stream: _Stream | None = None  # loads the first batches of the next epoch
         self._engine, self.engine_name, self.engine_reason = make_engine(
-            engine, selection, device=self.device, threads=threads, prefetch=prefetch, pool=pool
+            engine,
+            selection,
+            device=self.device,
+            threads=threads,
+            prefetch=prefetch,
+            pool=pool,
+            interpolation=self.augment.interpolation,
         )
         self._coming: tuple[tuple[int, int], Future[np.ndarray]] | None = None  # (process, epoch) and its order
         self._whole: tuple[int, Plan] | None = None  # an epoch and its plan
@@ -465,7 +471,7 @@ class Loader(IterableDataset[Batch]):
         """
         if state.get("version") != 1:
             raise UsageError(f"loader state version {state.get('version')}, and this release reads version 1")
-        state = {"sampler": "uniform"} | state  # what older releases had
+        state = {"sampler": "uniform", "augment_interpolation": "bilinear", **state}  # older releases had no other
         named = {k: v for k, v in self._identity().items() if k in state or k in _ALWAYS}
         different = [f"{k} {state.get(k)} → {v}" for k, v in named.items() if state.get(k) != v]
         if different:

@@ -15,6 +15,7 @@ from shards.kernels.load import holding_the_lock
 from shards.order import check_seed
 
 _STREAM = 2  # order.py uses another
+INTERPOLATIONS = ("bilinear", "bicubic")
 _TRIES = 10  # as many as torchvision's RandomResizedCrop makes before it takes the centre
 _DRAWS = 28
 """Raw numbers per sample: 2 per try, 2 for the place, 1 for symmetry, 4 for colour, 1 to fill Philox's blocks of 4."""
@@ -30,7 +31,8 @@ class Augment:
     scale: share of the image's area that a crop takes, low and high. ratio: its width over height, low and high, with
     low = 1 / high. symmetries: draw one of the eight flips and transposes of the square (dermoscopy has no up).
     brightness, contrast, saturation: factors are drawn from [1 - v, 1 + v]. hue: rotations from [-v, v] turns of YIQ's
-    chroma plane. eval_crop: side of evaluation's centre square, as a share of the shorter side.
+    chroma plane. eval_crop: side of evaluation's centre square, as a share of the shorter side. interpolation: one of
+    INTERPOLATIONS, by which all engines resize crops (`shards/engines/resample.py`).
     """
 
     scale: tuple[float, float] = (0.25, 1.0)
@@ -41,6 +43,7 @@ class Augment:
     saturation: float = 0.2
     hue: float = 0.02
     eval_crop: float = 0.875
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         """Check the values. Raises UsageError."""
@@ -55,6 +58,8 @@ class Augment:
             raise UsageError(f"hue {self.hue} is outside [0, 0.25] turns")
         if not 0 < self.eval_crop <= 1:
             raise UsageError(f"eval crop {self.eval_crop} is outside (0, 1]")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(f"interpolation '{self.interpolation}' is unknown: use {' or '.join(INTERPOLATIONS)}")
 
 
 @dataclass(frozen=True)

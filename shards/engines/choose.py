@@ -26,15 +26,18 @@ def make_engine(
     threads: int | None,
     prefetch: int,
     pool: "EnginePool | None" = None,
+    interpolation: str = "bilinear",
 ) -> tuple[Engine, str, str]:
     """Returns the engine, its name and the reason for the choice. pool: keeps dali and resident engines.
+
+    interpolation: one of `plan.INTERPOLATIONS`.
 
     `auto` is native on a CPU. On CUDA it is resident if the decoded images take at most 40 % of the free memory; else
     dali, if a check in another process shows that it works (`selfcheck.py`); else native. With a pool, resident holds
     the whole set, for all loaders of the process. Raises UsageError for an unknown name, a missing device, an engine
     that is not installed or does not work here, and images that do not fit the device's memory.
     """
-    choice, variant, reason = choose(name, selection, device, pool)
+    choice, variant, reason = choose(name, selection, device, pool, interpolation)
     _log.info("engine %s on %s: %s", choice, device, reason)
     if choice == "native":
         from shards.engines.native import NativeEngine
@@ -44,14 +47,16 @@ def make_engine(
         if missing and not outdated():
             _log.warning("no compiled kernel for %s here: images load much more slowly", " and ".join(missing))
 
-        return NativeEngine(selection.data, str(device), threads, prefetch), choice, reason
+        return NativeEngine(selection.data, str(device), threads, prefetch, interpolation), choice, reason
     if choice == "resident":
         from shards.engines.resident import ResidentEngine
 
+        def resident(samples: "Selection") -> ResidentEngine:
+            return ResidentEngine(samples, str(device), threads, interpolation)
+
         if pool is None:
-            return ResidentEngine(selection, str(device), threads), choice, reason
-        whole = _whole(selection)
-        engine = pool.get(selection.data, _resident(device), lambda: ResidentEngine(whole, str(device), threads))
+            return resident(selection), choice, reason
+        engine = pool.get(selection.data, _resident(device, interpolation), lambda: resident(_whole(selection)))
         return engine, choice, reason
     from shards.engines.dali import DaliEngine
     from shards.engines.selfcheck import contents
@@ -59,15 +64,28 @@ def make_engine(
     kinds = contents(selection.data, selection.samples)
 
     def make() -> DaliEngine:
-        return DaliEngine(selection.data, str(device), threads, prefetch, contents=kinds, variant=variant)
+        return DaliEngine(
+            selection.data,
+            str(device),
+            threads,
+            prefetch,
+            contents=kinds,
+            variant=variant,
+            interpolation=interpolation,
+        )
 
     if pool is None:
         return make(), choice, reason
-    return pool.get(selection.data, (str(device), threads, prefetch, kinds, variant), make), choice, reason
+    key = str(device), threads, prefetch, kinds, variant, interpolation
+    return pool.get(selection.data, key, make), choice, reason
 
 
 def choose(
-    name: str, selection: "Selection", device: "torch.device", pool: "EnginePool | None" = None
+    name: str,
+    selection: "Selection",
+    device: "torch.device",
+    pool: "EnginePool | None" = None,
+    interpolation: str = "bilinear",
 ) -> tuple[str, str, str]:
     """The engine, the variant of dali's graph, and the reason: as `make_engine`, which also says what is raised."""
     if name not in ("auto", *ENGINES):
@@ -77,7 +95,7 @@ def choose(
         return name, "", "asked for"
     if name == "auto" and device.type == "cpu":
         return "native", "", "the device is a CPU"
-    if name == "auto" and (reason := _fits(selection, device, pool)):
+    if name == "auto" and (reason := _fits(selection, device, pool, interpolation)):
         return "resident", "", reason
     if not _dali_installed():
         if name == "dali":
@@ -88,7 +106,7 @@ def choose(
         return "dali", "region", "asked for"
     from shards.engines.selfcheck import best_variant
 
-    variant, reason = best_variant(selection, device)
+    variant, reason = best_variant(selection, device, interpolation)
     if variant is not None:
         return "dali", variant, f"{'asked for; ' if name == 'dali' else ''}{reason}"
     if name == "dali":
@@ -101,11 +119,11 @@ _RESIDENT_SHARE = 0.4
 """Of the free memory. The model and its activations need the rest."""
 
 
-def _fits(selection: "Selection", device: "torch.device", pool: "EnginePool | None") -> str | None:
+def _fits(selection: "Selection", device: "torch.device", pool: "EnginePool | None", interpolation: str) -> str | None:
     """Why resident is chosen; None if the decoded images would take too much of the device's memory."""
     from shards.engines.resident import free_bytes, needed_bytes
 
-    if pool is not None and pool.holds(selection.data, _resident(device)):
+    if pool is not None and pool.holds(selection.data, _resident(device, interpolation)):
         return "the decoded images are in the device's memory already"
     needed, free = needed_bytes(selection if pool is None else _whole(selection)), free_bytes(str(device))
     if needed > _RESIDENT_SHARE * free:
@@ -120,9 +138,9 @@ def _whole(selection: "Selection") -> "Selection":
     return replace(selection, samples=np.arange(len(selection.data)))
 
 
-def _resident(device: "torch.device") -> Hashable:
+def _resident(device: "torch.device", interpolation: str) -> Hashable:
     """The options of a resident engine, for the pool."""
-    return "resident", str(device)
+    return "resident", str(device), interpolation
 
 
 def _dali_installed() -> bool:

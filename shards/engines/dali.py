@@ -42,9 +42,10 @@ Seen on an H100 with nvJPEG 12.4: right pixels, idle hardware decoders, a warnin
 class Graph:
     """The settings of a graph.
 
-    contents: `jpg`, `raw` or `mixed`. device_id: the GPU, None for the CPU. threads: DALI's own. prefetch: batches that
-    DALI works on ahead. hw_decoder_load: share of the JPEGs for the GPU's hardware decoder, if it has one; the rest is
-    decoded on its general cores (0.65 is DALI's default; not measured here).
+    contents: `jpg`, `raw` or `mixed`. interpolation: one of `plan.INTERPOLATIONS`. device_id: the GPU, None for the
+    CPU. threads: DALI's own. prefetch: batches that DALI works on ahead. hw_decoder_load: share of the JPEGs for the
+    GPU's hardware decoder, if it has one; the rest is decoded on its general cores (0.65 is DALI's default; not
+    measured here).
     """
 
     contents: str
@@ -52,6 +53,7 @@ class Graph:
     threads: int = 1
     prefetch: int = 2
     hw_decoder_load: float = 0.65
+    interpolation: str = "bilinear"
 
 
 def build_graph(source: Callable[[], list], graph: Graph, max_batch: int) -> "Pipeline":
@@ -63,6 +65,7 @@ def build_graph(source: Callable[[], list], graph: Graph, max_batch: int) -> "Pi
 
     dali: Any = module  # its stubs know neither conditionals nor its enumerations
     fn, types = dali.fn, dali.types
+    kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[graph.interpolation]
 
     def decode(payload: Any, start: Any, shape: Any) -> Any:
         """A JPEG's box. Fancy upsampling is what libjpeg does; orientation was applied when packing."""
@@ -107,7 +110,7 @@ def build_graph(source: Callable[[], list], graph: Graph, max_batch: int) -> "Pi
                 image = rows(payload, shape)
             else:
                 image = decode(payload, given["start"], shape)
-        image = fn.resize(image, size=given["size"], antialias=False, interp_type=types.INTERP_LINEAR)
+        image = fn.resize(image, size=given["size"], antialias=False, interp_type=kind)
         if given["transposed"]:
             image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
         return image
@@ -164,15 +167,19 @@ class DaliEngine:
         *,
         contents: str = "mixed",
         variant: str = "region",
+        interpolation: str = "bilinear",
     ) -> None:
         """device: `cpu`, `cuda` or `cuda:N`. contents: `jpg` or `raw` if the samples are all of one kind.
+        interpolation: one of `plan.INTERPOLATIONS`.
 
         threads: default, the cores this process may use. Raises ValueError for an unknown variant or contents.
         """
         if variant not in VARIANTS or contents not in INPUTS:
             raise ValueError(f"variant '{variant}' of {VARIANTS}, contents '{contents}' of {tuple(INPUTS)}")
         self.data, self.device = data, device
-        self.graph = Graph(contents, _device_id(device), threads or available_cores(), prefetch)
+        self.graph = Graph(
+            contents, _device_id(device), threads or available_cores(), prefetch, interpolation=interpolation
+        )
         self._reader = Reader(data, contents, prefetch, cutting=variant == "region")
         self._idle: list[_Pipeline] = []
         self._runs: list[_Thread] = []

@@ -83,8 +83,8 @@ class Rooms:
 class _Scratch:
     """One thread's memory between decoding and the batch, small enough for its core's cache."""
 
-    def __init__(self, side: int) -> None:
-        self.resample = Resampler(side)
+    def __init__(self, side: int, interpolation: str) -> None:
+        self.resample = Resampler(side, interpolation=interpolation)
         self.cut = RegionCutter()
         self.pixels = np.empty(0, np.uint8)
         self.pixels_at = 0
@@ -111,11 +111,18 @@ class _MappedShards(dict[int, tuple[memoryview, int]]):
 class NativeEngine:
     """Loads batches on `threads` threads, `prefetch` batches ahead."""
 
-    def __init__(self, data: ShardSet, device: str = "cpu", threads: int | None = None, prefetch: int = 2) -> None:
-        """threads: at most the cores this process may use, which is the default. Turns OpenCV's own threads off in the
-        whole process."""
+    def __init__(
+        self,
+        data: ShardSet,
+        device: str = "cpu",
+        threads: int | None = None,
+        prefetch: int = 2,
+        interpolation: str = "bilinear",
+    ) -> None:
+        """threads: at most the cores this process may use, which is the default. interpolation: one of
+        `plan.INTERPOLATIONS`. Turns OpenCV's own threads off in the whole process."""
         cv2.setNumThreads(0)
-        self.data, self.device, self.prefetch = data, device, prefetch
+        self.data, self.device, self.prefetch, self.interpolation = data, device, prefetch, interpolation
         self.threads = min(threads or available_cores(), available_cores())
         self._foreign = False  # the files are of another packer
         self._start()
@@ -131,7 +138,7 @@ class NativeEngine:
     def _start(self) -> None:
         """Start the threads. A forked child has none and starts its own."""
         self._pid = os.getpid()
-        self._workers = start_workers(self.data, self.threads)
+        self._workers = start_workers(self.data, self.threads, self.interpolation)
         # Its threads start when they are first used.
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shards-native")
 
@@ -267,7 +274,7 @@ class NativeEngine:
         """This thread's scratch memory for images of `side` px."""
         scratch = getattr(self._local, "scratch", None)
         if scratch is None or scratch.resample.side != side:
-            scratch = self._local.scratch = _Scratch(side)
+            scratch = self._local.scratch = _Scratch(side, self.interpolation)
         return scratch
 
     def close(self) -> None:

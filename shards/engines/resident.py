@@ -2,9 +2,9 @@
 
 Everything is integers, so every device computes the same bits. The position of an output pixel in the box is a fraction
 with a known denominator, its weights have 14 or 15 bits, and products fit 32 bits. Weights and rounding are as in the
-native engine's kernel (`resample.c`), so the pixels are the same. Without the kernel, the native engine uses OpenCV,
-which differs by 1 in about one value of eight. On a GPU the gather is one Triton kernel (`shards/kernels/gather.py`).
-`resident` is for a GPU: on a CPU the native engine is faster.
+native engine's kernel (`resample.c`), so the pixels are the same. Without the kernel, the native engine uses OpenCV if
+it is bilinear, which differs by 1 in about one value of eight. On a GPU the gather is one Triton kernel
+(`shards/kernels/gather.py`). `resident` is for a GPU: on a CPU the native engine is faster.
 """
 
 import logging
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+LINES = {"bilinear": 2, "bicubic": 4}  # that are mixed
 # Bits of the weights, and of the fraction in a mixed row, as in resample.c.
-_ROW_BITS, _COLUMN_BITS, _FRACTION = 15, 14, 6
+ROW_BITS = {"bilinear": 15, "bicubic": 14}
+COLUMN_BITS, FRACTION = 14, 6
 _SPARE = 0.1  # share of the free memory that is left for the model and its activations
 _CHUNK_BYTES = 64 << 20  # decoded before each copy to a GPU
 _EAGER_PIXELS = 1 << 20  # output pixels at a time without fusion, to stay near the caches
@@ -62,13 +64,19 @@ def check_memory(selection: "Selection", device: str) -> None:
 class ResidentEngine:
     """Holds a selection's pixels on the device: (pixels, 3) uint8, image after image, of any sizes."""
 
-    def __init__(self, selection: "Selection", device: str = "cpu", threads: int | None = None) -> None:
-        """threads: for decoding, once.
+    def __init__(
+        self,
+        selection: "Selection",
+        device: str = "cpu",
+        threads: int | None = None,
+        interpolation: str = "bilinear",
+    ) -> None:
+        """threads: for decoding, once. interpolation: one of `plan.INTERPOLATIONS`.
 
         Nothing is decoded before the first batch. Raises UsageError, with the bytes needed and free, if the memory
         does not suffice.
         """
-        self.selection, self.device = selection, device
+        self.selection, self.device, self.interpolation = selection, device, interpolation
         self.threads = min(threads or available_cores(), available_cores())
         heights, self._widths = _sides(selection)
         self._starts = np.concatenate([[0], np.cumsum(heights * self._widths)])  # in pixels
@@ -96,7 +104,7 @@ class ResidentEngine:
     def gather(self, table: "torch.Tensor", resolution: int) -> "torch.Tensor":
         """Images as `run` yields them. table: (n, 7) int64 on the device, as `table` gives it. Comes after `load`."""
         assert self._pixels is not None, "`load` comes first"
-        return self._gather(self._pixels, table, resolution).permute(0, 3, 1, 2)
+        return self._gather(self._pixels, table, resolution, self.interpolation).permute(0, 3, 1, 2)
 
     def table(self, request: Request) -> np.ndarray:
         """(n, 7) int64: first pixel of the image, its width, box y, x, h, w, and symmetry."""
@@ -168,11 +176,13 @@ def _pinned(pixels: int) -> "torch.Tensor":
     return torch.empty((pixels, 3), dtype=torch.uint8, pin_memory=True)
 
 
-def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "torch.Tensor":
-    """Crop, resize and turn a batch: (n, S, S, 3) uint8. Bilinear, half-pixel centres, edges clamped to the box.
+def gather(
+    pixels: "torch.Tensor", table: "torch.Tensor", resolution: int, interpolation: str = "bilinear"
+) -> "torch.Tensor":
+    """Crop, resize and turn a batch: (n, S, S, 3) uint8. Half-pixel centres, edges clamped to the box.
 
-    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine.table`. The Triton kernel computes the
-    same.
+    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine.table`. interpolation: one of
+    `plan.INTERPOLATIONS`. The Triton kernel computes the same.
     """
     import torch
 
@@ -181,8 +191,9 @@ def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "t
     line = torch.arange(resolution, dtype=torch.int32, device=pixels.device)
     down = torch.where(symmetry & 2 != 0, resolution - 1 - line, line)  # (n, S): positions in the resized crop
     along = torch.where(symmetry & 1 != 0, resolution - 1 - line, line)
-    top, bottom, share_y = _neighbours(torch.where(transposed, along, down), y, h, resolution, _ROW_BITS)
-    left, right, share_x = _neighbours(torch.where(transposed, down, along), x, w, resolution, _COLUMN_BITS)
+    lines, row_bits = LINES[interpolation], ROW_BITS[interpolation]
+    rows = neighbours(torch.where(transposed, along, down), y, h, resolution, lines, row_bits)
+    columns = neighbours(torch.where(transposed, down, along), x, w, resolution, lines, COLUMN_BITS)
     turned = transposed[..., None]
 
     def of_rows(values: torch.Tensor) -> torch.Tensor:
@@ -193,50 +204,58 @@ def gather(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "t
         """(n, S) of the image's x as (n, S, S)."""
         return torch.where(turned, values[:, :, None], values[:, None, :])
 
-    upper, lower = (start + of_rows(line * width) for line in (top, bottom))
-    weight, share = of_rows(share_y.clamp(max=(1 << _ROW_BITS) - 1))[..., None], of_columns(share_x)[..., None]
-
-    def column(places: torch.Tensor) -> torch.Tensor:
-        """(n, S, S, 3) int32: the mix of the upper and the lower neighbour in these columns, with its fraction."""
-        along = of_columns(places)
-        above, below = (pixels[line + along].int() << _FRACTION for line in (upper, lower))
-        return above + (((below - above) * weight + (1 << _ROW_BITS - 1)) >> _ROW_BITS)
-
-    shift = _FRACTION + _COLUMN_BITS
-    mixed = column(left) * ((1 << _COLUMN_BITS) - share) + column(right) * share
-    return ((mixed + (1 << shift - 1)) >> shift).to(torch.uint8)
+    above = [(start + of_rows(line * width), of_rows(weight)[..., None]) for line, weight in rows]
+    mixed = torch.full((), 1 << FRACTION + COLUMN_BITS - 1, dtype=torch.int32, device=pixels.device)
+    for place, share in columns:
+        column, shift = of_columns(place), row_bits - FRACTION
+        total = torch.full((), 1 << shift - 1, dtype=torch.int32, device=pixels.device)
+        for line, weight in above:
+            total = pixels[line + column].int().mul_(weight).add_(total)  # (n, S, S, 3)
+        mixed = (total >> shift).mul_(of_columns(share)[..., None]).add_(mixed)
+    return (mixed >> FRACTION + COLUMN_BITS).clamp_(0, 255).to(torch.uint8)
 
 
-def _neighbours(
-    place: "torch.Tensor", start: "torch.Tensor", extent: "torch.Tensor", resolution: int, bits: int
-) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-    """(n, S) int32 each: the image's lines before and after a position in the resized crop, and the second's weight.
+def neighbours(
+    place: "torch.Tensor", start: "torch.Tensor", extent: "torch.Tensor", resolution: int, lines: int, bits: int
+) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+    """The image's lines that a position in the resized crop is mixed of, and their weights: (n, S) int32 each.
 
-    The weight is in 1 / 2 ** bits. place: (n, S). start, extent: (n, 1), where the box begins and how long it is.
+    The weights are in 1 / 2 ** bits; resample.c explains those of four lines. place: (n, S). start, extent: (n, 1),
+    where the box begins and how long it is.
     """
     import torch
 
     double = 2 * resolution
     numerator = (2 * place + 1) * extent - resolution  # of the place in the box, in 1 / double
     low = torch.div(numerator, double, rounding_mode="floor")
-    weight = torch.div(((numerator - low * double) << bits) + resolution, double, rounding_mode="floor")
+    after = torch.div(((numerator - low * double) << bits) + resolution, double, rounding_mode="floor")
+    weights = [before := (1 << bits) - after, after]
+    if lines == 4:
+        product = (before * after + (1 << bits - 1)) >> bits
+        first, last = ((product * weight + (1 << bits)) >> bits + 1 for weight in weights)
+        weights = [-first, before + 2 * first - last, after + 2 * last - first, -last]
     zero = torch.zeros_like(extent)
-    return start + torch.clamp(low, zero, extent - 1), start + torch.clamp(low + 1, zero, extent - 1), weight
+    return [
+        (start + torch.clamp(low + number, zero, extent - 1), weight)
+        for number, weight in enumerate(weights, 1 - lines // 2)
+    ]
 
 
-def _gather_in_parts(pixels: "torch.Tensor", table: "torch.Tensor", resolution: int) -> "torch.Tensor":
+def _gather_in_parts(
+    pixels: "torch.Tensor", table: "torch.Tensor", resolution: int, interpolation: str
+) -> "torch.Tensor":
     """`gather` a few images at a time: without fusion, each step would write and read the whole batch."""
     import torch
 
     part = max(1, _EAGER_PIXELS // resolution**2)
-    return torch.cat([gather(pixels, rows, resolution) for rows in table.split(part)])
+    return torch.cat([gather(pixels, rows, resolution, interpolation) for rows in table.split(part)])
 
 
-def _triton_gather() -> "Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]":
+def _triton_gather() -> "Callable[[torch.Tensor, torch.Tensor, int, str], torch.Tensor]":
     """The Triton kernel, or with a warning `_gather_in_parts` if Triton is not installed."""
     try:
         from shards.kernels.gather import gather as kernel
     except ImportError as error:
         _log.warning("resident: no Triton here, so the gather is slower: %s", one_line(error))
         return _gather_in_parts
-    return lambda pixels, table, side: kernel(pixels, table, side, _ROW_BITS, _COLUMN_BITS, _FRACTION)
+    return lambda pixels, table, side, by: kernel(pixels, table, side, LINES[by], ROW_BITS[by], COLUMN_BITS, FRACTION)

@@ -1,8 +1,8 @@
 """Does the dali engine work on this GPU? A separate process finds out, because a crash in a decoder cannot be caught.
 
 That process runs `main`: it loads real samples with both engines and prints by how much they differ. The verdict is
-kept in a file, one per GPU model, driver, library versions, graph variant, packing and set of encodings. Delete the
-file to check again.
+kept in a file, one per GPU model, driver, library versions, graph variant, interpolation, packing and set of
+encodings. Delete the file to check again.
 """
 
 import json
@@ -46,17 +46,19 @@ _inconclusive: dict[Path, str] = {}
 def best_variant(
     selection: "Selection",
     device: "torch.device",
+    interpolation: str = "bilinear",
     *,
     child: Sequence[str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> tuple[str | None, str]:
     """The first of NAMES that agrees with the native engine, and the reason.
 
-    None if neither does. child: the command of the checking process; tests give another one.
+    None if neither does. interpolation: one of `plan.INTERPOLATIONS`. child: the command of the checking process; tests
+    give another one.
     """
     reasons = []
     for variant, name in NAMES.items():
-        passed, reason = check(selection, device, variant, child=child, timeout_s=timeout_s)
+        passed, reason = check(selection, device, variant, interpolation, child=child, timeout_s=timeout_s)
         reasons.append(f"{name} {reason}")
         if passed:
             return variant, "; ".join(reasons)
@@ -68,6 +70,7 @@ def check(
     selection: "Selection",
     device: "torch.device",
     variant: str,
+    interpolation: str = "bilinear",
     *,
     child: Sequence[str] | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -79,14 +82,14 @@ def check(
     process checks again: all that one process loads, such as the runs of a study, should come from one engine, and a
     check can take minutes.
     """
-    key = key_of(selection.data, device, variant, selection.samples)
+    key = key_of(selection.data, device, variant, selection.samples, interpolation)
     file = kept.file_of("dali", key)
     if file in _inconclusive:
         return False, f"{_inconclusive[file]} (found earlier in this process; the next process checks again)"
     verdict = kept.recall("dali", key, {"passed": bool, "reason": str})
     if verdict is not None:
         return verdict["passed"], f"{verdict['reason']} (kept in {file})"
-    passed, reason, conclusive = _ask_child(selection, device, variant, child, timeout_s)
+    passed, reason, conclusive = _ask_child(selection, device, variant, interpolation, child, timeout_s)
     reason = f"{reason} on {key['gpu']}, driver {key['driver']}, DALI {key['versions']['nvidia-dali']}"
     if conclusive:
         kept.keep("dali", key, {"passed": passed, "reason": reason})
@@ -96,7 +99,12 @@ def check(
 
 
 def _ask_child(
-    selection: "Selection", device: "torch.device", variant: str, child: Sequence[str] | None, timeout_s: float
+    selection: "Selection",
+    device: "torch.device",
+    variant: str,
+    interpolation: str,
+    child: Sequence[str] | None,
+    timeout_s: float,
 ) -> tuple[bool, str, bool]:
     """Run the checking process. Returns whether the engines agree, the reason, and whether to keep the verdict."""
     question = {
@@ -104,6 +112,7 @@ def _ask_child(
         "samples": _some_of_each(selection).tolist(),
         "device": str(device),
         "variant": variant,
+        "interpolation": interpolation,
     }
     package_home = str(Path(__file__).resolve().parents[2])
     search = [package_home, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -164,7 +173,9 @@ def judge(found: dict[str, dict[str, float]], device: str) -> tuple[bool, str, b
     return passed, f"{'agreed' if passed else 'disagreed'} with native ({'; '.join(words)})", True
 
 
-def differences(data: "ShardSet", samples: np.ndarray, device: str, variant: str) -> dict[str, dict[str, float]]:
+def differences(
+    data: "ShardSet", samples: np.ndarray, device: str, variant: str, interpolation: str
+) -> dict[str, dict[str, float]]:
     """By how much dali's images differ from native's, per encoding: mean and max of 255, and the share within 4.
 
     One batch of training crops is loaded several times, so that buffers are reused.
@@ -176,7 +187,8 @@ def differences(data: "ShardSet", samples: np.ndarray, device: str, variant: str
 
     plan = training_plan(0, 0, samples, data.column("height")[samples], data.column("width")[samples], Augment())
     request = Request(samples, plan.boxes, plan.symmetry)
-    native, dali = NativeEngine(data), DaliEngine(data, device, contents=contents(data, samples), variant=variant)
+    kinds, native = contents(data, samples), NativeEngine(data, interpolation=interpolation)
+    dali = DaliEngine(data, device, contents=kinds, variant=variant, interpolation=interpolation)
     (expected,) = native.run([request], _RESOLUTION)
     raw = data.column("encoding")[samples] == "raw"
     parts: dict[str, list[np.ndarray]] = {"jpg": [], "raw": []}
@@ -207,11 +219,13 @@ def main() -> None:
     question = json.load(sys.stdin)
     with ShardSet(question["path"]) as data:
         samples = np.array(question["samples"], np.int64)
-        answer = differences(data, samples, question["device"], question["variant"])
+        answer = differences(data, samples, *(question[name] for name in ("device", "variant", "interpolation")))
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
-def key_of(data: "ShardSet", device: "torch.device", variant: str, samples: np.ndarray) -> dict[str, Any]:
+def key_of(
+    data: "ShardSet", device: "torch.device", variant: str, samples: np.ndarray, interpolation: str = "bilinear"
+) -> dict[str, Any]:
     """Everything that a verdict depends on. samples: (n,), the numbers of those that are checked.
 
     The encodings of the samples count, not the write mode alone: with `smart` or `proportion` a set can be all raw,
@@ -228,6 +242,7 @@ def key_of(data: "ShardSet", device: "torch.device", variant: str, samples: np.n
     return {
         "revision": _REVISION,
         "variant": variant,
+        "interpolation": interpolation,
         "gpu": _gpu_name(device),
         "driver": _driver_version(device),
         "versions": versions,

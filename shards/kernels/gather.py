@@ -16,23 +16,43 @@ _PIXELS = 256
 
 
 @triton.jit
-def _neighbours(place, start, extent, side, bits: tl.constexpr):
-    """As in resident.py. A double is added before the division, because that rounds towards zero."""
+def _place(place, extent, side, bits: tl.constexpr):
+    """As in resident.py: the line before a position, which may be -1, and the weight of the one behind it.
+
+    A double is added before the division, because that rounds towards zero.
+    """
     double = 2 * side
     numerator = (2 * place + 1) * extent - side
     low = (numerator + double) // double - 1
-    weight = (((numerator - low * double) << bits) + side) // double
-    before = tl.minimum(tl.maximum(low, 0), extent - 1)
-    after = tl.minimum(tl.maximum(low + 1, 0), extent - 1)
-    return start + before, start + after, weight
+    return low, (((numerator - low * double) << bits) + side) // double
 
 
 @triton.jit
-def _mixed(pixels, above, below, weight, inside, row_bits: tl.constexpr, fraction: tl.constexpr):
-    """The mix of the values above and below, with `fraction` more bits."""
-    upper = tl.load(pixels + above, mask=inside, other=0).to(tl.int32) << fraction
-    lower = tl.load(pixels + below, mask=inside, other=0).to(tl.int32) << fraction
-    return upper + (((lower - upper) * weight + (1 << (row_bits - 1))) >> row_bits)
+def _weight(number: tl.constexpr, after, lines: tl.constexpr, bits: tl.constexpr):
+    """The weight of a line, as in resident.py."""
+    before = (1 << bits) - after
+    if lines == 4:
+        product = (before * after + (1 << (bits - 1))) >> bits
+        first = (product * before + (1 << bits)) >> (bits + 1)
+        last = (product * after + (1 << bits)) >> (bits + 1)
+        if number == 0:
+            weight = -first
+        elif number == 1:
+            weight = before + 2 * first - last
+        elif number == 2:
+            weight = after + 2 * last - first
+        else:
+            weight = -last
+    elif number == 0:
+        weight = before
+    else:
+        weight = after
+    return weight
+
+
+@triton.jit
+def _inside(line, extent):
+    return tl.minimum(tl.maximum(line, 0), extent - 1)
 
 
 @triton.jit
@@ -41,6 +61,7 @@ def _gather(
     table,
     out,
     side,
+    lines: tl.constexpr,
     row_bits: tl.constexpr,
     column_bits: tl.constexpr,
     fraction: tl.constexpr,
@@ -59,27 +80,36 @@ def _gather(
     row = tl.where((symmetry & 2) != 0, side - 1 - row, row)
     column = tl.where((symmetry & 1) != 0, side - 1 - column, column)
     transposed = (symmetry & 4) != 0
-    top, bottom, share_y = _neighbours(tl.where(transposed, column, row), y, h, side, row_bits)
-    left, right, share_x = _neighbours(tl.where(transposed, row, column), x, w, side, column_bits)
-    weight = tl.minimum(share_y, (1 << row_bits) - 1)
-    upper, lower = first + (top * width).to(tl.int64), first + (bottom * width).to(tl.int64)
+    top, below = _place(tl.where(transposed, column, row), h, side, row_bits)
+    left, right = _place(tl.where(transposed, row, column), w, side, column_bits)
+    half: tl.constexpr = lines // 2
+    down: tl.constexpr = row_bits - fraction
     shift: tl.constexpr = fraction + column_bits
     for channel in tl.static_range(3):
-        one = _mixed(pixels + channel, (upper + left) * 3, (lower + left) * 3, weight, inside, row_bits, fraction)
-        other = _mixed(pixels + channel, (upper + right) * 3, (lower + right) * 3, weight, inside, row_bits, fraction)
-        mixed = one * ((1 << column_bits) - share_x) + other * share_x
-        value = ((mixed + (1 << (shift - 1))) >> shift).to(tl.uint8)
+        mixed = tl.zeros((count,), tl.int32)
+        for i in tl.static_range(lines):
+            place = x + _inside(left + (i - half + 1), w)
+            total = tl.zeros((count,), tl.int32)
+            for k in tl.static_range(lines):
+                line = y + _inside(top + (k - half + 1), h)
+                source = first + (line * width).to(tl.int64) + place
+                value = tl.load(pixels + source * 3 + channel, mask=inside, other=0).to(tl.int32)
+                total += value * _weight(k, below, lines, row_bits)
+            mixed += ((total + (1 << (down - 1))) >> down) * _weight(i, right, lines, column_bits)
+        value = _inside((mixed + (1 << (shift - 1))) >> shift, 256).to(tl.uint8)
         tl.store(out + (image.to(tl.int64) * side * side + at) * 3 + channel, value, mask=inside)
 
 
-def gather(pixels: Tensor, table: Tensor, resolution: int, row_bits: int, column_bits: int, fraction: int) -> Tensor:
+def gather(
+    pixels: Tensor, table: Tensor, resolution: int, lines: int, row_bits: int, column_bits: int, fraction: int
+) -> Tensor:
     """Crop, resize and turn a batch: (n, S, S, 3) uint8.
 
-    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine.table`. row_bits, column_bits, fraction: of the
-    weights, and of a mixed row.
+    pixels: (pixels, 3) uint8. table: (n, 7) int64, as `ResidentEngine.table`. lines: that are mixed, 2 or 4. row_bits,
+    column_bits, fraction: of the weights, and of a mixed row.
     """
     n = len(table)
     out = torch.empty((n, resolution, resolution, 3), dtype=torch.uint8, device=pixels.device)
     grid = (n, triton.cdiv(resolution * resolution, _PIXELS))
-    _gather[grid](pixels, table, out, resolution, row_bits, column_bits, fraction, count=_PIXELS)
+    _gather[grid](pixels, table, out, resolution, lines, row_bits, column_bits, fraction, count=_PIXELS)
     return out

@@ -62,7 +62,7 @@ uint64_t dermscale_xxh3(const uint8_t *data, int64_t length, int32_t level);
 int32_t dermscale_resample_level(void);
 int64_t dermscale_scratch_bytes(int32_t width, int32_t side);
 void dermscale_resample(const uint8_t *source, int64_t stride, int32_t height, int32_t width, int32_t channels,
-                        int32_t side, int32_t symmetry, uint8_t *out, uint8_t *scratch, int32_t level);
+                        int32_t side, int32_t cubic, int32_t symmetry, uint8_t *out, uint8_t *scratch, int32_t level);
 
 /* jpeg_cut.c */
 int64_t dermscale_cut(const uint8_t *raw, int64_t length, int32_t height, int32_t width, int32_t y, int32_t x,

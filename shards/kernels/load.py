@@ -76,7 +76,7 @@ def _declare(library: ctypes.CDLL) -> None:
         library.dermscale_scratch_bytes.restype = count
         library.dermscale_scratch_bytes.argtypes = [number, number]
         library.dermscale_resample.restype = None
-        library.dermscale_resample.argtypes = [pointer, count, *[number] * 5, pointer, pointer, number]
+        library.dermscale_resample.argtypes = [pointer, count, *[number] * 6, pointer, pointer, number]
     library.dermscale_files_scratch.restype = count
     library.dermscale_files_scratch.argtypes = [count, number]
     library.dermscale_decode_files.argtypes = [pointer, pointer, *[number] * 4, pointer, count, pointer, number]
@@ -88,7 +88,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dermscale_xxh3.argtypes = [pointer, count, number]
     library.dermscale_check.argtypes = [pointer, count, unsigned]
     library.dermscale_engine_open.restype = library.dermscale_batch_submit.restype = pointer
-    library.dermscale_engine_open.argtypes = [pointer, count, pointer, pointer, number, number]
+    library.dermscale_engine_open.argtypes = [pointer, count, pointer, pointer, *[number] * 3]
     library.dermscale_engine_close.argtypes = [pointer]
     library.dermscale_batch_submit.argtypes = [pointer, number, pointer, pointer, pointer, count, number]
     library.dermscale_batch_submit.argtypes += [ctypes.c_double, pointer, pointer, pointer, pointer]

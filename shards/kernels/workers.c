@@ -65,7 +65,7 @@ struct engine {
     const uint8_t *const *shards; /* the first byte of each, NULL where it is not mapped */
     const int64_t *sizes;
     int64_t row_count;
-    int32_t shard_count, level, decode_level, threads, stopping;
+    int32_t shard_count, cubic, level, decode_level, threads, stopping;
     int32_t cold;               /* batches whose pages are still asked for ahead of use */
     int64_t page;               /* bytes */
     pthread_t *ids;
@@ -227,7 +227,7 @@ static int32_t load(const struct engine *engine, struct scratch *scratch, const 
 #ifdef X86
     if (!reserve(&scratch->resample, &scratch->resample_bytes, dermscale_scratch_bytes(w, batch->side)))
         return LEFT;
-    dermscale_resample(pixels, stride, h, w, 3, batch->side, batch->symmetry[place],
+    dermscale_resample(pixels, stride, h, w, 3, batch->side, engine->cubic, batch->symmetry[place],
                        batch->out + place * 3 * batch->side * batch->side, scratch->resample, engine->level);
     return LOADED;
 #else
@@ -352,9 +352,9 @@ void dermscale_engine_close(struct engine *engine)
 }
 
 /* An engine of `threads` threads; NULL where they cannot be had, or the processor has no kernel for resizing. rows,
- * shards and sizes are read as long as it lives. */
+ * shards and sizes are read as long as it lives. cubic: how CROPS are resized, as for `dermscale_resample`. */
 struct engine *dermscale_engine_open(const struct row *rows, int64_t row_count, const uint8_t *const *shards,
-                                     const int64_t *sizes, int32_t shard_count, int32_t threads)
+                                     const int64_t *sizes, int32_t shard_count, int32_t threads, int32_t cubic)
 {
     const int32_t level = dermscale_resample_level();
     struct engine *engine = level ? calloc(1, sizeof *engine) : NULL;
@@ -367,6 +367,7 @@ struct engine *dermscale_engine_open(const struct row *rows, int64_t row_count, 
     engine->sizes = sizes;
     engine->shard_count = shard_count;
     engine->cold = COLD_FOR;
+    engine->cubic = cubic;
     engine->page = sysconf(_SC_PAGESIZE);
     engine->level = level;
     engine->decode_level = dermscale_decode_level();

@@ -59,10 +59,15 @@ def rows_of(data: "ShardSet") -> np.ndarray:
     return rows
 
 
-def start_workers(data: "ShardSet", threads: int) -> "Workers | None":
-    """The threads; None if the library was not built, or has nothing for this processor."""
+def start_workers(data: "ShardSet", threads: int, interpolation: str = "bilinear") -> "Workers | None":
+    """The threads; None if the library was not built, or has nothing for this processor.
+
+    interpolation: of CROPS, one of `plan.INTERPOLATIONS`.
+    """
     library = compiled()
-    return Workers(data, threads) if library is not None and library.dermscale_resample_level() else None
+    if library is None or not library.dermscale_resample_level():
+        return None
+    return Workers(data, threads, interpolation == "bicubic")
 
 
 def left_over(data: "ShardSet", samples: np.ndarray, status: np.ndarray | None) -> np.ndarray:
@@ -221,8 +226,8 @@ class Drawing(Loading):
 class Workers:
     """`threads` threads that load the samples of one shard set."""
 
-    def __init__(self, data: "ShardSet", threads: int) -> None:
-        """Raises UsageError if the system cannot start the threads."""
+    def __init__(self, data: "ShardSet", threads: int, cubic: bool) -> None:
+        """cubic: how CROPS are resized. Raises UsageError if the system cannot start the threads."""
         self._data, self._rows, self._pid = data, data.rows, os.getpid()
         count = len(data.manifest.shards)
         self._bytes: list[np.ndarray | None] = [None] * count  # held: the threads read them after the set is closed
@@ -231,8 +236,9 @@ class Workers:
         """The memory of the batches that are under way."""
         self._calls: Any = holding_the_lock()
         self._waiting: Any = compiled()
+        addresses, sizes = self._addresses.ctypes.data, self._sizes.ctypes.data
         engine = self._calls.dermscale_engine_open(
-            self._rows.ctypes.data, len(data), self._addresses.ctypes.data, self._sizes.ctypes.data, count, threads
+            self._rows.ctypes.data, len(data), addresses, sizes, count, threads, cubic
         )
         if not engine:
             raise UsageError(f"threads {threads}: the system could not start so many; use fewer")

@@ -58,7 +58,7 @@ struct bench {
     struct row *rows;
     const uint8_t **shards;
     int64_t *sizes;
-    int32_t level;
+    int32_t level, cubic;
 };
 static struct bench benches[LEVELS];
 
@@ -82,7 +82,8 @@ static void open_bench(struct bench *to, int32_t level)
     to->shards[ENDING_FILE] = ending.mapped;
     to->sizes[LOST_FILE] = to->sizes[ENDING_FILE] = FILE_BYTES;
     told_level = to->level = level;
-    to->engine = dermscale_engine_open(to->rows, ROWS, to->shards, to->sizes, SHARDS, 1 + (int32_t)draw(3));
+    to->cubic = (int32_t)draw(2);
+    to->engine = dermscale_engine_open(to->rows, ROWS, to->shards, to->sizes, SHARDS, 1 + (int32_t)draw(3), to->cubic);
     if ((to->engine != NULL) != (level > 0))
         WRONG("an engine at level %d", level);
 }
@@ -173,7 +174,7 @@ static int32_t right_status(const struct bench *of, const struct request *in, in
             return LEFT;
     }
     if (in->result == CROPS) {
-        if (!is_resized(pixels, stride, box[2], box[3], 3, in->side, in->symmetry[place], made))
+        if (!is_resized(pixels, stride, box[2], box[3], 3, in->side, of->cubic, in->symmetry[place], made))
             WRONG("a loaded sample has other pixels");
         return LOADED;
     }

@@ -25,7 +25,7 @@ struct engine;
 struct batch;
 int32_t dermscale_check(const uint8_t *payload, int64_t length, uint64_t xxh3);
 struct engine *dermscale_engine_open(const struct row *rows, int64_t row_count, const uint8_t *const *shards,
-                                     const int64_t *sizes, int32_t shard_count, int32_t threads);
+                                     const int64_t *sizes, int32_t shard_count, int32_t threads, int32_t cubic);
 void dermscale_engine_close(struct engine *engine);
 struct batch *dermscale_batch_submit(struct engine *engine, int32_t result, const int64_t *samples,
                                      const int32_t *boxes, const uint8_t *symmetry, int64_t count, int32_t side,
@@ -111,41 +111,49 @@ static inline void free_corpus(struct corpus *corpus)
     free(corpus->images);
 }
 
-/* Where a line of the result lies in the source, as resample.c says: its line, and the next one's weight. */
-static inline int32_t source_line(int32_t line, int32_t size, int32_t side, int32_t bits, int64_t *weight)
+/* The lines of the source that a line of the result is mixed of, as resample.c says, and their weights in 1 / 2^bits.
+ * Returns their number. */
+static inline int32_t source_lines(int32_t line, int32_t size, int32_t side, int32_t cubic, int32_t bits,
+                                   int64_t *places, int64_t *weights)
 {
-    const int64_t at = (2 * (int64_t)line + 1) * size - side, unit = 2 * (int64_t)side;
-    const int64_t low = at < 0 ? 0 : at / unit;
-    *weight = at < 0 || low >= size - 1 ? 0 : (((at - low * unit) << bits) + side) / unit;
-    return (int32_t)low;
-}
-
-static inline int64_t mixed_rows(int64_t upper, int64_t lower, int64_t weight)
-{
-    return upper * 64 + (((lower - upper) * 64 * weight + 0x4000) >> 15);
+    const int64_t at = (2 * (int64_t)line + 1) * size - side, unit = 2 * (int64_t)side, one = (int64_t)1 << bits;
+    const int64_t low = at < 0 ? -1 : at / unit, after = (((at - low * unit) << bits) + side) / unit;
+    const int64_t before = one - after, product = (before * after + one / 2) >> bits;
+    const int64_t first = (product * before + one) >> (bits + 1), last = (product * after + one) >> (bits + 1);
+    const int64_t four[4] = {-first, before + 2 * first - last, after + 2 * last - first, -last};
+    const int32_t lines = cubic ? 4 : 2;
+    for (int32_t k = 0; k < lines; k++) {
+        const int64_t place = low + k - lines / 2 + 1;
+        places[k] = place < 0 ? 0 : place < size ? place : size - 1;
+        weights[k] = cubic ? four[k] : k ? after : before;
+    }
+    return lines;
 }
 
 /* The result of `dermscale_resample`, one value after the other: does out (side, side, 3) equal it? */
 static inline int is_resized(const uint8_t *source, int64_t stride, int32_t height, int32_t width, int32_t channels,
-                             int32_t side, int32_t symmetry, const uint8_t *out)
+                             int32_t side, int32_t cubic, int32_t symmetry, const uint8_t *out)
 {
+    const int32_t row_bits = cubic ? 14 : 15;
     for (int32_t line = 0; line < side; line++) {
-        int64_t below;
-        const int32_t row = source_line(line, height, side, 15, &below);
-        const uint8_t *const upper = source + row * stride, *const lower = row + 1 < height ? upper + stride : upper;
-        below = below > 32767 ? 32767 : below;
+        int64_t rows[4], columns[4], of_rows[4], of_columns[4];
+        const int32_t lines = source_lines(line, height, side, cubic, row_bits, rows, of_rows);
         for (int32_t column = 0; column < side; column++) {
-            int64_t right;
-            const int32_t first = source_line(column, width, side, 14, &right);
-            const int64_t left = (int64_t)first * channels, next = first + 1 < width ? left + channels : left;
+            source_lines(column, width, side, cubic, 14, columns, of_columns);
             int32_t i = symmetry & 4 ? column : line, j = symmetry & 4 ? line : column;
             i = symmetry & 2 ? side - 1 - i : i;
             j = symmetry & 1 ? side - 1 - j : j;
             const uint8_t *const found = out + ((int64_t)i * side + j) * 3;
             for (int32_t c = 0; c < 3; c++) {
-                const int64_t a = mixed_rows(upper[left + c], lower[left + c], below);
-                const int64_t b = mixed_rows(upper[next + c], lower[next + c], below);
-                if (found[c] != (uint8_t)((a * (16384 - right) + b * right + (1 << 19)) >> 20))
+                int64_t sum = 1 << 19;
+                for (int32_t k = 0; k < lines; k++) {
+                    int64_t mixed = 1 << (row_bits - 7);
+                    for (int32_t r = 0; r < lines; r++)
+                        mixed += source[rows[r] * stride + columns[k] * channels + c] * of_rows[r];
+                    sum += (mixed >> (row_bits - 6)) * of_columns[k];
+                }
+                sum >>= 20;
+                if (found[c] != (sum < 0 ? 0 : sum > 255 ? 255 : sum))
                     return 0;
             }
         }

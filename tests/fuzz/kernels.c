@@ -148,7 +148,7 @@ static void try_run_lengths(void)
 static void try_resample(void)
 {
     const int32_t best = __real_dermscale_resample_level();
-    const int32_t channels = 3 + (int32_t)draw(2), symmetry = (int32_t)draw(256);
+    const int32_t channels = 3 + (int32_t)draw(2), symmetry = (int32_t)draw(256), cubic = (int32_t)draw(2);
     int32_t height = 1 + (int32_t)draw(70), width = 1 + (int32_t)draw(70);
     int32_t side = 1 + (int32_t)draw(one_in(20) ? 160 : 40);
     if (one_in(300)) {
@@ -162,10 +162,10 @@ static void try_resample(void)
     for (int32_t level = 1; level <= best; level++) {
         uint8_t *const out = exactly(NULL, (int64_t)side * side * 3);
         uint8_t *const scratch = exactly(NULL, dermscale_scratch_bytes(width, side));
-        dermscale_resample(source, stride, height, width, channels, side, symmetry, out, scratch, level);
-        if (!is_resized(source, stride, height, width, channels, side, symmetry, out))
-            WRONG("(%d, %d) px, %d channels, resized to %d px with symmetry %d at level %d", height, width, channels,
-                  side, symmetry, level);
+        dermscale_resample(source, stride, height, width, channels, side, cubic, symmetry, out, scratch, level);
+        if (!is_resized(source, stride, height, width, channels, side, cubic, symmetry, out))
+            WRONG("(%d, %d) px, %d channels, resized to %d px, cubic %d, symmetry %d, at level %d", height, width,
+                  channels, side, cubic, symmetry, level);
         free(out);
         free(scratch);
     }

@@ -110,7 +110,7 @@ static void finish(struct task *task)
         if (task->status[k] != LOADED)
             continue;
         if (task->result == CROPS) {
-            if (!is_resized(pixels, stride, box[2], box[3], 3, task->side, task->symmetry[k], made))
+            if (!is_resized(pixels, stride, box[2], box[3], 3, task->side, 0, task->symmetry[k], made))
                 FAIL("a loaded sample has other pixels");
         } else if (is_payload && !raw) {
             const int64_t size = task->found[k][0];
@@ -192,7 +192,7 @@ static void *cancel_some(void *argument)
 static void play(uint64_t *state)
 {
     struct engine *const engine = dermscale_engine_open(rows, 2 * corpus.count, shards, sizes, 2 * corpus.count,
-                                                        1 + (int32_t)draw_from(state, 4));
+                                                        1 + (int32_t)draw_from(state, 4), 0);
     if (!engine)
         FAIL("no engine");
     struct submitter *const submitters = calloc(SUBMITTERS, sizeof *submitters);
@@ -246,7 +246,7 @@ static struct batch *submit_crops(struct engine *engine, const int64_t *samples,
 /* Who waits for a batch when it is cancelled must not wait for the batch before it. */
 static void cancel_behind_a_long_one(void)
 {
-    struct engine *const engine = dermscale_engine_open(rows, 2 * corpus.count, shards, sizes, 2 * corpus.count, 1);
+    struct engine *const engine = dermscale_engine_open(rows, 2 * corpus.count, shards, sizes, 2 * corpus.count, 1, 0);
     int64_t *const samples = malloc(MANY * sizeof *samples);
     int32_t *const boxes = malloc(MANY * 4 * sizeof *boxes), *const status = malloc((MANY + 1) * sizeof *status);
     uint8_t *const symmetry = calloc(MANY, 1), *const out = malloc((MANY + 1) * 3);

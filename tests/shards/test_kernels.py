@@ -22,6 +22,7 @@ from shards.engines import resample
 from shards.engines.resample import Resampler
 from shards.jpeg import RegionCutter, encode_jpeg
 from shards.kernels import load as kernels
+from shards.plan import INTERPOLATIONS
 from tests.conftest import picture
 
 ROOT = Path(__file__).parents[2]
@@ -40,17 +41,21 @@ def fenced(content: np.ndarray) -> np.ndarray:
     return out.reshape(content.shape)
 
 
+LARGEST = ((2, 65535, 4096, 0), (65535, 2, 4096, 7), (65535, 1, 1, 3))
+
+
 def resize_at_the_edges() -> None:
-    """Every symmetry and level: images of all remainders of a vector, and the largest ones."""
+    """Every symmetry, level and interpolation: images of all remainders of a vector, and the largest ones."""
     rng = np.random.default_rng(0)
     best = Resampler(1).level
     cases = [(int(h), int(w), int(s), k) for k in range(64) for h, w, s in [rng.integers(1, 70, 3)]]
-    for height, width, side, k in [*cases, (2, 65535, 4096, 0), (65535, 2, 4096, 7), (65535, 1, 1, 3)]:
+    cases += [(h, w, s, k + more) for more in (0, 16) for h, w, s, k in LARGEST]
+    for height, width, side, k in cases:
         image = fenced(rng.integers(0, 256, (height, width, 3 + k // 8 % 2), np.uint8))
         found = []
         for level in range(1, best + 1):
             out = fenced(np.zeros((side, side, 3), np.uint8))
-            Resampler(side, level)(image, k % 8, out)
+            Resampler(side, level, INTERPOLATIONS[k // 16 % 2])(image, k % 8, out)
             found.append(out)
         assert all(np.array_equal(found[0], other) for other in found)
 

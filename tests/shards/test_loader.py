@@ -200,6 +200,12 @@ def test_a_state_of_another_loader_is_refused_by_name(tiny_shards):
     Loader(data.select("train"), batch_size=8, seed=1).load_state_dict(state)
     with pytest.raises(UsageError, match="sampler 'rare' is unknown: use one of uniform, balanced"):
         Loader(data.select("train"), batch_size=8, sampler="rare")
+    cubic = Loader(data.select("train"), batch_size=8, seed=1, augment=Augment(interpolation="bicubic"))
+    older = {name: value for name, value in state.items() if name != "augment_interpolation"}
+    for taken in (state, older):
+        with pytest.raises(UsageError, match="augment_interpolation bilinear → bicubic"):
+            cubic.load_state_dict(taken)
+    Loader(data.select("train"), batch_size=8, seed=1).load_state_dict(older)
     with pytest.raises(UsageError, match="version"):
         Loader(data.select("train"), batch_size=8).load_state_dict({"version": 9})
 

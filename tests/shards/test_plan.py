@@ -110,6 +110,7 @@ def test_series_equal_the_library_functions():
         {"hue": 0.3},
         {"contrast": 1.0},
         {"eval_crop": 0.0},
+        {"interpolation": "nearest"},
     ],
 )
 def test_values_without_meaning_are_refused(values):

@@ -113,7 +113,7 @@ def test_a_path_is_absolute_once_a_set_is_opened(tiny_shards, monkeypatch, tmp_p
 @pytest.mark.skipif(compiled() is None, reason="the compiled library was not built")
 def test_a_batch_that_nobody_waits_for_ends_before_its_memory_is_used_again(shard_sets):
     data = shard_sets["raw"]
-    workers, samples = Workers(data, 2), np.arange(60)
+    workers, samples = Workers(data, 2, False), np.arange(60)
     boxes = np.tile(np.array([0, 0, 72, 96], np.int32), (60, 1))
     for _ in range(20):
         out = np.zeros((60, 256, 256, 3), np.uint8)
@@ -148,7 +148,7 @@ def test_a_loader_is_collected_while_it_runs(shard_sets):
 def test_more_threads_than_the_system_has_are_refused_in_one_line(shard_sets):
     script = (
         "import resource, sys; from shards import Loader, ShardSet; from shards.kernels.workers import Workers; "
-        "resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30)); Workers(ShardSet(sys.argv[1]), 100_000)"
+        "resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30)); Workers(ShardSet(sys.argv[1]), 100_000, False)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(shard_sets["jpg"].path)], capture_output=True, text=True)
     assert "UsageError: threads 100000: the system could not start so many" in done.stderr
@@ -159,7 +159,7 @@ def test_a_batch_whose_shard_cannot_be_mapped_holds_nothing(shard_sets, monkeypa
     def lost(shard):
         raise DataError("it cannot be mapped")
 
-    with ShardSet(shard_sets["jpg"].path) as data, Workers(data, 1) as workers:
+    with ShardSet(shard_sets["jpg"].path) as data, Workers(data, 1, False) as workers:
         monkeypatch.setattr(data, "shard", lost)
         with pytest.raises(DataError, match="cannot be mapped"):
             Loading(workers, np.arange(3), np.empty((3, 8, 8, 3), np.uint8), CROPS, boxes=np.ones((3, 4), np.int32))

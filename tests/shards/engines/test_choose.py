@@ -28,13 +28,14 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(dali, "DaliEngine", Recorder)
 
     def says(variant, reason):
-        monkeypatch.setattr(selfcheck, "best_variant", lambda selection, device: (variant, reason))
+        monkeypatch.setattr(selfcheck, "best_variant", lambda *_: (variant, reason))
 
     return says
 
 
 def make(selection, name, device="cuda:1"):
-    return choose.make_engine(name, selection, device=torch.device(device), threads=3, prefetch=4)
+    options = {"device": torch.device(device), "threads": 3, "prefetch": 4, "interpolation": "bicubic"}
+    return choose.make_engine(name, selection, **options)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_auto_on_a_gpu_takes_the_variant_that_passed(shard_sets, caplog, a_gpu, 
         engine, name, reason = make(shard_sets[kind].select("train"), "auto")
     assert (name, reason) == ("dali", f"{variant} agreed")
     assert engine.args == (shard_sets[kind], "cuda:1", 3, 4)
-    assert engine.options == {"contents": kind, "variant": variant}
+    assert engine.options == {"contents": kind, "variant": variant, "interpolation": "bicubic"}
     assert f"{variant} agreed" in caplog.text
 
 
@@ -90,7 +91,7 @@ def test_auto_falls_back_to_native_and_says_why(shard_sets, caplog, a_gpu):
     with caplog.at_level(logging.WARNING, logger="shards"):
         engine, name, reason = make(shard_sets["jpg"].select("train"), "auto")
     assert (name, reason) == ("native", "region decode crashed: SIGSEGV")
-    assert engine.args == (shard_sets["jpg"], "cuda:1", 3, 4)
+    assert engine.args == (shard_sets["jpg"], "cuda:1", 3, 4, "bicubic")
     assert "dali does not work on cuda:1" in caplog.text
 
 

@@ -143,15 +143,15 @@ def test_every_loader_of_a_process_gets_the_engine_of_the_first(shard_sets, monk
     assert all("region decode hung" in reason and "with a slice hung" in reason for _, reason in found)
 
 
-def key_of(data, variant="region"):
-    return selfcheck.key_of(data, CPU, variant, np.arange(len(data)))
+def key_of(data, variant="region", interpolation="bilinear"):
+    return selfcheck.key_of(data, CPU, variant, np.arange(len(data)), interpolation)
 
 
-def test_a_verdict_hangs_on_gpu_driver_versions_variant_and_packing(shard_sets, monkeypatch):
+def test_a_verdict_hangs_on_gpu_driver_versions_variant_interpolation_and_packing(shard_sets, monkeypatch):
     data = shard_sets["jpg"]
     key = key_of(data)
     assert key["versions"]["nvidia-dali"][0].isdigit() and key["versions"]["torch"][0].isdigit()
-    others = [key_of(data, "whole"), key_of(shard_sets["raw"])]
+    others = [key_of(data, "whole"), key_of(data, interpolation="bicubic"), key_of(shard_sets["raw"])]
     with monkeypatch.context() as patch:
         patch.setattr(selfcheck, "_gpu_name", lambda device: "NVIDIA H100")
         others.append(key_of(data))
@@ -159,7 +159,7 @@ def test_a_verdict_hangs_on_gpu_driver_versions_variant_and_packing(shard_sets, 
         others.append(key_of(data))
     others.append(key | {"versions": key["versions"] | {"nvidia-dali": "2.5.0"}})
     files = {kept.file_of("dali", one) for one in [key, *others]}
-    assert len(files) == 6
+    assert len(files) == 7
     kept.keep("dali", key, {"passed": True, "reason": "agreed"})
     assert kept.recall("dali", key, {"passed": bool, "reason": str}) == {"passed": True, "reason": "agreed"}
     assert kept.recall("dali", key, {"passed": str}) is kept.recall("dali", others[0], {"passed": bool}) is None

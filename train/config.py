@@ -3,7 +3,7 @@ data alone."""
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,7 @@ TTA = {"none": 1, "flips": 4, "symmetries": 8}
 SAMPLERS = ("uniform", "balanced")
 LOSSES = ("logit-adjusted", "class-weighted", "plain", "focal")
 NORMALIZE = ("auto", "data", "imagenet", "half")
+INTERPOLATIONS = ("auto", "bilinear", "bicubic")
 MEMORY_FORMATS = ("auto", "channels-last", "contiguous")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("auto", "on", "off")
@@ -287,6 +288,12 @@ class Config:
         "of the training images (data). half: 0.5. Another choice than that of the weights costs accuracy.",
         choices=NORMALIZE,
     )
+    interpolation: str = _option(
+        "auto",
+        "How crops are resized: {choices}. auto: as for the given weights; bilinear without weights. bicubic takes "
+        "longer to load.",
+        choices=INTERPOLATIONS,
+    )
     sync_batch_norm: bool = _option(
         False,
         "Batch norm over all processes of the job; needs GPUs. Costs an exchange for each such layer and step.",
@@ -412,6 +419,7 @@ def check_batch(config: Config, family: str, processes: int = 1) -> None:
 ADDED = {
     "threads": None,
     "normalize": "auto",
+    "interpolation": "auto",
     "memory_format": "auto",
     "freeze": False,
     "schedule": "cosine",
@@ -432,11 +440,17 @@ ADDED = {
 """Fields that the files of older releases lack, and the values that these releases used."""
 
 
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that this or an older release has written, with those that it lacks as it had them."""
+    started = settings.get("pretrained") or settings.get("weights")  # these were resized bilinearly too
+    return ADDED | {"interpolation": "bilinear" if started else "auto"} | dict(settings)
+
+
 def read_config(path: Path) -> Config:
     """The settings in a run folder's config.json. Raises DataError if it is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        known = ADDED | raw
+        known = completed(raw)
         return Config(**{one.name: known[one.name] for one in fields(Config)})
     except FileNotFoundError:
         raise DataError(f"{path.parent}: not a run folder (no {path.name})") from None

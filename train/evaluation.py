@@ -194,6 +194,7 @@ def _metadata(run: Run, prior: str, temperature: float) -> dict[str, str]:
         "encode": json.dumps(asdict(run.data.manifest.encode)),
         "eval_crop": repr(run.config.eval_crop),
         "tta": run.config.tta,
+        "interpolation": run.loaders["test"].augment.interpolation,
         "logits_prior": prior,
         "temperature": repr(temperature),
         "training_images_per_class": json.dumps(run.class_counts),

@@ -52,11 +52,13 @@ _CONVERSIONS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretr
 
 @dataclass(frozen=True)
 class Start:
-    """What a network starts from. loaded: what did not fit. norm: that of the given weights, and how it is known."""
+    """What a network starts from. loaded: what did not fit. norm, interpolation: of the images that the given weights
+    were trained on, and how it is known."""
 
     weights: str = "random"
     loaded: str = "no weights were given"
     norm: tuple[Norm, str] | None = None
+    interpolation: tuple[str, str] = "bilinear", "no weights were given"
 
 
 class Classifier(nn.Module):
@@ -212,13 +214,15 @@ def build(
     weights: Path | None = None,
     freeze: bool = False,
     normalize: str = "auto",
+    interpolation: str = "auto",
     drop_path: float = 0.0,
 ) -> Classifier:
     """A model on the CPU in channels-last layout, its random weights drawn from torch's global generator.
 
     mean, std: RGB, 0 to 1, of the training images. freeze: only the classifier requires gradients. normalize: one of
-    `config.NORMALIZE`. drop_path: rate of stochastic depth in training (Huang et al. 2016, arXiv:1603.09382). Raises
-    UsageError for an unknown model or an impossible size, DataError for weights that are missing or do not fit.
+    `config.NORMALIZE`. interpolation: one of `config.INTERPOLATIONS`; how images must be resized is the decision of
+    this name. drop_path: rate of stochastic depth in training (Huang et al. 2016, arXiv:1603.09382). Raises UsageError
+    for an unknown model or an impossible size, DataError for weights that are missing or do not fit.
     """
     timm_model = timm_name(name)
     check_resolution(name, resolution, start_resolution)
@@ -240,7 +244,13 @@ def build(
     shown = ", ".join(
         f"{name} {' '.join(f'{x:.6g}' for x in of)}" for name, of in zip(("mean", "std"), norm, strict=True)
     )
-    net.decisions = {"weights": Decision(start.weights, start.loaded), "normalisation": Decision(shown, why)}
+    net.decisions = {
+        "weights": Decision(start.weights, start.loaded),
+        "normalisation": Decision(shown, why),
+        "interpolation": Decision(*start.interpolation)
+        if interpolation == "auto"
+        else Decision(interpolation, f"--interpolation {interpolation}"),
+    }
     return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
@@ -263,7 +273,8 @@ def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> "tuple[nn
         _he_init(body)
         return body, Start()
     loaded = load_fitting(body, found, _classifier_names(None, body))
-    return body, Start(found.source, loaded, _own_norm(found) or (IMAGENET_NORM, "that of torchvision's weights"))
+    why = "that of torchvision's weights"
+    return body, _from_file(found, loaded, (IMAGENET_NORM, why), ("bilinear", why))
 
 
 def _he_init(body: nn.Module) -> None:
@@ -285,7 +296,7 @@ def _from_timm(
         body: Any = timm.create_model(timm_model, pretrained=pretrained, num_classes=classes, **given)
     if pretrained:
         about = f"its classifier is new if it is not for {classes} classes"
-        return body, Start(f"timm's {timm_model}", about, _timm_norm(body.pretrained_cfg))
+        return body, Start(f"timm's {timm_model}", about, *_of_timm(body.pretrained_cfg))
     if found is None:
         return body, Start()
     heads = _classifier_names(timm_model, body)
@@ -294,7 +305,7 @@ def _from_timm(
     takes_body = convert is not None and len(inspect.signature(convert).parameters) > 1
     adapt = convert if takes_body or convert is None else lambda state, _: convert(state)
     loaded = load_fitting(body, found, heads, adapt)
-    return body, Start(found.source, loaded, _own_norm(found) or _timm_norm(body.pretrained_cfg))
+    return body, _from_file(found, loaded, *_of_timm(body.pretrained_cfg))
 
 
 def _classifier_names(timm_model: str | None, body: nn.Module) -> Collection[str]:
@@ -304,16 +315,20 @@ def _classifier_names(timm_model: str | None, body: nn.Module) -> Collection[str
     return body.state_dict().keys() - _skeleton(timm_model, None, classes=0).state_dict().keys()
 
 
-def _own_norm(found: Weights) -> tuple[Norm, str] | None:
-    return None if found.norm is None else (found.norm, "the file of the weights names it")
+def _from_file(found: Weights, loaded: str, norm: tuple[Norm, str], interpolation: tuple[str, str]) -> Start:
+    """The start from a file. norm, interpolation: taken if it names no normalisation."""
+    if found.norm is not None:
+        named = "the file of the weights names it"
+        norm = found.norm, named
+        interpolation = (found.interpolation, named) if found.interpolation else ("bilinear", "the file names no other")
+    return Start(found.source, loaded, norm, interpolation)
 
 
-def _timm_norm(config: dict[str, Any]) -> tuple[Norm, str]:
-    """The normalisation of a timm model's weights, and what else its images were like."""
+def _of_timm(config: dict[str, Any]) -> tuple[tuple[Norm, str], tuple[str, str]]:
+    """Normalisation and interpolation of the images that a timm model's weights were trained on."""
     name = f"{config['architecture']}.{config['tag']}" if config.get("tag") else config["architecture"]
-    resized = config["interpolation"]
-    other = "" if resized == "bilinear" else f"; its images were resized with {resized}, here with bilinear"
-    return (tuple(config["mean"]), tuple(config["std"])), f"that of timm's {name}{other}"
+    why = f"that of timm's {name}"
+    return ((tuple(config["mean"]), tuple(config["std"])), why), (config["interpolation"], why)
 
 
 # ------------------------------------------------------------------ layout in memory

@@ -85,8 +85,8 @@ def choose_data(config: Config, data: ShardSet, family: str, world: World) -> di
     return found
 
 
-def augment_of(config: Config) -> Augment:
-    """How the loaders of a run crop and vary images. config: resolved."""
+def augment_of(config: Config, interpolation: str) -> Augment:
+    """How the loaders of a run crop, vary and resize images. config: resolved."""
     if config.crop_scale is None or config.colour_jitter is None:
         raise ValueError("the configuration is not resolved")
     jitter = config.colour_jitter
@@ -99,6 +99,7 @@ def augment_of(config: Config) -> Augment:
         saturation=jitter,
         hue=jitter / 10,
         eval_crop=config.eval_crop,
+        interpolation=interpolation,
     )
 
 
@@ -143,9 +144,10 @@ def prepare(
     drawn = [min(count, 1) for count in counts] if config.sampler == "balanced" else counts
     step = TrainingStep(net, config, drawn, precision.value)
     loaders: dict[str, Loader] = {}
+    augment = augment_of(config, net.decisions["interpolation"].value)
 
     def choose_engine() -> Decision:
-        name, _, reason = choose(config.engine, selections["train"], device, workspace.engines)
+        name, _, reason = choose(config.engine, selections["train"], device, workspace.engines, augment.interpolation)
         return Decision(name, reason)
 
     # on the first rank, for all: one that has less free memory says so
@@ -162,7 +164,7 @@ def prepare(
             threads=config.threads,
             rank=world.rank,
             world_size=world.size,
-            augment=augment_of(config),
+            augment=augment,
             sampler=config.sampler if split == "train" and config.sampler else "uniform",
             pool=workspace.engines,
         )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from shards.common.errors import DataError, DermscaleError, one_line
 from shards.common.files import whole_file
+from shards.plan import INTERPOLATIONS
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation, RGB, of pixels from 0 to 1."""
@@ -67,11 +68,15 @@ def _harmless() -> list[Any]:
 
 @dataclass
 class Weights:
-    """Tensors by name as a file holds them. source: the file's name. norm: the normalisation it names, if it does."""
+    """Tensors by name as a file holds them. source: the file's name. norm: the normalisation it names, if it does.
+
+    interpolation: how the images were resized, if it names that too.
+    """
 
     source: str
     state: dict[str, Tensor]
     norm: Norm | None = None
+    interpolation: str | None = None
 
 
 @contextmanager
@@ -98,6 +103,17 @@ def read_norm(metadata: dict[str, str]) -> Norm:
             raise ValueError(f"its {name} is {one_line(text, 60)}, expected 3 numbers from {least:g} to 100")
         found.append(tuple(values))
     return found[0], found[1]
+
+
+def read_interpolation(metadata: dict[str, str]) -> str:
+    """The interpolation in the metadata of a file: bilinear in those of older releases, which name none.
+
+    Raises ValueError if it is unknown.
+    """
+    text = metadata.get("interpolation", "bilinear")
+    if text not in INTERPOLATIONS:
+        raise ValueError(f"its interpolation is {one_line(text, 60)}, expected {' or '.join(INTERPOLATIONS)}")
+    return text
 
 
 def read_pickled(file: IO[bytes]) -> Any:
@@ -144,7 +160,7 @@ def read_weights(path: Path) -> Weights:
         raise DataError(f"{path}: no such file (--weights)")
     from safetensors import SafetensorError
 
-    norm = None
+    norm = interpolation = None
     try:
         if path.suffix == ".safetensors":
             with safetensors_file(path, "pt") as file:
@@ -154,12 +170,13 @@ def read_weights(path: Path) -> Weights:
                 state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if "mean" in metadata and "std" in metadata:
                 norm = read_norm(metadata)
+                interpolation = read_interpolation(metadata) if "interpolation" in metadata else None
         else:
             with path.open("rb") as file:
                 state = read_pickled(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path}: no readable weights ({one_line(error, 300)})") from None
-    return Weights(str(path), _state_dict(state, path), norm)
+    return Weights(str(path), _state_dict(state, path), norm, interpolation)
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ class Workspace:
             weights=Path(config.weights) if config.weights else None,
             freeze=config.freeze,
             normalize=config.normalize,
+            interpolation=config.interpolation,
             drop_path=config.drop_path or 0.0,
         )
         norm = (fresh.head.mean.tolist(), fresh.head.std.tolist())

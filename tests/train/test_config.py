@@ -118,7 +118,9 @@ def test_configuration_survives_its_file(tmp_path: Path) -> None:
     older = {name: value for name, value in config.to_dict().items() if name not in ADDED}
     (tmp_path / "config.json").write_text(json.dumps(older))
     assert read_config(tmp_path / "config.json") == replace(config, **ADDED)
-    assert augment_of(replace(config, **ADDED)) == Augment()  # what these releases trained with
+    assert augment_of(replace(config, **ADDED), "bilinear") == Augment()  # what these releases trained with
+    (tmp_path / "config.json").write_text(json.dumps(older | {"pretrained": True}))
+    assert read_config(tmp_path / "config.json").interpolation == "bilinear"  # whatever the weights were trained with
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match="damaged"):
         read_config(tmp_path / "config.json")

@@ -371,6 +371,7 @@ def test_predict_reads_no_damaged_weights_and_older_ones_without_a_digest(whole:
         *(("classes", value) for value in ("[]", "[1, 2]", '["nv", "nv"]', "7")),
         *(("eval_crop", value) for value in ("0", "1.5", "nan")),
         ("logits_prior", "uniform"),
+        ("interpolation", "nearest"),
         *(
             ("training_images_per_class", value)
             for value in ("[1, 2]", "[0, 0, 0, 0, 0, 0, 0]", "[1, 2, 3, 4, 5, 6, -7]")
@@ -410,15 +411,51 @@ def test_a_file_of_a_timm_model_is_normalised_as_pretrained_is(
     downloaded = build(name, pretrained=True)
     for net in (found, downloaded):
         torch.testing.assert_close((net.head.mean, net.head.std), timm_norm(name), rtol=0, atol=0)
-    assert found.decisions["normalisation"] == downloaded.decisions["normalisation"]
-    assert "that of timm's " + name in found.decisions["normalisation"].reason
-    assert "resized with bicubic, here with bilinear" in found.decisions["normalisation"].reason
+    for decision in ("normalisation", "interpolation"):
+        assert found.decisions[decision] == downloaded.decisions[decision]
+        assert "that of timm's " + name in found.decisions[decision].reason
+    assert found.decisions["interpolation"].value == "bicubic"
 
 
 def test_alexnets_files_are_normalised_as_torchvisions_weights(tmp_path: Path) -> None:
     torch.save(build("alexnet", 64).body.state_dict(), tmp_path / "w.pth")
     head = build("alexnet", 64, weights=tmp_path / "w.pth").head
     torch.testing.assert_close(head.mean, torch.tensor([0.485, 0.456, 0.406]), rtol=0, atol=0)
+
+
+def test_interpolation_is_that_of_the_weights_or_as_asked_for(tmp_path: Path) -> None:
+    named = {"mean": "[0.1, 0.2, 0.3]", "std": "[1, 2, 3]"}
+    for file, metadata in (("older", named), ("own", named | {"interpolation": "bicubic"}), ("plain", {})):
+        write_weights(tmp_path / f"{file}.safetensors", build().body, metadata)
+    of_timm = timm.models.get_pretrained_cfg_value("test_resnet", "interpolation")
+    for interpolation, weights, expected, reason in (
+        ("auto", None, "bilinear", "no weights were given"),
+        ("auto", "own", "bicubic", "the file of the weights names it"),
+        ("auto", "older", "bilinear", "the file names no other"),
+        ("auto", "plain", of_timm, "that of timm's test_resnet"),
+        ("bilinear", "own", "bilinear", "--interpolation bilinear"),
+        ("bicubic", None, "bicubic", "--interpolation bicubic"),
+    ):
+        net = build(weights=tmp_path / f"{weights}.safetensors" if weights else None, interpolation=interpolation)
+        assert net.decisions["interpolation"].value == expected
+        assert reason in net.decisions["interpolation"].reason
+    write_weights(tmp_path / "w.safetensors", build().body, named | {"interpolation": "nearest"})
+    with pytest.raises(DataError, match="its interpolation is nearest, expected bilinear or bicubic"):
+        build(weights=tmp_path / "w.safetensors")
+
+
+def test_a_run_resizes_as_its_weights_want_and_says_so(tiny_shards: Path, tmp_path: Path) -> None:
+    """The file of a bicubic run makes the next one bicubic. The interpolation changes the weights."""
+    train_once(small(tiny_shards, epochs=1, interpolation="bicubic"), tmp_path / "cubic")
+    train_once(small(tiny_shards, epochs=1), tmp_path / "linear")
+    file = tmp_path / "cubic" / "model.safetensors"
+    result = train_once(small(tiny_shards, epochs=1, weights=str(file)), tmp_path / "next")
+    assert result["decisions"]["interpolation"] == {"value": "bicubic", "reason": "the file of the weights names it"}
+    assert [read_about(tmp_path / run).interpolation for run in ("cubic", "next", "linear")] == [
+        *("bicubic", "bicubic", "bilinear")
+    ]
+    linear = load_file(tmp_path / "linear" / "model.safetensors")
+    assert not all(torch.equal(value, linear[name]) for name, value in load_file(file).items())
 
 
 def test_normalize_overrides_and_random_weights_take_the_datas(tmp_path: Path) -> None:

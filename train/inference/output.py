@@ -34,7 +34,8 @@ class About:
 
     resolution: side of the images in px. mean, std: RGB, 0 to 1. encode: how images were packed. eval_crop: share of
     the image that is cropped. prior: that of the logits. temperature: the divisor of the logits. class_counts: training
-    images of each class. tta: a key of `config.TTA`, with which the run was tested.
+    images of each class. tta: a key of `config.TTA`, with which the run was tested. interpolation: by which the crop is
+    resized.
     """
 
     model: str
@@ -48,6 +49,7 @@ class About:
     temperature: float
     class_counts: tuple[int, ...]
     tta: str = "none"
+    interpolation: str = "bilinear"
 
 
 @dataclass(frozen=True, slots=True)

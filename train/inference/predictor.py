@@ -38,7 +38,7 @@ from train.inference.output import PRIORS, About, Prediction, Refused
 from train.inference.resnet import LAYERS, ResNet
 from train.metrics.calibration import probabilities
 from train.record import CONFIG, WEIGHTS, read_result
-from train.weights import load_fitting, read_norm, read_weights, safetensors_file
+from train.weights import load_fitting, read_interpolation, read_norm, read_weights, safetensors_file
 
 if TYPE_CHECKING:
     from train.inference.explain import Explainer
@@ -102,6 +102,7 @@ def _described(raw: dict[str, str]) -> About:
         temperature=read("temperature", float),
         class_counts=read("training_images_per_class", lambda text: tuple(json.loads(text))),
         tta=raw.get("tta", "none"),  # which runs of older releases do not name
+        interpolation=read_interpolation(raw),
     )
     classes, counts = about.classes, about.class_counts
     for name, right, expected in (
@@ -162,7 +163,7 @@ class Predictor:
 
         self.net = load_network(run, self.about).to(self.device)
         self.memory_format = models.lay_out(self.net, memory_format, self.device)
-        self.augment = Augment(eval_crop=self.about.eval_crop)
+        self.augment = Augment(eval_crop=self.about.eval_crop, interpolation=self.about.interpolation)
         self._colour = torch.eye(3, 4, device=self.device)[None]
 
     def prepare(self, picture: Picture, name: str) -> Prepared:
@@ -187,7 +188,7 @@ class Predictor:
         y, x, h, w = plan.boxes[0].tolist()
         side = self.about.resolution
         square = np.empty((side, side, 3), np.uint8)
-        Resampler(side)(packed[y : y + h, x : x + w], 0, square)
+        Resampler(side, interpolation=self.augment.interpolation)(packed[y : y + h, x : x + w], 0, square)
         return Prepared(packed, (y, x, h, w), square)
 
     def inputs(self, squares: np.ndarray) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from shards.common.cli import typed
 from shards.common.errors import DataError, UsageError
 from shards.common.files import encoded, full_disk_names, lock, write_durably
-from train.config import ADDED
+from train.config import completed
 from train.study.cells import Cell
 
 STUDY, JOURNAL, CELLS, LOGS = "study.json", "grid.jsonl", "cells", "logs"
@@ -118,9 +118,9 @@ class StudyFolder:
         before = _settings_of(self.path)
         old = settings if before is None else before
         # what studies of older releases lack; they normalised by the data also if a file of weights was given
+        had = {name: value for name, value in completed(old).items() if settings.get(name) is not None}
         normalize = "data" if old.get("weights") else "auto"
-        had = {name: value for name, value in ADDED.items() if settings.get(name) is not None}
-        old = had | {PACKED: settings.get(PACKED), "normalize": normalize} | old
+        old = {PACKED: settings.get(PACKED)} | had | {"normalize": normalize} | old
         changed = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
         if changed and _holds_training(self.path):
             raise UsageError(

@@ -11,7 +11,7 @@ from shards.common.cli import typed
 from shards.common.errors import DataError, one_line
 from shards.common.files import encoded
 from shards.format import Classes, read_classes
-from train.config import ADDED
+from train.config import completed
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT, read_result
 from train.study.cells import EIGHT
 from train.study.folder import CELLS, STUDY, read_journal, read_json, read_study
@@ -27,7 +27,7 @@ EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "ema", "ev
 """Settings that must be equal in all runs of a report. What a recipe sets may differ, and batch sizes: they depend on
 the model and on the size of the training set."""
 
-OF_SERIES = ("pretrained", "weights", "freeze", "normalize")
+OF_SERIES = ("pretrained", "weights", "freeze", "normalize", "interpolation")
 """Settings that must be equal in all runs of a model that start alike: from random weights, given or frozen ones."""
 
 
@@ -189,7 +189,7 @@ def _refuse_mixed(folder: Path, runs: list[Run]) -> None:
 def _differences(one: Run, other: Run) -> list[str]:
     """The settings in which two runs must not differ but do: `epochs: 10, and 30`."""
     keys = (*EQUAL, *OF_SERIES) if one.row["model"] == other.row["model"] else EQUAL
-    first, second = ({key: run.config.get(key, ADDED.get(key)) for key in keys} for run in (one, other))
+    first, second = ({key: completed(run.config).get(key) for key in keys} for run in (one, other))
     return [f"{key}: {first[key]}, and {second[key]}" for key in first if first[key] != second[key]]
 
 

@@ -40,10 +40,10 @@ PROBABILITIES = [f"prob_{dx}" for dx in HAM10000.names]
 
 @pytest.fixture(scope="module")
 def runs(raw: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`quick`: a ResNet, JPEG, balanced prior. `timm`: another, jpg and raw mixed, the training prior, symmetries."""
+    """`quick`: a ResNet, JPEG, balanced prior. `timm`: another, bicubic, jpg and raw, training prior, symmetries."""
     encode = EncodeSpec(write_mode="proportion", max_resolution=64, jpeg_quality=85)
-    other = train_on(raw, tmp_path_factory.mktemp("timm"), encode, loss="plain", tta="symmetries")
-    return {"quick": run, "timm": other}
+    more = {"loss": "plain", "tta": "symmetries", "interpolation": "bicubic"}
+    return {"quick": run, "timm": train_on(raw, tmp_path_factory.mktemp("timm"), encode, **more)}
 
 
 def predict(*arguments: object, python: tuple[str, ...] = ("-m", "train.predict")) -> subprocess.CompletedProcess[str]:

@@ -63,12 +63,13 @@ def test_a_study_that_trained_nothing_yet_takes_other_settings_and_forgets_its_f
         assert (folder.cell(cell.name) / kept).exists()
 
 
-def test_a_study_of_an_older_release_goes_on_with_the_normalisation_that_it_had(tmp_path):
-    """Without `--normalize` a file of weights was trained with that of the training images."""
+def test_a_study_of_an_older_release_goes_on_with_the_normalisation_and_interpolation_that_it_had(tmp_path):
+    """Without `--normalize` a file of weights was trained with that of the training images, and always bilinearly."""
     for name, settings, had in (("random", {"weights": None}, "auto"), ("file", {"weights": "w.pt"}, "data")):
+        resized = "auto" if name == "random" else "bilinear"
         with StudyFolder(tmp_path / name, settings) as folder:
             leave(folder, "result.json")
-        with StudyFolder(tmp_path / name, settings | {"normalize": had}):
+        with StudyFolder(tmp_path / name, settings | {"normalize": had, "interpolation": resized}):
             pass
         with pytest.raises(UsageError, match=f"normalize: {had}, now half"):
             StudyFolder(tmp_path / name, settings | {"normalize": "half"})

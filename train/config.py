@@ -340,10 +340,9 @@ class Config:
         if self.freeze and not (self.pretrained or self.weights):
             raise UsageError("--freeze needs weights to start from: add --pretrained or --weights FILE")
         start = self.start_resolution
-        if start is not None and (start > self.resolution or (self.resolution - start) % RAMP_STEP_PX):
+        if start is not None and not 1 <= start <= self.resolution:
             raise UsageError(
-                f"--start-resolution {start} must be --resolution {self.resolution} less a multiple of {RAMP_STEP_PX}: "
-                f"the ramp goes up in steps of {RAMP_STEP_PX} px"
+                f"--start-resolution {start} is outside 1 to {self.resolution}, the --resolution at the end"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -486,12 +485,15 @@ def learning_rate(config: Config, step: int, total: int) -> float:
 
 
 def resolution_of(config: Config, epoch: int, epochs: int) -> int:
-    """The training resolution of `epoch` in pixels: FFCV's ramp, in steps of 32 over the first three quarters."""
+    """The training resolution of `epoch` in pixels: FFCV's ramp, over the first three quarters.
+
+    It goes up in steps of 32; the last step is shorter if the sizes are no multiple of 32 apart.
+    """
     start = config.start_resolution
     ramp = math.floor(epochs * RAMP_END)
     if start is None or epoch >= ramp:
         return config.resolution
-    smaller = (config.resolution - start) // RAMP_STEP_PX
+    smaller = -(-(config.resolution - start) // RAMP_STEP_PX)
     return start + RAMP_STEP_PX * (epoch * smaller // ramp)
 
 

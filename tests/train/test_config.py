@@ -78,8 +78,8 @@ def test_the_options_of_commands_are_the_fields_of_config() -> None:
         ({"sampler": "rare"}, "uniform, balanced"),
         ({"eval_crop": 1.5}, "--eval-crop 1.5"),
         ({"pretrained": True, "weights": "w.pt"}, "exclude"),
-        ({"start_resolution": 100}, "steps of 32"),
-        ({"start_resolution": 256}, "steps of 32"),
+        ({"start_resolution": 0}, "outside 1 to 224"),
+        ({"start_resolution": 256}, "outside 1 to 224"),
     ],
 )
 def test_impossible_values_are_refused_by_name(changes: dict, words: str) -> None:
@@ -150,16 +150,18 @@ def test_the_other_schedules_fall_in_a_line_and_not_at_all() -> None:
         assert rates[10:] == pytest.approx([1.0 + (end - 1.0) * k / 89 for k in range(90)])
 
 
-@pytest.mark.parametrize(("epochs", "start", "px"), [(16, 128, 224), (30, 96, 224), (4, 32, 64), (1, 192, 224)])
+@pytest.mark.parametrize(
+    ("epochs", "start", "px"), [(16, 128, 224), (30, 96, 224), (4, 32, 64), (1, 192, 224), (17, 48, 64), (20, 100, 224)]
+)
 def test_the_ramp_rises_by_32_and_ends_at_full_size(epochs: int, start: int, px: int) -> None:
     config = Config(model="x", resolution=px, start_resolution=start)
     sizes = [resolution_of(config, epoch, epochs) for epoch in range(epochs)]
     assert sizes == sorted(sizes)
-    assert all((px - size) % 32 == 0 and start <= size <= px for size in sizes)
+    assert all((size - start) % 32 == 0 or size == px for size in sizes) and start <= sizes[0] and sizes[-1] == px
     assert set(sizes[int(0.75 * epochs) :]) == {px}
     if epochs >= 16:
         assert sizes[0] == start
-        assert set(sizes) == set(range(start, px + 1, 32))
+        assert set(sizes) == {*range(start, px, 32), px}
 
 
 def test_a_ramp_trains_at_a_share_of_the_pixels() -> None:

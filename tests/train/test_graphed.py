@@ -161,7 +161,6 @@ def test_what_a_gpu_needs_for_graphs() -> None:
         ({}, "dali", 1, "dali"),
         ({"precision": "fp16"}, "resident", 1, "fp16"),
         ({"optimizer": plain}, "resident", 1, "learning rate"),
-        ({"mixing": object()}, "resident", 1, "mixed"),
     ):
         off = SimpleNamespace(**(vars(step) | changes))
         found = graphed.choose(off, engine, World(size=size))  # type: ignore[arg-type]

@@ -56,8 +56,8 @@ def make_engine(
 
         if pool is None:
             return resident(selection), choice, reason
-        engine = pool.get(selection.data, _resident(device, interpolation), lambda: resident(_whole(selection)))
-        return engine, choice, reason
+        engine: Any = pool.get(selection.data, _resident(device), lambda: resident(_whole(selection)))
+        return _PooledEngine(engine.resizing(interpolation)), choice, reason
     from shards.engines.dali import DaliEngine
     from shards.engines.selfcheck import contents
 
@@ -95,7 +95,7 @@ def choose(
         return name, "", "asked for"
     if name == "auto" and device.type == "cpu":
         return "native", "", "the device is a CPU"
-    if name == "auto" and (reason := _fits(selection, device, pool, interpolation)):
+    if name == "auto" and (reason := _fits(selection, device, pool)):
         return "resident", "", reason
     if not _dali_installed():
         if name == "dali":
@@ -119,11 +119,11 @@ _RESIDENT_SHARE = 0.4
 """Of the free memory. The model and its activations need the rest."""
 
 
-def _fits(selection: "Selection", device: "torch.device", pool: "EnginePool | None", interpolation: str) -> str | None:
+def _fits(selection: "Selection", device: "torch.device", pool: "EnginePool | None") -> str | None:
     """Why resident is chosen; None if the decoded images would take too much of the device's memory."""
     from shards.engines.resident import free_bytes, needed_bytes
 
-    if pool is not None and pool.holds(selection.data, _resident(device, interpolation)):
+    if pool is not None and pool.holds(selection.data, _resident(device)):
         return "the decoded images are in the device's memory already"
     needed, free = needed_bytes(selection if pool is None else _whole(selection)), free_bytes(str(device))
     if needed > _RESIDENT_SHARE * free:
@@ -138,9 +138,9 @@ def _whole(selection: "Selection") -> "Selection":
     return replace(selection, samples=np.arange(len(selection.data)))
 
 
-def _resident(device: "torch.device", interpolation: str) -> Hashable:
-    """The options of a resident engine, for the pool."""
-    return "resident", str(device), interpolation
+def _resident(device: "torch.device") -> Hashable:
+    """The options of a resident engine, for the pool. Engines that resize differently share the images."""
+    return "resident", str(device)
 
 
 def _dali_installed() -> bool:

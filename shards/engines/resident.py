@@ -7,6 +7,7 @@ it is bilinear, which differs by 1 in about one value of eight. On a GPU the gat
 (`shards/kernels/gather.py`). `resident` is for a GPU: on a CPU the native engine is faster.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -80,7 +81,7 @@ class ResidentEngine:
         self.threads = min(threads or available_cores(), available_cores())
         heights, self._widths = _sides(selection)
         self._starts = np.concatenate([[0], np.cumsum(heights * self._widths)])  # in pixels
-        self._pixels: torch.Tensor | None = None
+        self._pixels: list[torch.Tensor] = []  # none or one
         self._gather = _gather_in_parts if device == "cpu" else _triton_gather()
         check_memory(selection, device)
 
@@ -97,14 +98,20 @@ class ResidentEngine:
 
     def load(self) -> None:
         """Decode the selection, unless it was. Raises UsageError and DataError as above and `run`."""
-        if self._pixels is None:
+        if not self._pixels:
             check_memory(self.selection, self.device)  # again: something may have filled it since
-            self._pixels = self._load()
+            self._pixels.append(self._load())
+
+    def resizing(self, interpolation: str) -> "ResidentEngine":
+        """An engine that holds the same memory and resizes by `interpolation`. Closing one closes the other."""
+        other = copy.copy(self)
+        other.interpolation = interpolation
+        return other
 
     def gather(self, table: "torch.Tensor", resolution: int) -> "torch.Tensor":
         """Images as `run` yields them. table: (n, 7) int64 on the device, as `table` gives it. Comes after `load`."""
-        assert self._pixels is not None, "`load` comes first"
-        return self._gather(self._pixels, table, resolution, self.interpolation).permute(0, 3, 1, 2)
+        assert self._pixels, "`load` comes first"
+        return self._gather(self._pixels[0], table, resolution, self.interpolation).permute(0, 3, 1, 2)
 
     def table(self, request: Request) -> np.ndarray:
         """(n, 7) int64: first pixel of the image, its width, box y, x, h, w, and symmetry."""
@@ -166,7 +173,7 @@ class ResidentEngine:
 
     def close(self) -> None:
         """Release the device's memory. Yielded batches stay valid."""
-        self._pixels = None
+        self._pixels.clear()
 
 
 def _pinned(pixels: int) -> "torch.Tensor":

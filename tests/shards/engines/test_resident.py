@@ -145,17 +145,22 @@ def test_the_triton_kernel_can_be_compiled_for_a_gpu(interpolation):
 
 def test_loaders_with_one_pool_share_the_decoded_images(shard_sets):
     data, pool = shard_sets["sizes"], EnginePool()
-    options = {"batch_size": 6, "resolution": 40, "engine": "resident", "pool": pool}
-    splits = [(data.select("train", fraction=0.5), True), (data.select("val"), False), (data.select("train"), True)]
-    loaders = [Loader(selection, train=train, **options) for selection, train in splits]
-    for loader, (selection, train) in zip(loaders, splits, strict=True):
-        alone = Loader(selection, batch_size=6, resolution=40, train=train, engine="resident")
-        assert distances(batches(alone), batches(loader)).max() == 0
+    options = {"batch_size": 6, "resolution": 40, "engine": "resident"}
+    plain, cubic = Augment(), Augment(interpolation="bicubic")
+    passes = [
+        (data.select("train", fraction=0.5), {"train": True, "augment": plain}),
+        (data.select("val"), {"train": False, "augment": cubic}),
+        (data.select("train"), {"train": True, "augment": cubic}),
+        (data.select("val"), {"train": False, "augment": plain}),
+    ]
+    loaders = [Loader(selection, **own, **options, pool=pool) for selection, own in passes]
+    for loader, (selection, own) in zip(loaders, passes, strict=True):
+        assert distances(batches(Loader(selection, **own, **options)), batches(loader)).max() == 0
         loader.close()
-    (engine,) = {id(loader._engine._engine) for loader in loaders}  # one
-    assert loaders[0]._engine._engine._pixels is not None
+    held = [loader._engine._engine._pixels for loader in loaders]
+    assert len({id(pixels) for (pixels,) in held}) == 1
     pool.close(data)
-    assert loaders[0]._engine._engine._pixels is None and engine
+    assert not any(held)
 
 
 def test_evaluation_crops_are_exact_at_their_own_size(shard_sets):

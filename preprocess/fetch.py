@@ -206,6 +206,11 @@ def _fetch_piece(session: "requests.Session", remote: RemoteFile, part: Path, ba
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()
+    except requests.exceptions.InvalidSchema as error:  # trying again does not help
+        raise DataError(
+            f"{remote.name}: {remote.url} cannot be fetched ({one_line(error, 160)}); check the address, and the "
+            "environment variable ALL_PROXY: a SOCKS proxy needs the package PySocks"
+        ) from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
         cause = str(error).split("Caused by ")[-1]
         raise _CutError(f"{type(error).__name__}: {one_line(cause, 160)}") from None

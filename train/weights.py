@@ -368,7 +368,7 @@ def downloading(name: str) -> Iterator[None]:
         yield
     except DermscaleError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError) as error:  # ImportError: for a SOCKS proxy
         raise DataError(
             f"--pretrained: the weights of {name} could not be downloaded ({one_line(error, 160)}); download them on "
             "a machine with a network and give the file with --weights"

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import requests
 
 from preprocess import download as dl
 from preprocess import fetch as fe
@@ -177,6 +178,24 @@ def test_headers_that_cannot_be_read_are_no_traceback(server, tmp_path, header):
         assert path.read_bytes() == FILES[path.name]
     except DataError as error:
         assert "\n" not in str(error) and len(str(error)) < 600
+
+
+def test_a_socks_proxy_without_its_package_and_a_foreign_address_end_at_once(server, tmp_path, monkeypatch):
+    server.script = ["header:302|Location|ftp://127.0.0.1/file"]
+    with pytest.raises(DataError, match="check the address"):
+        bring(server, tmp_path)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr("requests.adapters.SOCKSProxyManager", _no_pysocks)
+    with pytest.raises(DataError, match=r"SOCKS.*needs the package PySocks"):
+        bring(server, tmp_path)
+    assert len(server.seen) == 1
+
+
+def _no_pysocks(*_: object, **__: object) -> None:
+    """What requests has instead of urllib3's manager without the package."""
+    raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
 
 
 def test_a_server_that_drips_is_asked_again_and_then_left(server, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import socket
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -165,6 +166,15 @@ def test_pretrained_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPa
         with pytest.raises(DataError, match="--weights") as error:
             build(name, 64, pretrained=True)
         assert name in str(error.value)
+
+
+def test_pretrained_behind_a_socks_proxy_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """httpx, the client of the hub, raises an ImportError without the package for such proxies."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    huggingface_hub.close_session()  # of an earlier download, with other proxies
+    with pytest.raises(DataError, match=r"weights of test_resnet could not be downloaded .*--weights"):
+        build("test_resnet", 64, pretrained=True)
 
 
 # ------------------------------------------------------------------ what the optimizer sees

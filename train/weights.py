@@ -222,15 +222,16 @@ def _innermost(state: dict[str, Tensor], own: Set[str], most: int = 8) -> dict[s
     """`state` without the prefixes of wrappers: of all stacks of them, the one with the most names of the network.
 
     Names beside the chosen prefix are left out, for example a second network or the weights of a loss. most: prefixes
-    in a stack.
+    in a stack. An unknown prefix that all names share is tried too.
     """
-    best = state
-    for prefix in _PREFIXES if most else ():
+    best, firsts = state, {f"{name.partition('.')[0]}." for name in state}
+    shared = firsts.difference(_PREFIXES) if len(firsts) == 1 else ()
+    for prefix in (*_PREFIXES, *shared) if most else ():
         inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         if inner:
             inner = _innermost(inner, own, most - 1)
             more = len(own & inner.keys()) - len(own & best.keys())
-            if more > 0 or (more == 0 and len(inner) == len(state)):
+            if more > 0 or (more == 0 and len(inner) == len(state) and prefix in _PREFIXES):
                 best = inner
     return best
 

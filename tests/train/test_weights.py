@@ -59,6 +59,7 @@ def assert_same(net: Classifier, state: dict[str, Tensor], but: tuple[str, ...] 
         ("model_ema", "module.module."),
         ("net", "student.backbone."),
         ("teacher", "teacher.module."),
+        ("state_dict", "trunk.module.visual."),
     ],
 )
 def test_prefixes_in_any_stack_under_any_usual_key(tmp_path: Path, key: str, stack: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from train.crowding import Crowding
     from train.inference.neighbours import Neighbours
     from train.inference.output import About, Neighbour
     from train.inference.predictor import Predictor, Prepared
@@ -37,9 +38,13 @@ class Answer:
 
 @dataclass
 class _Session:
-    """What this process keeps between two calls. done: training images whose features are computed."""
+    """What this process keeps between two calls. done: training images whose features are computed.
+
+    crowding: notices on a CPU that other programs use its cores; None on a GPU.
+    """
 
     predictor: "Predictor"
+    crowding: "Crowding | None" = None
     neighbours: "Neighbours | None" = None
     why_no_neighbours: str = ""
     done: int = 0
@@ -64,9 +69,14 @@ def start(run: Path, data: Path | None, device: str, memory_format: str = "auto"
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the page's process handles Ctrl-C and ends this one
     with importing():
+        import torch
+
+        from train.crowding import Crowding
         from train.inference.predictor import Predictor
 
         session = _Session(Predictor(run, device, memory_format))
+    if session.predictor.device.type == "cpu":
+        session.crowding = Crowding(torch.get_num_threads())
     layout = session.predictor.memory_format
     if layout.value == "contiguous":
         click.echo(f"memory format: contiguous ({layout.reason})", err=True)
@@ -100,6 +110,8 @@ def _prepare(session: _Session) -> None:
 
     def at(done: int) -> None:
         session.done = done
+        with session.lock:
+            _say_if_crowded(session, "features")
 
     try:
         session.neighbours.compute(session.lock, at, session.stopping.is_set)
@@ -124,9 +136,12 @@ def answer(data: bytes) -> Answer:
     prepared = predictor.prepare(open_image(data), "upload")
     squares = prepared.square[None]
     with session.lock:
+        if session.crowding is not None:
+            session.crowding.pause()
         probabilities = predictor.probabilities(predictor.logits(squares))[0]
         shown, overlay_note = _overlay(session, prepared, int(probabilities.argmax()))
         similar, similar_note = _similar(session, squares)
+        _say_if_crowded(session, "answer")
     return Answer(
         probabilities={dx: float(p) for dx, p in zip(predictor.about.classes.names, probabilities, strict=True)},
         image=png(prepared.packed),
@@ -135,6 +150,14 @@ def answer(data: bytes) -> Answer:
         similar=similar,
         similar_note=similar_note,
     )
+
+
+def _say_if_crowded(session: _Session, kind: str) -> None:
+    """Say once on standard error that other programs slow this one down, if they do."""
+    import click
+
+    if session.crowding is not None and (text := session.crowding.after_step(kind)):
+        click.echo(f"warning: {text}", err=True)
 
 
 def _overlay(session: _Session, prepared: "Prepared", of_class: int) -> tuple[bytes, str]:

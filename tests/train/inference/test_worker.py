@@ -11,13 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from shards import ShardSet
 from shards.common.errors import DataError
+from shards.common.machine import Load
 from shards.encode import BadImageError
 from tests.conftest import growth_bytes
 from train import serve
+from train.crowding import Crowding
 from train.inference import page, worker
 from train.inference.neighbours import FILE
 
@@ -64,6 +67,20 @@ def training_image(folder: Path) -> tuple[bytes, Callable[[], None]]:
         file.write_bytes(content)
 
     return payload, damage
+
+
+def test_other_programs_on_the_cores_are_named_once(folder, monkeypatch, capsys):
+    monkeypatch.setattr("train.crowding.LOOK_S", 0.0)
+    monkeypatch.setattr("train.crowding.LoadMeter.read", lambda self: Load(2, 1.0, 300.0))
+    image, _ = training_image(folder)
+    for threads in (2, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        session = started(folder)
+        worker.answer(image)
+        assert capsys.readouterr().err.count("warning: other programs slow this one down") == threads - 1
+        session.crowding = Crowding(threads)
+        worker.answer(image)
+        assert capsys.readouterr().err.count("Start it again with --threads 1") == threads - 1
 
 
 def test_damaged_training_images_cost_only_the_similar_lesions(folder):

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -120,24 +119,23 @@ def edge(data: "ShardSet", job: Job, count: int) -> float:
 
 def plan_memory(data: "ShardSet", job: Job, count: int) -> float:
     """The most bytes of memory that the process has more around the edge of two epochs than before the first batch: for
-    order, plan and batches. Linux says the most since it was told to forget (proc(5), clear_refs)."""
-    loader = resized(data, job, count)
+    order, plan and batches."""
+    import psutil
+    import torch
+
+    from train.device import peak_memory_bytes, reset_peak_memory
+
+    cpu, loader = torch.device("cpu"), resized(data, job, count)
     loader.load_state_dict(loader.state_dict() | {"batch": len(loader) - _BEHIND})
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = psutil.Process().memory_info().rss
+    reset_peak_memory(cpu)
     for _ in range(2):
         for number, _batch in enumerate(loader):
             if number == 2 * _BEHIND:
                 break
-    most = memory("VmHWM")
+    most = peak_memory_bytes(cpu)
     loader.close()
-    return most - before
-
-
-def memory(field: str) -> float:
-    """A size in /proc/self/status, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return float(most - before)
 
 
 @contextmanager

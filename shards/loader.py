@@ -188,7 +188,8 @@ class Loader(IterableDataset[Batch]):
         self._options = {"engine": engine, "threads": threads, "prefetch": prefetch, "resolution": resolution}
         self.selection, self.batch_size, self.resolution, self.train = selection, batch_size, resolution, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.augment, self.sampler = augment or Augment(), sampler
+        self.augment = augment or Augment()
+        self._sampler = sampler  # Lightning takes what has a `sampler` for a DataLoader
         self.device = torch.device(device)
         self.epoch = 0
         self._part()  # checks them
@@ -424,7 +425,7 @@ class Loader(IterableDataset[Batch]):
 
     @property
     def _balanced(self) -> bool:
-        return self.train and self.sampler == "balanced"
+        return self.train and self._sampler == "balanced"
 
     def _plan(self, epoch: int, positions: np.ndarray, before: np.ndarray) -> Plan:
         """What is done to the samples at some positions. before: how often each came in the epoch until then."""
@@ -451,7 +452,7 @@ class Loader(IterableDataset[Batch]):
             "seed": self.seed,
             "batch_size": self.batch_size,
             "train": self.train,
-            "sampler": self.sampler,
+            "sampler": self._sampler,
             "resolution": self._options["resolution"],
             **{f"augment_{name}": str(value) for name, value in asdict(self.augment).items()},
         }
@@ -493,7 +494,7 @@ class Loader(IterableDataset[Batch]):
             "rank": self.rank,
             "world_size": self.world_size,
             "augment": self.augment,
-            "sampler": self.sampler,
+            "sampler": self._sampler,
         }
         return _reopened, (settings, self.state_dict(), self.resolution)
 

@@ -3,6 +3,7 @@
 import gc
 import shutil
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +182,12 @@ def test_a_balanced_epoch_is_the_same_for_engines_processes_and_restarts(tiny_sh
     resumed.load_state_dict(loader.state_dict())
     for whole, batch in zip(expected[1:], resumed, strict=True):
         assert torch.equal(whole.samples, batch.samples) and torch.equal(whole.colour, batch.colour)
+
+
+def test_a_loader_is_not_taken_for_a_dataloader(tiny_shards):
+    """Lightning's validation looks for a `sampler`, and then for all that a DataLoader has."""
+    with closing(Loader(ShardSet(tiny_shards).select("train"), batch_size=8, sampler="balanced")) as loader:
+        assert not any(hasattr(loader, name) for name in ("sampler", "batch_sampler", "dataset", "collate_fn"))
 
 
 def test_a_state_of_another_loader_is_refused_by_name(tiny_shards):

@@ -86,6 +86,8 @@ class Tables(NamedTuple):
 
 _ALWAYS = ("shard_set", "selection", "seed", "batch_size", "train")
 """What every loader state names. States of older releases name nothing else, and what is not named is not compared."""
+ADDED = {"sampler": "uniform", "augment_interpolation": "bilinear"}
+"""What states of older releases lack, and what these releases had."""
 
 
 @dataclass(frozen=True)
@@ -472,7 +474,7 @@ class Loader(IterableDataset[Batch]):
         """
         if state.get("version") != 1:
             raise UsageError(f"loader state version {state.get('version')}, and this release reads version 1")
-        state = {"sampler": "uniform", "augment_interpolation": "bilinear", **state}  # older releases had no other
+        state = ADDED | state
         named = {k: v for k, v in self._identity().items() if k in state or k in _ALWAYS}
         different = [f"{k} {state.get(k)} → {v}" for k, v in named.items() if state.get(k) != v]
         if different:

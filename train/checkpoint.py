@@ -10,6 +10,7 @@ import xxhash
 
 from shards.common.errors import DataError, one_line
 from shards.common.files import whole_file
+from shards.loader import ADDED
 from train import device as devices
 from train.weights import read_pickled
 
@@ -122,6 +123,8 @@ def check(
     special = ("progress", "random", "optimizer", "scaler")
     try:
         _same_keys(state, {"version": VERSION, **own}, "it")
+        if isinstance(state["loader"], dict):
+            state["loader"] = ADDED | state["loader"]
         for name in own.keys() - set(special):
             _alike(state[name], own[name], name)
         if state["metrics_bytes"] < 0:

@@ -452,6 +452,14 @@ def test_a_checkpoint_of_another_content_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_checkpoint_of_an_older_release_is_one_of_this_run(checked: tuple[Any, ...]) -> None:
+    folder, state, *rest = checked
+    state = copy.deepcopy(state)
+    for name in ("sampler", "augment_interpolation"):
+        del state["loader"][name]
+    checkpoint.check(folder, state, *rest)
+
+
 @pytest.mark.parametrize("change", ["slot", "shape", "decay"])
 def test_an_optimizers_state_of_another_content_is_one_line(checked: tuple[Any, ...], change: str) -> None:
     folder, state, *rest = checked

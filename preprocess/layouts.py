@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from preprocess.ham10000 import METADATA, read_source
+from preprocess.ham10000 import CITATION, LICENCE, METADATA, read_source
 from preprocess.labelled import NONE, Columns, Folders, Images, Joined, read_labelled
 from preprocess.records import Source
 from preprocess.tables import PICTURES, Table
-from shards.common.errors import DataError
+from shards.common.errors import DataError, UsageError
 from shards.format import HAM10000, Classes
 
 _ISIC_NAMES = {
@@ -42,6 +42,17 @@ class Layout:
 
 
 LAYOUTS = (
+    Layout(  # of the user's columns or classes; `read_source` reads it as it is
+        "HAM10000",
+        ("HAM10000_metadata*",),
+        ("image_id", "lesion_id", "dx"),
+        (("dx",),),
+        "image_id",
+        ("lesion_id",),
+        HAM10000,
+        CITATION,
+        LICENCE,
+    ),
     Layout(
         "ISIC 2018 Task 3",
         ("ISIC2018_Task3_Training_GroundTruth*.csv", "ISIC2018_Task3_Training_LesionGroupings*.csv"),
@@ -129,12 +140,17 @@ def read_folder(
             return source, splits, layout.name
     folders = Folders(folder, images.files)
     if len(folders.classes) > 1:
+        if given != Columns():
+            raise UsageError(
+                f"{folder}: has a folder for each class and no table of a known layout, so it has no columns to name; "
+                "name the table with --table, or leave --image, --label, --group and --split-column out"
+            )
         columns = Columns("image", ("label",), (NONE,), "split" if folders.all_split else None)
         source, splits = read_labelled(images, folders, columns, classes, folder.resolve().name)
         return source, splits, "a folder for each class" + (", in train, val and test" if splits else "")
     raise DataError(
-        f"{folder}: holds images and no table of a known layout (HAM10000, "
-        f"{', '.join(layout.name for layout in LAYOUTS)}), nor a folder for each class; name a table with --table"
+        f"{folder}: holds images and no table of a known layout "
+        f"({', '.join(layout.name for layout in LAYOUTS)}), nor a folder for each class; name a table with --table"
     )
 
 

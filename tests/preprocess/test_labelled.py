@@ -360,6 +360,27 @@ def test_a_folder_for_each_class_with_and_without_splits(tmp_path, command, part
         assert dict(zip(data.column("image_id"), data.column("split"), strict=True)) == files
 
 
+def test_options_are_heard_in_ham10000s_own_layout_and_refused_where_there_is_no_table(tmp_path, command):
+    for n in range(24):
+        write_image(tmp_path / "source" / f"HAM10000_images_part_{n % 2 + 1}" / f"ISIC_{n:07d}.png", n)
+    arguments = ("--source", tmp_path / "source", "--out", tmp_path / "set", "--overwrite", "--group", "none")
+    code, _, err = command(shard.main, *arguments)
+    assert code == 2 and "no columns to name; name the table with --table" in err
+    rows = [
+        {"lesion_id": f"L{n // 2}", "image_id": f"ISIC_{n:07d}", "dx": HAM10000.names[n // 2 % 7], "sex": "male"}
+        for n in range(24)
+    ]
+    (tmp_path / "source" / "HAM10000_metadata.csv").write_text(text_of(rows))
+    code, out, err = command(shard.main, *arguments)
+    assert code == 0 and out.startswith("layout: HAM10000; 7 classes, groups by image\n"), err
+    data = ShardSet(tmp_path / "set")
+    assert data.manifest.classes == HAM10000 and data.manifest.group == () and "Tschandl" in data.manifest.citation
+    (tmp_path / "two.csv").write_text("name\n" + "\n".join(HAM10000.names[::-1]))
+    code, out, err = command(shard.main, *arguments[:-2], "--classes", tmp_path / "two.csv")
+    assert code == 0 and "groups by lesion_id" in out, err
+    assert ShardSet(tmp_path / "set").manifest.classes.names == HAM10000.names[::-1]
+
+
 def test_a_folder_that_nothing_is_known_of(tmp_path, command):
     (tmp_path / "empty").mkdir()
     code, _, err = command(shard.main, "--source", tmp_path / "empty", "--out", tmp_path / "set")

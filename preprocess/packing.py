@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from preprocess.records import Record, Rejected, Source, quarantine_csv
-from shards.common.errors import DataError
+from shards.common.errors import DataError, one_line
 from shards.common.files import full_disk_names
 from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
@@ -199,7 +199,15 @@ def _read_ahead_of_use(file: str) -> None:
 
 
 def _drop_seen(source: Source, test: Source) -> None:
-    """Reject test images that are in the training source, or whose lesion is: a test image must be unseen."""
+    """Reject test images that are in the training source, or whose lesion is: a test image must be unseen.
+
+    Raises DataError if a class of the test source is none of the training source's.
+    """
+    if unknown := sorted({record.dx for record in test.records} - set(source.classes.names)):
+        raise DataError(
+            f"{test.folder}: has images of {', '.join(unknown)}, none of the classes of {source.folder} "
+            f"({one_line(', '.join(source.classes.names), 160)}); leave --test-source out"
+        )
     images = {record.image_id for record in source.records}
     lesions = {record.lesion_id for record in source.records}
     kept = []
@@ -243,7 +251,7 @@ def _divided_unit(jobs: list[_Job]) -> tuple[str, list[str]]:
     if not divided:
         return "lesion", []
     return "image", [
-        f"the split file puts views of {len(divided):,} lesions into several splits (first: {divided[0]}): "
+        f"the given splits put views of {len(divided):,} lesions into several splits (first: {divided[0]}): "
         "results look better than they are"
     ]
 

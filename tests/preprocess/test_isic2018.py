@@ -5,7 +5,9 @@ import csv
 import pytest
 
 from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT, read_test_source
+from preprocess.packing import Settings, pack
 from shards.common.errors import DataError
+from shards.format import Classes
 from tests.support.rawdata import jpeg, rows, write_table
 
 
@@ -16,6 +18,15 @@ def test_official_test_set(official_test):
     assert [r.dx for r in source.records[:7]] == ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]
     assert "resample images" in source.warnings[0]
     assert source.about["known_missing"] == [NOT_IN_ARCHIVE]
+
+
+def test_it_is_refused_beside_a_source_with_other_classes(official_test, tmp_path):
+    source, test = read_test_source(official_test), read_test_source(official_test)
+    source.classes = Classes(("MEL", "NV"), {}, {})
+    with pytest.raises(
+        DataError, match=r"has images of akiec, .*, none of the classes of .* \(MEL, NV\); leave --test"
+    ):
+        pack(source, tmp_path / "set", Settings(), test)
 
 
 @pytest.mark.parametrize("with_lesions", [False, True])

@@ -270,7 +270,7 @@ def test_published_splits_are_taken_as_they_are(raw, tmp_path, command):
     with ShardSet(tmp_path / "set") as data:
         about = data.manifest.split
     assert about["ratio"] == [51, 51, 48] and about["file"] == "splits.csv" and len(about["file_sha256"]) == 64
-    assert about["unit"] == "image" and "the split file puts views of" in err  # these splits divide lesions
+    assert about["unit"] == "image" and "the given splits put views of" in err  # these splits divide lesions
 
 
 def test_published_splits_that_keep_lesions_together_say_so(raw, tmp_path):

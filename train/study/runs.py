@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from shards.common.cli import typed
 from shards.common.errors import DataError, one_line
 from shards.common.files import encoded
 from shards.format import Classes, read_classes
-from train.config import completed
+from train.config import Config, completed
 from train.record import CONFIG, ENVIRONMENT, PREDICTIONS, RESULT, read_result
 from train.study.cells import EIGHT
 from train.study.folder import CELLS, STUDY, read_journal, read_json, read_study
@@ -23,12 +23,17 @@ if TYPE_CHECKING:
     from train.metrics.differences import Tested
 
 
-EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "ema", "eval_crop", "tta")
-"""Settings that must be equal in all runs of a report. What a recipe sets may differ, and batch sizes: they depend on
-the model and on the size of the training set."""
+EQUAL = ("epochs", "steps", "resolution", "start_resolution", "loss", "sampler", "ema", "eval_crop", "tta")
+"""Settings that must be equal in all runs of a report. What else a recipe sets depends on the model."""
 
-OF_SERIES = ("pretrained", "weights", "freeze", "normalize", "interpolation")
-"""Settings that must be equal in all runs of a model that start alike: from random weights, given or frozen ones."""
+MAY_DIFFER = {
+    *("model", "fraction", "seed", "subset_seed", "batch_size", "lr"),
+    *("data", "device", "precision", "memory_format", "compile", "engine", "sync_batch_norm", "threads"),
+    *("checkpoint_s", "eval_epochs"),
+}
+"""Settings in which runs of one model that start alike, from random weights, given or frozen ones, may differ: what a
+study varies, batch sizes and learning rates, which depend on the size of the training set, and what changes no result.
+The data are compared by the hash of their index."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def read(folder: Path, *others: Path) -> Study:
             run.row["model"] += _start(run.config)
     if settings is None or others:  # the settings of a grid's cells are the same by construction
         settings = None
-        _refuse_mixed(folder, runs)
+        _refuse_mixed(runs)
     order = {name: i for i, name in enumerate(EIGHT)}
     runs.sort(key=lambda r: (order.get(r.row["model"], len(order)), r.row["model"], r.row["fraction"], r.key))
     return Study(folder, settings, runs, lost)
@@ -165,30 +170,31 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, list[Run], list[d
     return settings, runs, lost
 
 
-def _refuse_mixed(folder: Path, runs: list[Run]) -> None:
+def _refuse_mixed(runs: list[Run]) -> None:
     """Raise DataError if run folders without a grid differ in other settings, or if two are the same cell."""
     cells: dict[tuple[Any, ...], Run] = {}
     of_model: dict[str, Run] = {}
     for run in runs:
-        model, name = run.row["model"], run.folder.name
+        model = run.row["model"]
         for other in (runs[0], of_model.setdefault(model, run)):
             changed = _differences(other, run)
             if changed:
                 raise DataError(
-                    f"{folder}: {other.folder.name} and {name} were trained with different settings "
-                    f"({'; '.join(changed)}), so they cannot be compared; move them to two folders and report each"
+                    f"{other.folder} and {run.folder} were trained with different settings ({'; '.join(changed)}), so "
+                    "they cannot be compared; report each on its own"
                 )
         twin = cells.setdefault((model, run.row["fraction"], *run.key), run)
         if twin is not run:
             raise DataError(
-                f"{folder}: {twin.folder.name} and {name} are both {model} on fraction {run.row['fraction']:g} with "
-                f"seed {run.key[0]} and subset seed {run.key[1]}; a report takes only one, so move the other elsewhere"
+                f"{twin.folder} and {run.folder} are both {model} on fraction {run.row['fraction']:g} with seed "
+                f"{run.key[0]} and subset seed {run.key[1]}; a report takes only one, so move the other elsewhere"
             )
 
 
 def _differences(one: Run, other: Run) -> list[str]:
     """The settings in which two runs must not differ but do: `epochs: 10, and 30`."""
-    keys = (*EQUAL, *OF_SERIES) if one.row["model"] == other.row["model"] else EQUAL
+    alike = one.row["model"] == other.row["model"]
+    keys = [field.name for field in fields(Config) if field.name not in MAY_DIFFER] if alike else EQUAL
     first, second = ({key: completed(run.config).get(key) for key in keys} for run in (one, other))
     return [f"{key}: {first[key]}, and {second[key]}" for key in first if first[key] != second[key]]
 

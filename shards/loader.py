@@ -86,7 +86,7 @@ class Tables(NamedTuple):
 
 _ALWAYS = ("shard_set", "selection", "seed", "batch_size", "train")
 """What every loader state names. States of older releases name nothing else, and what is not named is not compared."""
-ADDED = {"sampler": "uniform", "augment_interpolation": "bilinear"}
+ADDED: dict[str, Any] = {"sampler": "uniform", "augment_interpolation": "bilinear"}
 """What states of older releases lack, and what these releases had."""
 
 

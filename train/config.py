@@ -339,6 +339,10 @@ class Config:
             raise UsageError("--pretrained and --weights exclude each other: choose one source of weights")
         if self.freeze and not (self.pretrained or self.weights):
             raise UsageError("--freeze needs weights to start from: add --pretrained or --weights FILE")
+        layers = {"drop-path": self.drop_path, "layer-decay": self.layer_decay not in (None, 1.0)}
+        idle = [name for name, asked in (layers | {"sync-batch-norm": self.sync_batch_norm}).items() if asked]
+        if self.freeze and idle:
+            raise UsageError(f"--freeze leaves --{idle[0]} nothing to do: leave one of them out")
         start = self.start_resolution
         if start is not None and not 1 <= start <= self.resolution:
             raise UsageError(

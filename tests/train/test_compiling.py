@@ -191,7 +191,8 @@ def test_the_faster_one_is_kept_and_the_network_stays(eager_s, compiled_s, value
     assert compiling.tried(step, config, World(), 3.0).value == value
     trial = compiling.recall(step, config, 2, World())
     assert trial is not None and trial.compile_s == 3.0 and (trial.compiled_s < trial.eager_s) == (value == "on")
-    assert compiling.recall(step, replace(config, resolution=64), 2, World()) is None
+    others = ({"resolution": 64}, {"weights": "given.pt", "freeze": True}, {"drop_path": 0.1})
+    assert all(compiling.recall(step, replace(config, **other), 2, World()) is None for other in others)
     step.graphed = True
     assert compiling.recall(step, config, 2, World()) is None
     assert all(torch.equal(before[name], tensor) for name, tensor in step.net.state_dict().items())

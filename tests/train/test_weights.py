@@ -509,6 +509,10 @@ def test_frozen_training_changes_the_classifier_alone(tiny_shards: Path, tmp_pat
 def test_a_frozen_network_needs_weights_and_the_whole_learning_rate() -> None:
     with pytest.raises(UsageError, match="--freeze needs weights to start from: add --pretrained or --weights FILE"):
         Config("resnet18", freeze=True)
+    for idle in ({"drop_path": 0.1}, {"layer_decay": 0.75}, {"sync_batch_norm": True}):
+        option = next(iter(idle)).replace("_", "-")
+        with pytest.raises(UsageError, match=f"--freeze leaves --{option} nothing to do: leave one of them out"):
+            Config("resnet18", pretrained=True, freeze=True, **idle)
     frozen, tuned = (resolved(Config("resnet18", pretrained=True, freeze=freeze), "batchnorm") for freeze in (1, 0))
     assert frozen.lr == resolved(Config("resnet18"), "batchnorm").lr and tuned.lr == pytest.approx(0.2 * frozen.lr)
 

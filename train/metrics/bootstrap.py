@@ -83,6 +83,11 @@ class LesionBootstrap:
         self.lesions = self.lesion_label.size
         self.single = [int(c) for c in np.unique(self.lesion_label) if (self.lesion_label == c).sum() == 1]
 
+    def lesions_of(self, classes: int) -> Ints:
+        """(classes,) how many lesions have images of each class. A patient may have several."""
+        pairs = np.unique(np.stack([self.codes, self.labels]), axis=1)
+        return np.bincount(pairs[1], minlength=classes)
+
     def weights(self) -> Iterator[Floats]:
         """Weights of the images, (N, up to CHUNK) a time; the first column of all is ones: the test set itself."""
         rng = np.random.default_rng(self.seed)
@@ -188,11 +193,12 @@ def pooled_freedom(variances: Floats, freedom: Floats) -> float:
 def mean_freedom(recalls: Floats, bootstrap: LesionBootstrap) -> float:
     """Degrees of freedom of a mean of recalls or of differences of recalls, (R + 1, C): few where 15 lesions rule it.
 
-    Lesions of each class are drawn on their own, so the variances add up; NaN columns are absent classes.
+    Lesions of each class are drawn on their own, so the variances add up; NaN columns are absent classes. A class that
+    only patients with a rarer one have may be NaN in some resamples.
     """
-    lesions = np.bincount(bootstrap.lesion_label, minlength=recalls.shape[1])
+    lesions = bootstrap.lesions_of(recalls.shape[1])
     here = np.isfinite(recalls[0])
     if len(recalls) < 3:
         return np.inf
-    variances = np.asarray(recalls[1:, here].var(axis=0, ddof=1), np.float64)
+    variances = np.asarray(np.nanvar(recalls[1:, here], axis=0, ddof=1), np.float64)
     return pooled_freedom(variances, np.asarray(lesions[here], np.float64) - 1.0)

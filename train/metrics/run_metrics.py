@@ -93,8 +93,7 @@ def evaluate(
     bootstrap = LesionBootstrap(scores.labels, lesions, resamples=resamples, seed=seed)
     found = replicate([scores], bootstrap)[0]
     images = np.bincount(scores.labels, minlength=len(classes))
-    pairs = np.unique(np.stack([bootstrap.codes, scores.labels]), axis=1)  # a patient may have several classes
-    groups = np.bincount(pairs[1], minlength=len(classes))
+    groups = bootstrap.lesions_of(len(classes))
     scalars = {key: estimate(found[key]) for key in SCALARS}
     for name in classes.sets:
         truth = scores.sets[name][0]

@@ -221,7 +221,8 @@ class Scores:
             at_half = ratio(caught, missed + caught), ratio(cleared, cleared + alarmed)
             figures = ranking.area(weights), *at_half, ranking.sensitivity(weights)
             of_sets |= {f"{name}_{key}": figure for key, figure in zip(SET_SCALARS, figures, strict=True)}
-        # A class in the test set keeps at least one lesion in every resample, so these means need no NaN care.
+        # A class in the test set keeps at least one lesion in every resample. One that only patients with a rarer class
+        # have may lack images in a resample, whose means are then NaN: intervals leave it out.
         rankable = self.present & (np.bincount(self.labels, minlength=self.classes) < self.labels.size)
         return {
             **confusion,

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from shards.subsets import split_lesions
-from train.metrics.bootstrap import LesionBootstrap, interval, lesion_codes
+from train.metrics.bootstrap import LesionBootstrap, interval, lesion_codes, mean_freedom, ratio
 
 
 def means_of(sample, resamples=20_000, seed=0):
@@ -107,3 +107,19 @@ def test_a_group_of_several_classes_is_of_the_rarest_and_stays_together():
     for name, split in zip([f"{p}{n}" for n in range(9) for p in patients], splits, strict=True):
         assert of_patient.setdefault(name, split) == split
     assert {split for name, split in of_patient.items() if name[0] == "d"} == {"train", "val", "test"}
+
+
+def test_a_class_that_only_patients_with_a_rarer_one_have_counts_in_the_freedom():
+    """Two of three patients with class 1 have class 0 too, which is more frequent: no patient is counted to it."""
+    labels = np.array([0] * 8 + [1] * 3 + [2] * 20)
+    patients = ["a"] * 4 + ["b"] * 4 + ["a", "b", "c"] + [f"d{n}" for n in range(20)]
+    bootstrap = LesionBootstrap(labels, patients, resamples=500, seed=0)
+    assert bootstrap.lesions_of(4).tolist() == [2, 3, 20, 0] and not (bootstrap.lesion_label == 0).any()
+    right = np.random.default_rng(0).random(len(labels)) < 0.5
+    weights = np.concatenate(list(bootstrap.weights()), axis=1)
+    shares = [ratio((weights * right[:, None])[labels == c].sum(0), weights[labels == c].sum(0)) for c in range(3)]
+    recalls = np.stack(shares, axis=1)
+    assert np.isnan(recalls[:, 0]).any()  # of resamples that have c alone
+    variances = np.nanvar(recalls[1:], axis=0, ddof=1)
+    expected = variances.sum() ** 2 / (variances**2 / [1, 2, 19]).sum()
+    assert mean_freedom(recalls, bootstrap) == pytest.approx(expected)

@@ -44,8 +44,8 @@ def numpy_order(count: int, seed: int, epoch: int) -> np.ndarray:
 def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """(N,) int64 positions, in which each class comes equally often, within one; and how often each came before.
 
-    labels: (N,) classes of the samples. A class's samples are taken in turn, each time round in another order, so a
-    large class has its turn over several epochs. It depends on (labels, seed, epoch) alone.
+    labels: (N,) classes of the samples. A class's samples are taken in turn, each time round in another order. Of a
+    large class each epoch has other samples. It depends on (labels, seed, epoch) alone.
     """
     check_seed(seed, epoch)
     classes, sizes = np.unique(labels, return_counts=True)

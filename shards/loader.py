@@ -137,8 +137,8 @@ class Loader(IterableDataset[Batch]):
     Training code that takes an iterable takes it as it is. `DataLoader(loader, batch_size=None)` passes its batches on.
 
     Training shuffles, augments, and drops the last, incomplete batch. Evaluation keeps the selection's order and pads
-    the last batch. Batches depend only on (selection, batch_size, resolution, seed, epoch, sampler, augment): not on the
-    engine, on the number of processes or threads, or on restarts. A state holds a position, so resuming costs nothing.
+    the last batch. Batches depend only on selection, batch_size, resolution, seed, epoch, sampler and augment: not on
+    the engine, on the number of processes or threads, or on restarts. A state holds a position, so resuming costs nothing.
     """
 
     def __init__(

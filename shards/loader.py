@@ -138,7 +138,8 @@ class Loader(IterableDataset[Batch]):
 
     Training shuffles, augments, and drops the last, incomplete batch. Evaluation keeps the selection's order and pads
     the last batch. Batches depend only on selection, batch_size, resolution, seed, epoch, sampler and augment: not on
-    the engine, on the number of processes or threads, or on restarts. A state holds a position, so resuming costs nothing.
+    the engine, on the number of processes or threads, or on restarts. A state holds a position, so resuming costs
+    nothing.
     """
 
     def __init__(

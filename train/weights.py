@@ -174,6 +174,11 @@ def read_weights(path: Path) -> Weights:
         else:
             with path.open("rb") as file:
                 state = read_pickled(file)
+            if isinstance(state, dict) and state.keys() >= {"version", "progress", "loader", "normalisation"}:
+                raise ValueError(
+                    "it is the checkpoint of a run, which does not tell how images are prepared; finish the run with "
+                    "--resume, and give its model.safetensors"
+                )
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path}: no readable weights ({one_line(error, 300)})") from None
     return Weights(str(path), _state_dict(state, path), norm, interpolation)

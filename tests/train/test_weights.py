@@ -91,6 +91,13 @@ def test_what_stands_beside_the_network_is_left_out_and_said(tmp_path: Path) -> 
     assert found.decisions["weights"].reason == f"{len(other) + 2} tensors beside the network left out"
 
 
+def test_the_checkpoint_of_a_run_is_refused_with_what_helps(tiny_shards: Path, tmp_path: Path) -> None:
+    """With it, images would be normalised in another way than in the run, and damage would not be noticed."""
+    train_once(small(tiny_shards, epochs=1), tmp_path / "run")
+    with pytest.raises(DataError, match=r"the checkpoint of a run.*give its model\.safetensors"):
+        build(weights=tmp_path / "run" / "checkpoint.pt")
+
+
 def test_batch_norm_without_its_counter(tmp_path: Path) -> None:
     state = {k: v for k, v in build().body.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "w.pt")

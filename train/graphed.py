@@ -53,7 +53,7 @@ class Pass:
         self._cursor = torch.zeros(1, dtype=torch.int64, device=loader.device)
         self._coming: tuple[int, Future[Tables]] | None = None
 
-    def plan(self, epoch: int = 0) -> None:
+    def upload(self, epoch: int = 0) -> None:
         """Upload the table of an epoch. In training, a thread computes that of the next one meanwhile."""
         if epoch == self._epoch:
             return
@@ -75,7 +75,7 @@ class Pass:
         self._cursor.fill_(batch)
 
     def take(self) -> Batch:
-        """The next batch; after the last, the first. Comes after `plan`. There is no host sync."""
+        """The next batch; after the last, the first. Comes after `upload`. There is no host sync."""
         rows, *rest = (table.index_select(0, self._cursor)[0] for table in self._tables)
         self._cursor.add_(1).remainder_(len(self._tables[0]))
         return Batch(self.loader.gather(rows), *rest)
@@ -156,7 +156,7 @@ class Graphs:
             return 0.0
         began = time.perf_counter()
         self._training.loader.set_resolution(px)
-        self._training.plan(epoch)
+        self._training.upload(epoch)
         if px != self._size:
             try:
                 self._graphed.record(self._recorder)
@@ -187,7 +187,7 @@ class Graphs:
         """`forward(batch)` of each batch of an evaluation. It is recorded once for a loader and `what` it does."""
         if (loader, what) not in self._evaluations:
             batches = Pass(loader)
-            batches.plan()
+            batches.upload()
 
             def run() -> tuple[Tensor, ...]:
                 return forward(batches.take())

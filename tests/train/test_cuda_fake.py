@@ -95,7 +95,7 @@ def test_what_a_graph_holds_beside_the_network_stays_on_cuda(
             gather=lambda rows: gather(pixels, rows, 32).permute(0, 3, 1, 2),
         )
         batches = Pass(loader)  # type: ignore[arg-type]
-        batches.plan()
+        batches.upload()
         batches.seek(1)
         found, expected = batches.take(), batch(32, "cuda")
         for mine, other in zip((found.images, found.colour, found.labels), expected, strict=True):

@@ -176,7 +176,7 @@ def test_the_device_picks_the_batches_of_the_loader(tiny_shards: Path) -> None:
         batches = Pass(loader)
         for epoch in (0, 1, 4):
             other.set_epoch(epoch)
-            batches.plan(epoch if train else 0)
+            batches.upload(epoch if train else 0)
             batches.seek(0)
             for expected in other:
                 assert all(torch.equal(a, b) for a, b in zip(batches.take(), expected, strict=True))
@@ -212,7 +212,7 @@ def test_recording_leaves_no_trace(tiny_shards: Path, rehearsing: None, changes:
     config = small("no data", **(changes | {"batch_size": 8}))  # type: ignore[arg-type]
     plain, recorded = step_of(config), step_of(config)
     batches, loader = Pass(resident(tiny_shards)), resident(tiny_shards)
-    batches.plan()
+    batches.upload()
 
     def rate(step: TrainingStep) -> float:
         return 0.01 * learning_rate(small("no data", lr=1.0, warmup=0.3), step.done, 9)  # type: ignore[arg-type]

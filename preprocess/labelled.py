@@ -310,7 +310,8 @@ def read_labelled(
     one_label = not source.group or any("lesion" in name.lower() for name in source.group)
     read_label = _label_of(columns)
     known = {name: (_named(rows.columns, names) or [""])[0] for name, names in _KNOWN.items()}
-    spelling = None if classes is None else {name.casefold(): name for name in classes.names}
+    names = () if classes is None else classes.names
+    spelling = {name.casefold(): name for name in names} | {name: name for name in names}
     splits: dict[str, str] = {}
 
     def read(row: dict[str, str]) -> Record:
@@ -318,10 +319,10 @@ def read_labelled(
             raise ValueError(f"has more fields than columns ('{row[SURPLUS][:40]}'): quote a field with a separator")
         file = images.find(row.get(str(columns.image), ""))
         label = read_label(row)
-        if spelling is not None:
-            if label.casefold() not in spelling:
-                raise ValueError(f"label '{label}' is none of the classes ({', '.join(spelling.values())})")
-            label = spelling[label.casefold()]
+        if classes is not None:
+            written, label = label, spelling.get(label, spelling.get(label.casefold(), ""))
+            if not label:
+                raise ValueError(f"label '{written}' is none of the classes ({', '.join(names)})")
         if columns.split is not None:
             split = SPLIT_NAMES.get(row.get(columns.split, "").lower())
             if split is None:

@@ -50,6 +50,8 @@ class Classes:
                 raise ValueError(f"{where} names '{one_line(str(unknown[0]), 60)}', which is none of the classes")
             if not members and where != "long_names":
                 raise ValueError(f"{where} is empty")
+        if "macro" in self.sets:
+            raise ValueError("a set cannot be called 'macro': macro_auc is the mean over all classes")
 
     def __len__(self) -> int:
         """Number of classes."""

@@ -231,6 +231,10 @@ def test_classes_come_from_a_file(photos, tmp_path, command):
     write_table(table, [*some_rows(23), some_rows()[23] | {"dx": "cyst"}])
     (rejected,) = read(photos, table, classes=classes)[0].rejected
     assert rejected.reason == "line 25: label 'cyst' is none of the classes (mole, melanoma, wart)"
+    file.write_text("name\nMole\nmole\nmelanoma\n")  # which differ in case alone: each row's own spelling decides
+    write_table(table, [row | {"dx": row["dx"].title() if n % 2 else row["dx"]} for n, row in enumerate(some_rows())])
+    found = {r.dx for r in read(photos, table, classes=read_classes_file(file))[0].records}
+    assert found == {"Mole", "mole", "melanoma"}
     file.write_text("name\nmole\nmole\n")
     with pytest.raises(DataError, match=r"classes\.csv: class 'mole' is listed twice"):
         read_classes_file(file)

@@ -68,6 +68,7 @@ SWAPPED = [*HAM10000.names[:4], "nv", "mel", "vasc"]
         ("classes.names", ["nv"], "1 classes, and 2 to 65,535 are needed"),
         ("classes.names", [*HAM10000.names[:6], "wart"], "long_names names 'vasc', which is none of the classes"),
         ("classes.sets.malignant", [], "set 'malignant' is empty"),
+        ("classes.sets.macro", ["mel"], "a set cannot be called 'macro'"),
         ("classes.sets.malignant", ["mole"], "set 'malignant' names 'mole', which is none of the classes"),
         ("classes.long_names", {"mel": "a\nb"}, "classes.long_names is"),
         ("group", "lesion_id", 'group is "lesion_id", expected a list of names'),

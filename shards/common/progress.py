@@ -1,7 +1,10 @@
 """The progress display of every long job, on standard error: a bar on a terminal, elsewhere a line now and then."""
 
+import errno
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +15,16 @@ REDRAW_S = 0.1
 
 LINE_S = 15.0
 """Seconds between two lines where standard error is not a terminal."""
+
+
+@contextmanager
+def unless_closed() -> Iterator[None]:
+    """Writing to a terminal that was closed does nothing. SIGHUP comes with that; who hears it decides what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 class Progress:
@@ -87,8 +100,10 @@ class Progress:
         elif self._lines and now - self._printed >= LINE_S:
             self._printed = now
             share = 100 * done / max(1, total)
-            click.echo(f"{what}: {self._amount()}, {share:.0f} %, {now - self._started:.0f} s", err=True)
+            with unless_closed():
+                click.echo(f"{what}: {self._amount()}, {share:.0f} %, {now - self._started:.0f} s", err=True)
 
+    @unless_closed()
     def say(self, text: str) -> None:
         """Print one line on standard output, above the bar."""
         if self._bar is not None and sys.stdout.isatty():
@@ -97,6 +112,7 @@ class Progress:
             click.echo(text)
             sys.stdout.flush()
 
+    @unless_closed()
     def warn(self, text: str, kind: str = "warning") -> None:
         """Print one line on standard error, above the bar: what it is, and the text."""
         if self._bar is not None:
@@ -104,6 +120,7 @@ class Progress:
         else:
             click.echo(f"{kind}: {text}", err=True)
 
+    @unless_closed()
     def _draw(self) -> None:
         self._bar.update(self._task, description=self.what, completed=self.done, total=self.total or None)
 

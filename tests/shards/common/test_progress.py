@@ -1,6 +1,8 @@
 """The progress display: a bar on a terminal with lines above it, and lines now and then elsewhere."""
 
+import errno
 import io
+from contextlib import nullcontext
 
 import pytest
 
@@ -54,3 +56,19 @@ def test_on_a_terminal_phases_change_lines_stand_above_the_bar_and_the_end_is_dr
     assert "epoch 1/2: loss 1.2\n" in drawn and "warning: the batch is small" in drawn
     last = drawn[drawn.rindex("warning: the batch is small") :]
     assert "test" in last and "75%" in last
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, False), (errno.ENOSPC, True)])
+def test_a_terminal_that_was_closed_ends_no_job_and_a_full_disk_does(monkeypatch, number, raised):
+    class Closed(Terminal):
+        def write(self, text: str) -> int:
+            raise OSError(number, "cannot be written")
+
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    shown = Progress("writing", 10, "images")
+    shown.__enter__()  # before it is closed
+    monkeypatch.setattr("sys.stderr", Closed())
+    monkeypatch.setattr("sys.stdout", Closed())
+    for write in (lambda: shown.say("text"), lambda: shown.warn("text"), lambda: shown.advance(1)):
+        with pytest.raises(OSError, match="cannot be written") if raised else nullcontext():
+            write()

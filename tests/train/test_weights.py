@@ -24,7 +24,7 @@ from shards.common.errors import DataError, UsageError
 from shards.format import EncodeSpec
 from tests.support.train_runs import small
 from train import models
-from train.config import Config, resolved
+from train.config import RECIPES, Config, resolved
 from train.inference.predictor import load_network, read_about
 from train.loop import train_once
 from train.models import Classifier
@@ -521,7 +521,8 @@ def test_a_frozen_network_needs_weights_and_the_whole_learning_rate() -> None:
         with pytest.raises(UsageError, match=f"--freeze leaves --{option} nothing to do: leave one of them out"):
             Config("resnet18", pretrained=True, freeze=True, **idle)
     frozen, tuned = (resolved(Config("resnet18", pretrained=True, freeze=freeze), "batchnorm") for freeze in (1, 0))
-    assert frozen.lr == resolved(Config("resnet18"), "batchnorm").lr and tuned.lr == pytest.approx(0.2 * frozen.lr)
+    assert frozen.lr == resolved(Config("resnet18"), "batchnorm").lr
+    assert tuned.lr == pytest.approx(RECIPES["batchnorm"].finetune * frozen.lr)
 
 
 # ------------------------------------------------------------------ real weights

@@ -28,6 +28,7 @@ pytest.register_assert_rewrite(
 def pytest_configure() -> None:
     """No test depends on how long an example takes: other work may run beside it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this
     try:
         from hypothesis import HealthCheck, settings
     except ImportError:  # the peers' environment, where the tests of benchmarks alone are run

@@ -1,10 +1,10 @@
 """Paired differences between runs that were tested on the same lesions, from their predictions.parquet."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from train.metrics.scores import Scores, check_test, replicate
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Model = TypeVar("Model", bound=Hashable)
 
 COMPARED = ("balanced_accuracy", "accuracy", "macro_auc", "macro_f1", "malignant_auc")
 """What is compared, where it is there: only a set that has malignant classes has their area."""
@@ -101,17 +103,18 @@ def model_difference(
 
 
 def model_differences(
-    runs: Mapping[str, Mapping[Any, Tested]],
+    runs: Mapping[Model, Mapping[Any, Tested]],
     *,
+    pairs: Iterable[tuple[Model, Model]] | None = None,
     metrics: Sequence[str] = COMPARED,
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """`model_difference` for every two models that share a seed. Each run is measured once.
+    """`model_difference` for pairs of models that share a seed. Each run is measured once.
 
     runs: by model, then by (seed, subset seed), where pairs may share one of the two, or by any other key that pairs
-    runs and is independent. Returns {"first", "second", "metrics"} for each two, in the order of `runs`. Raises
-    DataError unless all were tested on the same images.
+    runs and is independent. pairs: which models to compare, all by default. Returns {"first", "second", "metrics"} for
+    each two, in the order of `pairs` or `runs`. Raises DataError unless all were tested on the same images.
     """
     every = [run for by_seed in runs.values() for run in by_seed.values()]
     if not every:
@@ -121,7 +124,7 @@ def model_differences(
     measured = iter(replicate([run.scores for run in every], bootstrap))
     found = {model: {key: next(measured) for key in by_seed} for model, by_seed in runs.items()}
     differences = []
-    for first, second in combinations(runs, 2):
+    for first, second in combinations(runs, 2) if pairs is None else pairs:
         shared = [key for key in found[first] if key in found[second]]
         if shared:
             halves = [[found[model][key] for key in shared] for model in (first, second)]

@@ -1,8 +1,9 @@
 """The numbers of a study's report: learning curves, differences, variance shares, pooled tables, mistakes."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import combinations, groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,9 @@ class Analysis:
     """The numbers of a report. By metric, by model, or both; what could not be computed is missing and has a reason.
 
     sizes: by model and rising fraction. curves[metric][model]: `curves.learning_curve`. differences:
-    `differences.model_differences` at the fraction `compared_at`, with `p_holm` beside each p. variance[metric]:
+    `differences.model_differences` at the fraction `compared_at`, with `p_holm` beside each p. gaps[model][fraction]:
+    the metrics of `model_differences` of a model minus the best one, both trained on that fraction. gains: those of
+    that model minus itself on the next smaller fraction. variance[metric]:
     `variance.variance_shares`, or the reason for none as text. leakage: what `train.leakage` measured in the study's
     folder `leakage`.
     """
@@ -64,6 +67,8 @@ class Analysis:
     curves: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     differences: list[dict[str, Any]] = field(default_factory=list)
     compared_at: float | None = None
+    gaps: dict[str, dict[float, dict[str, Any]]] = field(default_factory=dict)
+    gains: dict[str, dict[float, dict[str, Any]]] = field(default_factory=dict)
     no_differences: str = ""
     variance: dict[str, dict[str, Any] | str] = field(default_factory=dict)
     leakage: dict[str, Any] | None = None
@@ -97,7 +102,7 @@ def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int]
             found.variance[metric] = variance_shares(study.table, metric, resamples=resamples)
         except DataError as error:
             found.variance[metric] = str(error)
-    at("differences between models", steps - 1, steps)
+    at("differences between models and between sizes", steps - 1, steps)
     _compare(found, resamples)
     leakage = study.folder / LEAKAGE / RESULT
     found.leakage = read_json(leakage) if leakage.exists() else None
@@ -105,22 +110,37 @@ def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int]
 
 
 def _compare(found: Analysis, resamples: int) -> None:
-    """Add the differences between models at the largest of the fractions that most models have."""
+    """Add the differences between models and between sizes, all measured on the same resampled lesions.
+
+    Every two models are compared at the largest of the fractions that most models have, and corrected for each other.
+    """
     from statsmodels.stats.multitest import multipletests
 
     from train.metrics.differences import model_differences
 
+    sizes = {(size.model, size.fraction): size for of_model in found.sizes.values() for size in of_model}
+    shared = Counter(fraction for _, fraction in sizes)
+    found.compared_at = at = max(shared, key=lambda fraction: (shared[fraction], fraction))
+    best = found.best.model
+    models = [((a, at), (b, at)) for a, b in combinations(found.sizes, 2) if (a, at) in sizes and (b, at) in sizes]
+    gaps = [((model, of), (best, of)) for model, of in sizes if model != best and (best, of) in sizes]
+    gains = [((a.model, b.fraction), (a.model, a.fraction)) for two in found.sizes.values() for a, b in pairwise(two)]
+    tested = {size: {run.key: run.tested() for run in of.runs} for size, of in sizes.items()}
+    pairs = dict.fromkeys([*models, *gaps, *gains])
+    measured = {
+        (pair["first"], pair["second"]): pair["metrics"]
+        for pair in model_differences(tested, pairs=pairs, metrics=METRICS, resamples=resamples)
+    }
+    for kept, those in ((found.gaps, gaps), (found.gains, gains)):
+        for (model, fraction), other in those:
+            if cells := measured.get(((model, fraction), other)):
+                kept.setdefault(model, {})[fraction] = cells
+    found.differences = [
+        {"first": a[0], "second": b[0], "metrics": measured[a, b]} for a, b in models if (a, b) in measured
+    ]
     if len(found.sizes) < 2:
         found.no_differences = "the study has one model"
-        return
-    by_fraction: dict[float, list[Size]] = {}
-    for sizes in found.sizes.values():
-        for size in sizes:
-            by_fraction.setdefault(size.fraction, []).append(size)
-    found.compared_at = max(by_fraction, key=lambda fraction: (len(by_fraction[fraction]), fraction))
-    tested = {size.model: {run.key: run.tested() for run in size.runs} for size in by_fraction[found.compared_at]}
-    found.differences = model_differences(tested, metrics=METRICS, resamples=resamples)
-    if not found.differences:
+    elif not found.differences:
         found.no_differences = "no two models were trained with the same seed on the same fraction"
     for metric in METRICS:
         cells = [pair["metrics"][metric] for pair in found.differences if pair["metrics"][metric]["p"] is not None]
@@ -196,4 +216,4 @@ def mistakes(run: Run, count: int) -> list[dict[str, Any]]:
         }
     )
     wrong = found.loc[found["true"] != found["called"]].sort_values(by="probability", ascending=False, kind="stable")
-    return wrong.head(count).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in wrong.head(count).to_dict("records")]

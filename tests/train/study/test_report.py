@@ -18,7 +18,7 @@ from train.metrics.differences import model_difference
 from train.study import analysis
 from train.study import runs as study_data
 from train.study.report.charts import Chart, charts, cost
-from train.study.report.findings import warnings
+from train.study.report.findings import findings, warnings
 from train.study.report.page import compose, settings
 from train.study.report.picture import DARK, LIGHT, look, short, styled
 
@@ -57,7 +57,7 @@ def elements_of(page: str) -> list[ElementTree.Element]:
 
 def test_every_part_that_a_study_needs_is_there(page, drawn):
     named = {"curves-balanced_accuracy", "curves-macro_auc", "cost", "forest-balanced_accuracy", "forest-macro_auc"}
-    named |= {"variance", "confusion", "recall", "reliability", "leakage", "speed"}
+    named |= {"gaps", "variance", "confusion", "recall", "reliability", "leakage", "speed"}
     assert {chart.name for chart in drawn} == named
     assert set(re.findall(r'<section id="section-([^"]*)"', page)) == named | {"results", "missing", "settings"}
 
@@ -126,6 +126,41 @@ def test_differences_are_those_of_the_pairs_and_corrected_for_their_number(found
     cell = pair["metrics"]["balanced_accuracy"]
     assert {key: cell[key] for key in expected} == expected
     assert cell["p_holm"] == pytest.approx(cell["p"])  # one pair
+
+
+def test_gaps_and_gains_by_size_are_the_paired_differences(found, page):
+    small, large = found.sizes["resnet18"][:2]
+    other = found.sizes["alexnet"][1]
+    assert found.best.model == "resnet18" and set(found.gaps) == {"alexnet"}
+    assert set(found.gaps["alexnet"]) == {size.fraction for size in found.sizes["alexnet"]}
+    for kept, (first, second) in (
+        (found.gaps["alexnet"][other.fraction], (other, large)),
+        (found.gains["resnet18"][large.fraction], (large, small)),
+    ):
+        sides = [[run.tested() for run in size.runs] for size in (first, second)]
+        assert kept == model_difference(*sides, metrics=analysis.METRICS, resamples=200)
+        gap = kept["balanced_accuracy"]["difference"]
+        assert f"{100 * gap['value']:+.1f} points ({100 * gap['low']:+.1f} points to" in words(page)
+    assert small.fraction not in found.gains["resnet18"]
+
+
+def test_where_the_costlier_model_is_better_follows_from_the_gaps(found):
+    (said,) = dict(findings(found))["From how many images a larger model pays"]
+    assert "resnet18 needs 1.6 times the computation of alexnet." in said  # 296 and 188 million FLOPs an image
+    behind = {of: cells["balanced_accuracy"]["difference"]["value"] for of, cells in found.gaps["alexnet"].items()}
+    assert all(value < 0 for value in behind.values())
+    assert said.endswith("resnet18 is better with every number of images.")
+    for since, verdict in ((0.5, "with 2,801 or more images."), (None, "resnet18 is not better with 5,601 images.")):
+        cells = {
+            of: {
+                "balanced_accuracy": {
+                    "difference": {"value": -0.1 if since and of >= since else 0.1, "low": None, "high": None}
+                }
+            }
+            for of in behind
+        }
+        (said,) = dict(findings(replace(found, gaps={"alexnet": cells})))["From how many images a larger model pays"]
+        assert said.endswith(verdict)
 
 
 def test_pooled_reliability_is_the_mean_over_all_images(found):

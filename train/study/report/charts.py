@@ -55,7 +55,7 @@ def charts(found: Analysis) -> list[Chart]:
     """The charts of a report; those that the study has no numbers for are left out."""
     with styled():
         drawn: list[Chart | None] = [learning_curves(found, metric) for metric in METRICS if found.curves[metric]]
-        drawn.append(cost(found))
+        drawn += [gaps(found), cost(found)]
         drawn += [differences(found, metric) for metric in METRICS]
         drawn += [variance(found), confusions(found), class_recalls(found), calibration(found), leakage(found)]
         drawn.append(speed(found))
@@ -124,14 +124,82 @@ def learning_curves(found: Analysis, metric: str) -> Chart:
         _legend(one, found, group)
         drawn.append(one)
     rows = [
-        [model, _images(size.n), str(len(size.runs)), *(score(metric, v) for v in size.score(metric) or [None] * 3)]
+        [
+            *(model, _images(size.n), str(len(size.runs))),
+            *(score(metric, v) for v in size.score(metric) or [None] * 3),
+            _gain(found, size, metric),
+        ]
         for model in models
         for size in found.sizes[model]
     ]
-    table = Table(("model", "training images", "runs", "mean", "lowest", "highest"), rows)
+    table = Table(
+        (
+            *("model", "training images", "runs", "mean", "lowest", "highest"),
+            "gain over the size before (95 %)",
+        ),
+        rows,
+    )
     caption = _curve_caption([curves[model] for model in models], alone=alone, single=single)
     title = f"{name[0].upper()}{name[1:]} against training images"
     return Chart(f"curves-{metric}", title, drawn, caption, table, _curve_table(found, metric, models))
+
+
+def _gain(found: Analysis, size: Size, metric: str) -> str:
+    """What the images beyond the next smaller size brought, with its interval; a dash where there is none."""
+    cells = found.gains.get(size.model, {}).get(size.fraction)
+    return "–" if cells is None else between(metric, cells[metric]["difference"], write=points)
+
+
+def gaps(found: Analysis, metric: str = METRICS[0]) -> Chart | None:
+    """Each model's score minus that of the best one, by training images; None for one model or one size."""
+    best = found.best.model
+    lines = {
+        model: [
+            (size.n, cell)
+            for size in found.sizes[model]
+            if (cell := found.gaps.get(model, {}).get(size.fraction, {}).get(metric))
+            and cell["difference"]["value"] is not None
+        ]
+        for model in found.study.models
+    }
+    lines = {model: points for model, points in lines.items() if points}
+    sizes = [n for known in lines.values() for n, _ in known]
+    if len(set(sizes)) < 2:
+        return None
+    one = Picture("gaps", f"{NAMES[metric]} minus that of {best}, by training images", size=(450.0, 260.0))
+    values = [cell["difference"]["value"] for known in lines.values() for _, cell in known]
+    one.linear("y", min([0.0, *values]), max([0.0, *values]), lambda v: plain(100 * v))
+    one.logarithmic(min(sizes), max(sizes))
+    one.axes.set(xlabel="training images", ylabel=f"{NAMES[metric]}, points")
+    one.axes.axhline(0.0, color=LIGHT["muted"], linewidth=1.0, clip_on=False)
+    rows = []
+    for model, known in lines.items():
+        series = found.study.series(model)
+        one.line([n for n, _ in known], [cell["difference"]["value"] for _, cell in known], series, linewidth=1.2)
+        for n, cell in known:
+            words = between(metric, cell["difference"], write=points)
+            clear = cell["p"] is not None and cell["p"] < 0.05
+            hollow = {"markerfacecolor": LIGHT["page"], "markeredgecolor": colour(series), "markeredgewidth": 1.0}
+            one.point(
+                n,
+                cell["difference"]["value"],
+                series,
+                f"{model}, {_images(n)} images: {words}",
+                size=4.5,
+                **({} if clear else hollow),
+            )
+            rows.append([model, _images(n), words, p_value(cell["p"]), str(cell["runs"])])
+        one.said.append(
+            f"{model}: {rows[-len(known)][2]} with {rows[-len(known)][1]} images, {words} with {_images(n)}."
+        )
+    _legend(one, found, list(lines))
+    caption = (
+        f"Mean {NAMES[metric]} of each model minus that of {best}, which is best on the most images. Both learned from "
+        "the same images and were tested on the same lesions. Above the grey line a model is better. Filled markers: "
+        "p under 0.05, not corrected for the number of comparisons. The table has the 95 % intervals."
+    )
+    table = Table(("model", "training images", f"difference from {best} (95 %)", "p", "pairs of runs"), rows)
+    return Chart("gaps", "Which model on how many images", [one], caption, table)
 
 
 def _curve_caption(curves: Sequence[dict[str, Any]], *, alone: bool, single: bool) -> str:

@@ -28,6 +28,7 @@ def findings(found: Analysis) -> list[tuple[str, list[str]]]:
         ("What was done", _done(found)),
         ("Which model is best", _best(found)),
         ("Does more data help", _data(found)),
+        ("From how many images a larger model pays", _larger(found)),
         ("What matters more, model or data", _shares(found)),
         ("What does accuracy cost", _cost(found)),
         ("Which classes are found and missed", _classes(found)),
@@ -192,6 +193,15 @@ def _data(found: Analysis) -> Iterator[str]:
             f"accuracy by {points(metric, gains[model])}."
         )
         yield " ".join([gained, *curve(curves[model], metric)])
+    last = [(model, max(kept), kept[max(kept)][metric]["difference"]) for model, kept in found.gains.items()]
+    last = [(model, fraction, gain) for model, fraction, gain in last if gain["value"] is not None]
+    if last:
+        words = [f"{model} {between(metric, gain, write=points)}" for model, _, gain in last]
+        still = sum(gain["low"] is not None and gain["low"] > 0 for *_, gain in last)
+        yield (
+            f"From the second largest fraction to the largest, balanced accuracy changed by: {_listed(words)}. "
+            f"This is clearly above zero for {still} of {len(last)}."
+        )
     checks = [fitted["hold_out"]["inside"] for fitted in curves.values() if fitted["hold_out"]["inside"] is not None]
     if len(gains) > FEW and checks:
         yield (
@@ -223,6 +233,33 @@ def curve(fitted: dict[str, Any], metric: str) -> Iterator[str]:
             yield f"The data do not show where the curve ends: {'; '.join(parameters['reasons'])}."
     others = [note for note in fitted["notes"] if note not in parameters["reasons"]]
     yield from (f"Note: {note}." for note in others)
+
+
+def _larger(found: Analysis) -> Iterator[str]:
+    """The best model against each other one, the cheapest first: at which sizes the costlier of the two is better."""
+    metric, best = METRICS[0], found.best.model
+    flops = {model: sizes[-1].runs[0].row["flops_per_image"] for model, sizes in found.sizes.items()}
+    for model in sorted(found.gaps, key=lambda model: flops[model]):
+        n = {size.fraction: size.n for size in found.sizes[model]}
+        known = [
+            (n[of], cells[metric]["difference"])
+            for of, cells in sorted(found.gaps[model].items())
+            if cells[metric]["difference"]["value"] is not None
+        ]
+        if len(known) < 2:
+            continue
+        large, small = (model, best) if flops[model] > flops[best] else (best, model)
+        (fewest, first), (most, last) = known[0], known[-1]
+        # A gap is the model minus the best: below zero, the best is better.
+        ahead = [(gap["value"] > 0) == (large == model) and gap["value"] != 0 for _, gap in known]
+        since = next((at for at in range(len(known)) if all(ahead[at:])), None)
+        numbers = "every number of" if since == 0 else f"{known[since or 0][0]:,.0f} or more"
+        verdict = f"not better with {most:,.0f} images" if since is None else f"better with {numbers} images"
+        yield (
+            f"{large} needs {flops[large] / flops[small]:.1f} times the computation of {small}. {model} minus {best}: "
+            f"{between(metric, first, write=points)} with {fewest:,.0f} images, {between(metric, last, write=points)} "
+            f"with {most:,.0f}. {large} is {verdict}."
+        )
 
 
 SOURCES = {

@@ -74,12 +74,25 @@ former 0.05, 0.25 and 0.2 gave 0.456. Longer runs, larger images and the other f
 """
 
 
+def read_fraction(text: str, option: str = "--fraction") -> float:
+    """`0.25` or `1/4` as a number in (0, 1], to six digits. Raises UsageError for anything else."""
+    try:
+        top, _, bottom = str(text).partition("/")
+        value = float(top) / float(bottom) if bottom else float(top)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"{option} '{text}' is not a number like 0.25 or 1/4") from None
+    if not 0.0 < value <= 1.0:
+        raise UsageError(f"{option} {text} is outside (0, 1]: 1 is the whole training split")
+    return float(f"{value:.6g}")
+
+
 def _option(default: Any, help: str, **more: Any) -> Any:
     """A field of Config that is a command-line option too; `training_options` makes the option.
 
     default: `...` if there is none. help: says what the option costs or changes; `{choices}` stands for these. more:
     choices: all allowed values. least, most: the smallest and the largest allowed one; no `most` without `least`. path:
-    True for a file or folder. shown: what `--help` shows as the default. run_only: True if a grid has no such option.
+    True for a file or folder. read: makes a float of the text. shown: what `--help` shows as the default. run_only:
+    True if a grid has no such option.
     """
     metadata = {"help": help, **more}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
@@ -102,7 +115,10 @@ class Config:
         "data/shards", "Folder of the shard set. A run goes on only with the set that it began with.", path=True
     )
     fraction: float = _option(
-        1.0, "Share of the training lesions, in (0, 1]. An epoch takes so much of the time.", run_only=True
+        1.0,
+        "Share of the training lesions, in (0, 1], as 0.25 or 1/4. An epoch takes so much of the time.",
+        read=read_fraction,
+        run_only=True,
     )
     seed: int = _option(
         0,
@@ -379,7 +395,8 @@ def training_options(command: Callable[..., Any], run_only: bool = False) -> Cal
         name = one.name.replace("_", "-")
         command = click.option(
             f"--{name}/--no-{name}" if one.default is True else f"--{name}",
-            type=click.Path() if about.get("path") else kind,
+            type=click.Path() if about.get("path") else about.get("read", kind),
+            metavar="FLOAT" if "read" in about else None,
             is_flag=kind is bool,
             show_default=about.get("shown"),
             help=about["help"].replace("{choices}", f"{', '.join(others)} or {last}"),

@@ -1,11 +1,10 @@
 """The cells of a study: models × fractions × seeds, one run each. Pure functions from lists to configurations."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from shards.common.errors import UsageError
-from train.config import Config
+from train.config import Config, read_fraction
 
 EIGHT = ("alexnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vit_b16", "mixer_b16")
 """What `--models all` stands for."""
@@ -56,16 +55,7 @@ def parse_models(text: str) -> list[str]:
 
 def parse_fractions(text: str) -> list[float]:
     """`0.1,1/4,1` as ascending numbers in (0, 1]. Raises UsageError for anything else."""
-    found = []
-    for part in text.split(","):
-        try:
-            top, _, bottom = part.partition("/")
-            value = float(top) / float(bottom) if bottom else float(top)
-        except (ValueError, ZeroDivisionError):
-            raise UsageError(f"--fractions '{part.strip()}' is not a number like 0.25 or 1/4") from None
-        if not (math.isfinite(value) and 0.0 < value <= 1.0):
-            raise UsageError(f"--fractions {part.strip()} is outside (0, 1]: 1 is the whole training split")
-        found.append(float(f"{value:.6g}"))
+    found = [read_fraction(part.strip(), "--fractions") for part in text.split(",")]
     return sorted(_distinct(found, "--fractions", "numbers in (0, 1]"))
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from shards.common.errors import DataError, UsageError
 from tests.support import made_study
-from train.config import Config
+from train.config import Config, read_fraction
 from train.record import RunFolder
 from train.study.cells import (
     EIGHT,
@@ -110,6 +110,7 @@ def test_a_fitting_batch_is_the_largest_power_of_two_or_the_one_wanted(images):
 
 def test_lists_are_parsed():
     assert parse_fractions("1, 1/4,0.5") == [0.25, 0.5, 1.0]
+    assert parse_fractions("1/3") == [read_fraction("1/3")]  # a single run trains on the lesions of the grid's cell
     assert parse_models("all") == list(EIGHT) and len(EIGHT) == 8
     assert parse_seeds("3,1", "--seeds") == [3, 1]
     assert FRACTIONS == (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)

@@ -1,4 +1,5 @@
-"""`python -m shards info|verify|show DIR`: what a shard set holds, whether it is complete, and what a batch looks like.
+"""`python -m shards info|verify|show DIR`: what a shard set holds, whether it is complete, and what a batch looks like;
+`python -m shards overlap DIR DIR`: which images two sets share.
 
 $ python -m shards verify data/shards
 data/shards: 6 shards and 10,015 samples are whole
@@ -120,6 +121,39 @@ def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool
         raise DataError(f"{out}: OpenCV could not encode a picture of {sheet.shape[1]}x{sheet.shape[0]} px")
     write_durably(out, png.tobytes())
     click.echo(f"{out}: {images} images, {sheet.shape[1]}x{sheet.shape[0]} px")
+
+
+@main.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="CSV of the pairs. Without it they are printed."
+)
+def overlap(first: Path, second: Path, out: Path | None) -> None:
+    """List the images that are in both sets, FIRST and SECOND.
+
+    Copies of other sizes, quality or colours are found; turned, mirrored and cut ones are not.
+    """
+    from shards.common.files import write_durably
+    from shards.common.progress import Progress
+    from shards.duplicates import overlap as shared
+    from shards.shardset import ShardSet
+
+    with ShardSet(first) as one, ShardSet(second) as other:
+        with Progress("comparing", len(one) + len(other), "images") as bar:
+            copies = shared(one, other, bar.advance)
+        mine, theirs = one.column("image_id"), other.column("image_id")
+        rows = [f"{mine[copy.first]},{theirs[copy.second]},{copy.correlation:.4f}" for copy in copies]
+        table = "\n".join(["first,second,correlation", *rows]) + "\n"
+        if out is None:
+            click.echo(table, nl=False)
+        else:
+            write_durably(out, table.encode())
+        images = [len({copy[side] for copy in copies}) for side in (0, 1)]
+        click.echo(
+            f"{images[0]:,} of {len(one):,} images of {first} are in {second}, as {images[1]:,} of {len(other):,}",
+            err=True,
+        )
 
 
 if __name__ == "__main__":

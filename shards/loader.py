@@ -31,6 +31,7 @@ from shards.order import (
     epoch_order,
     evaluation_order,
     rank_slice,
+    windowed_order,
 )
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 
@@ -86,7 +87,7 @@ class Tables(NamedTuple):
 
 _ALWAYS = ("shard_set", "selection", "seed", "batch_size", "train")
 """What every loader state names. States of older releases name nothing else, and what is not named is not compared."""
-ADDED: dict[str, Any] = {"sampler": "uniform", "augment_interpolation": "bilinear"}
+ADDED: dict[str, Any] = {"sampler": "uniform", "window": 0, "augment_interpolation": "bilinear"}
 """What states of older releases lack, and what these releases had."""
 
 
@@ -137,9 +138,9 @@ class Loader(IterableDataset[Batch]):
     Training code that takes an iterable takes it as it is. `DataLoader(loader, batch_size=None)` passes its batches on.
 
     Training shuffles, augments, and drops the last, incomplete batch. Evaluation keeps the selection's order and pads
-    the last batch. Batches depend only on selection, batch_size, resolution, seed, epoch, sampler and augment: not on
-    the engine, on the number of processes or threads, or on restarts. A state holds a position, so resuming costs
-    nothing.
+    the last batch. Batches depend only on selection, batch_size, resolution, seed, epoch, sampler, window and augment:
+    not on the engine, on the number of processes or threads, or on restarts. A state holds a position, so resuming
+    costs nothing.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class Loader(IterableDataset[Batch]):
         prefetch: int | None = None,
         augment: Augment | None = None,
         sampler: str = "uniform",
+        window: int | None = None,
         pool: "EnginePool | None" = None,
     ) -> None:
         """Set up. Nothing is read before the first batch.
@@ -166,12 +168,19 @@ class Loader(IterableDataset[Batch]):
         `auto`, `native`, `dali` or `resident`. rank, world_size: default, those of torch.distributed when a pass
         begins, or 0 and 1 if it is not initialised. threads: at most the cores this process may
         use, which is the default. sampler: `uniform`, each sample once in an epoch, or `balanced`, each class equally
-        often: samples of small classes come again, with another crop, turn and colour each time. prefetch: batches
+        often: samples of small classes come again, with another crop, turn and colour each time. window: draw the
+        shards in random order and the samples from about so many of them at a time (`order.windowed_order`), for sets
+        that are read from a store and do not fit into its cache; default: from all shards. prefetch: batches
         loaded ahead; default, 256 samples in 2 to 4 batches. pool: keeps engines that take long to build for later
         loaders. Raises UsageError for a value outside its range, naming the limit.
         """
         if sampler not in SAMPLERS:
             raise UsageError(f"sampler '{sampler}' is unknown: use one of {', '.join(SAMPLERS)}")
+        if window is not None and (window < 1 or sampler == "balanced"):
+            raise UsageError(
+                f"window {window}: give 1 shard or more, and the sampler uniform (balanced draws small classes from "
+                "all shards)"
+            )
         if batch_size < 1:
             raise UsageError(f"batch size {batch_size} is below 1")
         if train and batch_size > len(selection):
@@ -193,6 +202,7 @@ class Loader(IterableDataset[Batch]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.augment = augment or Augment()
         self._sampler = sampler  # Lightning takes what has a `sampler` for a DataLoader
+        self._window = window
         self.device = torch.device(device)
         self.epoch = 0
         self._part()  # checks them
@@ -241,9 +251,7 @@ class Loader(IterableDataset[Batch]):
         number = self.epoch if epoch is None else epoch
         samples = self.selection.samples
         plan = training_plan(self.seed, number, samples, self._heights, self._widths, self.augment)
-        if self._balanced:
-            return balanced_order(self.selection.labels, self.seed, number)[0], plan
-        return epoch_order(len(samples), self.seed, number), plan
+        return self._training_order(number)[0], plan
 
     def _part(self) -> slice:
         """This rank's part of every global batch."""
@@ -410,10 +418,9 @@ class Loader(IterableDataset[Batch]):
         before = np.zeros(len(self) * self.batch_size, np.int64)
         if not self.train:
             return *evaluation_order(length, self.batch_size), before
-        if self._balanced:
-            order, before = balanced_order(self.selection.labels, self.seed, epoch)
-        elif length < SHORT:
-            order = epoch_order(length, self.seed, epoch)
+        if self._balanced or self._window is not None or length < SHORT:
+            order, times = self._training_order(epoch)
+            before = before if times is None else times
         else:
             coming, this = self._coming, (os.getpid(), epoch)
             if coming is not None and coming[0] == this:
@@ -425,6 +432,15 @@ class Loader(IterableDataset[Batch]):
             thread.shutdown(wait=False)  # it ends with this order
         whole = len(self) * self.batch_size
         return order[:whole], np.ones(whole, bool), before[:whole]
+
+    def _training_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The positions of an epoch; how often each came before, or None if each comes once."""
+        if self._balanced:
+            return balanced_order(self.selection.labels, self.seed, epoch)
+        if self._window is not None:
+            shards = self.selection.data.column("shard")[self.selection.samples]
+            return windowed_order(shards, self._window, self.seed, epoch), None
+        return epoch_order(len(self.selection), self.seed, epoch), None
 
     @property
     def _balanced(self) -> bool:
@@ -456,6 +472,7 @@ class Loader(IterableDataset[Batch]):
             "batch_size": self.batch_size,
             "train": self.train,
             "sampler": self._sampler,
+            "window": self._window or 0,
             "resolution": self._options["resolution"],
             **{f"augment_{name}": str(value) for name, value in asdict(self.augment).items()},
         }
@@ -498,6 +515,7 @@ class Loader(IterableDataset[Batch]):
             "world_size": self.world_size,
             "augment": self.augment,
             "sampler": self._sampler,
+            "window": self._window,
         }
         return _reopened, (settings, self.state_dict(), self.resolution)
 

@@ -9,7 +9,8 @@ import numpy as np
 from shards.common.errors import UsageError
 from shards.kernels.load import compiled, holding_the_lock
 
-_STREAM, _BALANCED = 1, 4  # the last word of Philox's counter; plan.py has 2, train/mixing.py 3: no number is shared
+# The last word of Philox's counter; plan.py has 2, train/mixing.py 3: no number is shared.
+_STREAM, _BALANCED, _SHARDS, _SHIFTS = 1, 4, 5, 6
 
 SAMPLERS = ("uniform", "balanced")
 
@@ -61,6 +62,24 @@ def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarra
         before.append(np.repeat(np.arange(times), turns.shape[1])[:share])
     order = epoch_order(len(labels), seed, epoch)
     return np.concatenate(positions)[order], np.concatenate(before)[order]
+
+
+def windowed_order(shards: np.ndarray, window: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0 … N - 1, int64, in which at any time at most `window` shards are in use.
+
+    shards: (N,) the shard of each sample. The shards are drawn in random order, and each sample moves on from its
+    shard's place by a uniform part of `window` places. A new shard begins when an old one ends, so a cache of a little
+    more than `window` shards reads each shard once in an epoch. MosaicML Streaming has a similar order, `py1e`. It
+    depends on (shards, window, seed, epoch) alone. Raises UsageError for a window outside its range.
+    """
+    check_seed(seed, epoch)
+    if not 1 <= window < 1 << 20:
+        raise UsageError(f"window {window} is outside 1 to 1048575 shards")
+    _, of_sample = np.unique(shards, return_inverse=True)
+    keys = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, _SHARDS]).random_raw(int(of_sample.max(initial=0)) + 1)
+    place = np.argsort(np.argsort(keys, kind="stable"), kind="stable").astype(np.uint64)[of_sample]
+    part = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, _SHIFTS]).random_raw(len(shards)) >> np.uint64(32)
+    return np.argsort((place << np.uint64(32)) + part * np.uint64(window), kind="stable")
 
 
 def batch_count(count: int, batch_size: int, train: bool) -> int:

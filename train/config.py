@@ -173,6 +173,13 @@ class Config:
         choices=SAMPLERS,
         shown="by model",
     )
+    window: int | None = _option(
+        None,
+        "Draw the shards in random order, and images from about so many of them at a time. For sets in a store that do "
+        "not fit into the cache; images are mixed less. Without it, images are drawn from all shards.",
+        least=1,
+        most=100_000,
+    )
     erasing: float | None = _option(
         None,
         "Share of the training images in which a random box is erased. Varies images more, and so needs more epochs.",
@@ -462,6 +469,7 @@ ADDED = {
     "drop_path": 0.0,
     "layer_decay": 1.0,
     "sampler": "uniform",
+    "window": None,
     "tta": "none",
 }
 """Fields that the files of older releases lack, and the values that these releases used."""

@@ -166,6 +166,7 @@ def prepare(
             world_size=world.size,
             augment=augment,
             sampler=config.sampler if split == "train" and config.sampler else "uniform",
+            window=config.window if split == "train" else None,
             pool=workspace.engines,
         )
         stack.callback(loaders[split].close)

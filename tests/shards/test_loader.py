@@ -184,6 +184,48 @@ def test_a_balanced_epoch_is_the_same_for_engines_processes_and_restarts(tiny_sh
         assert torch.equal(whole.samples, batch.samples) and torch.equal(whole.colour, batch.colour)
 
 
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory):
+    """A set whose training split has several shards."""
+    return write_set(tmp_path_factory.mktemp("sets") / "many", "raw", images=600)
+
+
+@pytest.mark.parametrize("engine", ["native", "resident", "dali"])
+def test_a_windowed_epoch_is_the_same_for_engines_processes_and_restarts(many_shards, engine):
+    def fresh(**more):
+        return Loader(ShardSet(many_shards).select("train"), batch_size=8, resolution=32, seed=1, window=2, **more)
+
+    expected, loader = batches(fresh()), fresh(engine=engine)
+    shards = loader.selection.data.column("shard")
+    assert len(np.unique(shards[loader.selection.samples])) > 4
+    assert all(len(np.unique(shards[batch.samples.numpy()])) <= 3 for batch in expected)
+    ranks = [batches(fresh(engine=engine, rank=rank, world_size=2)) for rank in range(2)]
+    for whole, *parts in zip(expected, *ranks, strict=True):
+        assert torch.equal(whole.samples, torch.cat([part.samples for part in parts]))
+        images = torch.cat([part.images for part in parts])
+        assert (whole.images.int() - images.int()).abs().max() <= (1 if engine == "dali" else 0)
+    passes = iter(loader)
+    next(passes)
+    resumed = fresh(engine=engine)
+    resumed.load_state_dict(loader.state_dict())
+    for whole, batch in zip(expected[1:], resumed, strict=True):
+        assert torch.equal(whole.samples, batch.samples) and torch.equal(whole.colour, batch.colour)
+    assert np.array_equal(
+        np.concatenate([b.samples for b in expected]),
+        resumed.selection.samples[fresh().plan(0)[0]][: 8 * len(expected)],
+    )
+
+
+def test_a_window_is_refused_where_it_means_nothing(many_shards):
+    selection = ShardSet(many_shards).select("train")
+    for more in ({"window": 0}, {"window": 2, "sampler": "balanced"}):
+        with pytest.raises(UsageError, match=f"window {more['window']}: give 1 shard or more"):
+            Loader(selection, batch_size=8, **more)
+    state = Loader(selection, batch_size=8).state_dict()
+    with pytest.raises(UsageError, match="window 0 → 2"):
+        Loader(selection, batch_size=8, window=2).load_state_dict(state)
+
+
 def test_a_loader_is_not_taken_for_a_dataloader(tiny_shards):
     """Lightning's validation looks for a `sampler`, and then for all that a DataLoader has."""
     with closing(Loader(ShardSet(tiny_shards).select("train"), batch_size=8, sampler="balanced")) as loader:

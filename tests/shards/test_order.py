@@ -1,5 +1,7 @@
 """The order: permutations, the same global batches for every world size, evaluation that counts once."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,15 @@ from hypothesis import strategies as st
 
 from shards.common.errors import UsageError
 from shards.kernels.load import compiled
-from shards.order import balanced_order, batch_count, epoch_order, evaluation_order, numpy_order, rank_slice
+from shards.order import (
+    balanced_order,
+    batch_count,
+    epoch_order,
+    evaluation_order,
+    numpy_order,
+    rank_slice,
+    windowed_order,
+)
 
 
 @given(st.integers(1, 500), st.integers(0, 2**63 - 1), st.integers(0, 1000))
@@ -25,6 +35,7 @@ def test_the_order_is_written_down():
     # The stream of numpy's Philox is promised to stay: a change here would make old runs irreproducible.
     assert epoch_order(8, 0, 0).tolist() == [7, 4, 2, 6, 5, 0, 1, 3]
     assert epoch_order(8, 1, 5).tolist() == [2, 1, 6, 3, 0, 7, 5, 4]
+    assert windowed_order(np.array([0, 0, 1, 1, 2, 2, 3, 3]), 2, 1, 5).tolist() == [6, 1, 7, 5, 0, 4, 3, 2]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=300), st.integers(0, 2**63 - 1), st.integers(0, 1000))
@@ -76,6 +87,30 @@ def test_evaluation_counts_each_sample_once(count, batch_size):
     assert len(positions) == len(mask) == batch_count(count, batch_size, train=False) * batch_size
     assert positions[mask].tolist() == list(range(count))
     assert not positions[~mask].any()
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 40), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_a_windowed_order_has_each_sample_once_and_few_shards_open(sizes, window, seed):
+    shards = np.repeat(np.arange(len(sizes)), sizes)
+    shards = shards[np.random.default_rng(seed).permutation(len(shards))]
+    order = windowed_order(shards, window, seed, 3)
+    assert sorted(order.tolist()) == list(range(len(shards)))
+    assert np.array_equal(order, windowed_order(shards * 7 + 2, window, seed, 3))  # numbers of shards do not count
+    met = shards[order]
+    first, last = (np.array([step(np.flatnonzero(met == shard)) for shard in range(len(sizes))]) for step in (min, max))
+    places = np.arange(len(met))[:, None]
+    assert ((first <= places) & (places <= last)).sum(axis=1).max() <= window
+
+
+def test_neighbours_of_a_windowed_order_come_from_other_shards():
+    """The distance between the origins of neighbours, as a share of the set, is a third if everything is mixed."""
+    shards = np.repeat(np.arange(64), 100)
+    for window in (1, 2, 8, 64):
+        distance = np.abs(np.diff(windowed_order(shards, window, 0, 0))).mean() / len(shards)
+        assert abs(distance - (1 - 1 / window) / 3) < 0.02, window
+    epochs = [windowed_order(shards, 4, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(np.mean(a == b) < 0.01 for a, b in combinations(epochs, 2))
 
 
 def test_training_drops_the_incomplete_batch():

@@ -103,6 +103,13 @@ class Ratio(click.ParamType):
     "is not in it is a bad image.",
 )
 @click.option(
+    "--map",
+    "map_name",
+    metavar="NAME|FILE",
+    help="Make labels the classes of another set: isic2019-ham10000, pad-ufes-20-malignant …, or a table with the "
+    "columns from and to. Labels without a counterpart are left out.",
+)
+@click.option(
     "--test-source",
     type=click.Path(path_type=Path),
     help="Official ISIC 2018 Task 3 test images and labels, used as the test split. --source then has "
@@ -186,6 +193,7 @@ def main(
     group: str | None,
     split_column: str | None,
     classes_file: Path | None,
+    map_name: str | None,
     test_source: Path | None,
     shard_mb: int,
     workers: int | None,
@@ -212,8 +220,10 @@ def main(
     from preprocess.isic2018 import read_test_source
     from preprocess.labelled import Columns, read_classes_file
     from preprocess.layouts import read_folder
+    from preprocess.mapping import map_labels
     from preprocess.packing import Settings, pack
     from preprocess.records import read_splits, sha256_of
+    from shards.labelmap import read_map
     from shards.place import refuse_occupied
 
     refuse_occupied(out, overwrite)
@@ -221,7 +231,10 @@ def main(
     assigned_from = {} if split_file is None else {"file": split_file.name, "file_sha256": sha256_of(split_file)}
     columns = Columns(image, _listed(label), _listed(group), split_column)
     classes = None if classes_file is None else read_classes_file(classes_file)
-    raw, splits, layout = read_folder(source, tables, columns, classes)
+    labels = None if map_name is None else read_map(map_name)
+    raw, splits, layout = read_folder(source, tables, columns, classes if labels is None else None)
+    if labels is not None:
+        map_labels(raw, labels, classes)
     if splits is not None and assigned is None and not by_ratio:
         assigned, assigned_from = splits, {"column": raw.about["columns"]["split"]}
     test = read_test_source(test_source) if test_source else None

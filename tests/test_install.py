@@ -97,7 +97,8 @@ def test_the_wheel_holds_all_that_runs_and_no_tests(wheel: Path) -> None:
     packed = {name for name in names if ".dist-info/" not in name}
     python = {str(file.relative_to(ROOT)) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py")}
     library = {name for name in packed if name.startswith("shards/kernels/_kernels.") and name.endswith(".so")}
-    assert packed == python | {"dermscale.py", "shards/FORMAT.md", "train/study/report/report.css"} | library
+    maps = {str(file.relative_to(ROOT)) for file in (ROOT / "shards" / "maps").iterdir()}
+    assert packed == python | {"dermscale.py", "shards/FORMAT.md", "train/study/report/report.css"} | maps | library
     assert len(library) == len(list((ROOT / "shards" / "kernels").glob("_kernels.*.so")))
     assert "dermscale = dermscale:main" in about["entry_points.txt"]
     assert {"LICENSE", "NOTICE"} <= set(about)

@@ -142,13 +142,13 @@ def prediction(job: PredictJob, files: Sequence[Path]) -> Callable[[], int]:
     It raises DataError where a file is refused.
     """
     from train.inference.output import Refused
-    from train.inference.predictor import Predictor, predict_files
+    from train.inference.predictor import Ensemble, predict_files
 
-    predictor = Predictor(job.run, job.device)
+    ensemble = Ensemble([job.run], job.device)
 
     def once() -> int:
         count = 0
-        for batch in predict_files(predictor, files, batch_size=_BATCH):
+        for batch in predict_files(ensemble, files, batch_size=_BATCH):
             for one in batch:
                 if isinstance(one, Refused):
                     raise DataError(f"{one.file}: refused, it {one.reason}")

@@ -61,9 +61,15 @@ class Classes:
         """A class for people: its name and its words."""
         return f"{name}: {self.long_names[name]}" if name in self.long_names else name
 
+    @property
+    def measured(self) -> dict[str, tuple[str, ...]]:
+        """The sets that are measured against all other classes: those of interest, or the last one of two classes."""
+        last = next(name for name in reversed(self.names) if name != "macro")
+        return self.sets or ({last: (last,)} if len(self) == 2 else {})
+
     def members(self, name: str) -> list[int]:
-        """The labels of a set of interest, ascending."""
-        return sorted(self.names.index(member) for member in self.sets[name])
+        """The labels of a measured set, ascending."""
+        return sorted(self.names.index(member) for member in self.measured[name])
 
 
 HAM10000 = Classes(

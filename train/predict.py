@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -21,6 +21,9 @@ from shards.common.errors import DataError, UsageError
 from shards.common.files import encoded, growing_file
 from train.config import TTA
 from train.inference.options import network_options
+
+if TYPE_CHECKING:
+    from train.inference.explain import Explainer
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
@@ -60,7 +63,7 @@ from train.inference.options import network_options
 @click.option("--batch-size", default=32, type=click.IntRange(1), help="Images in a batch. More take more memory.")
 def main(
     images: tuple[Path, ...],
-    folder: Path,
+    folders: tuple[Path, ...],
     out: Path | None,
     as_json: bool,
     isic: bool,
@@ -103,29 +106,29 @@ def main(
         with cli.importing():
             from train import device as devices
             from train.crowding import Crowding
-            from train.inference.predictor import Predictor, predict_files
+            from train.inference.predictor import Ensemble, predict_files
 
             crowding = Crowding(int(devices.use_threads(threads).value))
-            predictor = Predictor(folder, device, memory_format)
-        if predictor.memory_format.value == "contiguous":
-            click.echo(f"memory format: contiguous ({predictor.memory_format.reason})", err=True)
-        explainer = None
+            ensemble = Ensemble(folders, device, memory_format, prior)
+        for layout in {member.memory_format for member in ensemble.members}:
+            if layout.value == "contiguous":
+                click.echo(f"memory format: contiguous ({layout.reason})", err=True)
+        explainers: list[Explainer] = []
         if explain:
-            from train.inference.explain import Explainer
+            from train.inference.explain import explainers_of
 
-            explainer = Explainer(predictor)
+            explainers = explainers_of(ensemble)
             explain_out.mkdir(parents=True, exist_ok=True)
             if not os.access(explain_out, os.W_OK | os.X_OK):
                 raise UsageError(f"--explain-out {explain_out}: cannot be written; check the permissions")
         longest = max(len(str(one)) for one in files)
-        about = predictor.about
-        settings = output.Settings(about, folder, prior or about.prior, tta or about.tta, longest)
+        settings = output.Settings(ensemble.abouts, folders, ensemble.prior, tta, longest)
         click.echo(output.NOTICE, err=True)
         with Progress("predicting", len(files), "images", transient=True) as progress:
 
             def answers() -> output.Answers:
                 nonlocal refused, unexplained
-                for batch in predict_files(predictor, files, prior, tta, explainer, explain_out, batch_size):
+                for batch in predict_files(ensemble, files, tta, explainers, explain_out, batch_size):
                     for one in batch:
                         if isinstance(one, output.Refused):
                             refused += 1
@@ -135,7 +138,7 @@ def main(
                             progress.warn(f"{one.file} ({one.explanation_error})", "predicted but not explained")
                         yield one
                         progress.advance(1)
-                    if predictor.device.type == "cpu" and (text := crowding.after_step(len(batch))):
+                    if ensemble.members[0].device.type == "cpu" and (text := crowding.after_step(len(batch))):
                         progress.warn(text)
 
             for text in form(settings, answers()):

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -60,7 +60,7 @@ _STARTED = time.perf_counter()
     help="Also answer requests that name this host, for a proxy before the page. Can be repeated.",
 )
 def main(
-    folder: Path,
+    folders: tuple[Path, ...],
     data: Path | None,
     port: int,
     max_upload_mb: int,
@@ -86,12 +86,12 @@ def main(
         for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):  # nothing here leaves this machine
             os.environ.pop(name, None)
             os.environ.pop(name.upper(), None)
-        serve(folder, data, listener, max_upload_mb, map(host_name, hosts), device, memory_format)
+        serve(folders, data, listener, max_upload_mb, map(host_name, hosts), device, memory_format)
     return 0
 
 
 def serve(
-    folder: Path,
+    folders: Sequence[Path],
     data: Path | None,
     listener: socket.socket,
     max_upload_mb: int,
@@ -106,18 +106,18 @@ def serve(
     from train.inference import worker
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        starting = process.submit(worker.start, folder, data, device, memory_format)
+        starting = process.submit(worker.start, folders, data, device, memory_format)
         _import_gradio()  # while the other process imports torch
         from train.inference import page
         from train.inference.guard import Guard
         from train.inference.output import NOTICE
 
         try:
-            about, credit = starting.result()
+            abouts, credit = starting.result()
         except BrokenExecutor:
             raise DermscaleError("the model process ended while it loaded the run; is the memory full?") from None
         try:
-            app = page.application(partial(ask, process), about, credit, max_upload_mb * 1_000_000)
+            app = page.application(partial(ask, process), abouts, credit, max_upload_mb * 1_000_000)
             with _answering(Guard(app, hosts), listener), contextlib.suppress(KeyboardInterrupt):
                 # from the line on that tells the user to press Ctrl-C
                 click.echo(NOTICE, err=True)

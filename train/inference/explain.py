@@ -16,8 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shards.common.errors import UsageError
+
 if TYPE_CHECKING:
-    from train.inference.predictor import Predictor, Prepared
+    from collections.abc import Sequence
+
+    from train.inference.predictor import Ensemble, Predictor, Prepared
 
 _MIN_CELLS = 4
 """Minimum side of a map of Grad-CAM. With fewer cells, a map by occlusion is finer, and small images cost little."""
@@ -29,6 +33,29 @@ _IMAGES_A_PASS = 32
 """Images in a forward pass of occlusion, unless more images are explained at the same time."""
 
 _OPACITY = 0.6
+
+
+def explainers_of(ensemble: "Ensemble") -> "list[Explainer]":
+    """An explainer for each network. Raises UsageError if they see other parts of an image: their maps have no mean."""
+    parts = {(about.encode, about.eval_crop) for about in ensemble.abouts}
+    if len(parts) > 1:
+        raise UsageError("maps of runs with other packing or --eval-crop have no mean; explain each run on its own")
+    return [Explainer(member) for member in ensemble.members]
+
+
+def mean_maps(
+    explainers: "Sequence[Explainer]", prepared: "Sequence[Sequence[Prepared]]", classes: np.ndarray
+) -> np.ndarray:
+    """The mean of the networks' maps, resized to the finest: (N, h, w) float32, as `Explainer.maps`.
+
+    prepared: N images, each as `Ensemble.prepare` returns it. classes: (N,) what is explained.
+    """
+    found = [
+        one.maps(np.stack([each[place].square for each in prepared]), classes) for place, one in enumerate(explainers)
+    ]
+    side = max(maps.shape[1] for maps in found)
+    sized = [np.stack([cv2.resize(one, (side, side)) for one in maps]) for maps in found]
+    return np.mean(sized, axis=0) if len(found) > 1 else found[0]
 
 
 class Explainer:

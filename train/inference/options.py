@@ -10,7 +10,7 @@ from train.config import MEMORY_FORMATS
 
 
 def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a click command `--run`, as `folder`, and the options that say where and how the network computes."""
+    """Give a click command `--run`, as `folders`, and the options that say where and how the network computes."""
     for option in (
         click.option(
             "--threads",
@@ -27,10 +27,12 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one."),
         click.option(
             "--run",
-            "folder",
+            "folders",
             required=True,
+            multiple=True,
             type=click.Path(path_type=Path),
-            help="Folder of a finished run, whose weights predict.",
+            help="Folder of a finished run, whose weights predict. Of several, the mean of the probabilities counts; each "
+            "adds its work.",
         ),
     ):
         command = option(command)

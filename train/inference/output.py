@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,11 @@ class About:
     tta: str = "none"
     interpolation: str = "bilinear"
 
+    @property
+    def seen(self) -> tuple[EncodeSpec, int, float, str]:
+        """What decides which pixels the network sees of an image."""
+        return self.encode, self.resolution, self.eval_crop, self.interpolation
+
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
@@ -90,18 +96,34 @@ class Refused:
     reason: str
 
 
+def named(abouts: Sequence[About]) -> str:
+    """The networks that predict together, for people."""
+    return " and ".join(f"{about.model} at {about.resolution} px" for about in abouts)
+
+
+def temperatures(abouts: Sequence[About]) -> str:
+    """The divisors of the logits of networks that predict together, for people."""
+    return " and ".join(f"{about.temperature:.3g}" for about in abouts)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What all answers of one command share. prior: that of the probabilities.
+    """What all answers of one command share. abouts, runs: of each network whose probabilities are averaged.
 
-    tta: the views that were averaged. longest: characters of the longest file name.
+    prior: that of the probabilities. tta: the views that were averaged; None: each network's own. longest: characters
+    of the longest file name.
     """
 
-    about: About
-    run: Path
+    abouts: Sequence[About]
+    runs: Sequence[Path]
     prior: str
-    tta: str
+    tta: str | None
     longest: int = 0
+
+    @property
+    def classes(self) -> Classes:
+        """The classes of the networks."""
+        return self.abouts[0].classes
 
 
 Answers = Iterable[Prediction | Refused]
@@ -110,38 +132,50 @@ Answers = Iterable[Prediction | Refused]
 
 def as_lines(settings: Settings, answers: Answers) -> Iterator[str]:
     """The three most likely classes of each image, for people."""
-    about = settings.about
+    names, abouts = settings.classes.names, settings.abouts
     for one in _predictions(answers):
         best = np.argsort(-one.probabilities, kind="stable")[:3]
-        shown = "  ".join(f"{about.classes.names[c]:5s} {100 * one.probabilities[c]:5.1f} %" for c in best)
+        shown = "  ".join(f"{names[c]:5s} {100 * one.probabilities[c]:5.1f} %" for c in best)
         yield f"{one.file!s:{settings.longest}s}  {shown}\n"
-    scaled = f"The logits were divided by a temperature of {about.temperature:.3g}."
-    if about.temperature == 1:
+    scaled = f"The logits were divided by a temperature of {temperatures(abouts)}."
+    if all(about.temperature == 1 for about in abouts):
         scaled = "There is no temperature scaling: the run's validation images did not determine a temperature."
+    if len(abouts) > 1:
+        yield f"They are the mean of {len(abouts)} networks: {named(abouts)}.\n"
     yield f"The probabilities assume that {PRIORS[settings.prior]} ({settings.prior} prior). {scaled}\n"
 
 
 def as_csv(settings: Settings, answers: Answers) -> Iterator[str]:
-    """One row per image: image, file, prediction, prior, temperature, and `prob_<dx>` for each class."""
-    about = settings.about
-    yield _row("image", "file", "prediction", "prior", "temperature", *(f"prob_{dx}" for dx in about.classes.names))
+    """One row per image: image, file, prediction, prior, temperature, and `prob_<dx>` for each class.
+
+    Of several networks, the temperatures stand with blanks between them.
+    """
+    names, divisors = settings.classes.names, " ".join(f"{about.temperature:.6g}" for about in settings.abouts)
+    yield _row("image", "file", "prediction", "prior", "temperature", *(f"prob_{dx}" for dx in names))
     for one in _predictions(answers):
-        likeliest = about.classes.names[int(one.probabilities.argmax())]
-        shown = (f"{p:.6f}" for p in one.probabilities)
-        yield _row(one.name, one.file, likeliest, settings.prior, f"{about.temperature:.6g}", *shown)
+        likeliest = names[int(one.probabilities.argmax())]
+        yield _row(one.name, one.file, likeliest, settings.prior, divisors, *(f"{p:.6f}" for p in one.probabilities))
 
 
 def as_json(settings: Settings, answers: Answers) -> Iterator[str]:
-    """All settings; a line for each prediction, which is an object of its own; the refused files."""
-    about = settings.about
+    """All settings; a line for each prediction, which is an object of its own; the refused files.
+
+    Of several networks, what differs between them is a list in the order of `--run`.
+    """
+    names = settings.classes.names
+
+    def each(values: Iterable[Any]) -> Any:
+        listed = list(values)
+        return listed if len(listed) > 1 else listed[0]
+
     head = {
         "notice": NOTICE,
-        "run": str(settings.run),
-        "model": about.model,
-        "resolution_px": about.resolution,
+        "run": each(map(str, settings.runs)),
+        "model": each(about.model for about in settings.abouts),
+        "resolution_px": each(about.resolution for about in settings.abouts),
         "prior": settings.prior,
-        "temperature": about.temperature,
-        "tta": settings.tta,
+        "temperature": each(about.temperature for about in settings.abouts),
+        "tta": each(settings.tta or about.tta for about in settings.abouts),
     }
     yield json.dumps(head, indent=2, ensure_ascii=False, allow_nan=False).removesuffix("\n}") + ',\n  "images": [\n'
     refused: list[Refused] = []
@@ -153,10 +187,8 @@ def as_json(settings: Settings, answers: Answers) -> Iterator[str]:
         image = {
             "image": one.name,
             "file": str(one.file),
-            "prediction": about.classes.names[int(one.probabilities.argmax())],
-            "probabilities": {
-                dx: round(float(p), 6) for dx, p in zip(about.classes.names, one.probabilities, strict=True)
-            },
+            "prediction": names[int(one.probabilities.argmax())],
+            "probabilities": {dx: round(float(p), 6) for dx, p in zip(names, one.probabilities, strict=True)},
             "explanation": str(one.explanation) if one.explanation else None,
             "explanation_error": one.explanation_error,
         }
@@ -180,7 +212,7 @@ def as_isic(settings: Settings, answers: Answers) -> Iterator[str]:
 
     HAM10000's classes stand as ISIC 2018 Task 3 demands them, `MEL,NV,BCC,AKIEC,BKL,DF,VASC`; others in their order.
     """
-    names = settings.about.classes.names
+    names = settings.classes.names
     columns = ISIC_COLUMNS if names == HAM10000.names else names
     order = [names.index(column.lower()) for column in columns] if columns is ISIC_COLUMNS else range(len(names))
     yield _row("image", *columns)

@@ -2,12 +2,12 @@
 
 import base64
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.inference.output import NOTICE, PRIORS, About
+from train.inference.output import NOTICE, PRIORS, About, named, temperatures
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -30,12 +30,12 @@ figcaption { font-size: 0.9em; } .refused { font-weight: 600; } .small { font-si
 """The page's CSS."""
 
 
-def application(ask: Ask, about: About, credit: str, most_bytes: int) -> "FastAPI":
+def application(ask: Ask, abouts: Sequence[About], credit: str, most_bytes: int) -> "FastAPI":
     """The page as an ASGI application. most_bytes: larger uploads are refused. For the others see `build`."""
     import gradio as gr
     from fastapi import FastAPI
 
-    page = build(ask, about, credit)
+    page = build(ask, abouts, credit)
     page.queue(max_size=_WAITING)
     page.state_session_capacity = _WAITING  # Gradio keeps 50 kB for each visit, for states that this page does not have
     page.has_launched = True  # otherwise Gradio would take any file of this machine for an upload
@@ -53,16 +53,18 @@ def application(ask: Ask, about: About, credit: str, most_bytes: int) -> "FastAP
     )
 
 
-def build(ask: Ask, about: About, credit: str) -> Any:
+def build(ask: Ask, abouts: Sequence[About], credit: str) -> Any:
     """The page, a `gradio.Blocks`.
 
     ask: the bytes of an image file → its results, or the reason why there are none. Called for one image at a time.
+    abouts: of the runs that predict together.
     credit: the source of the training images, and their licence.
     """
     import gradio as gr
 
+    about = abouts[0]  # what all share
     with gr.Blocks(title="dermscale", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"# dermscale: {about.model} at {about.resolution} px\n\n**{NOTICE}**")
+        gr.Markdown(f"# dermscale: {named(abouts)}\n\n**{NOTICE}**")
         with gr.Row():
             with gr.Column():
                 upload = gr.File(label="Drop a dermoscopic image here", elem_id="upload")
@@ -92,7 +94,7 @@ def build(ask: Ask, about: About, credit: str) -> Any:
                 refused = f'<p class="refused">{html.escape(file.name)} {html.escape(answer)}.</p>'
                 return None, refused, None, "", ""
             probabilities = {about.classes.described(dx): p for dx, p in answer.probabilities.items()}
-            return None, _message(file.name, about), probabilities, _pictures(answer, about), _similar(answer, credit)
+            return None, _message(file.name, abouts), probabilities, _pictures(answer, about), _similar(answer, credit)
 
         outputs = [upload, message, label, pictures, similar]
         # without preprocess=False, gr.File makes an empty file for each upload, which stays
@@ -101,11 +103,14 @@ def build(ask: Ask, about: About, credit: str) -> Any:
     return page
 
 
-def _message(name: str, about: About) -> str:
-    scaled = "" if about.temperature == 1 else f" They are calibrated with a temperature of {about.temperature:.3g}."
+def _message(name: str, abouts: Sequence[About]) -> str:
+    about = abouts[0]
+    unscaled = all(one.temperature == 1 for one in abouts)
+    scaled = "" if unscaled else f" They are calibrated with a temperature of {temperatures(abouts)}."
+    mean = f" They are the mean of {len(abouts)} networks." if len(abouts) > 1 else ""
     return (
         f"<p><b>{html.escape(name)}</b> (the upload has been deleted). The probabilities assume that "
-        f"{PRIORS[about.prior]} ({about.prior} prior).{scaled}</p>"
+        f"{PRIORS[about.prior]} ({about.prior} prior).{scaled}{mean}</p>"
     )
 
 

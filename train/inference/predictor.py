@@ -4,13 +4,13 @@
     prepared = predictor.prepare(read_image(Path("mole.jpg")), "mole")
     predictor.probabilities(predictor.logits(prepared.square[None]))    # (1, 7)
 
-`predict_files` does this for many files, in batches, with threads that read ahead. Of the run folder only
+An `Ensemble` is one predictor or several, whose probabilities are averaged. `predict_files` does this for many files, in batches, with threads that read ahead. Of the run folder only
 model.safetensors is read: it names the model, the packer's settings, the prior and the temperature.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ import cv2
 import numpy as np
 import torch
 
-from shards.common.errors import DataError, one_line
+from shards.common.errors import DataError, UsageError, one_line
 from shards.common.files import write_durably
 from shards.common.machine import available_cores
 from shards.common.readahead import read_ahead
 from shards.decode import decode_whole
 from shards.encode import BadImageError, encode_pixels
 from shards.engines.resample import Resampler
-from shards.format import read_classes, read_encode
+from shards.format import Classes, read_classes, read_encode
 from shards.plan import Augment, evaluation_plan
 from train import device as devices
 from train.config import TTA
@@ -222,12 +222,63 @@ class Predictor:
         return probabilities(logits, about.temperature, **priors)
 
 
+class Ensemble:
+    """Runs that predict together: the mean of their probabilities. One run is an ensemble too."""
+
+    def __init__(
+        self, runs: Sequence[Path], device: str = "auto", memory_format: str = "auto", prior: str | None = None
+    ) -> None:
+        """Load the runs. Raises DataError or UsageError as `Predictor`, and if runs do not fit together.
+
+        They must have the same classes and, where `prior` names none for all, the same prior.
+        """
+        self.members = [Predictor(run, device, memory_format) for run in runs]
+        first = self.members[0].about
+        for run, about in zip(runs, self.abouts, strict=True):
+            if about.classes.names != first.classes.names:
+                raise UsageError(
+                    f"{runs[0]} and {run}: have other classes ({one_line(', '.join(first.classes.names), 100)}; "
+                    f"{one_line(', '.join(about.classes.names), 100)}), so their probabilities have no mean"
+                )
+            if prior is None and about.prior != first.prior:
+                raise UsageError(
+                    f"{runs[0]} and {run}: assume other priors ({first.prior}, {about.prior}), so their probabilities "
+                    "have no mean; name one with --prior, where the command has it, or take other runs"
+                )
+        self.prior = prior or first.prior
+
+    @property
+    def abouts(self) -> list[About]:
+        """The descriptions of the runs."""
+        return [member.about for member in self.members]
+
+    @property
+    def classes(self) -> Classes:
+        """The classes of all runs."""
+        return self.members[0].about.classes
+
+    def prepare(self, picture: Picture, name: str) -> list[Prepared]:
+        """An image ready for each run, as `Predictor.prepare`. Runs that see it alike share the work."""
+        done: dict[Any, Prepared] = {}
+        for member in self.members:
+            if member.about.seen not in done:
+                done[member.about.seen] = member.prepare(picture, name)
+        return [done[member.about.seen] for member in self.members]
+
+    def probabilities(self, prepared: Sequence[Sequence[Prepared]], tta: str | None = None) -> np.ndarray:
+        """(N, classes) mean probabilities of N images of `prepare`, after temperature scaling, at the prior of all."""
+        found = [
+            member.probabilities(member.logits(np.stack([one[place].square for one in prepared]), tta), self.prior)
+            for place, member in enumerate(self.members)
+        ]
+        return np.mean(found, axis=0)
+
+
 def predict_files(
-    predictor: Predictor,
+    ensemble: Ensemble,
     files: Iterable[Path],
-    prior: str | None = None,
     tta: str | None = None,
-    explainer: "Explainer | None" = None,
+    explainers: "Sequence[Explainer]" = (),
     explain_out: Path = Path(),
     batch_size: int = 32,
 ) -> Iterator[list[Prediction | Refused]]:
@@ -235,20 +286,20 @@ def predict_files(
     written: set[Path] = set()
     with ThreadPoolExecutor(available_cores(), thread_name_prefix="predict") as pool:
 
-        def submit(file: Path) -> list[Future[Prepared | str]]:
-            return [pool.submit(_prepare, predictor, file)]
+        def submit(file: Path) -> list[Future[list[Prepared] | str]]:
+            return [pool.submit(_prepare, ensemble, file)]
 
         with closing(read_ahead(submit, files, 3 * batch_size)) as prepared:
             while batch := [(file, item) for file, (item,) in islice(prepared, batch_size)]:
                 good = [(file, item) for file, item in batch if not isinstance(item, str)]
-                found = iter(_predict(predictor, good, prior, tta, explainer, explain_out, written))
+                found = iter(_predict(ensemble, good, tta, explainers, explain_out, written))
                 yield [Refused(file, item) if isinstance(item, str) else next(found) for file, item in batch]
 
 
-def _prepare(predictor: Predictor, file: Path) -> Prepared | str:
-    """One file, ready for the network, or the reason why it is refused. Runs in a reader thread."""
+def _prepare(ensemble: Ensemble, file: Path) -> list[Prepared] | str:
+    """One file, ready for each network, or the reason why it is refused. Runs in a reader thread."""
     try:
-        return predictor.prepare(read_image(file), file.stem)
+        return ensemble.prepare(read_image(file), file.stem)
     except BadImageError as error:
         return str(error)
     except MemoryError:
@@ -256,31 +307,30 @@ def _prepare(predictor: Predictor, file: Path) -> Prepared | str:
 
 
 def _predict(
-    predictor: Predictor,
-    good: list[tuple[Path, Prepared]],
-    prior: str | None,
+    ensemble: Ensemble,
+    good: list[tuple[Path, list[Prepared]]],
     tta: str | None,
-    explainer: "Explainer | None",
+    explainers: "Sequence[Explainer]",
     explain_out: Path,
     written: set[Path],
 ) -> list[Prediction]:
     """Predict one batch, and draw its explanations. written: the explanations so far."""
     if not good:
         return []
-    squares = np.stack([item.square for _, item in good])
-    probabilities = predictor.probabilities(predictor.logits(squares, tta), prior)
+    prepared = [item for _, item in good]
+    probabilities = ensemble.probabilities(prepared, tta)
     found = [Prediction(file, row) for (file, _), row in zip(good, probabilities, strict=True)]
-    if explainer is None:
+    if not explainers:
         return found
-    from train.inference.explain import beside, png
+    from train.inference.explain import beside, mean_maps, png
 
     drawn = []
     try:
-        maps = explainer.maps(squares, probabilities.argmax(axis=1))
+        maps = mean_maps(explainers, prepared, probabilities.argmax(axis=1))
     except Exception as error:  # noqa: BLE001 (of any kind: the probabilities do not depend on the maps)
         reason = f"{type(error).__name__}: {one_line(error, 200)}"
         return [replace(one, explanation_error=reason) for one in found]
-    for one, (_, item), evidence in zip(found, good, maps, strict=True):
+    for one, (item, *_), evidence in zip(found, prepared, maps, strict=True):
         number, path = 1, explain_out / f"{one.name}.png"
         while path in written:  # two files of the same name in different folders
             number += 1

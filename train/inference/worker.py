@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
     from train.crowding import Crowding
     from train.inference.neighbours import Neighbours
     from train.inference.output import About, Neighbour
-    from train.inference.predictor import Predictor, Prepared
+    from train.inference.predictor import Ensemble, Prepared
 
 NEIGHBOURS = 6
 
@@ -43,7 +45,7 @@ class _Session:
     crowding: notices on a CPU that other programs use its cores; None on a GPU.
     """
 
-    predictor: "Predictor"
+    ensemble: "Ensemble"
     crowding: "Crowding | None" = None
     neighbours: "Neighbours | None" = None
     why_no_neighbours: str = ""
@@ -56,11 +58,13 @@ _sessions: list[_Session] = []
 """Empty, or the one session: the pool calls plain functions, which can keep it nowhere else."""
 
 
-def start(run: Path, data: Path | None, device: str, memory_format: str = "auto") -> "tuple[About, str]":
-    """Load the run, and compute the features of its training images in a thread. Raises DataError or UsageError.
+def start(
+    runs: "Sequence[Path]", data: Path | None, device: str, memory_format: str = "auto"
+) -> "tuple[list[About], str]":
+    """Load the runs, and compute the features of training images in a thread. Raises DataError or UsageError.
 
-    Returns the run's description, and the source of its training images with their licence. Without the run's shard set
-    there are no similar lesions, and the page says why.
+    Returns the runs' descriptions, and the source of the training images with their licence. Similar lesions are those
+    of the first run. Without its shard set there are none, and the page says why.
     """
     import click
 
@@ -72,28 +76,31 @@ def start(run: Path, data: Path | None, device: str, memory_format: str = "auto"
         import torch
 
         from train.crowding import Crowding
-        from train.inference.predictor import Predictor
+        from train.inference.predictor import Ensemble
 
-        session = _Session(Predictor(run, device, memory_format))
-    if session.predictor.device.type == "cpu":
+        session = _Session(Ensemble(runs, device, memory_format))
+    first = session.ensemble.members[0]
+    if first.device.type == "cpu":
         session.crowding = Crowding(torch.get_num_threads())
-    layout = session.predictor.memory_format
+    layout = first.memory_format
     if layout.value == "contiguous":
         click.echo(f"memory format: contiguous ({layout.reason})", err=True)
     credit = ""
     try:
         from train.inference.neighbours import Neighbours, training_selection
 
-        session.neighbours = Neighbours(session.predictor, run, training_selection(run, data))
+        session.neighbours = Neighbours(first, runs[0], training_selection(runs[0], data))
         manifest = session.neighbours.selection.data.manifest
         credit = f"{manifest.citation} Licence: {manifest.licence}."
+        if len(runs) > 1:
+            credit = f"Similar for the first network, {first.about.model}. {credit}"
     except DermscaleError as error:
         if data is not None:
             raise
         session.why_no_neighbours = str(error)
     _sessions.append(session)
     threading.Thread(target=_prepare, args=(session,), name="prepare", daemon=True).start()
-    return session.predictor.about, credit
+    return session.ensemble.abouts, credit
 
 
 def _prepare(session: _Session) -> None:
@@ -132,19 +139,18 @@ def answer(data: bytes) -> Answer:
     from train.inference.images import open_image
 
     session = _sessions[0]
-    predictor = session.predictor
-    prepared = predictor.prepare(open_image(data), "upload")
-    squares = prepared.square[None]
+    ensemble = session.ensemble
+    prepared = ensemble.prepare(open_image(data), "upload")
     with session.lock:
         if session.crowding is not None:
             session.crowding.pause()
-        probabilities = predictor.probabilities(predictor.logits(squares))[0]
+        probabilities = ensemble.probabilities([prepared])[0]
         shown, overlay_note = _overlay(session, prepared, int(probabilities.argmax()))
-        similar, similar_note = _similar(session, squares)
+        similar, similar_note = _similar(session, prepared[0].square[None])
         _say_if_crowded(session, "answer")
     return Answer(
-        probabilities={dx: float(p) for dx, p in zip(predictor.about.classes.names, probabilities, strict=True)},
-        image=png(prepared.packed),
+        probabilities={dx: float(p) for dx, p in zip(ensemble.classes.names, probabilities, strict=True)},
+        image=png(prepared[0].packed),
         overlay=shown,
         overlay_note=overlay_note,
         similar=similar,
@@ -160,16 +166,16 @@ def _say_if_crowded(session: _Session, kind: str) -> None:
         click.echo(f"warning: {text}", err=True)
 
 
-def _overlay(session: _Session, prepared: "Prepared", of_class: int) -> tuple[bytes, str]:
+def _overlay(session: _Session, prepared: "Sequence[Prepared]", of_class: int) -> tuple[bytes, str]:
     """A PNG of the image with the evidence for a class; empty with the reason if the network cannot be explained."""
     import numpy as np
 
     from shards.common.errors import one_line
-    from train.inference.explain import Explainer, overlay, png
+    from train.inference.explain import explainers_of, mean_maps, overlay, png
 
     try:
-        evidence = Explainer(session.predictor).maps(prepared.square[None], np.array([of_class]))[0]
-        return png(overlay(prepared, evidence)), ""
+        evidence = mean_maps(explainers_of(session.ensemble), [prepared], np.array([of_class]))[0]
+        return png(overlay(prepared[0], evidence)), ""
     except Exception as error:  # noqa: BLE001 (the probabilities do not depend on the map)
         return b"", f"There is no map of the evidence ({type(error).__name__}: {one_line(error, 200)})."
 
@@ -185,6 +191,6 @@ def _similar(session: _Session, squares: "np.ndarray") -> "tuple[list[Neighbour]
         total = len(neighbours.selection)
         return [], f"The training images are still being processed ({session.done} of {total}). Try again later."
     try:
-        return neighbours.nearest(session.predictor.features(squares)[0], NEIGHBOURS), ""
+        return neighbours.nearest(session.ensemble.members[0].features(squares)[0], NEIGHBOURS), ""
     except Exception as error:  # noqa: BLE001 (the probabilities do not depend on them)
         return [], f"Similar training lesions cannot be shown: {one_line(error, 200)}"

@@ -95,7 +95,7 @@ def evaluate(
     images = np.bincount(scores.labels, minlength=len(classes))
     groups = bootstrap.lesions_of(len(classes))
     scalars = {key: estimate(found[key]) for key in SCALARS}
-    for name in classes.sets:
+    for name in classes.measured:
         truth = scores.sets[name][0]
         inside, outside = (int(np.unique(bootstrap.codes[part]).size) for part in (truth, ~truth))
         lesions_of = {"sensitivity": inside, "sensitivity_at_90_specificity": inside, "specificity": outside}

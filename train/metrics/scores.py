@@ -19,9 +19,18 @@ from train.metrics.calibration import ConfidenceBins, at_prior, class_prior, pri
 SPECIFICITY = 0.90
 MOST_CONFUSED = 50
 """Classes whose confusion matrix is resampled: for 1,000 classes and 1,000 resamples it would take 8 GB."""
-SET_SCALARS = ("auc", "sensitivity", "specificity", "sensitivity_at_90_specificity")
-"""What is measured of each set of interest against the other classes. An image is called a member of the set if its
-classes together have a probability of at least 0.5."""
+SENSITIVITY = 0.80
+"""From which on the partial area counts, as in the challenge ISIC 2024."""
+SET_SCALARS = (
+    "auc",
+    "sensitivity",
+    "specificity",
+    "sensitivity_at_90_specificity",
+    "average_precision",
+    "partial_auc_above_80_sensitivity",
+)
+"""What is measured of each set of interest, or of the last of two classes, against the other classes. An image is called
+a member of the set if its classes together have a probability of at least 0.5. The partial area runs from 0 to 0.2."""
 
 
 def check_test(split: Sequence[str] | NDArray[Any], image_id: Sequence[str] | NDArray[Any] | None = None) -> None:
@@ -95,6 +104,8 @@ class Ranking:
         positive, negative = -score[self._positive], -score[self._negative]
         self._over = np.searchsorted(negative, positive, side="left")  # how many negatives score higher
         self._not_under = np.searchsorted(negative, positive, side="right")  # and how many do not score lower
+        # the places of the first positive that scores as much, and of the first that scores less
+        self._tied = tuple(np.searchsorted(positive, positive, side=side) for side in ("left", "right"))
         # how many positives score above the k-th negative, k from 0; all of them at the end
         self._beaten = np.append(np.searchsorted(positive, negative, side="left"), positive.size)
 
@@ -117,6 +128,35 @@ class Ranking:
         caught = found[self._beaten[allowed], np.arange(weights.shape[1])]
         return np.where(others[-1] > 0, ratio(caught, found[-1]), np.nan)
 
+    def precision(self, weights: Floats) -> Floats:
+        """(R,) average precisions: the precision at the score of each positive, averaged; NaN as for `area`.
+
+        It depends on how frequent positives are: a score without any skill has their share.
+        """
+        mine = weights[self._positive]
+        found, others = _cumulated(mine)[self._tied[1]], _cumulated(weights[self._negative])
+        alarms = others[self._not_under]
+        caught = np.einsum("ij,ij->j", mine, np.nan_to_num(ratio(found, found + alarms)))
+        return np.where(others[-1] > 0, ratio(caught, mine.sum(axis=0)), np.nan)
+
+    def partial_area(self, weights: Floats) -> Floats:
+        """(R,) areas between the ROC curve and a sensitivity of SENSITIVITY, 0 to 1 − SENSITIVITY; NaN as for `area`.
+
+        The primary score of ISIC 2024 (github.com/ISIC-Research/Challenge-2024-Metrics). It is the integral of the
+        specificity over the missed share of positives, from none to 1 − SENSITIVITY. Of positives and negatives that
+        score alike, the curve is a straight line.
+        """
+        found, others = _cumulated(weights[self._positive]), _cumulated(weights[self._negative])
+        missed = np.minimum(ratio(found[-1] - found, found[-1]), 1 - SENSITIVITY)  # from all to none
+        start, end = missed[1:], missed[:-1]
+        clear = others[-1] - others[self._not_under]  # negatives that score less
+        if not np.array_equal(self._over, self._not_under):
+            first, last = (found[-1] - found[place] for place in self._tied)  # the ends of those that score alike
+            along = ratio((start + end) / 2 * found[-1] - last, first - last)
+            clear = clear + np.nan_to_num(along) * (others[self._not_under] - others[self._over])
+        area = np.einsum("ij,ij->j", end - start, clear)
+        return np.where(found[-1] > 0, ratio(area, others[-1]), np.nan)
+
 
 class Scores:
     """The answers of one model under one prior, sorted and counted once, for any number of weightings.
@@ -138,7 +178,7 @@ class Scores:
         self.probabilities = softmax(self.logits)
         self.called = self.logits.argmax(axis=1)
         self.present = np.bincount(self.labels, minlength=self.classes) > 0
-        self.sets = {name: self._of_set(classes.members(name)) for name in classes.sets}
+        self.sets = {name: self._of_set(classes.members(name)) for name in classes.measured}
         self.bins = ConfidenceBins(self.probabilities, self.labels)
         self._cells = members(self.labels * self.classes + self.called, self.classes**2)
         self._rankings = [Ranking(self.probabilities[:, c], self.labels == c) for c in range(self.classes)]
@@ -174,6 +214,17 @@ class Scores:
             alarms, caught, _ = metrics.roc_curve(truth, score, sample_weight=weights, drop_intermediate=False)
             return float(caught[alarms <= 1 - SPECIFICITY + 1e-9].max())
 
+        def precision_of(truth: NDArray[np.bool_], score: Floats) -> float:
+            one_kind = truth.all() or not truth.any()
+            return np.nan if one_kind else float(metrics.average_precision_score(truth, score, sample_weight=weights))
+
+        def partial_area(truth: NDArray[np.bool_], score: Floats) -> float:
+            if truth.all() or not truth.any():
+                return np.nan
+            most = 1 - SENSITIVITY
+            scaled = metrics.roc_auc_score(~truth, -score, max_fpr=most, sample_weight=weights)
+            return float((2 * scaled - 1) * (most - most**2 / 2) + most**2 / 2)  # McClish's scale taken back
+
         names, options = np.arange(self.classes), {"sample_weight": weights, "zero_division": np.nan}
         of_class: Any = metrics.precision_recall_fscore_support(self.labels, self.called, labels=names, **options)
         precision, recall, f1 = of_class[0], of_class[1], np.where(self.present, of_class[2], np.nan)
@@ -182,7 +233,8 @@ class Scores:
         for name, (truth, score) in self.sets.items():
             both: Any = metrics.precision_recall_fscore_support(truth, score >= 0.5, labels=[False, True], **options)
             specificity, at_half = both[1]
-            figures = area(truth, score), at_half, specificity, sensitivity(truth, score)
+            ranked = area(truth, score), at_half, specificity, sensitivity(truth, score)
+            figures = *ranked, precision_of(truth, score), partial_area(truth, score)
             of_sets |= {f"{name}_{key}": figure for key, figure in zip(SET_SCALARS, figures, strict=True)}
         confusion = metrics.confusion_matrix(self.labels, self.called, labels=names, sample_weight=weights)
         return {
@@ -219,7 +271,8 @@ class Scores:
         for name, (cells, ranking) in self._of_sets.items():
             cleared, alarmed, missed, caught = cells @ weights
             at_half = ratio(caught, missed + caught), ratio(cleared, cleared + alarmed)
-            figures = ranking.area(weights), *at_half, ranking.sensitivity(weights)
+            ranked = ranking.area(weights), *at_half, ranking.sensitivity(weights)
+            figures = *ranked, ranking.precision(weights), ranking.partial_area(weights)
             of_sets |= {f"{name}_{key}": figure for key, figure in zip(SET_SCALARS, figures, strict=True)}
         # A class in the test set keeps at least one lesion in every resample. One that only patients with a rarer class
         # have may lack images in a resample, whose means are then NaN: intervals leave it out.

@@ -6,6 +6,8 @@ from typing import Any
 NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "macro_auc": "macro AUC",
+    "average_precision": "average precision",
+    "partial_auc_above_80_sensitivity": "partial AUC above 80 % sensitivity (0 to 0.2)",
 }
 
 

@@ -97,7 +97,7 @@ def visitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visitor]:
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listener:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
         patch.setattr(page, "build", lambda *given: pages.append(build(*given)) or pages[0])
-        app = page.application(ask, ABOUT, "credit", 1_000_000)
+        app = page.application(ask, [ABOUT], "credit", 1_000_000)
         with serve._answering(Guard(app, {"derma.example.org"}), listener):
             yield Visitor(listener.getsockname()[1], uploads, pages[0], asked)
     assert "answering" not in {thread.name for thread in threading.enumerate()}

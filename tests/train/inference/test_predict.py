@@ -29,7 +29,7 @@ from tests.train.inference.test_images import png_header
 from train.evaluation import used_temperature
 from train.inference.images import read_image
 from train.inference.output import ISIC_COLUMNS
-from train.inference.predictor import Predictor, load_network, predict_files, read_about
+from train.inference.predictor import Ensemble, Predictor, load_network, predict_files, read_about
 from train.inference.resnet import LAYERS, ResNet
 from train.metrics.calibration import class_prior, softmax
 from train.predict import main as predict_command
@@ -236,11 +236,46 @@ def test_an_image_too_large_for_memory_is_refused_and_the_rest_goes_on(runs, raw
     assert f"refused: {raw.parent / 'large.png'} cannot be packed (OpenCV: " in errors
 
 
+def test_several_runs_give_the_mean_of_their_probabilities(runs, raw, tmp_path, capsys):
+    """They may be of other networks, packings and crops. Each sees an image as it does alone."""
+    images, both = sorted(raw.rglob("*.jpg"))[:6], ("--run", runs["quick"], "--run", runs["timm"])
+    alone = []
+    for run in (runs["quick"], runs["timm"]):
+        assert predict_here("--run", run, *images, "--prior", "balanced", "--out", tmp_path / "one.csv") == 0
+        alone.append(table((tmp_path / "one.csv").read_text()))
+    assert predict_here(*both, *images, "--prior", "balanced", "--out", tmp_path / "both.csv") == 0
+    found = table((tmp_path / "both.csv").read_text())
+    np.testing.assert_allclose(found[PROBABILITIES], (alone[0][PROBABILITIES] + alone[1][PROBABILITIES]) / 2, atol=2e-6)
+    assert (alone[0][PROBABILITIES] - alone[1][PROBABILITIES]).abs().max().max() > 0.01
+    assert found["temperature"].iloc[0] == " ".join(f"{one['temperature'].iloc[0]:g}" for one in alone)
+    capsys.readouterr()
+    assert predict_here(*both, images[0], "--prior", "balanced") == 0
+    assert "They are the mean of 2 networks: resnet18 at 32 px and test_resnet at 32 px." in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"assume other priors \(balanced, training\).* name one with --prior"):
+        predict_here(*both, images[0])
+    with pytest.raises(UsageError, match="explain each run on its own"):
+        predict_here(*both, images[0], "--prior", "balanced", "--explain", "--explain-out", tmp_path / "maps")
+
+
+def test_an_ensemble_of_one_run_twice_is_that_run(runs, raw, tmp_path):
+    image = next(raw.rglob("*.jpg"))
+    texts = []
+    for number in (1, 2):
+        options = ("--run", runs["quick"]) * number
+        out = tmp_path / str(number)
+        assert predict_here(*options, image, "--json", "--explain", "--explain-out", out, "--out", tmp_path / "a") == 0
+        texts.append(json.loads((tmp_path / "a").read_text()))
+    assert texts[0]["images"][0]["probabilities"] == texts[1]["images"][0]["probabilities"]
+    assert texts[1]["model"] == ["resnet18", "resnet18"] and texts[0]["model"] == "resnet18"
+    maps = [(tmp_path / number / f"{image.stem}.png").read_bytes() for number in "12"]
+    assert maps[0] == maps[1]
+
+
 def test_files_keep_their_order_whatever_the_batch(runs, mixed):
-    predictor = Predictor(runs["quick"], "cpu")
+    ensemble = Ensemble([runs["quick"]], "cpu")
     files = sorted(mixed.iterdir())
     for size in (1, 3, 100):
-        assert [one.file for batch in predict_files(predictor, files, batch_size=size) for one in batch] == files
+        assert [one.file for batch in predict_files(ensemble, files, batch_size=size) for one in batch] == files
 
 
 @pytest.mark.parametrize(("options", "ending"), [((), "csv"), (("--json",), "json"), (("--isic",), "csv")])

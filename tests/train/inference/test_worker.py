@@ -46,7 +46,7 @@ def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def started(folder: Path) -> worker._Session:
     """The session of `worker.start` after its thread has ended."""
     worker._sessions.clear()
-    worker.start(folder / "run", folder / "shards", "cpu")
+    worker.start([folder / "run"], folder / "shards", "cpu")
     for thread in threading.enumerate():
         if thread.name == "prepare":  # a loader may just be starting others
             thread.join(120)
@@ -144,7 +144,7 @@ def test_a_map_that_fails_costs_only_the_map(folder, monkeypatch):
         raise IndexError("tuple index\nout of range")
 
     image, _ = training_image(folder)
-    about = started(folder).predictor.about
+    (about,) = started(folder).ensemble.abouts
     whole = worker.answer(image)
     assert whole.overlay and not whole.overlay_note
     monkeypatch.setattr("train.inference.explain.Explainer.maps", fail)

@@ -22,7 +22,7 @@ from train.metrics.calibration import (
     softmax,
 )
 from train.metrics.run_metrics import SCALARS, evaluate, flatten
-from train.metrics.scores import Scores, balanced_accuracy, check_test
+from train.metrics.scores import Ranking, Scores, balanced_accuracy, check_test
 
 HAM_COUNTS = np.array([327, 514, 1099, 115, 1113, 6705, 142])
 MEL, BCC, DF, NV = (HAM10000.names.index(name) for name in ("mel", "bcc", "df", "nv"))
@@ -72,6 +72,30 @@ def test_point_values_equal_scikit_learn():
     assert result["malignant_auc"]["value"] == pytest.approx(sk.roc_auc_score(sick, danger))
     assert result["malignant_sensitivity"]["value"] == pytest.approx((danger[sick] >= 0.5).mean())
     assert result["malignant_specificity"]["value"] == pytest.approx((danger[~sick] < 0.5).mean())
+    assert result["malignant_average_precision"]["value"] == pytest.approx(sk.average_precision_score(sick, danger))
+
+
+@pytest.mark.parametrize("decimals", [None, 1, 0])
+def test_the_partial_area_is_that_of_isic_2024(decimals):
+    """The area above a sensitivity of 0.8, summed over the points of the curve where it is a straight line."""
+    rng = np.random.default_rng(4)
+    sick = rng.random(300) < 0.3
+    score = 1 / (1 + np.exp(-rng.normal(size=300) - sick))
+    score = score if decimals is None else score.round(decimals)
+    alarms, caught, _ = sk.roc_curve(sick, score, drop_intermediate=False)
+    above = np.linspace(0.8, 1, 2001)  # to the right of the curve lies what counts, at each sensitivity
+    right = np.array([1 - _alarms_at(s, alarms, caught) for s in above])
+    found = Ranking(score, sick).partial_area(np.ones((300, 1)))[0]
+    assert found == pytest.approx(np.trapezoid(right, above), abs=2e-4)
+    assert Ranking(sick.astype(float), sick).partial_area(np.ones((300, 1)))[0] == pytest.approx(0.2)
+    assert Ranking(np.zeros(300), sick).partial_area(np.ones((300, 1)))[0] == pytest.approx(0.02)
+
+
+def _alarms_at(sensitivity, alarms, caught):
+    """The share of false alarms where the curve first reaches a sensitivity."""
+    after = int(np.argmax(caught >= sensitivity))
+    rise = caught[after] - caught[after - 1]
+    return alarms[after - 1] + (sensitivity - caught[after - 1]) / rise * (alarms[after] - alarms[after - 1])
 
 
 @pytest.mark.parametrize("absent", [[], [MEL, 6], [0, 1, 2, 3, 4, 6], [2, 3, 5, 6]], ids=str)

@@ -24,6 +24,8 @@ from train.study.report.picture import (
 TOGETHER = 3
 """Up to so many models share one learning-curve picture with bands; of more, each gets a picture of its own."""
 
+BINARY = ("average_precision", "partial_auc_above_80_sensitivity")
+"""Of two classes, the table of results has these too."""
 SMALL_PICTURE = (248.0, 186.0)
 MOST_CLASSES = 20
 """Of more classes, those with the most test images are drawn."""
@@ -639,13 +641,15 @@ def calibration(found: Analysis) -> Chart | None:
 
 def results_table(found: Analysis) -> Table:
     """Each model at its largest fraction: the metrics of the study, averaged over the seeds."""
-    sets = found.study.runs[0].classes.sets
+    classes = found.study.runs[0].classes
+    sets = classes.measured
     keys = {
         **{metric: NAMES[metric] for metric in METRICS},
         "accuracy": "accuracy",
         "macro_f1": "macro F1",
         **{f"{name}_sensitivity_at_90_specificity": f"{name} sensitivity at 90 % specificity" for name in sets},
         **{f"{name}_auc": f"{name} AUC" for name in sets},
+        **{f"{name}_{key}": f"{name} {NAMES[key]}" for name in sets if len(classes) == 2 for key in BINARY},
         "expected_calibration_error": "calibration error",
     }
     prior = found.study.runs[0].result["test"]["prior"]

@@ -316,7 +316,7 @@ def _classes(found: Analysis) -> Iterator[str]:
         return
     worst, good = min(recalls, key=lambda n: recalls[n]), max(recalls, key=lambda n: recalls[n])
     yield f"{best.model} finds {percent(recalls[good], 0)} of {good} and only {percent(recalls[worst], 0)} of {worst}."
-    for name in best.runs[0].classes.sets:
+    for name in best.runs[0].classes.measured:
         found_at_90 = best.score(f"{name}_sensitivity_at_90_specificity")
         if found_at_90 is not None:
             yield f"At a specificity of 90 % it finds {percent(found_at_90.value, 0)} of the {name} images."

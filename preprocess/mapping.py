@@ -19,7 +19,9 @@ def map_labels(source: Source, labels: LabelMap, classes: Classes | None) -> Non
     mapped, without = labels.split(sorted(counts))
     source.classes = classes or labels.classes
     if unknown := sorted(set(mapped.values()) - set(source.classes.names)):
-        raise UsageError(f"--map {labels.name}: maps to '{unknown[0]}', which is none of {', '.join(source.classes.names)}")
+        raise UsageError(
+            f"--map {labels.name}: maps to '{unknown[0]}', which is none of {', '.join(source.classes.names)}"
+        )
     source.records = [replace(record, dx=mapped[record.dx]) for record in source.records if record.dx in mapped]
     if not source.records:
         raise DataError(f"{source.folder}: --map {labels.name} leaves no image: no label has a counterpart")

@@ -3,8 +3,8 @@
     python -m train.report runs/study
 
 Writes runs/study/report.html: the findings in plain words, learning curves with bands, costs, confused classes,
-calibration, differences between models, variance shares, speed, settings. A single run folder works too. Several
-folders become one study, to see runs from random weights beside runs from pretrained ones for example.
+calibration, differences between models, variance shares, tests on other sets, speed, settings. A single run folder
+works too. Several folders become one study, to see runs from random weights beside runs from pretrained ones for example.
 """
 
 from pathlib import Path
@@ -57,6 +57,7 @@ def main(
     from shards.common.progress import Progress
     from train.study.analysis import analyse
     from train.study.report.charts import charts
+    from train.study.report.elsewhere import carried
     from train.study.report.page import compose
     from train.study.runs import read
 
@@ -66,7 +67,7 @@ def main(
         raise UsageError(f"--out {target}: is a folder; name the file to write, such as {target / 'report.html'}")
     with Progress("report", lines=False, transient=True) as progress:
         found = analyse(runs, resamples=resamples, at=progress.at)
-    drawn = charts(found)
+    drawn = charts(found) + carried(found)
     page = compose(found, drawn, tiles=tiles, data=data)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_durably(target, encoded(page))

@@ -31,8 +31,8 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
             required=True,
             multiple=True,
             type=click.Path(path_type=Path),
-            help="Folder of a finished run, whose weights predict. Of several, the mean of the probabilities counts; each "
-            "adds its work.",
+            help="Folder of a finished run, whose weights predict. Given again, the mean of the probabilities counts, "
+            "and each run adds its work.",
         ),
     ):
         command = option(command)

@@ -4,8 +4,9 @@
     prepared = predictor.prepare(read_image(Path("mole.jpg")), "mole")
     predictor.probabilities(predictor.logits(prepared.square[None]))    # (1, 7)
 
-An `Ensemble` is one predictor or several, whose probabilities are averaged. `predict_files` does this for many files, in batches, with threads that read ahead. Of the run folder only
-model.safetensors is read: it names the model, the packer's settings, the prior and the temperature.
+An `Ensemble` is one predictor or several, whose probabilities are averaged. `predict_files` does this for many files,
+in batches, with threads that read ahead. Of the run folder only model.safetensors is read: it names the model, the
+packer's settings, the prior and the temperature.
 """
 
 import json

@@ -74,10 +74,29 @@ class LesionBootstrap:
     The same (labels, lesions, seed) give the same resamples, so two runs on one test set are resampled as pairs.
     """
 
-    def __init__(self, labels: Ints, lesions: Sequence[Any] | NDArray[Any] | None, *, resamples: int, seed: int):
-        """labels: (N,) class numbers; lesions: (N,) ids or None; resamples ≥ 0. Raises DataError (lesion_codes)."""
+    def __init__(
+        self,
+        labels: Ints,
+        lesions: Sequence[Any] | NDArray[Any] | None,
+        *,
+        resamples: int,
+        seed: int,
+        within: Ints | None = None,
+    ):
+        """labels: (N,) class numbers; lesions: (N,) ids or None; resamples ≥ 0. Raises DataError (lesion_codes).
+
+        within: (N,) numbers of subgroups. Lesions are then drawn within their class and their subgroups, so that each
+        subgroup keeps its size in every resample. Images of one lesion may be in several.
+        """
         self.labels = np.asarray(labels, dtype=np.int64)
         self.codes, self.lesion_label = lesion_codes(lesions, self.labels)
+        self._drawn_within = self.lesion_label
+        if within is not None:
+            groups = within - within.min()
+            there = np.zeros((self.lesion_label.size, int(groups.max()) + 1), dtype=bool)
+            there[self.codes, groups] = True
+            strata = np.column_stack([self.lesion_label, there])
+            self._drawn_within = np.unique(strata, axis=0, return_inverse=True)[1].ravel()
         self.resamples, self.seed = resamples, seed
         self.unit = "image" if lesions is None else "lesion"
         self.lesions = self.lesion_label.size
@@ -91,7 +110,7 @@ class LesionBootstrap:
     def weights(self) -> Iterator[Floats]:
         """Weights of the images, (N, up to CHUNK) a time; the first column of all is ones: the test set itself."""
         rng = np.random.default_rng(self.seed)
-        members = [np.flatnonzero(self.lesion_label == c) for c in np.unique(self.lesion_label)]
+        members = [np.flatnonzero(self._drawn_within == c) for c in np.unique(self._drawn_within)]
         left, first = self.resamples, True
         while left or first:
             drawn = min(left, CHUNK - first)

@@ -29,8 +29,8 @@ SET_SCALARS = (
     "average_precision",
     "partial_auc_above_80_sensitivity",
 )
-"""What is measured of each set of interest, or of the last of two classes, against the other classes. An image is called
-a member of the set if its classes together have a probability of at least 0.5. The partial area runs from 0 to 0.2."""
+"""What is measured of each set of interest, or of the last of two classes, against the other classes. An image is
+called a member of the set if its classes together have a probability of at least 0.5. The partial area is 0 to 0.2."""
 
 
 def check_test(split: Sequence[str] | NDArray[Any], image_id: Sequence[str] | NDArray[Any] | None = None) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from shards.common.errors import DataError
 from train.config import FORWARD_AND_BACKWARD, Config, pixel_share
+from train.study.elsewhere import read_elsewhere
 from train.study.folder import LEAKAGE, read_json
 from train.study.leakage import RESULT
 from train.study.runs import Run, Study
@@ -59,7 +60,7 @@ class Analysis:
     the metrics of `model_differences` of a model minus the best one, both trained on that fraction. gains: those of
     that model minus itself on the next smaller fraction. variance[metric]:
     `variance.variance_shares`, or the reason for none as text. leakage: what `train.leakage` measured in the study's
-    folder `leakage`.
+    folder `leakage`. elsewhere: what `train.evaluate` found, in the folder `elsewhere` of the study or of a run.
     """
 
     study: Study
@@ -72,6 +73,7 @@ class Analysis:
     no_differences: str = ""
     variance: dict[str, dict[str, Any] | str] = field(default_factory=dict)
     leakage: dict[str, Any] | None = None
+    elsewhere: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def best(self) -> Size:
@@ -106,6 +108,7 @@ def analyse(study: Study, *, resamples: int = 1000, at: Callable[[str, int, int]
     _compare(found, resamples)
     leakage = study.folder / LEAKAGE / RESULT
     found.leakage = read_json(leakage) if leakage.exists() else None
+    found.elsewhere = read_elsewhere([study.folder, *(run.folder for run in study.runs)])
     return found
 
 

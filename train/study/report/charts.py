@@ -340,7 +340,7 @@ def _train_s(size: Size) -> float:
 # ------------------------------------------------------------------ rows: differences, shares, leakage, speed
 
 
-def _rows(name: str, title: str, labels: Sequence[str], what: str, *, step: float = 24.0) -> Picture:
+def row_picture(name: str, title: str, labels: Sequence[str], what: str, *, step: float = 24.0) -> Picture:
     """A picture of one row a label, with a grid along x alone. The axis of x is set by the caller."""
     size = (max(330, 227 + LETTER * max(len(label) for label in labels)), step * len(labels) + 46)
     one = Picture(name, title, size=size)
@@ -359,7 +359,7 @@ def _gaps(
     name: str, title: str, what: str, metric: str, rows: Sequence[tuple[str, dict[str, Any], str, dict[str, Any]]]
 ) -> Picture:
     """Differences with their intervals, a row each: (name, difference, p in words or nothing, style of the marker)."""
-    one = _rows(name, title, [row[0] for row in rows], what if "auc" in metric else f"{what}, points", step=18)
+    one = row_picture(name, title, [row[0] for row in rows], what if "auc" in metric else f"{what}, points", step=18)
     ends = [0.0, *(v for _, gap, *_ in rows for v in gap.values() if v is not None)]
     one.linear("x", min(ends), max(ends), plain if "auc" in metric else lambda v: plain(100 * v))
     one.axes.axvline(0.0, color=LIGHT["muted"], linewidth=1.0, clip_on=False)
@@ -412,7 +412,7 @@ def variance(found: Analysis) -> Chart | None:
     for metric, parts in known.items():
         cells = {source: cell for source, cell in parts["shares"].items() if cell["value"] is not None}
         what = f"share of the variance of {NAMES[metric]}"
-        one = _rows(f"variance-{metric}", f"What {NAMES[metric]} depends on", list(cells), what)
+        one = row_picture(f"variance-{metric}", f"What {NAMES[metric]} depends on", list(cells), what)
         one.linear("x", 0.0, 1.0, shares, limits=(0.0, 1.0))
         for row, (source, cell) in enumerate(cells.items()):
             words = between("share", cell)
@@ -477,9 +477,9 @@ def speed(found: Analysis) -> Chart:
     """Images per second and the share of time spent waiting for data, one marker a cell, a row a model."""
     models, rows = found.study.models, [run.row for run in found.study.runs]
     waiting = "training time spent waiting for data"
-    rate = _rows("speed-rate", "Training speed of each cell", models, "images per second in training")
+    rate = row_picture("speed-rate", "Training speed of each cell", models, "images per second in training")
     rate.logarithmic(*(max(end(row["img_per_s"] for row in rows), 1e-9) for end in (min, max)))
-    wait = _rows("speed-wait", f"Share of {waiting}", models, waiting)
+    wait = row_picture("speed-wait", f"Share of {waiting}", models, waiting)
     wait.linear("x", 0.0, max(0.02, *(row["data_wait_fraction"] for row in rows)), shares, limits=(0.0, 1.0))
     for one, key, write in (
         (rate, "img_per_s", lambda value: f"{value:.1f} img/s"),

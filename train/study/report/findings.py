@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shards.common.cli import typed
-from train.study import leakage
+from train.study import elsewhere, leakage
 from train.study.analysis import METRICS, Analysis, significant
 from train.study.numbers import between, p_value, percent, points, score
 from train.study.runs import Run, Study
@@ -38,6 +38,7 @@ def findings(found: Analysis) -> list[tuple[str, list[str]]]:
             "Does a split by image raise the scores",
             leakage.sentences(found.leakage) if found.leakage is not None else [],
         ),
+        ("How far does it carry", elsewhere.sentences(found.elsewhere)),
         ("How certain are these results", _caveats(found)),
     ]
     return [(question, sentences) for question, lines in parts if (sentences := list(lines))]
@@ -65,6 +66,8 @@ def missing(found: Analysis) -> list[str]:
         lines.append(f"Differences between models: {found.no_differences}.")
     reasons = {reason for reason in found.variance.values() if isinstance(reason, str)}
     lines += [f"Variance shares: {reason}." for reason in sorted(reasons)]
+    if not found.elsewhere:
+        lines.append(f"How far it carries: not tested on other sets; see {typed('train.evaluate')} --help.")
     if found.leakage is None:
         lines.append(f"What a split by image gains falsely: not measured here; see {typed('train.leakage')} --help.")
     return lines

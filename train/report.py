@@ -4,7 +4,8 @@
 
 Writes runs/study/report.html: the findings in plain words, learning curves with bands, costs, confused classes,
 calibration, differences between models, variance shares, tests on other sets, speed, settings. A single run folder
-works too. Several folders become one study, to see runs from random weights beside runs from pretrained ones for example.
+works too. Several folders become one study, to see runs from random weights beside runs from pretrained ones for
+example.
 """
 
 from pathlib import Path

@@ -17,7 +17,7 @@ from tests.support.train_runs import small
 from train import predict
 from train.loop import train_once
 from train.metrics.run_metrics import evaluate, flatten
-from train.study.analysis import analyse
+from train.study.analysis import analyse, confusion
 from train.study.report.charts import charts
 from train.study.report.page import compose
 from train.study.runs import read
@@ -91,6 +91,27 @@ def test_up_to_a_thousand_classes_are_measured(count: int) -> None:
     json.dumps(result, allow_nan=False)
     called = logits.argmax(axis=1)
     assert result["balanced_accuracy"]["value"] == pytest.approx(sk.balanced_accuracy_score(labels, called))
-    assert np.array_equal(result["confusion_matrix"]["counts"], sk.confusion_matrix(labels, called))
+    counts = np.zeros((count, count), int)
+    for true, other, images in result["confusion_matrix"]["pairs"]:
+        counts[true, other] = images
+    assert np.array_equal(counts, sk.confusion_matrix(labels, called))
     assert "rates" not in result["confusion_matrix"]  # 1,000 resamples of a million cells do not fit into memory
     assert {"first_auc", "recall_c59_high", "balanced_accuracy_low"} <= flatten(result).keys()
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_set_of_many_classes_is_trained_and_its_report_can_be_read(count: int, tmp_path: Path) -> None:
+    classes = Classes(tuple(f"c{n}" for n in range(count)))
+    data = write_set(tmp_path / "set", images=2 * count, size=(16, 16), shares=(0.5, 0.25, 0.25), classes=classes)
+    train_once(small(data, epochs=1), tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").stat().st_size < 6000 * count
+    found = analyse(read(tmp_path / "run"), resamples=200)
+    drawn = {chart.name: chart for chart in charts(found)}
+    confused, recalls = drawn["confusion"], drawn["recall"]
+    assert not confused.pictures and confused.more and len(recalls.pictures) == 20
+    names, counts = confusion(found.study.runs)
+    wrong = counts - np.diag(np.diag(counts))
+    assert int(confused.table.rows[0][3]) == wrong.max() and len(confused.table.rows) == len(confused.more.rows) == 20
+    assert confused.more.rows[0][3] == "0.0 %" and set(row[1] for row in confused.more.rows) <= set(names)
+    page = compose(found, list(drawn.values()))
+    assert page.count("<details open>") == 2 and len(page) < 2_000_000

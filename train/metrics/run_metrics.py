@@ -161,11 +161,14 @@ def _confusion(
 ) -> dict[str, Any]:
     """The confusion matrix: (C, C) counts, and from (R + 1, C, C) replicates each row as rates with their intervals.
 
-    lesions: (C,) by class. The rates of a class without images are None. Without replicates there are no rates.
+    lesions: (C,) by class. The rates of a class without images are None. Without replicates, as for more than
+    MOST_CONFUSED classes, there are no rates, and `pairs` holds [true label, called label, images] where images are.
     """
-    result = {"classes": list(classes.names), "counts": counts.tolist()}
+    result: dict[str, Any] = {"classes": list(classes.names)}
     if replicates is None:
-        return result
+        true, called = np.nonzero(counts)
+        return result | {"pairs": np.stack([true, called, counts[true, called]], axis=1).tolist()}
+    result["counts"] = counts.tolist()
     rates = ratio(replicates, replicates.sum(axis=2, keepdims=True))
     cells = [
         [estimate(rates[:, true, called], lesions=int(lesions[true])) for called in range(len(lesions))]

@@ -1,7 +1,8 @@
 """Scores by subgroup, as by sex or age, and tests of their differences from all other images.
 
-A class counts in a difference if both sides have at least FEWEST lesions of it, so that both sides are measured on the
-same classes. Lesions are resampled within their class and subgroup; a lesion with images on both sides is drawn once.
+A class counts in a group if the group has at least FEWEST lesions of it, and in a difference if both sides have, so
+that both are measured on the same classes. Lesions are resampled within their class and subgroup; a lesion with images
+on both sides is drawn once.
 """
 
 import re
@@ -18,7 +19,7 @@ from train.metrics.differences import student
 from train.metrics.scores import Scores
 
 FEWEST = 5
-"""Lesions of a class on each side of a difference: the bootstrap of fewer says too little about chance."""
+"""Lesions of a class that are needed: the bootstrap of fewer says too little about chance."""
 MOST_VALUES = 20
 """Of a column with more values, the others are one group."""
 AGE_EDGES = (30.0, 50.0, 70.0)
@@ -158,8 +159,8 @@ def measure_groups(
 
     logits (N, C), labels (N,), lesions (N,) or None: as for `run_metrics.evaluate`; priors: `prior`, `logits_prior` and
     `training_prior`. {"column", "unknown", "groups": [{"value", "images", "lesions", "classes", the scores of
-    `compared`, "against_others": {score: {"value", "low", "high", "p", "classes"}, or {"reason"}}}]}. Each
-    p is of one test: `holm` corrects them for their number. Of two groups one is tested, and the other has its mirror image.
+    `compared` over these classes, "against_others": {score: `difference`}}]}. Each p is of one test: `holm` corrects
+    them for their number. Of two groups one is tested, and the other has its mirror image.
     """
     known = np.flatnonzero(groups.codes >= 0)
     result = {"column": groups.column, "unknown": int(labels.size - known.size), "groups": []}
@@ -184,15 +185,16 @@ def measure_groups(
     ]
     if len(rows) == 2:
         sides += [sides[1], sides[0]]
-    for number_, (name, part) in enumerate(zip(groups.names, rows, strict=True)):
-        mine, rest = sides[number_], sides[len(rows) + number_] if len(rows) > 1 else None
-        cells = {key: estimate(mine.found[key], freedom=_freedom(mine, key)) for key in compared(classes)}
+    for code, (name, part) in enumerate(zip(groups.names, rows, strict=True)):
+        mine, rest = sides[code], sides[len(rows) + code] if len(rows) > 1 else None
+        counted = _counted(mine)
+        cells = {key: _cell(mine, key, counted) for key in compared(classes)}
         result["groups"].append(
             {
                 "value": name,
                 "images": int(part.size),
                 "lesions": int(np.unique(bootstrap.codes[part]).size),
-                "classes": [classes.names[c] for c in np.flatnonzero(mine.lesions)],
+                "classes": [classes.names[c] for c in counted],
                 **cells,
                 "against_others": {} if rest is None else {key: difference(mine, rest, key, classes) for key in cells},
             }
@@ -211,25 +213,38 @@ def _mirrored(cell: dict[str, Any]) -> dict[str, Any]:
     return cell | {key: None if end is None else -end for key, end in turned.items()} | {"mirror": True}
 
 
-def _freedom(side: Side, key: str) -> float:
-    """Degrees of freedom of a score's variance: those of the smallest class for areas."""
+def _counted(*sides: Side) -> Ints:
+    """The classes of which each side has FEWEST lesions."""
+    return np.flatnonzero(np.all([side.lesions >= FEWEST for side in sides], axis=0))
+
+
+def _measured(side: Side, key: str, counted: Ints) -> tuple[Floats, float]:
+    """(R + 1,) replicates of a score over the counted classes, and the degrees of freedom of its variance.
+
+    Those of an area are the lesions of the smallest class that it depends on, less one. All NaN where too few classes
+    or lesions are there.
+    """
+    unknown = np.full(len(side.found["recall"]), np.nan)
+    if key not in _OF_CLASSES:
+        fewest = min(side.inside[key.removesuffix("_auc")])
+        return (side.found[key] if fewest >= FEWEST else unknown), fewest - 1.0
+    if counted.size < 2:
+        return unknown, 0.0
+    values = side.found[_OF_CLASSES[key]][:, counted]
+    freedom = float(side.lesions[counted].min()) - 1
     if key == "balanced_accuracy":
-        return _recalls_freedom(side, np.flatnonzero(side.lesions))
-    return float(max(min(_fewest(side, key), int(side.lesions.sum())) - 1, 1))
+        variances = np.asarray(np.nanvar(values[1:], axis=0, ddof=1), np.float64)
+        freedom = pooled_freedom(variances, np.asarray(side.lesions[counted] - 1.0, np.float64))
+    return values.mean(axis=1), freedom
 
 
-def _fewest(side: Side, key: str) -> int:
-    if key == "macro_auc":
-        return int(side.lesions[side.lesions > 0].min())
-    return min(side.inside[key.removesuffix("_auc")])
+_OF_CLASSES = {"balanced_accuracy": "recall", "macro_auc": "auc"}
+"""Scores that are means over classes, and of what."""
 
 
-def _recalls_freedom(side: Side, classes: Ints) -> float:
-    recalls = side.found["recall"][1:, classes]
-    variances = (
-        np.asarray(np.nanvar(recalls, axis=0, ddof=1), np.float64) if len(recalls) > 1 else np.zeros(classes.size)
-    )
-    return pooled_freedom(variances, side.lesions[classes] - 1.0)
+def _cell(side: Side, key: str, counted: Ints) -> dict[str, Any]:
+    values, freedom = _measured(side, key, counted)
+    return estimate(values, freedom=max(freedom, 1.0))
 
 
 def difference(one: Side, other: Side, key: str, classes: Classes) -> dict[str, Any]:
@@ -238,33 +253,20 @@ def difference(one: Side, other: Side, key: str, classes: Classes) -> dict[str, 
     The interval and p are Student's t with the variance of the difference over resamples. classes: those that count;
     in `classes` of the result, or None where all images do.
     """
-    counted: Ints | None = None
-    if key in ("balanced_accuracy", "macro_auc"):
-        counted = np.flatnonzero((one.lesions >= FEWEST) & (other.lesions >= FEWEST))
-        if counted.size < 2:
-            return {"reason": f"fewer than two classes have {FEWEST} lesions on both sides"}
-        of = "recall" if key == "balanced_accuracy" else "auc"
-        values = [side.found[of][:, counted].mean(axis=1) for side in (one, other)]
-        fewest = [int(side.lesions[counted].min()) for side in (one, other)]
-    else:
-        name = key.removesuffix("_auc")
-        fewest = [min(side.inside[name]) for side in (one, other)]
-        if min(fewest) < FEWEST:
-            return {"reason": f"fewer than {FEWEST} lesions of {name}, or of the others, on one side"}
-        values = [side.found[key] for side in (one, other)]
+    counted = _counted(one, other)
+    values, freedoms = zip(*(_measured(side, key, counted) for side in (one, other)), strict=True)
+    if not all(np.isfinite(part[0]) for part in values):
+        what = "two classes" if key in _OF_CLASSES else f"{key.removesuffix('_auc')} and of the others"
+        return {"reason": f"not {FEWEST} lesions of {what} on both sides"}
     gaps = values[0] - values[1]
-    value, variance = float(gaps[0]), float(np.nanvar(gaps[1:], ddof=1))
-    freedoms = [count - 1.0 for count in fewest]
-    if key == "balanced_accuracy" and counted is not None:
-        freedoms = [_recalls_freedom(side, counted) for side in (one, other)]
-    variances = [float(np.nanvar(part[1:], ddof=1)) for part in values]
-    low, high, p = student(value, variance, pooled_freedom(np.array(variances), np.array(freedoms)))
+    value, variances = float(gaps[0]), [float(np.nanvar(part[1:], ddof=1)) for part in (gaps, *values)]
+    low, high, p = student(value, variances[0], pooled_freedom(np.array(variances[1:]), np.array(freedoms)))
     return {
         "value": number(value),
         "low": number(max(low, -1.0)),
         "high": number(min(high, 1.0)),
         "p": p,
-        "classes": None if counted is None else [classes.names[c] for c in counted],
+        "classes": [classes.names[c] for c in counted] if key in _OF_CLASSES else None,
     }
 
 

@@ -177,7 +177,15 @@ def training_flops(run: Run) -> float:
 def confusion(runs: list[Run]) -> tuple[list[str], np.ndarray]:
     """Classes, and counts (C, C) by true and called class, summed over the runs of one test set."""
     matrices = [run.result["test"]["confusion_matrix"] for run in runs]
-    return list(matrices[0]["classes"]), np.sum([m["counts"] for m in matrices], axis=0)
+    classes = list(matrices[0]["classes"])
+    counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    for matrix in matrices:
+        if "counts" in matrix:
+            counts += matrix["counts"]
+        else:  # of many classes
+            true, called, images = np.array(matrix["pairs"], dtype=np.int64).T
+            np.add.at(counts, (true, called), images)
+    return classes, counts
 
 
 _POOLED = {"confidence": "confidence", "accuracy": "value", "low": "low", "high": "high"}

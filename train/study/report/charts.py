@@ -28,7 +28,7 @@ BINARY = ("average_precision", "partial_auc_above_80_sensitivity")
 """Of two classes, the table of results has these too."""
 SMALL_PICTURE = (248.0, 186.0)
 MOST_CLASSES = 20
-"""Of more classes, those with the most test images are drawn."""
+"""Of more classes, those with the most test images are drawn, and confusions are tables of so many rows."""
 
 
 class Table(NamedTuple):
@@ -42,7 +42,8 @@ class Table(NamedTuple):
 class Chart:
     """A chart of the report: one or several pictures beside each other, and their numbers.
 
-    caption: what lines and markers mean. more: a second table.
+    Without pictures the tables are shown at once. caption: what lines and markers mean. more: a second table, and what
+    it is called.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Chart:
     caption: str
     table: Table
     more: Table | None = None
+    more_title: str = "The fitted curves"
 
 
 def charts(found: Analysis) -> list[Chart]:
@@ -519,13 +521,15 @@ def speed(found: Analysis) -> Chart:
 
 
 def confusions(found: Analysis) -> Chart:
-    """One matrix a model at its largest fraction, rows true classes, shares of the row written in the cells."""
+    """One matrix a model at its largest fraction, rows true classes, shares of the row written in the cells.
+
+    Of more than MOST_CLASSES classes, tables of what is confused most take its place.
+    """
+    if len(found.study.runs[0].classes) > MOST_CLASSES:
+        return _most_confused(found)
     drawn, rows = [], []
     for model, sizes in found.sizes.items():
         classes, counts = confusion(sizes[-1].runs)
-        most = np.sort(np.argsort(-counts.sum(axis=1), kind="stable")[:MOST_CLASSES])
-        hidden = len(classes) - len(most)
-        classes, counts, others = [classes[c] for c in most], counts[np.ix_(most, most)], counts[most].sum(axis=1)
         side = 25.0 * len(classes)
         title = f"{model}: true and predicted classes, {100 * sizes[-1].fraction:.3g} % of the training lesions"
         one = Picture(f"confusion-{model}", title, size=(side + 53, side + 46))
@@ -535,7 +539,7 @@ def confusions(found: Analysis) -> Chart:
         one.axes.xaxis.tick_top()
         one.axes.spines["bottom"].set_visible(False)
         for i, true in enumerate(classes):
-            total = others[i]
+            total = counts[i].sum()
             for j, predicted in enumerate(classes):
                 share = counts[i, j] / total if total else 0.0
                 rows.append([model, true, predicted, str(counts[i, j]), percent(share)])
@@ -548,10 +552,35 @@ def confusions(found: Analysis) -> Chart:
         "Rows are the true classes, columns the predicted ones. Numbers are percent of the row, summed over the seeds, "
         "at the largest fraction of each model."
     )
-    if hidden:
-        caption += f" Shown are the {MOST_CLASSES} classes with the most test images; {hidden:,} others are left out."
     table = Table(("model", "true", "predicted", "images", "share of true"), rows)
     return Chart("confusion", "Which classes are confused", drawn, caption, table)
+
+
+def _most_confused(found: Analysis) -> Chart:
+    """Which classes are taken for which most often, and which are found least often, for each model."""
+    pairs, worst = [], []
+    for model, sizes in found.sizes.items():
+        classes, counts = confusion(sizes[-1].runs)
+        images, wrong = counts.sum(axis=1), counts - np.diag(np.diag(counts))
+        there = np.flatnonzero(images)
+        recalls = np.diag(counts)[there] / images[there]
+        for place in np.argsort(-wrong, axis=None, kind="stable")[:MOST_CLASSES]:
+            true, called = np.unravel_index(place, wrong.shape)
+            if wrong[true, called]:
+                share = percent(wrong[true, called] / images[true])
+                pairs.append([model, classes[true], classes[called], f"{wrong[true, called]:,}", share])
+        for c in there[np.lexsort((-images[there], recalls))[:MOST_CLASSES]]:
+            called = int(wrong[c].argmax())
+            most = f"{classes[called]} ({percent(wrong[c, called] / images[c])})" if wrong[c].any() else "–"
+            worst.append([model, classes[c], f"{images[c]:,}", percent(counts[c, c] / images[c]), most])
+    caption = (
+        f"The {MOST_CLASSES} pairs of classes that are confused most often, and the {MOST_CLASSES} classes that are "
+        "found least often, summed over the seeds, at the largest fraction of each model. Every image and its "
+        "probabilities are in predictions.parquet."
+    )
+    table = Table(("model", "true", "predicted", "images", "share of true"), pairs)
+    more = Table(("model", "class", "test images", "recall", "most often called"), worst)
+    return Chart("confusion", "Which classes are confused", [], caption, table, more, "The classes found least often")
 
 
 def _confusion_cell(one: Picture, i: int, j: int, share: float, words: str) -> None:

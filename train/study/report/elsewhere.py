@@ -120,18 +120,22 @@ def _subgroups(number: int, result: dict[str, Any]) -> Chart:
             words = f"{group['value']}: {between(metric, cell)}"
             clear = gap.get("p_holm") is not None and gap["p_holm"] < 0.05
             _interval(one, cell, at, colour(0) if clear else LIGHT["muted"])
-            one.point(cell["value"], at, 0, words, **({"marker": "s"} if clear else OPEN))
+            style: dict[str, Any] = {"marker": "s"} if clear else OPEN
+            one.point(cell["value"], at, 0, words, **style)
             one.said.append(f"{words}.")
         drawn.append(one)
-    unknown = [f"{column['column']} {column['unknown']:,}" for column in result["subgroups"] if column["unknown"]]
+    unknown = [
+        f"{column['column']} of {column['unknown']:,} images" for column in result["subgroups"] if column["unknown"]
+    ]
     caption = (
-        "Numbers of images in parentheses. Bars are 95 % intervals. A group without images of a class is measured over "
-        "its other classes, so the scores of groups can have different classes: the table says how many. Each group is "
-        f"tested against all other images, over the classes of which both have at least {FEWEST} lesions. Filled "
-        "squares: p under 0.05 after Holm's correction for all tests of this score."
+        "Numbers of images in parentheses. Bars are 95 % intervals. A class counts in a group if the group has at "
+        f"least {FEWEST} lesions of it, so groups can have different classes: the table says how many. Groups with "
+        "fewer than two such classes are only in the table. Each group is tested against all other images, over the "
+        f"classes of which both have {FEWEST} lesions. Filled squares: p under 0.05 after Holm's correction for all "
+        "tests of this score."
     )
     if unknown:
-        caption += f" Left out, because the value is unknown: {', '.join(unknown)} images."
+        caption += f" Left out, because the value is unknown: {', '.join(unknown)}."
     head = (
         "column",
         "group",

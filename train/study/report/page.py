@@ -94,12 +94,13 @@ def _paragraphs(lines: Sequence[str]) -> str:
 def _chart(one: Chart) -> str:
     """The pictures of a chart, what they show, and the numbers behind them."""
     kind = "one" if len(one.pictures) == 1 else "small" if len(one.pictures) > 2 else ""
+    shown = "" if one.pictures else " open"
     body = f'<div class="charts {kind}">{"".join(picture.svg() for picture in one.pictures)}</div>'
     body += f'<p class="caption">{escape(one.caption)}</p>'
-    body += f"<details><summary>The numbers</summary>{_table(one.table)}</details>"
+    body += f"<details{shown}><summary>The numbers</summary>{_table(one.table)}</details>"
     if one.more is not None:
         words = [i for i, head in enumerate(one.more.head) if head == "notes"]
-        body += f"<details><summary>The fitted curves</summary>{_table(one.more, text=words)}</details>"
+        body += f"<details{shown}><summary>{escape(one.more_title)}</summary>{_table(one.more, text=words)}</details>"
     return body
 
 

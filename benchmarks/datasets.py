@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from preprocess.ham10000 import METADATA, read_source
-from preprocess.records import Record
+from preprocess.records import COLUMNS, Record
 from shards.common.errors import DataError
 from shards.format import HAM10000
 
@@ -167,7 +167,8 @@ def _write_source(job: Job, folder: Path) -> None:
     for name, path, _ in samples(job):
         (images / f"{name}.jpg").symlink_to(path.resolve())
         lesion = f"{records[path].lesion_id}c{name.rpartition('c')[2]}"
-        rows.append(records[path].metadata() | {"image_id": name, "lesion_id": lesion})
+        of_source = {key: getattr(records[path], key) for key in (*COLUMNS, "dataset")}
+        rows.append(of_source | {"image_id": name, "lesion_id": lesion})
     with (folder / METADATA[0]).open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -8,12 +8,27 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from preprocess.records import COLUMNS, Record, Rejected, Source, list_images, one_row_each, record_from, sha256_of
-from preprocess.tables import read_table
+from preprocess.records import (
+    COLUMNS,
+    Record,
+    Rejected,
+    Source,
+    SourceColumns,
+    join_groups,
+    list_images,
+    one_row_each,
+    record_from,
+    sha256_of,
+)
+from preprocess.tables import Table
 from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.format import HAM10000
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
 CITATION = (
@@ -54,7 +69,7 @@ def read_source(folder: Path) -> Source:
     images = list_images(folder, folders, source.rejected)
     if not images and not source.rejected:
         raise DataError(f"{folder}: no images in it or in its HAM10000_images* folders; {how}")
-    source.records = read_metadata(table, images, source.rejected, known=())
+    source.records, source.columns = read_metadata(table, images, source.rejected, known=())
     if not source.records:
         first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
         raise DataError(f"{table}: lists no image that can be packed{first}")
@@ -82,19 +97,23 @@ def _how_to_get(folder: Path) -> str:
 
 def read_metadata(
     table: Path, images: dict[str, str], rejected: list[Rejected], known: Collection[str], dataset: str | None = None
-) -> list[Record]:
+) -> "tuple[list[Record], pa.Table | None]":
     """Match the rows of a table in HAM10000's format with the image files; mismatches go to `rejected`.
 
     images: image_id → file. known: image_ids that are skipped silently. dataset: the default of that column. Returns
-    the records in the order of the table.
+    the records in the order of the table, and its further columns.
     """
+    whole = Table(table, "the official metadata")
+    whole.require(COLUMNS)
+    columns = SourceColumns(whole.columns, (*COLUMNS, "dataset"))
 
     def rows() -> Iterator[tuple[int, str, Record | str]]:
-        for line, row in read_table(table, COLUMNS):
+        for line, row in whole:
             image_id = row.get("image_id", "")
             if image_id not in known:
                 try:
-                    yield line, image_id, record_from(row, images.get(image_id, ""), dataset)
+                    record = record_from(row, images.get(image_id, ""), dataset)
+                    yield line, image_id, replace(record, row=columns.add(row))
                 except ValueError as error:
                     yield line, image_id, str(error)
 
@@ -107,7 +126,7 @@ def read_metadata(
         if image_id not in elsewhere:
             rejected.append(Rejected(image_id, f"{image_id}.jpg", f"is missing, and {table.name} lists it"))
     rejected += [Rejected(image_id, file, f"is not listed in {table.name}") for image_id, file in unlisted.items()]
-    return list(records.values())
+    return list(records.values()), columns.table()
 
 
 def _in_another_case(records: dict[str, Record], unlisted: dict[str, str]) -> dict[str, str]:
@@ -128,14 +147,9 @@ def _in_another_case(records: dict[str, Record], unlisted: dict[str, str]) -> di
 
 
 def join_same_lesions(records: list[Record]) -> int:
-    """Give the lesions of each pair in SAME_LESION one lesion_id, so that no split divides them; returns how many."""
-    lesions = {record.image_id: record.lesion_id for record in records}
-    pairs = [[f"ISIC_{int(number):07d}" for number in pair.split("+")] for pair in SAME_LESION.split()]
-    names = {lesions[b]: lesions[a] for a, b in pairs if a in lesions and b in lesions and lesions[a] != lesions[b]}
-    for place, record in enumerate(records):
-        if record.lesion_id in names:
-            records[place] = replace(record, lesion_id=names[record.lesion_id])
-    return len(names)
+    """Give the lesions of each pair in SAME_LESION one name; returns how many were renamed."""
+    pairs = (pair.split("+") for pair in SAME_LESION.split())
+    return join_groups(records, [(f"ISIC_{int(a):07d}", f"ISIC_{int(b):07d}") for a, b in pairs])
 
 
 def _warnings(records: list[Record]) -> list[str]:

@@ -37,7 +37,7 @@ def read_test_source(folder: Path) -> Source:
     images = list_images(folder, inside, source.rejected)
     by_lesion = "lesion_id" in Table(table, _REMEDY).columns
     if by_lesion:
-        source.records = read_metadata(table, images, source.rejected, (NOT_IN_ARCHIVE,), _DATASET)
+        source.records, source.columns = read_metadata(table, images, source.rejected, (NOT_IN_ARCHIVE,), _DATASET)
     else:
         source.records = _read_one_hot(table, images, source.rejected)
     if not source.records:

@@ -8,23 +8,33 @@ import filecmp
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from sys import intern
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import xxhash
 
+from preprocess.archives import HDF5, KEY, TARS, Archives
 from preprocess.ham10000 import join_same_lesions
-from preprocess.records import SPLIT_NAMES, Record, Source, one_row_each, sha256_of
-from preprocess.tables import PICTURES, SURPLUS, Table, image_key
+from preprocess.records import (
+    UNKNOWN,
+    Record,
+    Source,
+    SourceColumns,
+    join_groups,
+    one_row_each,
+    sha256_of,
+)
+from preprocess.tables import PICTURES, SPLIT_NAMES, SURPLUS, Table, image_key
 from shards.common.errors import DataError, UsageError
 from shards.format import Classes
 
 NONE = "none"
-"""The name of no column: given as the group, it makes each image a group of its own."""
+"""The name of no column: given as the group, it makes each image a group of its own; as the label, the set has none."""
 REST = "else="
 """What begins the name of the class of those rows that have no 1 in a one-hot table."""
 _LABELS = (
@@ -33,6 +43,7 @@ _LABELS = (
 )  # fmt: skip
 _PATIENTS, _LESIONS = ("patientid", "patient", "subjectid", "pid"), ("lesionid", "lesion", "groupid", "group", "caseid")
 _KNOWN = {
+    "lesion_id": ("lesionid", "lesion"),
     "age": ("age", "ageapprox"),
     "sex": ("sex", "gender"),
     "localization": ("localization", "anatomsitegeneral", "anatomsitegeneralchallenge", "site", "region"),
@@ -40,7 +51,6 @@ _KNOWN = {
     "dataset": ("dataset", "attribution"),
 }
 """Columns of the index and what tables call them, without case and punctuation."""
-_UNKNOWN = {"", "unknown", "nan", "none", "null", "na", "n/a", "-"}
 _SETS = {"melanoma": ("mel", "melanoma"), "malignant": ("malignant",)}
 _LOOKED_AT = 500
 _LONGEST_ID = 90
@@ -50,8 +60,8 @@ _LONGEST_ID = 90
 class Columns:
     """The columns of a table that a set is made from; None, or an empty tuple, where they are to be found.
 
-    label: one, or one for each class with 1 where the image is of it, and perhaps REST with a name. group: one or
-    several that name a lesion or patient together, or NONE. split: train, val or test of each image.
+    label: one, or one for each class with 1 where the image is of it, and perhaps REST with a name, or NONE. group: one
+    or several that name a lesion or patient together, or NONE. split: train, val or test of each image.
     """
 
     image: str | None = None
@@ -124,12 +134,21 @@ class Folders:
 
 
 class Images:
-    """The picture files in a folder and below it, found by what a table calls them."""
+    """The picture files in a folder and below it, or in its archives, found by what a table calls them."""
 
-    def __init__(self, folder: Path) -> None:
-        """List the files. Hidden ones, and those of `__MACOSX`, are left out."""
+    def __init__(self, source: Path) -> None:
+        """List the files. Hidden ones, and those of `__MACOSX`, are left out.
+
+        source: the folder, or one archive. Archives in a folder are looked into if it has no other images.
+        """
+        folder = source.parent if source.is_file() else source
         self.folder, self.files = folder, list[str]()
-        for place, inside, names in os.walk(folder):
+        self.copies: set[str] = set()
+        self.archives: Archives | None = None
+        archives = [source.name] if source.is_file() else []
+        if source.is_file() and not source.name.lower().endswith(TARS + HDF5):
+            raise DataError(f"{source}: is a file; name a folder of images, or a {' or '.join(TARS + HDF5)} file")
+        for place, inside, names in () if source.is_file() else os.walk(folder):
             inside[:] = sorted(name for name in inside if not name.startswith(".") and name != "__MACOSX")
             above = Path(place).relative_to(folder)
             self.files += [
@@ -137,6 +156,10 @@ class Images:
                 for name in sorted(names)
                 if name.lower().endswith(PICTURES) and not name.startswith(".")
             ]
+            archives += [(above / name).as_posix() for name in sorted(names) if name.lower().endswith(TARS + HDF5)]
+        if archives and not self.files:
+            self.archives = Archives(folder, archives)
+            self.files = self.archives.files
         self.keys: dict[str, list[str]] = {}
         for file in self.files:
             self.keys.setdefault(image_key(file), []).append(file)
@@ -151,10 +174,15 @@ class Images:
             parts = _parts(cell)
             alike = {file: _alike(parts, _parts(file)) for file in found}
             found = [file for file in found if alike[file] == max(alike.values())]
-        differing = [f for f in found[1:] if not filecmp.cmp(self.folder / found[0], self.folder / f, shallow=False)]
-        if differing:
+        if differing := [file for file in found[1:] if not self._same(found[0], file)]:
             raise ValueError(f"image '{cell}' may be {found[0]} or {differing[0]}, which differ")
+        self.copies.update(found[1:])
         return found[0]
+
+    def _same(self, one: str, other: str) -> bool:
+        if self.archives is not None:
+            return self.archives.read(one) == self.archives.read(other)
+        return filecmp.cmp(self.folder / one, self.folder / other, shallow=False)
 
 
 def _parts(path: str) -> list[str]:
@@ -212,6 +240,8 @@ def find_columns(rows: Rows, given: Columns, images: Images) -> Columns:
         raise UsageError(f"{missing[0]}: no such column; {there}")
     image = given.image or _image_column(rows, images)
     label = given.label
+    if NONE in label and len(label) > 1:
+        raise UsageError(f"--label {','.join(label)}: {NONE} stands alone")
     if not label:
         named = _named(rows.columns, _LABELS)
         label = (named[0],) if len(named) == 1 else ()
@@ -219,7 +249,10 @@ def find_columns(rows: Rows, given: Columns, images: Images) -> Columns:
             raise UsageError(f"{rows.path}: the label may be {' or '.join(named)}; name one with --label")
         label = label or _one_hot_columns(rows)
         if not label:
-            raise UsageError(f"{there}, and none is clearly the label; name it with --label, or one column a class")
+            raise UsageError(
+                f"{there}, and none is clearly the label; name it with --label, or one column a class, or pack for "
+                f"prediction alone with --label {NONE}"
+            )
     group = given.group or tuple(_named(rows.columns, _PATIENTS)[:1] or _named(rows.columns, _LESIONS)[:1]) or (NONE,)
     return Columns(image, label, group, given.split)
 
@@ -266,7 +299,12 @@ def label_text(cell: str) -> str:
 
 
 def _label_of(columns: Columns) -> Callable[[dict[str, str]], str]:
-    """What reads the label of a row. It raises ValueError with the reason if the row has none."""
+    """What reads the label of a row. It raises ValueError with the reason if the row has none.
+
+    In a set without labels it is empty.
+    """
+    if columns.label == (NONE,):
+        return lambda row: ""
     one_hot = [name for name in columns.label if not name.startswith(REST)]
     rest = next((name.removeprefix(REST) for name in columns.label if name.startswith(REST)), None)
     if len(columns.label) == 1:
@@ -297,21 +335,40 @@ def _label_of(columns: Columns) -> Callable[[dict[str, str]], str]:
 
 
 def read_labelled(
-    images: Images, rows: Rows, given: Columns, classes: Classes | None = None, dataset: str | None = None
+    images: Images,
+    rows: Rows,
+    given: Columns,
+    classes: Classes | None = None,
+    dataset: str | None = None,
+    spelled: Mapping[str, str] = MappingProxyType({}),
+    same: Iterable[tuple[str, str]] = (),
 ) -> tuple[Source, dict[str, str] | None]:
     """The records of a table's rows, and the split of each image_id if a column names it.
 
     classes: those of the set, which labels name in any case; None: all labels of the table. dataset: its name in the
-    manifest. Problems of single rows are in `rejected`. Raises DataError or UsageError if the columns or classes cannot
-    be found, or if no image can be packed.
+    manifest. spelled: other spellings of classes, in lower case. same: pairs of image_ids that no split divides, nor
+    their groups. Problems of single rows are in `rejected`. Raises DataError or UsageError if the columns or classes
+    cannot be found, or if no image can be packed.
     """
     columns = find_columns(rows, given, images)
-    source = Source(images.folder, "not named", "not named", group=() if NONE in columns.group else columns.group)
+    source = Source(
+        images.folder,
+        "not named",
+        "not named",
+        group=() if NONE in columns.group else columns.group,
+        archives=images.archives,
+    )
+    labelled = columns.label != (NONE,)
     one_label = not source.group or any("lesion" in name.lower() for name in source.group)
     read_label = _label_of(columns)
     known = {name: (_named(rows.columns, names) or [""])[0] for name, names in _KNOWN.items()}
     names = () if classes is None else classes.names
-    spelling = {name.casefold(): name for name in names} | {name: name for name in names}
+    spelling = {written: name for written, name in spelled.items() if name in names}
+    spelling |= {name.casefold(): name for name in names} | {name: name for name in names}
+    made = {own for own, column in known.items() if own == column}
+    made |= {own for own, column in (("image_id", columns.image), ("split", columns.split)) if own == column}
+    made |= {own for own, of in (("dx", columns.label), ("group", columns.group)) if of == (own,)}
+    further = SourceColumns(() if isinstance(rows, Folders) else rows.columns, {KEY, *made})
     splits: dict[str, str] = {}
 
     def read(row: dict[str, str]) -> Record:
@@ -319,7 +376,7 @@ def read_labelled(
             raise ValueError(f"has more fields than columns ('{row[SURPLUS][:40]}'): quote a field with a separator")
         file = images.find(row.get(str(columns.image), ""))
         label = read_label(row)
-        if classes is not None:
+        if classes is not None and labelled:
             written, label = label, spelling.get(label, spelling.get(label.casefold(), ""))
             if not label:
                 raise ValueError(f"label '{written}' is none of the classes ({', '.join(names)})")
@@ -331,8 +388,12 @@ def read_labelled(
         values: dict[str, Any] = {name: intern(row.get(column, "")) or None for name, column in known.items()}
         values["age"] = _age(values["age"])
         parts = [row.get(name, "") for name in source.group]
-        parts = ["" if part.lower() in _UNKNOWN else part for part in parts]
-        return Record(images.ids[file], file, "/".join(parts) if any(parts) else None, intern(label), **values)
+        parts = ["" if part.lower() in UNKNOWN else part for part in parts]
+        lesion = str(values["lesion_id"] or "")
+        values["lesion_id"] = None if lesion.lower() in UNKNOWN else lesion
+        group = "/".join(parts) if any(parts) else None
+        dx = intern(label) if labelled else None
+        return Record(images.ids[file], file, dx=dx, group=group, row=further.add(row), **values)
 
     def read_all() -> Iterator[tuple[int, str, Record | str]]:
         for line, row in rows:
@@ -349,12 +410,19 @@ def read_labelled(
     if not source.records:
         first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
         raise DataError(f"{rows.path}: lists no image that can be packed{first}")
-    source.classes = _found_classes(source.records, columns, rows.path) if classes is None else classes
+    source.columns = further.table()
+    if not labelled:
+        source.classes = Classes(())
+    else:
+        source.classes = _found_classes(source.records, columns, rows.path) if classes is None else classes
     if one_label and source.group:
         join_same_lesions(source.records)
+    joined = join_groups(source.records, same)
     source.warnings = _warnings(source, images, rows)
     about = {"image": columns.image, "label": list(columns.label), "split": columns.split}
     source.about = {"dataset": dataset or rows.path.stem, "columns": about}
+    if joined:
+        source.about["joined_groups"] = joined
     if rows.path.is_file():
         source.about["metadata_sha256"] = sha256_of(rows.path)
     return source, splits if columns.split is not None else None
@@ -371,7 +439,7 @@ def _age(text: str | None) -> float | None:
 
 def _found_classes(records: list[Record], columns: Columns, path: Path) -> Classes:
     """The labels as classes: in the order of one-hot columns, of their numbers, or of the alphabet."""
-    found = {record.dx for record in records}
+    found = {str(record.dx) for record in records}
     if len(found) > max(2, len(records) // 2):
         raise UsageError(
             f"{path}: {columns.label[0]} has {len(found):,} values in {len(records):,} rows, so it is no class; name "
@@ -391,12 +459,12 @@ def _found_classes(records: list[Record], columns: Columns, path: Path) -> Class
 def _warnings(source: Source, images: Images, rows: Rows) -> list[str]:
     """What is allowed, and may be a mistake."""
     warnings = []
-    if not source.group:
+    if not source.group and source.classes:
         warnings.append(
             "no column names the lesion or patient, so each image is split on its own: views of one lesion may be in "
             "training and test; name the column with --group if there is one"
         )
-    used = {record.file for record in source.records}
+    used = {record.file for record in source.records} | images.copies
     left_out = {image_key(rejected.image_id) for rejected in source.rejected}
     unlisted = [f for f in images.files if f not in used and not {image_key(f), images.ids[f].casefold()} & left_out]
     if unlisted:
@@ -413,17 +481,22 @@ def read_classes_file(path: Path) -> Classes:
     """
     table = Table(path, "a table with the columns name, long_name and sets")
     table.require(["name"])
+    rows = [(label_text(row["name"]), row.get("long_name", ""), row.get("sets", "")) for _, row in table]
+    try:
+        return classes_of(rows)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def classes_of(rows: Iterable[tuple[str, str, str]]) -> Classes:
+    """Classes from the name, long name and sets of interest of each. Raises ValueError."""
     names: list[str] = []
     long_names: dict[str, str] = {}
     sets: dict[str, tuple[str, ...]] = {}
-    for _, row in table:
-        name = label_text(row["name"])
+    for name, words, kinds in rows:
         names.append(name)
-        if row.get("long_name"):
-            long_names[name] = row["long_name"]
-        for kind in row.get("sets", "").split():
+        if words:
+            long_names[name] = words
+        for kind in kinds.split():
             sets[kind] = (*sets.get(kind, ()), name)
-    try:
-        return Classes(tuple(names), long_names, sets)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
+    return Classes(tuple(names), long_names, sets)

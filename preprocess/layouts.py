@@ -1,33 +1,45 @@
-"""The layouts in which public sets come, as descriptions, and what finds which one a folder has."""
+"""The layouts in which public sets come, each described by a file in `sets/`, and what finds which one a folder has."""
 
-from dataclasses import dataclass
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from preprocess.ham10000 import CITATION, LICENCE, METADATA, read_source
-from preprocess.labelled import NONE, Columns, Folders, Images, Joined, read_labelled
+from preprocess.archives import HDF5, KEY, TARS
+from preprocess.ham10000 import METADATA, read_source
+from preprocess.labelled import NONE, Columns, Folders, Images, Joined, classes_of, read_labelled
 from preprocess.records import Source
 from preprocess.tables import PICTURES, Table
 from shards.common.errors import DataError, UsageError
 from shards.format import HAM10000, Classes
 
-_ISIC_NAMES = {
-    "MEL": "melanoma",
-    "NV": "melanocytic nevus",
-    "BCC": "basal cell carcinoma",
-    "AK": "actinic keratosis",
-    "BKL": "benign keratosis",
-    "DF": "dermatofibroma",
-    "VASC": "vascular lesion",
-    "SCC": "squamous cell carcinoma",
-}
+_ORDER = (
+    "ham10000",
+    "isic2018",
+    "isic2019",
+    "isic2020",
+    "isic2024",
+    "milk10k",
+    "bcn20000",
+    "pad_ufes_20",
+    "isic_archive",
+)
+"""The first that fits is taken; an export of the archive has fewer columns that tell it apart."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout. tables: patterns of file names; the first has a row for each image, the others are joined to it.
+    """One layout. tables: patterns of file names, in any case; the first has a row for each image, and the others are
+    joined to it.
 
-    needed: columns of the first table without which it is of another layout. classes: None: all labels of the table.
-    labels: the label column is the first of these that the tables have.
+    `a|b`: the first that is there. A `?` at the end: left out where there is none. needed: columns of the first table
+    without which it is of another layout. labels: the label column is the first of these that the tables have. classes:
+    None: all labels of the table. spelled: other spellings of classes, in lower case. same: pattern of a table of pairs
+    of images that no split divides.
     """
 
     name: str
@@ -35,93 +47,42 @@ class Layout:
     needed: tuple[str, ...]
     labels: tuple[tuple[str, ...], ...]
     image: str
+    citation: str
+    licence: str
     group: tuple[str, ...] = ()
     classes: Classes | None = None
-    citation: str = "not named"
-    licence: str = "CC BY-NC 4.0"
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    same: str | None = None
 
 
-LAYOUTS = (
-    Layout(  # of the user's columns or classes; `read_source` reads it as it is
-        "HAM10000",
-        ("HAM10000_metadata*",),
-        ("image_id", "lesion_id", "dx"),
-        (("dx",),),
-        "image_id",
-        ("lesion_id",),
-        HAM10000,
-        CITATION,
-        LICENCE,
-    ),
-    Layout(
-        "ISIC 2018 Task 3",
-        ("ISIC2018_Task3_Training_GroundTruth*.csv", "ISIC2018_Task3_Training_LesionGroupings*.csv"),
-        ("image", "MEL", "AKIEC"),
-        (("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"),),
-        "image",
-        ("lesion_id",),
-        HAM10000,
-        "Codella, N. et al. Skin Lesion Analysis Toward Melanoma Detection 2018: A Challenge Hosted by the "
-        "International Skin Imaging Collaboration (ISIC). arXiv:1902.03368 (2019); Tschandl, P., Rosendahl, C. & "
-        "Kittler, H. The HAM10000 dataset. Sci. Data 5, 180161 (2018)",
-    ),
-    Layout(
-        "ISIC 2019",
-        ("ISIC_2019_Training_GroundTruth*.csv", "ISIC_2019_Training_Metadata*.csv"),
-        ("image", "MEL", "SCC"),
-        (("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"),),
-        "image",
-        ("lesion_id",),
-        Classes(tuple(_ISIC_NAMES), _ISIC_NAMES, {"melanoma": ("MEL",), "malignant": ("MEL", "BCC", "SCC")}),
-        "ISIC 2019: Tschandl, P. et al. Sci. Data 5, 180161 (2018); Codella, N. et al. arXiv:1710.05006; Hernández-"
-        "Pérez, C. et al. BCN20000: Dermoscopic lesions in the wild. Sci. Data 11, 641 (2024)",
-    ),
-    Layout(
-        "PAD-UFES-20",
-        ("metadata.csv",),
-        ("img_id", "diagnostic", "patient_id", "lesion_id"),
-        (("diagnostic",),),
-        "img_id",
-        ("patient_id", "lesion_id"),  # a lesion_id alone is given to lesions of several patients
-        Classes(
-            ("ACK", "BCC", "MEL", "NEV", "SCC", "SEK"),
-            {
-                "ACK": "actinic keratosis",
-                "BCC": "basal cell carcinoma",
-                "MEL": "melanoma",
-                "NEV": "nevus",
-                "SCC": "squamous cell carcinoma",
-                "SEK": "seborrheic keratosis",
-            },
-            {"melanoma": ("MEL",), "malignant": ("BCC", "MEL", "SCC")},
-        ),
-        "Pacheco, A. G. C. et al. PAD-UFES-20: A skin lesion dataset composed of patient data and clinical images "
-        "collected from smartphones. Data in Brief 32, 106221 (2020)",
-        "CC BY 4.0",
-    ),
-    Layout(
-        "ISIC archive export",
-        ("*metadata*.csv",),
-        ("isic_id",),
-        (("diagnosis_1",), ("benign_malignant",), ("diagnosis",)),
-        "isic_id",
-        citation="International Skin Imaging Collaboration (ISIC) archive, www.isic-archive.com",
-        licence="as in the columns attribution and copyright_license of the table",
-    ),
-)
+@functools.cache
+def layouts() -> tuple[Layout, ...]:
+    """All known layouts, in the order in which they are looked for."""
+    here = Path(__file__).parent / "sets"
+    return tuple(_layout(tomllib.loads((here / f"{name}.toml").read_text(encoding="utf-8"))) for name in _ORDER)
+
+
+def _layout(raw: dict[str, Any]) -> Layout:
+    """A description, checked by the types that it is made from. Long names are spellings of the classes too."""
+    listed = raw.pop("classes", None)
+    classes = HAM10000 if listed == "HAM10000" else None if listed is None else classes_of(listed)
+    words = {} if classes is None else {words.lower(): name for name, words in classes.long_names.items()}
+    raw |= {name: tuple(raw[name]) for name in ("tables", "needed", "group") if name in raw}
+    labels = tuple(map(tuple, raw["labels"]))
+    return Layout(**raw | {"labels": labels, "classes": classes, "spelled": words | raw.get("spelled", {})})
 
 
 def read_folder(
     folder: Path, tables: tuple[Path, ...], given: Columns, classes: Classes | None
 ) -> tuple[Source, dict[str, str] | None, str]:
-    """The records in a folder, the split of each image where the source names it, and a line that says what was found.
+    """The records in a folder or archive, the split of each image where the source names it, and what was found.
 
     tables: those that the user named; without any, the layout is found. given, classes: what the user named, which
     replaces what a layout says. Raises DataError or UsageError if nothing fits.
     """
     images = Images(folder)
-    official = any((folder / name).is_file() for name in METADATA) and given == Columns() and classes is None
-    if not tables and (official or not images.files):
+    plain = given == Columns() and classes is None
+    if not tables and ((plain and _is_official(images)) or not images.files):
         return read_source(folder), None, "HAM10000"
     if not images.files:
         raise DataError(f"{folder}: holds no image ({', '.join(PICTURES)}), here or below; name another --source")
@@ -129,16 +90,27 @@ def read_folder(
         rows = _joined(tables, images)
         source, splits = read_labelled(images, rows, given, classes)
         return source, splits, f"table {rows.path.name}"
-    for layout in LAYOUTS:
-        if (found := _tables_of(layout, folder)) is not None and (rows := _fitting(layout, found, images)) is not None:
+    beside = _files(images.folder)
+    for layout in layouts():
+        if (rows := _rows(layout, beside, images)) is not None:
             label = next((one for one in layout.labels if set(one) <= set(rows.columns)), ())
             group = layout.group if set(layout.group) <= set(rows.columns) else ()
             columns = Columns(given.image or layout.image, given.label or label, given.group or group, given.split)
             own = layout.classes if not given.label else None
-            source, splits = read_labelled(images, rows, columns, classes or own, layout.name)
+            same = _pairs(layout, beside)
+            source, splits = read_labelled(images, rows, columns, classes or own, layout.name, layout.spelled, same)
             source.citation, source.licence = layout.citation, layout.licence
             return source, splits, layout.name
-    folders = Folders(folder, images.files)
+    if (tars := images.archives) is not None and tars.columns != [KEY]:
+        label = given.label or tuple(name for name in _TAR_LABELS if name in tars.columns)[:1]
+        columns = Columns(given.image or KEY, label, given.group, given.split or tars.split)
+        source, splits = read_labelled(images, tars, columns, classes, folder.resolve().stem)
+        return source, splits, "webdataset tars" + (", in train, val and test" if splits else "")
+    folders = Folders(images.folder, images.files)
+    if given == Columns(label=(NONE,)):
+        columns = Columns("image", (NONE,), (NONE,))
+        source, _ = read_labelled(images, folders, columns, None, folder.resolve().name)
+        return source, None, "images without labels"
     if len(folders.classes) > 1:
         if given != Columns():
             raise UsageError(
@@ -146,12 +118,39 @@ def read_folder(
                 "name the table with --table, or leave --image, --label, --group and --split-column out"
             )
         columns = Columns("image", ("label",), (NONE,), "split" if folders.all_split else None)
-        source, splits = read_labelled(images, folders, columns, classes, folder.resolve().name)
-        return source, splits, "a folder for each class" + (", in train, val and test" if splits else "")
+        known = None if classes else _of_folders(folders.classes)
+        own, spelled = (classes, {}) if known is None else (known.classes, known.spelled)
+        source, splits = read_labelled(images, folders, columns, own, folder.resolve().name, spelled)
+        which = "a folder for each class" + (f", which are those of {known.name}" if known else "")
+        return source, splits, which + (", in train, val and test" if splits else "")
     raise DataError(
         f"{folder}: holds images and no table of a known layout "
-        f"({', '.join(layout.name for layout in LAYOUTS)}), nor a folder for each class; name a table with --table"
+        f"({', '.join(layout.name for layout in layouts())}), nor a folder for each class; name a table with --table, "
+        f"or pack for prediction alone with --label {NONE}"
     )
+
+
+_TAR_LABELS = ("dx", "diagnosis", "label", "cls")
+"""What webdatasets call the label, the plainest words first."""
+
+
+def _is_official(images: Images) -> bool:
+    """Whether HAM10000's table is in its place, with diagnoses as published, and images are in theirs."""
+    table = next((images.folder / name for name in METADATA if (images.folder / name).is_file()), None)
+    if table is None or not any(re.fullmatch("(HAM10000_images[^/]*/)?[^/]+", file) for file in images.files):
+        return False
+    first = next((row for _, row in Table(table, "the official metadata")), {})
+    return first.get("dx", "").lower() not in layouts()[0].spelled
+
+
+def _of_folders(names: set[str]) -> Layout | None:
+    """The layout that has the classes which folders are named after. Two classes are too few to tell."""
+    for layout in layouts():
+        if layout.classes is not None and len(layout.classes) == len(names) > 2:
+            spelled = layout.spelled | {name.casefold(): name for name in layout.classes.names}
+            if {spelled.get(name.casefold()) for name in names} == set(layout.classes.names):
+                return layout
+    return None
 
 
 def _joined(tables: tuple[Path, ...], images: Images) -> Joined:
@@ -159,18 +158,32 @@ def _joined(tables: tuple[Path, ...], images: Images) -> Joined:
     return Joined(first, others)
 
 
-def _tables_of(layout: Layout, folder: Path) -> tuple[Path, ...] | None:
-    """The files of a layout in a folder or in those directly in it; None if one is missing."""
+def _files(folder: Path) -> list[Path]:
+    """The tables in a folder and in those directly in it, sorted: those in the folder itself come first."""
+    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.name[0] != "."]
+    return [path for path in found if not path.name.lower().endswith((*PICTURES, *TARS, *HDF5)) and path.is_file()]
+
+
+def _matching(pattern: str, files: list[Path]) -> Path | None:
+    """The first file for the first of the patterns between `|` that there is one for."""
+    patterns = pattern.lower().split("|")
+    return next((path for one in patterns for path in files if fnmatch(path.name.lower(), one)), None)
+
+
+def _rows(layout: Layout, files: list[Path], images: Images) -> Joined | None:
+    """The tables of a layout, joined; None if one that it needs is missing, or if the first lacks its columns."""
     found: list[Path] = []
     for pattern in layout.tables:
-        here = sorted(p for place in ("", "*/") for p in folder.glob(place + pattern) if p.name[0] != ".")
-        if not here:
+        path = _matching(pattern.removesuffix("?"), files)
+        if path is None and not pattern.endswith("?"):
             return None
-        found.append(here[0])
-    return tuple(found)
+        found += [path] if path is not None and path not in found else []
+    columns = Table(found[0], "the official table", images.keys.keys()).columns
+    return _joined(tuple(found), images) if set(layout.needed) <= set(columns) else None
 
 
-def _fitting(layout: Layout, tables: tuple[Path, ...], images: Images) -> Joined | None:
-    """The tables of a layout, if the first has its columns."""
-    first = Table(tables[0], "the official table", images.keys.keys())
-    return _joined(tables, images) if set(layout.needed) <= set(first.columns) else None
+def _pairs(layout: Layout, files: list[Path]) -> list[tuple[str, str]]:
+    """The pairs of images that a layout lists as the same."""
+    path = _matching(layout.same, files) if layout.same else None
+    rows = [] if path is None else [row for _, row in Table(path, "the official list")]
+    return [(one, other) for one, other, *_ in (tuple(row.values()) for row in rows)]

@@ -5,7 +5,6 @@ decoder, encoder and resize release the GIL. The number of images in progress is
 records and the index, and not with the images.
 """
 
-import io
 import os
 import re
 import time
@@ -30,7 +29,7 @@ from shards.common.readahead import read_ahead
 from shards.encode import JPEG, TOGETHER, BadImageError, Encoded, encode_images, encode_pixels
 from shards.format import QUARANTINE, SPLITS, EncodeSpec, Manifest
 from shards.pictures import decode_picture
-from shards.subsets import split_lesions
+from shards.subsets import fold_of, split_lesions
 from shards.writer import PackedSample, ShardSetWriter
 
 _WINDOW = 16
@@ -42,7 +41,8 @@ class Settings:
     """The settings of a shard set; `workers`, `overwrite` and `skip_bad` change no byte of a set without bad images.
 
     ratio: of images in train, val and test. unit: `lesion`, or `image`, which puts views of one lesion into several
-    splits. assigned: image_id → split, instead of the two; what it does not list cannot be packed. assigned_from: what
+    splits. fold: number from 1 of the fold that is the test split, and how many folds there are, instead of the ratio.
+    assigned: image_id → split, instead of the two; what it does not list cannot be packed. assigned_from: what
     the manifest says of it.
     """
 
@@ -50,6 +50,7 @@ class Settings:
     ratio: tuple[int, int, int] = (70, 10, 20)
     seed: int = 0
     unit: str = "lesion"
+    fold: tuple[int, int] | None = None
     assigned: dict[str, str] | None = None
     assigned_from: dict[str, str] = field(default_factory=dict)
     shard_bytes: int = 64 << 20
@@ -91,9 +92,9 @@ class _Tally:
     def count(self, job: _Job, encoded: Encoded) -> None:
         name = job.source.about["dataset"]
         self.images[name] = self.images.get(name, 0) + 1
-        if job.record.lesion_id is not None:
-            self.lesions.setdefault(name, set()).add(job.record.lesion_id)
-        if job.split == "train":
+        if job.record.group is not None:
+            self.lesions.setdefault(name, set()).add(job.record.group)
+        if job.split == "train" or not job.source.classes:
             self.sums = [a + b for a, b in zip(self.sums, encoded.sums, strict=True)]
             self.pixels += encoded.height * encoded.width
 
@@ -128,11 +129,13 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
     keep_freed_memory()
     jobs = _jobs(source, test, settings)
     rejected = [r for each in sources for r in each.rejected]
-    tally = _Tally()
+    tally, columns = _Tally(), _Columns(sources)
     with (
         full_disk_names(out),
         single_threaded_opencv(),
-        ShardSetWriter(out, settings.encode, settings.shard_bytes, settings.overwrite, source.classes) as writer,
+        ShardSetWriter(
+            out, settings.encode, settings.shard_bytes, settings.overwrite, source.classes, columns.schema
+        ) as writer,
         Progress("packing", len(jobs), "images") as bar,
         ThreadPoolExecutor(settings.workers, thread_name_prefix="pack") as pool,
         closing(_encoded(pool, jobs, settings)) as encoded_jobs,
@@ -144,7 +147,7 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
                     raise job.source.error(encoded)
                 rejected.append(encoded)
             else:
-                writer.add(_sample(job, encoded))
+                writer.add(_sample(job, encoded, columns.of(job)))
                 tally.count(job, encoded)
         if not tally.pixels:
             raise DataError(f"{source.folder}: no training image could be packed ({len(rejected)} were left out)")
@@ -156,6 +159,8 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             given = [job.split for job in jobs]
             ratio, unit = (given.count("train"), given.count("val"), given.count("test")), _divided_unit(jobs)[0]
         split = {"ratio": list(ratio), "seed": settings.seed, "unit": unit, **settings.assigned_from}
+        if settings.fold is not None:
+            split |= {"fold": settings.fold[0], "folds": settings.fold[1]}
         about = tally.about(source) | {"quarantined": len(rejected)}
         manifest = writer.finish(
             mean=mean,
@@ -203,19 +208,19 @@ def _drop_seen(source: Source, test: Source) -> None:
 
     Raises DataError if a class of the test source is none of the training source's.
     """
-    if unknown := sorted({record.dx for record in test.records} - set(source.classes.names)):
+    if unknown := sorted({str(record.dx) for record in test.records} - set(source.classes.names)):
         raise DataError(
             f"{test.folder}: has images of {', '.join(unknown)}, none of the classes of {source.folder} "
             f"({one_line(', '.join(source.classes.names), 160)}); leave --test-source out"
         )
     images = {record.image_id for record in source.records}
-    lesions = {record.lesion_id for record in source.records}
+    lesions = {record.group for record in source.records}
     kept = []
     for record in test.records:
         if record.image_id in images:
             test.rejected.append(Rejected(record.image_id, record.file, "is in the training source too"))
-        elif record.lesion_id is not None and record.lesion_id in lesions:
-            reason = f"shows lesion {record.lesion_id}, which is in the training source too"
+        elif record.group is not None and record.group in lesions:
+            reason = f"shows lesion {record.group}, which is in the training source too"
             test.rejected.append(Rejected(record.image_id, record.file, reason))
         else:
             kept.append(record)
@@ -245,8 +250,8 @@ def _divided_unit(jobs: list[_Job]) -> tuple[str, list[str]]:
     """What given splits do not divide, `lesion` or `image`, and a warning if it is images alone."""
     splits: dict[str, set[str]] = {}
     for job in jobs:
-        if job.record.lesion_id is not None:
-            splits.setdefault(job.record.lesion_id, set()).add(job.split)
+        if job.record.group is not None:
+            splits.setdefault(job.record.group, set()).add(job.split)
     divided = sorted(lesion for lesion, found in splits.items() if len(found) > 1)
     if not divided:
         return "lesion", []
@@ -257,7 +262,13 @@ def _divided_unit(jobs: list[_Job]) -> tuple[str, list[str]]:
 
 
 def _ratio(settings: Settings, test: Source | None) -> tuple[int, int, int]:
-    """The ratio that `source` is split by. If `test` is the test split, no image of `source` goes there."""
+    """The ratio that `source` is split by. If `test` is the test split, no image of `source` goes there.
+
+    All folds but one are divided into train and val 7 to 1, as in 70/10/20.
+    """
+    if settings.fold is not None:
+        others = settings.fold[1] - 1
+        return 7 * others, others, 8
     return settings.ratio if test is None else (*settings.ratio[:2], 0)
 
 
@@ -281,15 +292,22 @@ def _jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]
 
 def _split_jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
     """Every image with its split, which a seed decides."""
+    if not source.classes:
+        return [_Job(source, record, "test") for record in source.records]
     label = {name: number for number, name in enumerate(source.classes.names)}
-    labels = [label[record.dx] for record in source.records]
+    labels = [label[str(record.dx)] for record in source.records]
     by_image = settings.unit == "image"
     lesions = [
-        f"image {record.image_id}" if by_image or record.lesion_id is None else record.lesion_id
-        for record in source.records
+        f"image {record.image_id}" if by_image or record.group is None else record.group for record in source.records
     ]
-    splits = split_lesions(np.array(labels), lesions, _ratio(settings, test), settings.seed).tolist()
-    jobs = [_Job(source, record, split) for record, split in zip(source.records, splits, strict=True)]
+    splits = split_lesions(np.array(labels), lesions, _ratio(settings, test), settings.seed)
+    if settings.fold is not None:
+        number, folds = settings.fold
+        in_test = fold_of(np.array(labels), lesions, folds, settings.seed) == number - 1
+        splits[in_test] = "test"
+        rest = np.flatnonzero(~in_test)
+        splits[rest] = split_lesions(np.array(labels)[rest], [lesions[i] for i in rest], (7, 1, 0), settings.seed)
+    jobs = [_Job(source, record, split) for record, split in zip(source.records, splits.tolist(), strict=True)]
     if test is not None:
         jobs += [_Job(test, record, "test") for record in test.records]
     return jobs
@@ -322,16 +340,36 @@ def _encode(jobs: list[_Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
 
 def _read(job: _Job) -> bytes | Rejected:
     try:
-        with io.FileIO(job.path) as raw:
-            return raw.readall()
+        return job.source.read(job.record.file)
     except OSError as error:
         return Rejected(job.record.image_id, job.record.file, f"cannot be read ({error.strerror})")
 
 
-def _sample(job: _Job, encoded: Encoded) -> PackedSample:
-    return PackedSample(
-        encoded.payload, encoded.encoding, encoded.height, encoded.width, job.split, job.record.metadata()
-    )
+def _sample(job: _Job, encoded: Encoded, further: dict[str, Any]) -> PackedSample:
+    metadata = job.record.metadata() | further
+    return PackedSample(encoded.payload, encoded.encoding, encoded.height, encoded.width, job.split, metadata)
+
+
+class _Columns:
+    """The further columns of all sources, by the names and types of the index."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        """Raises DataError if a column has one type in one source and another in the next."""
+        import pyarrow as pa
+
+        self._tables = [(source, source.columns) for source in sources if source.columns is not None]
+        try:
+            self.schema = pa.unify_schemas([table.schema for _, table in self._tables] or [pa.schema([])])
+        except pa.ArrowException as error:
+            raise DataError(f"{sources[-1].folder}: its table differs from the first ({one_line(error)})") from None
+
+    def of(self, job: _Job) -> dict[str, Any]:
+        """The values of an image."""
+        values: dict[str, Any] = dict.fromkeys(self.schema.names)
+        for source, table in self._tables:
+            if source is job.source and job.record.row is not None:
+                values |= {name: table[name][job.record.row].as_py() for name in table.column_names}
+        return values
 
 
 def _missing_classes(manifest: Manifest) -> list[str]:

@@ -7,16 +7,20 @@ import io
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from sys import intern
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from preprocess.tables import PICTURES, read_table
+from preprocess.archives import Archives
+from preprocess.tables import PICTURES, SPLIT_NAMES, read_table
 from shards.common.errors import DataError
 from shards.common.files import encoded
-from shards.format import HAM10000, Classes
+from shards.format import HAM10000, INDEX_TYPES, Classes
 from shards.writer import check_image_id
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
 """The columns that HAM10000's metadata must have; `dataset` is optional (older copies lack it)."""
@@ -24,21 +28,91 @@ COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One usable image. file: relative to the source folder. None: the source says nothing."""
+    """One usable image. file: relative to the source folder. None: the source says nothing, or the set has no labels.
+
+    group: what no split divides. row: in the source's `columns`, of which each record may have one.
+    """
 
     image_id: str
     file: str
     lesion_id: str | None
-    dx: str
+    dx: str | None
     dx_type: str | None = None
     age: float | None = None
     sex: str | None = None
     localization: str | None = None
     dataset: str | None = None
+    group: str | None = None
+    row: int | None = field(default=None, compare=False)
 
     def metadata(self) -> dict[str, Any]:
-        """The index's columns that come from the source."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "file"}
+        """The index's own columns that come from the source."""
+        return {name: getattr(self, name) for name in self.__slots__ if name not in ("file", "row")}
+
+
+UNKNOWN = {"", "unknown", "nan", "none", "null", "na", "n/a", "-"}
+"""What a cell of a table says, in any case, if there is no value."""
+_AT_ONCE = 16_384
+
+
+class SourceColumns:
+    """The columns of a table on their way into the index: collected row by row as text, then typed."""
+
+    def __init__(self, columns: Iterable[str], made: Iterable[str]) -> None:
+        """columns: of the table. made: those from which the index's own columns of the same name were made.
+
+        These are left out. Another column with the name of one of the index's own is called `table_<name>`.
+        """
+        left = [name for name in columns if name not in made]
+        self.names = {name: f"table_{name}" if name in INDEX_TYPES else name for name in left}
+        self._cells: dict[str, list[str | None]] = {name: [] for name in left}
+        self._chunks: dict[str, list[Any]] = {name: [] for name in left}
+        self._rows = 0
+
+    def add(self, row: dict[str, str]) -> int:
+        """Append the cells of a row; returns its number."""
+        for name, cells in self._cells.items():
+            cell = row.get(name, "")
+            cells.append(None if cell.lower() in UNKNOWN else cell)
+        self._rows += 1
+        if self._rows % _AT_ONCE == 0:
+            self._flush()
+        return self._rows - 1
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        for name, cells in self._cells.items():
+            self._chunks[name].append(pa.array(cells, pa.string()))
+            cells.clear()
+
+    def table(self) -> "pa.Table | None":
+        """The typed columns: whole numbers, numbers, true or false, or text, whichever is the first that every cell is.
+
+        None if there are no columns.
+        """
+        import pyarrow as pa
+
+        self._flush()
+        typed = {self.names[name]: _typed(pa.chunked_array(chunks)) for name, chunks in self._chunks.items()}
+        return pa.table(typed) if typed else None
+
+
+def _typed(text: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    import pyarrow as pa
+    import pyarrow.compute
+
+    pc: Any = pyarrow.compute  # it makes its functions at run time
+    if text.null_count == len(text):
+        return text
+    for kind in (pa.int64(), pa.float64(), pa.bool_()):
+        try:
+            found = text.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+        if kind != pa.float64() or pc.all(pc.is_finite(found)).as_py():  # JSON has no other numbers
+            return found
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +128,9 @@ class Rejected:
 class Source:
     """The contents of a raw folder: what can be packed, what cannot, and what the user should know.
 
-    citation, licence, about (names and hashes; no path of the machine), classes, group (the columns that lesion_id was
-    made from): for the manifest.
+    citation, licence, about (names and hashes; no path of the machine), classes, group (the columns that the groups
+    were made from): for the manifest. columns: further columns of the index, with the rows that the records name.
+    archives: the images lie in them.
     """
 
     folder: Path
@@ -67,6 +142,15 @@ class Source:
     about: dict[str, Any] = field(default_factory=dict)
     classes: Classes = HAM10000
     group: tuple[str, ...] = ("lesion_id",)
+    columns: "pa.Table | None" = None
+    archives: Archives | None = None
+
+    def read(self, file: str) -> bytes:
+        """The bytes of a record's image. Raises OSError."""
+        if self.archives is not None:
+            return self.archives.read(file)
+        with io.FileIO(f"{self.folder}/{file}") as raw:  # a Path takes ten times as long
+            return raw.readall()
 
     def error(self, rejected: Rejected) -> DataError:
         """The error that stops packing at an image that cannot be packed."""
@@ -94,10 +178,6 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-SPLIT_NAMES |= {"test": "test", "testing": "test"}
 
 
 def read_splits(path: Path) -> dict[str, str]:
@@ -175,8 +255,45 @@ def record_from(row: dict[str, str], file: str, dataset: str | None) -> Record:
     values = (intern(row.get(name, "")) or None for name in ("dx_type", "sex", "localization", "dataset"))
     dx_type, sex, localization, named = values
     return Record(
-        row["image_id"], file, row["lesion_id"], intern(row["dx"]), dx_type, age, sex, localization, named or dataset
+        row["image_id"],
+        file,
+        row["lesion_id"],
+        intern(row["dx"]),
+        dx_type,
+        age,
+        sex,
+        localization,
+        named or dataset,
+        row["lesion_id"],
     )
+
+
+def join_groups(records: list[Record], pairs: Iterable[tuple[str, str]]) -> int:
+    """Give the groups of each pair of images one name, so that no split divides them; returns how many were renamed.
+
+    pairs: image_ids, in any case; those that no record has are ignored. A lesion_id that names a group is renamed too.
+    """
+    groups = {record.image_id.casefold(): record.group or f"image:{record.image_id}" for record in records}
+    joined: dict[str, str] = {}
+
+    def name_of(group: str) -> str:
+        while group in joined:
+            group = joined[group]
+        return group
+
+    for pair in pairs:
+        one, other = (groups.get(image_id.casefold()) for image_id in pair)
+        if one and other and (first := name_of(one)) != (second := name_of(other)):
+            joined[second] = first
+    renamed = {*joined, *map(name_of, joined)}
+    for place, record in enumerate(records):
+        if (group := groups[record.image_id.casefold()]) in renamed:
+            lesion = record.lesion_id
+            name = name_of(group)
+            records[place] = replace(
+                record, group=name, lesion_id=name if lesion and lesion == record.group else lesion
+            )
+    return len(joined)
 
 
 def one_row_each(
@@ -209,12 +326,12 @@ def one_row_each(
         rejected.append(Rejected(image_id, table, reason))
     diagnoses: dict[str, set[str]] = {}
     for record in records.values() if one_label else ():
-        if record.lesion_id is not None:
-            diagnoses.setdefault(record.lesion_id, set()).add(record.dx)
+        if record.group is not None and record.dx is not None:
+            diagnoses.setdefault(record.group, set()).add(record.dx)
     for image_id, record in list(records.items()):
-        found = diagnoses.get(record.lesion_id or "", set())
+        found = diagnoses.get(record.group or "", set())
         if len(found) > 1:
             del records[image_id]
-            reason = f"line {lines[image_id]}: lesion {record.lesion_id} has the dx {' and '.join(sorted(found))}"
+            reason = f"line {lines[image_id]}: lesion {record.group} has the dx {' and '.join(sorted(found))}"
             rejected.append(Rejected(image_id, table, reason))
     return records, lines

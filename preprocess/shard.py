@@ -8,6 +8,7 @@ reduces it to 400 px and writes tar shards of 64 MiB with an index and a manifes
 same set byte for byte, with any number of workers.
 """
 
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,18 +42,25 @@ def _terminable() -> Iterator[None]:
 
 
 class Ratio(click.ParamType):
-    """`70/10/20`: ratio of images in train, val and test."""
+    """`70/10/20`: ratio of images in train, val and test; or `5fold:2`, a fold and how many there are."""
 
     name = "train/val/test"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
-        """Parse and check. Wrong usage ends in exit code 2."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parse and check: three numbers, or fold and folds. Wrong usage ends in exit code 2."""
         if isinstance(value, tuple):
             return value
+        if found := re.fullmatch(r"([0-9]{1,3})fold(?::([0-9]{1,3}))?", str(value)):
+            folds, fold = int(found[1]), int(found[2] or 1)
+            if not 2 <= folds <= 100 or not 1 <= fold <= folds:
+                self.fail(f"'{value}': give 2 to 100 folds, and the one for test from 1, as in 5fold:2", param, ctx)
+            return fold, folds
         parts = str(value).split("/")
         if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts) or int(parts[0]) == 0:
             self.fail(
-                f"'{value}': give train/val/test as three whole numbers, train above 0, as in 70/10/20", param, ctx
+                f"'{value}': give train/val/test as three whole numbers, train above 0, as in 70/10/20; or 5fold:2",
+                param,
+                ctx,
             )
         return int(parts[0]), int(parts[1]), int(parts[2])
 
@@ -63,7 +71,7 @@ class Ratio(click.ParamType):
     type=click.Path(path_type=Path),
     default=Path("data/ham10000"),
     help="Folder of the images: HAM10000, another set whose layout is known, a folder for each class, or any images "
-    "with --table. It is only read.",
+    "with --table. Or a tar of images and labels, in webdataset's form. It is only read.",
 )
 @click.option(
     "--out",
@@ -86,7 +94,8 @@ class Ratio(click.ParamType):
     "--label",
     metavar="COLUMN,...",
     show_default="found",
-    help="The class, or a column for each class with 1 in one of them. `a,b,else=c`: rows without a 1 are of class c.",
+    help="The class, or a column for each class with 1 in one of them. `a,b,else=c`: rows without a 1 are of class c. "
+    "none: images without labels, for prediction alone.",
 )
 @click.option(
     "--group",
@@ -163,7 +172,8 @@ class Ratio(click.ParamType):
     type=Ratio(),
     default="70/10/20",
     help="Ratio of images in train, val and test, in any unit. More for test makes intervals narrower, and "
-    "leaves less to train on.",
+    "leaves less to train on. Or 5fold:2: of five equal parts the second is for test, and the rest for train and val, "
+    "7 to 1.",
 )
 @click.option(
     "--split-unit",
@@ -197,7 +207,7 @@ def main(
     test_source: Path | None,
     shard_mb: int,
     workers: int | None,
-    split: tuple[int, int, int],
+    split: tuple[int, ...],
     split_unit: str,
     split_file: Path | None,
     seed: int,
@@ -218,7 +228,7 @@ def main(
         raise UsageError(f"{' and '.join(named)} exclude each other: choose one")
 
     from preprocess.isic2018 import read_test_source
-    from preprocess.labelled import Columns, read_classes_file
+    from preprocess.labelled import NONE, Columns, read_classes_file
     from preprocess.layouts import read_folder
     from preprocess.mapping import map_labels
     from preprocess.packing import Settings, pack
@@ -226,15 +236,19 @@ def main(
     from shards.labelmap import read_map
     from shards.place import refuse_occupied
 
+    if test_source and len(split) == 2:
+        raise UsageError("--split 5fold and --test-source both name the test split: leave one of them out")
+    if test_source and label == NONE:
+        raise UsageError(f"--label {NONE} and --test-source: a set without labels is not split; leave one of them out")
     refuse_occupied(out, overwrite)
     assigned = None if split_file is None else read_splits(split_file)
     assigned_from = {} if split_file is None else {"file": split_file.name, "file_sha256": sha256_of(split_file)}
     columns = Columns(image, _listed(label), _listed(group), split_column)
-    classes = None if classes_file is None else read_classes_file(classes_file)
+    named_classes = None if classes_file is None else read_classes_file(classes_file)
     labels = None if map_name is None else read_map(map_name)
-    raw, splits, layout = read_folder(source, tables, columns, classes if labels is None else None)
+    raw, splits, layout = read_folder(source, tables, columns, named_classes if labels is None else None)
     if labels is not None:
-        map_labels(raw, labels, classes)
+        map_labels(raw, labels, named_classes)
     if splits is not None and assigned is None and not by_ratio:
         assigned, assigned_from = splits, {"column": raw.about["columns"]["split"]}
     test = read_test_source(test_source) if test_source else None
@@ -247,7 +261,8 @@ def main(
         )
     settings = Settings(
         encode=spec,
-        ratio=split,
+        ratio=(split[0], split[1], split[2]) if len(split) == 3 else Settings.ratio,
+        fold=(split[0], split[1]) if len(split) == 2 else None,
         seed=seed,
         unit=split_unit,
         assigned=assigned,
@@ -261,7 +276,8 @@ def main(
         packed = pack(raw, out, settings, test)
     for warning in packed.warnings:
         _warn(warning)
-    click.echo(f"layout: {layout}; {len(raw.classes)} classes, groups by {' and '.join(raw.group) or 'image'}")
+    classes = f"{len(raw.classes)} classes" if raw.classes else "no labels, for prediction alone"
+    click.echo(f"layout: {layout}; {classes}, groups by {' and '.join(raw.group) or 'image'}")
     click.echo(packed.manifest.table())
     if test is not None and test.about["known_missing"]:
         click.echo(f"{', '.join(test.about['known_missing'])}: left out, as the official test archive and scoring do")

@@ -11,6 +11,9 @@ from shards.common.errors import DataError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 """Endings of image files, in lower case."""
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLIT_NAMES |= {"test": "test", "testing": "test"}
+"""What tables, folders and tars call the splits, in lower case."""
 SURPLUS = ""
 """The key in a row for the text behind its last column."""
 _SEPARATORS = ",;\t|"

@@ -5,12 +5,14 @@ $ python -m shards verify data/shards
 data/shards: 6 shards and 10,015 samples are whole
 """
 
+import json
 from pathlib import Path
 
 import click
 
 from shards.common import cli
 from shards.common.errors import DataError
+from shards.format import INDEX_TYPES
 
 
 @click.group(cls=cli.Group)
@@ -20,12 +22,18 @@ def main() -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-def info(folder: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object, for programs.")
+def info(folder: Path, as_json: bool) -> None:
     """Print the settings, sizes and counts of the set in FOLDER."""
     from shards.shardset import ShardSet
 
     with ShardSet(folder) as data:
         manifest = data.manifest
+        columns = {field.name: str(field.type) for field in data.table.schema}
+        if as_json:
+            about = json.loads(manifest.to_json()) | {"samples": len(data), "columns": columns}
+            click.echo(json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False))
+            return
         encode, sides = manifest.encode, [data.column(name) for name in ("width", "height")]
         click.echo(f"{folder}: format {manifest.format_version}, {len(data)} samples")
         click.echo(
@@ -36,7 +44,11 @@ def info(folder: Path) -> None:
         for split in manifest.counts:
             shards = [shard.bytes for shard in manifest.shards if shard.split == split]
             click.echo(f"{split}: {len(shards)} shards, {sum(shards) / 1e6:.1f} MB")
+        if not manifest.classes:
+            click.echo("no labels: the set is for prediction alone")
         click.echo(f"{manifest.table()}\ngroups from {', '.join(manifest.group) or 'no column: each image is its own'}")
+        if further := [name for name in columns if name not in INDEX_TYPES]:
+            click.echo(f"columns of the source: {', '.join(further)}")
         for name, members in manifest.classes.sets.items():
             click.echo(f"{name}: {', '.join(members)}")
         click.echo(f"licence: {manifest.licence}\ncite: {manifest.citation}")

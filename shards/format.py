@@ -25,7 +25,7 @@ MOST_CLASSES = 65_535
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a set; the label of a class is its position in `names`.
+    """The classes of a set; the label of a class is its position in `names`. None: the set has no labels.
 
     long_names: name → what it is called in words, for those that have such a name. sets: classes of interest, as in
     {"malignant": ("mel", "bcc")}: they are also measured together, against all others.
@@ -37,7 +37,7 @@ class Classes:
 
     def __post_init__(self) -> None:
         """Check the names. Raises ValueError."""
-        if not 2 <= len(self.names) <= MOST_CLASSES:
+        if self.names and not 2 <= len(self.names) <= MOST_CLASSES:
             raise ValueError(f"{len(self.names)} classes, and 2 to {MOST_CLASSES:,} are needed")
         named = (*self.names, *self.sets, *self.long_names, *self.long_names.values())
         if wrong := [name for name in named if type(name) is not str or not name.strip() or not name.isprintable()]:
@@ -112,6 +112,7 @@ ENCODINGS = ("jpg", "raw")
 INDEX_TYPES: dict[str, str] = {
     "image_id": "string",
     "lesion_id": "string",
+    "group": "string",
     "dx": "string",
     "label": "uint8",
     "dx_type": "string",
@@ -128,19 +129,22 @@ INDEX_TYPES: dict[str, str] = {
     "width": "uint16",
     "xxh3": "uint64",
 }
-"""The columns of index.parquet and their Arrow types, in order. `age` may be null; a null `lesion_id` (the official
-ISIC 2018 test labels carry none) makes every image a lesion of its own."""
+"""The format's own columns of index.parquet and their Arrow types, in order; columns of the source follow. A null
+`group` (the official ISIC 2018 test labels name no lesion) makes an image a group of its own."""
 
 
-def index_schema(classes: Classes) -> "pa.Schema":
-    """The Arrow schema of index.parquet. Labels are uint8 for up to 256 classes, and uint16 for more."""
+def index_schema(classes: Classes, source: "pa.Schema | None" = None) -> "pa.Schema":
+    """The Arrow schema of index.parquet. Labels are uint8 for up to 256 classes, and uint16 for more.
+
+    source: further columns, which the source has.
+    """
     import pyarrow as pa
 
-    nullable = {"age", "lesion_id", "dx_type", "sex", "localization", "dataset"}
+    nullable = {"age", "lesion_id", "group", "dx_type", "sex", "localization", "dataset"}
+    nullable |= set() if classes else {"dx"}
     types = INDEX_TYPES | ({"label": "uint16"} if len(classes) > 256 else {})
-    return pa.schema(
-        [pa.field(name, pa.type_for_alias(kind), nullable=name in nullable) for name, kind in types.items()]
-    )
+    own = [pa.field(name, pa.type_for_alias(kind), nullable=name in nullable) for name, kind in types.items()]
+    return pa.schema([*own, *(source or [])])
 
 
 @dataclass(frozen=True)
@@ -344,7 +348,7 @@ class Manifest:
     versions: dict[str, str]  # of the libraries that decide the bytes
     shards: tuple[ShardInfo, ...]
     index_sha256: str  # run folders and loader states name the set by it
-    group: tuple[str, ...] = ("lesion_id",)  # the columns of the source that `lesion_id` in the index was made from
+    group: tuple[str, ...] = ("lesion_id",)  # the columns of the source that `group` in the index was made from
     attached: dict[str, str] = field(default_factory=dict)  # SHA-256 of quarantine.csv, if the set has one
     manifest_sha256: str | None = None  # of the content; None if an older release packed the set
 
@@ -417,7 +421,7 @@ class Manifest:
         """Samples of each class and split, as text: a line a class, and the sums."""
         head = ["class", *self.counts, "all"]
         rows = [[name, *(counts[name] for counts in self.counts.values())] for name in self.classes.names]
-        rows.append(["all", *(sum(counts.values()) for counts in self.counts.values())])
+        rows.append(["all", *(sum(s.samples for s in self.shards if s.split == split) for split in self.counts)])
         rows = [[name, *(f"{n:,}" for n in (*counts, sum(counts)))] for name, *counts in rows]
         if len(rows) > _MOST_ROWS:
             rows[_MOST_ROWS - 1 : -1] = [[f"… {len(rows) - _MOST_ROWS} more classes", *[""] * (len(head) - 1)]]

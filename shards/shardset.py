@@ -19,7 +19,6 @@ from shards.format import (
     AGAIN,
     ENCODINGS,
     INDEX,
-    INDEX_TYPES,
     MANIFEST,
     MOST_PIXELS,
     QUARANTINE,
@@ -30,18 +29,17 @@ from shards.format import (
 from shards.kernels.workers import LOADED, LOST, LOST_BYTES, check, rows_of
 from shards.subsets import nested_subset
 from shards.tar import index_of
+from shards.where import mask
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_NUMERIC = tuple(name for name, kind in INDEX_TYPES.items() if kind != "string")
 
 
 @dataclass(frozen=True)
 class Selection:
     """Some samples of a shard set: `samples` are row numbers of the index, (N,) int64, ascending.
 
-    `split`, `fraction` and `subset_seed` say how they were selected; run records keep them.
+    `split`, `fraction`, `subset_seed` and `where` say how they were selected; run records keep them.
     """
 
     data: "ShardSet"
@@ -49,6 +47,7 @@ class Selection:
     split: str
     fraction: float = 1.0
     subset_seed: int = 0
+    where: str | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -66,7 +65,7 @@ class Selection:
 
     @cached_property
     def lesion_ids(self) -> np.ndarray:
-        """(N,) lesion names, as objects; an image without a lesion gets its own, named after the image."""
+        """(N,) groups, as objects: what no split divides; an image without one gets its own, named after the image."""
         return self.data.lesion_names[self.samples]
 
 
@@ -103,6 +102,8 @@ class ShardSet:
             self.table.validate(full=True)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{index}: damaged ({one_line(error, 160)}); {AGAIN}") from None
+        if "group" not in self.table.column_names and "lesion_id" in self.table.column_names:  # version 1
+            self.table = self.table.append_column("group", self.table["lesion_id"])
         self._columns: dict[str, np.ndarray] = {}
         self._maps: dict[int, memoryview] = {}
         self._check_files()
@@ -135,8 +136,11 @@ class ShardSet:
                 raise damaged(f"its column '{field.name}' is {column.type}, and not {field.type}")
             if not field.nullable and column.null_count:
                 raise damaged(f"its column '{field.name}' has {column.null_count} empty cells")
+        twice = [name for name in self.table.column_names if self.table.column_names.count(name) > 1]
+        if twice:
+            raise damaged(f"has {len(twice)} columns '{twice[0]}'")
         for name, known in (("encoding", ENCODINGS), ("split", SPLITS), ("dx", names)):
-            found = pc.unique(self.table[name]).to_pylist()
+            found = pc.unique(self.table[name].drop_null()).to_pylist()
             if unknown := sorted(set(found) - set(known)):
                 raise damaged(
                     f"its column '{name}' says '{unknown[0]}', which is none of {one_line(', '.join(known), 160)}"
@@ -147,7 +151,7 @@ class ShardSet:
         )
         raw = pc.equal(self.table["encoding"], "raw").to_numpy()
         sizes = np.array([info.bytes for info in self.manifest.shards], np.uint64)
-        classes = pc.index_in(self.table["dx"], pa.array(names)).to_numpy()
+        classes = pc.index_in(self.table["dx"], pa.array(names or (None,), pa.string())).to_numpy()
         known_shard = shard < len(sizes)
         known_rows = np.where(known_shard, shard, 0)
         room = sizes[known_rows]
@@ -169,6 +173,8 @@ class ShardSet:
         for info, rows in zip(self.manifest.shards, np.bincount(shard, minlength=len(sizes)), strict=True):
             if rows != info.samples:
                 raise damaged(f"has {rows} samples of {info.file}, and the manifest says {info.samples}")
+        if not names:
+            return
         found = np.bincount(split * len(names) + label, minlength=len(SPLITS) * len(names))
         for (name, dx), rows in zip(product(SPLITS, names), found.tolist(), strict=True):
             if rows != (said := self.manifest.counts.get(name, {}).get(dx, 0)):
@@ -195,9 +201,13 @@ class ShardSet:
         self._maps.clear()
 
     def column(self, name: str) -> np.ndarray:
-        """One column of the index, (samples,): its own numeric type, or objects for text. Read-only."""
+        """One column of the index, (samples,): its own numeric type, or objects for text. Read-only.
+
+        Null is None in text and bool, and NaN in numbers, which are float64 then. Raises KeyError for an unknown name.
+        """
         if name not in self._columns:
-            self._columns[name] = self.table[name].to_numpy() if name in _NUMERIC else _objects(self.table, name)
+            text = str(self.table.schema.field(name).type) == "string"
+            self._columns[name] = _objects(self.table, name) if text else self.table[name].to_numpy()
             self._columns[name].setflags(write=False)
         return self._columns[name]
 
@@ -208,14 +218,19 @@ class ShardSet:
 
     @cached_property
     def lesion_names(self) -> np.ndarray:
-        """(samples,) lesion of each image, as objects; `image:<image_id>` if the source names none."""
-        lesions, images = self.column("lesion_id"), self.column("image_id")
+        """(samples,) group of each image, as objects: what no split divides; `image:<image_id>` if it has none."""
+        lesions, images = self.column("group"), self.column("image_id")
         return np.array([f"image:{i}" if le is None else le for le, i in zip(lesions, images, strict=True)], object)
 
-    def select(self, split: str = "train", fraction: float = 1.0, subset_seed: int = 0) -> Selection:
+    def select(
+        self, split: str = "train", fraction: float = 1.0, subset_seed: int = 0, where: str | None = None
+    ) -> Selection:
         """The samples of a split, or a nested, lesion-whole fraction of the training split (`shards/subsets.py`).
 
-        Raises UsageError for an unknown or empty split, a fraction outside (0, 1], or a fraction of val or test.
+        where: takes only images that meet a condition on the columns of the index, such as `sex == 'female' and
+        age >= 60` (`shards/where.py`). A fraction is one of the images that meet it. Raises UsageError for an unknown
+        or empty split, a fraction outside (0, 1], a fraction of val or test, or a condition that is wrong or that no
+        image meets.
         """
         if split not in SPLITS:
             raise UsageError(f"split '{split}' is unknown: use one of {', '.join(SPLITS)}")
@@ -226,10 +241,19 @@ class ShardSet:
         samples = np.flatnonzero(self.column("split") == split)
         if not len(samples):
             raise UsageError(f"{self.path}: split '{split}' is empty; pack with another --split")
+        if where is not None:
+            samples = samples[mask(where, self.table)[samples]]
+            if not len(samples):
+                raise UsageError(f"{self.path}: no image of split '{split}' meets the condition {one_line(where, 160)}")
         if fraction < 1.0:
             labels, lesions = self.column("label")[samples], self.lesion_names[samples]
             samples = samples[nested_subset(labels, lesions.tolist(), fraction, subset_seed)]
-        return Selection(self, samples.astype(np.int64), split, fraction, subset_seed)
+        return Selection(self, samples.astype(np.int64), split, fraction, subset_seed, where)
+
+    def require_labels(self) -> None:
+        """Raise UsageError if the set has no labels."""
+        if not self.manifest.classes:
+            raise UsageError(f"{self.path}: has no labels, so nothing can be trained on it; name another --data")
 
     def shard(self, number: int) -> memoryview:
         """The bytes of one tar, mapped and not read. Raises DataError if the file cannot be mapped."""

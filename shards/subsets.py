@@ -55,15 +55,26 @@ def split_lesions(
     if len(ratio) != 3 or ratio[0] <= 0 or min(ratio) < 0:
         raise UsageError(f"split {'/'.join(map(str, ratio))}: give train/val/test as three numbers, train above 0")
     groups = _Lesions(labels, lesions)
-    keys = _keys(groups.names.tolist(), seed, "split")
-    shares = np.array(ratio, np.float64) / sum(ratio)
-    wanted = [s for s in range(3) if ratio[s] > 0]
+    return np.array(SPLITS, dtype=object)[_dealt(groups, np.array(ratio), seed, "split")][groups.of_image]
+
+
+def fold_of(labels: np.ndarray, lesions: Sequence[str], folds: int, seed: int = 0) -> np.ndarray:
+    """(N,) int64, the fold of each image, 0 to folds − 1: dealt as `split_lesions` does, in equal shares."""
+    groups = _Lesions(labels, lesions)
+    return _dealt(groups, np.ones(folds, np.int64), seed, "fold")[groups.of_image]
+
+
+def _dealt(groups: _Lesions, ratio: np.ndarray, seed: int, use: str) -> np.ndarray:
+    """The part of each lesion, 0 to len(ratio) − 1; parts with ratio 0 get none."""
+    keys = _keys(groups.names.tolist(), seed, use)
+    shares = ratio.astype(np.float64) / ratio.sum()
+    wanted = [s for s in range(len(ratio)) if ratio[s] > 0]
     choice = np.zeros(len(groups.names), np.int64)
     for label in np.unique(groups.labels):
         members = np.flatnonzero(groups.labels == label)
         members = members[np.argsort(keys[members], kind="stable")]
         target = shares * groups.sizes[members].sum()
-        given = np.zeros(3)
+        given = np.zeros(len(ratio))
         for i, lesion in enumerate(members):
             if i < len(wanted) <= len(members):
                 split = wanted[i]
@@ -71,7 +82,7 @@ def split_lesions(
                 split = max(wanted, key=lambda s: target[s] - given[s])
             choice[lesion] = split
             given[split] += groups.sizes[lesion]
-    return np.array(SPLITS, dtype=object)[choice][groups.of_image]
+    return choice
 
 
 def nested_subset(labels: np.ndarray, lesions: Sequence[str], fraction: float, seed: int = 0) -> np.ndarray:

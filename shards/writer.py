@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import xxhash
 
@@ -23,7 +23,6 @@ from shards.format import (
     FORMAT_VERSION,
     HAM10000,
     INDEX,
-    INDEX_TYPES,
     MANIFEST,
     Classes,
     EncodeSpec,
@@ -33,6 +32,9 @@ from shards.format import (
 )
 from shards.place import beside, real_place, recover, refuse_occupied, replace
 from shards.tar import BLOCK, Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _GROUP_ROWS = 16_384
 """Rows per Parquet row group: all of HAM10000 is one."""
@@ -44,7 +46,8 @@ class PackedSample:
     """One encoded image with its metadata, ready to be written.
 
     payload: a JPEG file, or a `.npy` file of (height, width, 3) uint8 RGB. metadata: the index's columns from
-    `image_id` to `dataset`, `label` left out (it follows from `dx`).
+    `image_id` to `dataset`, `label` left out (it follows from `dx`; None in a set without labels), and those of the
+    source. `group` is `lesion_id` if it is left out.
     """
 
     payload: bytes
@@ -58,13 +61,13 @@ class PackedSample:
 class IndexFile:
     """A new index.parquet; `add` each row, then `finish`. Rows go to the file in groups: memory holds one group."""
 
-    def __init__(self, path: Path, classes: Classes) -> None:
+    def __init__(self, path: Path, classes: Classes, source: "pa.Schema | None" = None) -> None:
         import pyarrow.parquet as pq
 
-        self.path, self._schema = path, index_schema(classes)
+        self.path, self._schema = path, index_schema(classes, source)
         self._file = path.open("wb")  # Python's own file: a full disk is then an OSError that commands explain
         self._writer: Any = pq.ParquetWriter(self._file, self._schema, compression="zstd", write_statistics=False)
-        self._columns: dict[str, list[Any]] = {name: [] for name in INDEX_TYPES}
+        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._waiting = 0
 
     def add(self, row: dict[str, Any]) -> None:
@@ -79,7 +82,7 @@ class IndexFile:
         import pyarrow as pa
 
         self._writer.write_table(pa.table(self._columns, schema=self._schema))
-        self._columns = {name: [] for name in INDEX_TYPES}
+        self._columns = {name: [] for name in self._schema.names}
         self._waiting = 0
 
     def finish(self) -> str:
@@ -115,9 +118,11 @@ class ShardSetWriter:
         shard_bytes: int,
         overwrite: bool = False,
         classes: Classes = HAM10000,
+        columns: "pa.Schema | None" = None,
     ) -> None:
         """Open `out` for writing. classes: those of the set; every sample's `dx` is one of them.
 
+        columns: further columns of the index, which every sample's metadata has.
         Raises UsageError if `shard_bytes` is under 1 MiB. Raises DataError if `out` holds a shard set and `overwrite`
         is False, if it holds anything else or cannot be renamed, and if another process is packing to it.
         """
@@ -143,7 +148,7 @@ class ShardSetWriter:
             if self._partial.exists():  # left by a killed packing
                 shutil.rmtree(self._partial)
             self._partial.mkdir()
-            self._index = IndexFile(self._partial / INDEX, classes)
+            self._index = IndexFile(self._partial / INDEX, classes, columns)
         except BaseException:
             self._release_lock()
             raise
@@ -193,12 +198,16 @@ class ShardSetWriter:
         if image_id in self._seen:
             raise DataError(f"{image_id}: is twice in the source; every image_id must be unique")
         self._seen.add(image_id)
-        label = self._label[sample.metadata["dx"]]
-        record = {**sample.metadata, "label": label, "split": sample.split}
+        dx = sample.metadata["dx"]
+        label = self._label[dx] if self.classes else 0
+        record = {"group": sample.metadata["lesion_id"], **sample.metadata, "label": label, "split": sample.split}
+        unsaid = {"label"} if not self.classes else set()
+        unsaid |= {"group"} if record["group"] == record["lesion_id"] else set()
+        said = {name: value for name, value in record.items() if name not in unsaid}
         members = [
             (_SUFFIX[sample.encoding], sample.payload),
-            ("cls", str(label).encode()),
-            ("json", json.dumps(record, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()),
+            *([("cls", str(label).encode())] if self.classes else []),
+            ("json", json.dumps(said, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()),
         ]
         shard = self._shard_for(sample.split, sum(len(content) + 2 * BLOCK for _, content in members))
         offset = shard.add(image_id, members)
@@ -212,7 +221,8 @@ class ShardSetWriter:
             "xxh3": xxhash.xxh3_64_intdigest(sample.payload),
         }
         self._index.add(record)
-        self._counts[sample.split][sample.metadata["dx"]] += 1
+        if self.classes:
+            self._counts[sample.split][dx] += 1
 
     def _shard_for(self, split: str, size: int) -> Shard:
         """The shard for the next sample of `split`: the open one, unless it is full or of another split."""
@@ -250,7 +260,7 @@ class ShardSetWriter:
     ) -> Manifest:
         """Close the last shard, write the index and the manifest, and move the folder into place.
 
-        group: the columns of the source that `lesion_id` was made from; none if each image is a group of its own.
+        group: the columns of the source that `group` was made from; none if each image is a group of its own.
         Raises DataError if nothing was packed, if a value cannot be read back, and if something else was put into the
         final folder meanwhile.
         """

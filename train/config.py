@@ -129,6 +129,11 @@ class Config:
     subset_seed: int = _option(
         0, "Seed that picks the lesions of a fraction. It changes nothing at fraction 1.", least=0, run_only=True
     )
+    where: str | None = _option(
+        None,
+        "Use only images that meet this condition on columns of the set, in all splits. A fraction is one of these. "
+        "Example: \"sex == 'female' and age >= 60\".",
+    )
     epochs: int = _option(30, "Passes over the training images. The time grows in proportion.", least=1)
     steps: int | None = None
     batch_size: int = _option(
@@ -451,6 +456,7 @@ def check_batch(config: Config, family: str, processes: int = 1) -> None:
 
 
 ADDED = {
+    "where": None,
     "threads": None,
     "normalize": "auto",
     "interpolation": "auto",

@@ -165,7 +165,7 @@ def finish(
 
 def _lesions(selection: Selection) -> int | None:
     """Number of lesions that the images of a split show; None if the source does not name lesions."""
-    if all(lesion is None for lesion in selection.data.column("lesion_id")[selection.samples]):
+    if all(lesion is None for lesion in selection.data.column("group")[selection.samples]):
         return None
     return len(np.unique(selection.lesion_ids))
 

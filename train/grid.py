@@ -105,7 +105,7 @@ def main(
             parse_seeds(seeds, "--seeds"),
             None if subset_seeds is None else parse_seeds(subset_seeds, "--subset-seeds"),
             budget,
-            lambda fraction, seed: len(data.select("train", fraction, seed)),
+            lambda fraction, seed: len(data.select("train", fraction, seed, base.where)),
         )
         settings = study_settings(base, budget, data)
     with StudyFolder(out, settings) as folder:

@@ -65,10 +65,11 @@ def choose_data(config: Config, data: ShardSet, family: str, world: World) -> di
 
     Raises UsageError if the images, the ranks or the device do not allow the run.
     """
-    found = {"train": data.select("train", config.fraction, config.subset_seed)}
+    data.require_labels()
+    found = {"train": data.select("train", config.fraction, config.subset_seed, config.where)}
     if "val" in data.column("split"):
-        found["val"] = data.select("val")
-    found["test"] = data.select("test")
+        found["val"] = data.select("val", where=config.where)
+    found["test"] = data.select("test", where=config.where)
     if config.sync_batch_norm and family != "batchnorm":
         raise UsageError(f"--sync-batch-norm: {config.model} has no batch norm; leave the option out")
     if config.sync_batch_norm and world.device.type == "cpu":

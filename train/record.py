@@ -266,14 +266,15 @@ def write_predictions(
 ) -> None:
     """predictions.parquet: image_id, lesion_id, split, label, `logit_<dx>` and `prob_<dx>`, one row an image.
 
-    selections: the splits. logits, probabilities: (N, classes) float of each. about: the prior and temperature of the
-    probabilities, which become the file's metadata.
+    lesion_id: the set's `group`. selections: the splits. logits, probabilities: (N, classes) float of each. about: the
+    prior and temperature of the probabilities, which become the file's metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     data, samples = selections[0].data, np.concatenate([one.samples for one in selections])
-    columns = {name: data.column(name)[samples] for name in ("image_id", "lesion_id", "split", "label")}
+    names = {"image_id": "image_id", "lesion_id": "group", "split": "split", "label": "label"}
+    columns = {name: data.column(column)[samples] for name, column in names.items()}
     for kind, parts in (("logit", logits), ("prob", probabilities)):
         values = np.concatenate(parts).astype(np.float32)
         columns |= {f"{kind}_{dx}": values[:, c] for c, dx in enumerate(data.manifest.classes.names)}

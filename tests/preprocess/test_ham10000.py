@@ -40,7 +40,8 @@ def test_a_good_folder(raw):
     assert len(source.records) == 60
     for record, row in zip(source.records, rows(60), strict=True):
         assert (raw / record.file).is_file() and record.image_id in record.file
-        assert record.metadata() == row | {"age": float(row["age"]) if row["age"] else None}
+        age = float(row["age"]) if row["age"] else None
+        assert record.metadata() == row | {"age": age, "group": row["lesion_id"]}
 
 
 def test_layouts_do_not_matter(raw, tmp_path):

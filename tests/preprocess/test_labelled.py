@@ -68,7 +68,7 @@ def test_any_table_is_packed_from_any_format(photos, tmp_path, command):
     manifest = data.manifest
     assert manifest.classes.names == ("melanoma", "mole") and manifest.classes.sets == {"melanoma": ("melanoma",)}
     assert manifest.group == ("patient_id",) and len(data) == 24
-    of_patient = set(zip(data.column("lesion_id"), data.column("split"), strict=True))
+    of_patient = set(zip(data.column("group"), data.column("split"), strict=True))
     assert len(of_patient) == 12  # patients have both classes, and no split divides one
     assert manifest.source["columns"] == {"image": "photo", "label": ["dx"], "split": None}
     for sample, name in enumerate(data.column("image_id")):
@@ -137,9 +137,9 @@ def test_unknown_groups_are_groups_of_their_own_and_several_columns_name_one_tog
         rows[n]["dx"] = "melanoma"
     write_table(table, rows)
     source, _, _ = read(photos, table)
-    assert [r.lesion_id for r in source.records[:6]] == [None] * 4 + ["PAT_2", "PAT_2"]
+    assert [r.group for r in source.records[:6]] == [None] * 4 + ["PAT_2", "PAT_2"]
     source, _, _ = read(photos, table, group=("patient_id", "lesion"))
-    assert [r.lesion_id for r in source.records[2:6]] == ["/2", "/3", "PAT_2/4", "PAT_2/5"]
+    assert [r.group for r in source.records[2:6]] == ["/2", "/3", "PAT_2/4", "PAT_2/5"]
 
 
 def test_a_lesion_has_one_label_and_a_patient_may_have_several(photos, tmp_path):
@@ -345,7 +345,7 @@ def test_layouts_are_found_and_packed(name, tmp_path, command):
     assert data.manifest.classes.names == classes and data.manifest.group == group and len(data) == 24
     assert data.manifest.source["dataset"] == name and len(data.manifest.citation) > 20
     assert "malignant" in data.manifest.classes.sets
-    found = dict(zip(data.column("image_id"), data.column("lesion_id"), strict=True))
+    found = dict(zip(data.column("image_id"), data.column("group"), strict=True))
     expected = {"PAD-UFES-20": "PAT_3/3", "ISIC 2019": None, "ISIC 2018 Task 3": "HAM_3"}
     assert found["ISIC_0000003"] == expected.get(name, "IL_3")
 
@@ -488,7 +488,7 @@ def test_real_tables_have_the_classes_and_groups_that_pandas_counts(tables, tmp_
     source, _, _ = read(tmp_path, *(tables / file for file in files), **given)
     assert not source.rejected
     assert Counter(r.dx for r in source.records) == Counter(labels)
-    found = [r.lesion_id for r in source.records]
+    found = [r.group for r in source.records]
     if groups is None:
         assert set(found) == {None}
         return

@@ -94,6 +94,7 @@ def test_dalis_own_reader_reads_our_tars_by_our_index(shard_sets):
 def test_the_index_has_the_columns_of_the_format(tiny_shards):
     data = ShardSet(tiny_shards)
     found = [(field.name, str(field.type).replace("float", "float32")) for field in data.table.schema]
+    assert np.array_equal(data.column("group"), data.column("lesion_id"))
     assert found == list(INDEX_TYPES.items())
     assert np.isnan(data.column("age")[0]) and data.column("age")[1] == 21
 

@@ -52,7 +52,7 @@ def training_selection(run: Path, data: Path | None = None) -> Selection:
     shards = ShardSet(folder)
     if shards.manifest.index_sha256 != result["shard_set_sha256"]:
         raise DataError(f"{folder}: not the shard set that {run} was trained on; name that one with --data")
-    return shards.select("train", config.fraction, config.subset_seed)
+    return shards.select("train", config.fraction, config.subset_seed, config.where)
 
 
 class Neighbours:

@@ -1,6 +1,5 @@
 """How much a split by image inflates the scores: two training sets of one size, and the difference between them."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +48,7 @@ def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> 
     A set that exists already and comes from the same source is kept.
     """
     import numpy as np
+    import pyarrow as pa
 
     from shards.format import INDEX_TYPES, MANIFEST, Manifest
     from shards.writer import PackedSample, ShardSetWriter
@@ -59,13 +59,14 @@ def write_arm(data: "ShardSet", training: "np.ndarray", arm: str, out: Path) -> 
         if there.source == source and there.identity | {"shard_set": ""} == here.identity | {"shard_set": ""}:
             return
     names = list(INDEX_TYPES)
-    kept = [name for name in names[: names.index("split")] if name != "label"]
+    further = pa.schema([field for field in data.table.schema if field.name not in names])
+    kept = [name for name in (*names[: names.index("split")], *further.names) if name != "label"]
     splits = data.column("split")
     rows = np.concatenate([training, np.flatnonzero(splits == "val"), np.flatnonzero(splits == "test")])
-    with ShardSetWriter(out, data.manifest.encode, 64 << 20, overwrite=True, classes=data.manifest.classes) as writer:
+    encode, classes = data.manifest.encode, data.manifest.classes
+    with ShardSetWriter(out, encode, 64 << 20, overwrite=True, classes=classes, columns=further) as writer:
         for row in rows.tolist():
-            metadata: dict[str, Any] = {name: data.column(name)[row] for name in kept}
-            metadata["age"] = None if math.isnan(metadata["age"]) else float(metadata["age"])
+            metadata: dict[str, Any] = {name: data.table[name][row].as_py() for name in kept}
             writer.add(
                 PackedSample(
                     bytes(data.read(row)),

@@ -147,7 +147,7 @@ def _of_folders(names: set[str]) -> Layout | None:
     """The layout that has the classes which folders are named after. Two classes are too few to tell."""
     for layout in layouts():
         if layout.classes is not None and len(layout.classes) == len(names) > 2:
-            spelled = layout.spelled | {name.casefold(): name for name in layout.classes.names}
+            spelled = {**layout.spelled} | {name.casefold(): name for name in layout.classes.names}
             if {spelled.get(name.casefold()) for name in names} == set(layout.classes.names):
                 return layout
     return None

@@ -15,7 +15,9 @@ def map_labels(source: Source, labels: LabelMap, classes: Classes | None) -> Non
     classes: those of the new set; None: those of the map. Raises UsageError for a label that the map does not name, and
     for a counterpart that is none of the classes; DataError if no image is left.
     """
-    counts = Counter(record.dx for record in source.records)
+    counts = Counter(record.dx for record in source.records if record.dx is not None)
+    if not counts:
+        raise UsageError(f"--map {labels.name}: the images have no labels; leave --map out")
     mapped, without = labels.split(sorted(counts))
     source.classes = classes or labels.classes
     if unknown := sorted(set(mapped.values()) - set(source.classes.names)):

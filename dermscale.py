@@ -32,6 +32,7 @@ COMMANDS = {
     "info": Command("shards.__main__", "Print the settings, sizes and counts of a shard set.", "info"),
     "verify": Command("shards.__main__", "Read every byte of a shard set and compare all checksums.", "verify"),
     "show": Command("shards.__main__", "Draw the first training batch of a shard set.", "show"),
+    "overlap": Command("shards.__main__", "List the images that are in two shard sets.", "overlap"),
     "run": Command("train.run", "Train and evaluate one model."),
     "grid": Command("train.grid", "Train every model on every fraction with every seed: a study."),
     "leakage": Command("train.leakage", "Measure how much a split by image overestimates accuracy."),

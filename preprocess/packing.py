@@ -20,14 +20,24 @@ import cv2
 import numpy as np
 import xxhash
 
-from preprocess.records import Record, Rejected, Source, quarantine_csv
+from preprocess.records import Record, Rejected, Source, join_groups, quarantine_csv
 from shards.common.errors import DataError, one_line
 from shards.common.files import full_disk_names
 from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
-from shards.encode import JPEG, TOGETHER, BadImageError, Encoded, encode_images, encode_pixels
-from shards.format import QUARANTINE, SPLITS, EncodeSpec, Manifest
+from shards.duplicates import Copy, copies_csv, find_copies, image_hash
+from shards.encode import (
+    JPEG,
+    TOGETHER,
+    BadImageError,
+    Encoded,
+    decode_upright,
+    encode_images,
+    encode_pixels,
+    shrink,
+)
+from shards.format import DUPLICATES, QUARANTINE, SPLITS, EncodeSpec, Manifest
 from shards.pictures import decode_picture
 from shards.subsets import fold_of, split_lesions
 from shards.writer import PackedSample, ShardSetWriter
@@ -57,6 +67,7 @@ class Settings:
     workers: int = 1
     skip_bad: bool = False
     overwrite: bool = False
+    join_duplicates: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,9 +138,13 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             if each.rejected:
                 raise each.error(each.rejected[0])
     keep_freed_memory()
+    if settings.join_duplicates:
+        _join_duplicates(source, settings)
     jobs = _jobs(source, test, settings)
     rejected = [r for each in sources for r in each.rejected]
     tally, columns = _Tally(), _Columns(sources)
+    packed: list[_Job] = []
+    hashes: list[int] = []
     with (
         full_disk_names(out),
         single_threaded_opencv(),
@@ -149,10 +164,16 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             else:
                 writer.add(_sample(job, encoded, columns.of(job)))
                 tally.count(job, encoded)
+                packed.append(job)
+                hashes.append(encoded.hash)
         if not tally.pixels:
             raise DataError(f"{source.folder}: no training image could be packed ({len(rejected)} were left out)")
         if rejected:
             writer.attach(QUARANTINE, quarantine_csv(rejected))
+        copies = _copies(packed, hashes, settings.encode.max_resolution)
+        if copies:
+            names = [job.record.image_id for job in packed]
+            writer.attach(DUPLICATES, copies_csv(copies, names, names))
         mean, std = tally.moments()
         ratio, unit = _ratio(settings, test), settings.unit
         if settings.assigned is not None:
@@ -173,6 +194,8 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
             group=source.group,
         )
     warnings = _missing_classes(manifest) + (_divided_unit(jobs)[1] if settings.assigned is not None else [])
+    if copies:
+        warnings.append(_said(copies, packed))
     return Packed(manifest, rejected, warnings, time.monotonic() - started)
 
 
@@ -336,6 +359,64 @@ def _encode(jobs: list[_Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
             result = error
         results.append(Rejected(image_id, file, str(result)) if isinstance(result, BadImageError) else result)
     return results
+
+
+def _copies(jobs: list[_Job], hashes: list[int], max_resolution: int) -> list[Copy]:
+    """The copies among images of different groups."""
+    groups = [job.record.group or f"image:{job.record.image_id}" for job in jobs]
+    numbers = np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
+
+    def pixels(number: int) -> np.ndarray:
+        return shrink(_upright(jobs[number]), max_resolution)
+
+    return find_copies(np.array(hashes, np.uint64), pixels, groups=numbers)
+
+
+def _join_duplicates(source: Source, settings: Settings) -> None:
+    """Give copies of one group. All images are decoded for it, once more than packing needs."""
+    jobs = [_Job(source, record, "") for record in source.records]
+
+    def hash_of(job: _Job) -> int:
+        try:
+            return image_hash(shrink(_upright(job), settings.encode.max_resolution))
+        except BadImageError:  # packing will name it
+            return 0
+
+    with (
+        single_threaded_opencv(),
+        Progress("comparing", len(jobs), "images") as bar,
+        ThreadPoolExecutor(settings.workers, thread_name_prefix="hash") as pool,
+        closing(read_ahead(lambda job: [pool.submit(hash_of, job)], jobs, _WINDOW * settings.workers)) as read,
+    ):
+        hashes = []
+        for _, (found,) in read:
+            hashes.append(found)
+            bar.advance(1)
+        copies = _copies(jobs, hashes, settings.encode.max_resolution)
+    names = [record.image_id for record in source.records]
+    joined = join_groups(source.records, [(names[copy.first], names[copy.second]) for copy in copies])
+    source.about["joined_duplicates"] = joined
+
+
+def _said(copies: list[Copy], jobs: list[_Job]) -> str:
+    """What the user should know of copies in different groups."""
+    pairs = [(jobs[copy.first], jobs[copy.second]) for copy in copies]
+    divided = sum(one.split != other.split for one, other in pairs)
+    labels = sum(one.record.dx != other.record.dx for one, other in pairs)
+    first = " and ".join(job.record.image_id for job in pairs[0])
+    return (
+        f"{len(pairs):,} pairs of images of different groups are copies (first: {first}), {divided:,} of them in "
+        f"different splits and {labels:,} with different labels; they are listed in {DUPLICATES}, and "
+        "--join-duplicates makes one group of each"
+    )
+
+
+def _upright(job: _Job) -> np.ndarray:
+    """The pixels of an image as packing decodes them. Raises BadImageError."""
+    data = _read(job)
+    if isinstance(data, Rejected):
+        raise BadImageError(data.reason)
+    return decode_upright(data) if data[:2] == JPEG else decode_picture(data)
 
 
 def _read(job: _Job) -> bytes | Rejected:

@@ -193,6 +193,12 @@ class Ratio(click.ParamType):
     default="stop",
     help="What to do at an image that cannot be packed. skip leaves it out and lists it in quarantine.csv.",
 )
+@click.option(
+    "--join-duplicates",
+    is_flag=True,
+    help="Make one group of images that are copies of each other. Decodes all images once more. Without it, copies in "
+    "different groups are listed in duplicates.csv.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the set in --out when the new one is complete.")
 def main(
     source: Path,
@@ -212,6 +218,7 @@ def main(
     split_file: Path | None,
     seed: int,
     on_bad: str,
+    join_duplicates: bool,
     overwrite: bool,
     **encode: Any,
 ) -> None:
@@ -271,6 +278,7 @@ def main(
         workers=workers or available_cores(),
         skip_bad=on_bad == "skip",
         overwrite=overwrite,
+        join_duplicates=join_duplicates,
     )
     with _terminable():
         packed = pack(raw, out, settings, test)

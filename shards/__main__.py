@@ -148,6 +148,7 @@ def overlap(first: Path, second: Path, out: Path | None) -> None:
     """
     from shards.common.files import write_durably
     from shards.common.progress import Progress
+    from shards.duplicates import copies_csv
     from shards.duplicates import overlap as shared
     from shards.shardset import ShardSet
 
@@ -155,12 +156,11 @@ def overlap(first: Path, second: Path, out: Path | None) -> None:
         with Progress("comparing", len(one) + len(other), "images") as bar:
             copies = shared(one, other, bar.advance)
         mine, theirs = one.column("image_id"), other.column("image_id")
-        rows = [f"{mine[copy.first]},{theirs[copy.second]},{copy.correlation:.4f}" for copy in copies]
-        table = "\n".join(["first,second,correlation", *rows]) + "\n"
+        table = copies_csv(copies, mine.tolist(), theirs.tolist())
         if out is None:
-            click.echo(table, nl=False)
+            click.echo(table.decode(), nl=False)
         else:
-            write_durably(out, table.encode())
+            write_durably(out, table)
         images = [len({copy[side] for copy in copies}) for side in (0, 1)]
         click.echo(
             f"{images[0]:,} of {len(one):,} images of {first} are in {second}, as {images[1]:,} of {len(other):,}",

@@ -10,19 +10,21 @@ of two lesions passes both limits, ISIC_0025226 and ISIC_0030074, and it is a kn
 mirrored or cut by more than two hundredths of its sides is not found.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 
 from shards.common.machine import available_cores, single_threaded_opencv
 from shards.common.readahead import read_ahead
-from shards.shardset import ShardSet
+
+if TYPE_CHECKING:
+    from shards.shardset import ShardSet
 
 MOST_BITS = 6
 """Two copies differ in at most so many bits of their hashes."""
@@ -33,10 +35,10 @@ _FREQUENCIES = 8
 _DETAIL = 64
 _SMOOTH = 4.0
 """Standard deviation of the blur that is taken away, in pixels of 64 a side."""
-_BLOCK = 1 << 22
+_BLOCK = 1 << 18
 """Pairs that are compared at a time."""
 _CHUNK = 64
-_KEPT = 4096
+_KEPT = 512
 """Details in memory, 16 kB each."""
 
 
@@ -46,6 +48,12 @@ class Copy(NamedTuple):
     first: int
     second: int
     correlation: float
+
+
+def copies_csv(copies: Sequence[Copy], first: Sequence[str], second: Sequence[str]) -> bytes:
+    """`first,second,correlation`: a line for each pair. first, second: the names of the images on each side."""
+    rows = [f"{first[copy.first]},{second[copy.second]},{copy.correlation:.4f}" for copy in copies]
+    return ("\n".join(["first,second,correlation", *rows]) + "\n").encode()
 
 
 def image_hash(rgb: np.ndarray) -> int:
@@ -110,19 +118,27 @@ def near(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 yield some[i], alike[j]
 
 
-def find_copies(hashes: np.ndarray, apart: np.ndarray, pixels: Callable[[int], np.ndarray]) -> list[Copy]:
-    """The copies among N images: of a group of copies, so many pairs that all of them are connected.
+def find_copies(
+    hashes: np.ndarray,
+    pixels: Callable[[int], np.ndarray],
+    *,
+    groups: np.ndarray | None = None,
+    sets: np.ndarray | None = None,
+) -> list[Copy]:
+    """The copies among N images: so many pairs that all copies of one image are connected.
 
-    hashes: (N,) uint64, of `image_hash`. apart: (N,); two images with the same number are not compared. pixels: from
-    a number to (H, W, 3) uint8 RGB; called for candidates only.
+    hashes: (N,) uint64, of `image_hash`. pixels: from a number to (H, W, 3) uint8 RGB; called for candidates only.
+    groups: (N,); images of one number are connected from the start. sets: (N,); images of one number are not compared.
     """
     detail = lru_cache(_KEPT)(lambda number: image_detail(pixels(number)))
-    group = np.arange(len(hashes))  # equal for images that are connected
+    group = np.arange(len(hashes)) if groups is None else groups.copy()  # equal for images that are connected
     found: list[Copy] = []
     for firsts, seconds in near(hashes):
         for start in range(0, len(firsts), _CHUNK):
             i, j = firsts[start : start + _CHUNK], seconds[start : start + _CHUNK]
-            open_pairs = (apart[i] != apart[j]) & (group[i] != group[j])
+            open_pairs = group[i] != group[j]
+            if sets is not None:
+                open_pairs &= sets[i] != sets[j]
             for one, other in zip(i[open_pairs].tolist(), j[open_pairs].tolist(), strict=True):
                 if group[one] == group[other]:
                     continue
@@ -133,7 +149,7 @@ def find_copies(hashes: np.ndarray, apart: np.ndarray, pixels: Callable[[int], n
     return sorted(found)
 
 
-def hashes_of(data: ShardSet, workers: int, done: Callable[[int], None] = lambda _: None) -> np.ndarray:
+def hashes_of(data: "ShardSet", workers: int, done: Callable[[int], None] = lambda _: None) -> np.ndarray:
     """(N,) uint64: the hash of every image of a set. done: called with the number of images that were read."""
 
     def some(rows: range) -> list[int]:
@@ -152,13 +168,13 @@ def hashes_of(data: ShardSet, workers: int, done: Callable[[int], None] = lambda
     return np.array(found, np.uint64)
 
 
-def overlap(first: ShardSet, second: ShardSet, done: Callable[[int], None] = lambda _: None) -> list[Copy]:
+def overlap(first: "ShardSet", second: "ShardSet", done: Callable[[int], None] = lambda _: None) -> list[Copy]:
     """Images that are in both sets: row numbers of the first and of the second."""
     workers = available_cores()
     hashes = np.concatenate([hashes_of(data, workers, done) for data in (first, second)])
-    apart = np.repeat([0, 1], [len(first), len(second)])
+    sets = np.repeat([0, 1], [len(first), len(second)])
 
     def pixels(number: int) -> np.ndarray:
         return first.pixels(number) if number < len(first) else second.pixels(number - len(first))
 
-    return [Copy(one, other - len(first), how) for one, other, how in find_copies(hashes, apart, pixels)]
+    return [Copy(one, other - len(first), how) for one, other, how in find_copies(hashes, pixels, sets=sets)]

@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 import xxhash
 
+from shards.duplicates import image_hash
 from shards.format import MOST_PIXELS, EncodeSpec
 from shards.jpeg import encode_jpeg
 from shards.kernels.load import compiled
@@ -43,6 +44,7 @@ class Encoded:
     """One payload. encoding: `jpg` or `raw`. height, width: of the packed image, px.
 
     sums: of the pixels that went into the encoder: the sum of each channel (RGB), then the sum of its squares, exact.
+    hash: the perceptual hash of these pixels.
     """
 
     payload: bytes
@@ -50,6 +52,7 @@ class Encoded:
     height: int
     width: int
     sums: tuple[int, int, int, int, int, int]
+    hash: int
 
 
 def encode_image(data: bytes, image_id: str, spec: EncodeSpec) -> Encoded:
@@ -77,7 +80,7 @@ def encode_pixels(rgb: np.ndarray, image_id: str, spec: EncodeSpec) -> Encoded:
         payload = encode_jpeg(rgb, spec.jpeg_quality, spec.subsampling, spec.restart)
     else:
         payload = _npy_header(rgb.shape) + rgb.tobytes()
-    return Encoded(payload, encoding, rgb.shape[0], rgb.shape[1], channel_sums(rgb))
+    return Encoded(payload, encoding, rgb.shape[0], rgb.shape[1], channel_sums(rgb), image_hash(rgb))
 
 
 def decode_upright(data: bytes) -> np.ndarray:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 2
-MANIFEST, INDEX, QUARANTINE = "manifest.json", "index.parquet", "quarantine.csv"
+MANIFEST, INDEX = "manifest.json", "index.parquet"
+QUARANTINE, DUPLICATES = "quarantine.csv", "duplicates.csv"
+ATTACHED = (QUARANTINE, DUPLICATES)
+"""Files of a set that nothing is loaded from. The manifest has the SHA-256 of those that are there."""
 
 AGAIN = "copy the set again from where it is whole, or pack it again"
 """What to do about a damaged set."""
@@ -280,7 +283,7 @@ _SHARD: dict[str, _Rule] = {
     "sha256": _SHA256,
 }
 _ADDED: dict[str, _Rule] = {
-    "attached": _object((QUARANTINE,), _SHA256, f"the SHA-256 of {QUARANTINE} or nothing"),
+    "attached": _object(ATTACHED, _SHA256, f"the SHA-256 of {' and '.join(ATTACHED)}, or nothing"),
     "manifest_sha256": _SHA256,
 }
 """Manifests of older releases lack these, and older releases ignore them."""
@@ -349,7 +352,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     index_sha256: str  # run folders and loader states name the set by it
     group: tuple[str, ...] = ("lesion_id",)  # the columns of the source that `group` in the index was made from
-    attached: dict[str, str] = field(default_factory=dict)  # SHA-256 of quarantine.csv, if the set has one
+    attached: dict[str, str] = field(default_factory=dict)  # SHA-256 of those of ATTACHED that the set has
     manifest_sha256: str | None = None  # of the content; None if an older release packed the set
 
     @property

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from shards.common.errors import DataError
 from shards.common.files import sync_folder
-from shards.format import INDEX, MANIFEST, QUARANTINE
+from shards.format import ATTACHED, INDEX, MANIFEST
 
 _FILES = re.compile(
-    rf"shard-\d{{5,}}\.(tar|idx)|{'|'.join(map(re.escape, (QUARANTINE, INDEX, MANIFEST)))}|\.nfs[0-9a-f]+"
+    rf"shard-\d{{5,}}\.(tar|idx)|{'|'.join(map(re.escape, (*ATTACHED, INDEX, MANIFEST)))}|\.nfs[0-9a-f]+"
 )
 """The file names of a shard set (FORMAT.md), and NFS's name for a removed file that another process has open.
 

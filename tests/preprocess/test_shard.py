@@ -20,7 +20,7 @@ from preprocess.ham10000 import read_source
 from preprocess.packing import Settings, pack
 from shards import Loader, ShardSet
 from shards.common.errors import DataError
-from shards.encode import decode_strictly, shrink
+from shards.encode import decode_strictly, decode_upright, shrink
 from shards.format import HAM10000, EncodeSpec
 from tests.support.rawdata import jpeg, rows, write_raw, write_table
 
@@ -243,6 +243,48 @@ def test_wrong_usage_ends_in_one_line(raw, tmp_path, command, arguments, code, t
     got, out, err = command(shard.main, *source, "--out", tmp_path / "set", *arguments)
     assert (got, out) == (code, "") and text in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_copies_in_different_groups_are_listed_and_joined(tmp_path, command):
+    """Images 0 and 2 are of different lesions and classes; 0 and 1 are views of one lesion."""
+    folder = write_raw(tmp_path / "raw", size=(90, 120))
+    parts = {path.stem: path for path in folder.rglob("*.jpg")}
+    whole = decode_upright(parts["ISIC_0000000"].read_bytes())
+    for number in (1, 2, 9):
+        parts[f"ISIC_{number:07d}"].write_bytes(simplejpeg.encode_jpeg(whole, quality=60))
+    code, _, errors = command(shard.main, "--source", folder, "--out", tmp_path / "listed", "--seed", 1)
+    with ShardSet(tmp_path / "listed") as data:
+        split = dict(zip(data.column("image_id").tolist(), data.column("split").tolist(), strict=True))
+    table = (tmp_path / "listed" / "duplicates.csv").read_text().splitlines()
+    pairs = [set(line.split(",")[:2]) for line in table[1:]]
+    assert code == 0 and table[0] == "first,second,correlation" and len(pairs) == 2
+    assert set.union(*pairs) >= {"ISIC_0000002", "ISIC_0000009"}
+    divided = sum(len({split[one] for one in pair}) > 1 for pair in pairs)
+    assert "2 pairs of images of different groups are copies" in errors
+    assert f"{divided} of them in different splits and 2 with different labels" in errors
+    assert list(ShardSet(tmp_path / "listed").verify()) and not any(
+        p for _, p in ShardSet(tmp_path / "listed").verify()
+    )
+
+    code, _, errors = command(
+        shard.main,
+        "--source",
+        folder,
+        "--out",
+        tmp_path / "joined",
+        "--seed",
+        1,
+        "--join-duplicates",
+        "--on-bad",
+        "skip",
+    )
+    with ShardSet(tmp_path / "joined") as data:
+        group = dict(zip(data.column("image_id").tolist(), data.column("group").tolist(), strict=True))
+        split = dict(zip(data.column("image_id").tolist(), data.column("split").tolist(), strict=True))
+        assert data.manifest.source["joined_duplicates"] == 2
+    same = [f"ISIC_{number:07d}" for number in (0, 1, 2, 9)]
+    assert code == 0 and "copies" not in errors and not (tmp_path / "joined" / "duplicates.csv").exists()
+    assert len({group[one] for one in same}) == len({split[one] for one in same}) == 1
 
 
 def test_splitting_by_image_is_warned_of_and_recorded(raw, tmp_path, command):

@@ -35,7 +35,7 @@ def test_a_changed_copy_is_found_and_no_other_picture_is(change):
     originals = pictures(30)
     every = [*originals, *(CHANGES[change](rgb) for rgb in originals)]
     hashes = np.array([image_hash(rgb) for rgb in every], np.uint64)
-    found = find_copies(hashes, np.arange(60), lambda number: every[number])
+    found = find_copies(hashes, every.__getitem__)
     assert [(copy.first, copy.second) for copy in found] == [(number, 30 + number) for number in range(30)]
     assert all(0.92 <= copy.correlation <= 1.0001 for copy in found)
 
@@ -61,16 +61,20 @@ def test_every_copy_of_a_group_is_connected_and_pictures_that_belong_together_ar
     one, other = pictures(2)
     every = [one, other, one, other, one, one]
     hashes = np.array([image_hash(rgb) for rgb in every], np.uint64)
-    found = find_copies(hashes, np.arange(6), lambda number: every[number])
+    found = find_copies(hashes, every.__getitem__)
     assert len(found) == 4  # three links for four copies of the one, one link for two copies of the other
     assert {frozenset(copy[:2]) for copy in found} >= {frozenset((1, 3))}
-    assert find_copies(hashes, np.array([0, 1, 0, 1, 0, 0]), lambda number: every[number]) == []
+    assert find_copies(hashes, every.__getitem__, groups=np.array([0, 1, 0, 1, 0, 0])) == []
+    assert find_copies(hashes, every.__getitem__, sets=np.array([0, 1, 0, 1, 0, 0])) == []
+    two = find_copies(hashes, every.__getitem__, sets=np.array([0, 0, 0, 1, 1, 1]))
+    assert {one for copy in two for one in copy[:2]} == {0, 1, 2, 3, 4, 5}
+    assert len(find_copies(hashes, every.__getitem__, groups=np.array([0, 1, 0, 2, 3, 3]))) == 2
 
 
 def test_flat_pictures_have_no_copies():
     flat = [np.full((50, 60, 3), value, np.uint8) for value in (0, 0, 128, 255)]
     assert [image_hash(rgb) for rgb in flat] == [0] * 4 and not any(image_detail(rgb).any() for rgb in flat)
-    assert find_copies(np.zeros(4, np.uint64), np.arange(4), flat.__getitem__) == []
+    assert find_copies(np.zeros(4, np.uint64), flat.__getitem__) == []
 
 
 def write(out: Path, images: list[np.ndarray]) -> Path:

@@ -48,7 +48,8 @@ def summary(result: dict[str, Any]) -> tuple[str, list[str]]:
     lines = [f"{there['images']:,} images{lesions}, split {result['data']['split']}; classes: {named(names)}"]
     if left["of_the_set"]:
         words = [f"{name} ({count:,} images)" for name, count in left["of_the_set"].items()]
-        lines.append(f"left out, the network has no such class: {named(words)}")
+        hint = "" if result["map"] else "; --map says what they are"
+        lines.append(f"left out, the network has no such class: {named(words)}{hint}")
     if left["seen_in_training"]:
         lines.append(f"left out, the run was trained or tuned on them: {left['seen_in_training']:,} images")
     if left["of_the_run"]:

@@ -36,6 +36,7 @@ COMMANDS = {
     "run": Command("train.run", "Train and evaluate one model."),
     "grid": Command("train.grid", "Train every model on every fraction with every seed: a study."),
     "leakage": Command("train.leakage", "Measure how much a split by image overestimates accuracy."),
+    "evaluate": Command("train.evaluate", "Test trained runs on another image set, by subgroup if asked."),
     "report": Command("train.report", "Write the report of a study as one HTML page."),
     "predict": Command("train.predict", "Print or write the probability of each class for each image."),
     "serve": Command("train.serve", "Serve a web page on this machine that predicts images."),

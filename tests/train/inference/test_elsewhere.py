@@ -1,4 +1,4 @@
-"""`python -m train.evaluate`: a run on its own test images and on other sets, several runs, and the report's section."""
+"""`python -m train.evaluate`: a run on its own test images and on other sets, several runs, the report's section."""
 
 import json
 import shutil

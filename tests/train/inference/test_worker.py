@@ -19,10 +19,12 @@ from shards.common.errors import DataError
 from shards.common.machine import Load
 from shards.encode import BadImageError
 from tests.conftest import growth_bytes
+from tests.support.train_runs import small
 from train import serve
 from train.crowding import Crowding
 from train.inference import page, worker
 from train.inference.neighbours import FILE
+from train.loop import train_once
 
 
 @pytest.fixture
@@ -137,6 +139,28 @@ def test_a_similar_lesion_that_is_damaged_later_costs_only_the_similar_lesions(f
     found = worker.answer(image)
     assert found.probabilities == whole.probabilities and found.overlay == whole.overlay
     assert not found.similar and "damaged in" in found.similar_note
+
+
+def test_two_runs_answer_with_the_mean_of_their_probabilities(folder, tmp_path):
+    """The second run is of another resolution. Similar lesions are those of the first."""
+    other = tmp_path / "other"
+    train_once(small(folder / "shards", epochs=1, seed=3, resolution=48), other)
+    image, _ = training_image(folder)
+    alone = []
+    for runs in ([folder / "run"], [other], [folder / "run", other]):
+        worker._sessions.clear()
+        abouts, credit = worker.start(runs, folder / "shards" if runs[0] != other else None, "cpu")
+        for thread in threading.enumerate():
+            if thread.name == "prepare":
+                thread.join(120)
+        alone.append(worker.answer(image))
+    one, two, both = alone
+    for name, found in both.probabilities.items():
+        assert found == pytest.approx((one.probabilities[name] + two.probabilities[name]) / 2, abs=1e-6)
+    assert both.similar == one.similar and both.overlay and len(abouts) == 2
+    assert credit.startswith("Similar for the first network, resnet18. ")
+    message = page._message("x", abouts)
+    assert "They are the mean of 2 networks." in message
 
 
 def test_a_map_that_fails_costs_only_the_map(folder, monkeypatch):

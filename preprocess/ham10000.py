@@ -37,6 +37,8 @@ CITATION = (
     "data: doi:10.7910/DVN/DBW86T"
 )
 LICENCE = "CC BY-NC 4.0"
+SYNTHETIC = ("computed images (preprocess.synthetic), no patients", "Apache-2.0")
+"""What computed images cite, and their licence."""
 HOME = Path("data/ham10000")
 """Default raw folder of the commands."""
 SAME_LESION = """
@@ -77,7 +79,7 @@ def read_source(folder: Path) -> Source:
     source.warnings = _warnings(source.records)
     synthetic = {record.dataset for record in source.records} == {"synthetic"}
     if synthetic:
-        source.citation, source.licence = "computed images (preprocess.synthetic), no patients", "Apache-2.0"
+        source.citation, source.licence = SYNTHETIC
     source.about = {"dataset": "synthetic" if synthetic else "HAM10000", "metadata_sha256": sha256_of(table)}
     if joined:
         source.about["joined_lesions"] = joined

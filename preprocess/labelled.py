@@ -164,6 +164,7 @@ class Images:
         for file in self.files:
             self.keys.setdefault(image_key(file), []).append(file)
         self.ids = _image_ids(self.files)
+        self._taken = {name.casefold() for name in self.ids.values()}
 
     def find(self, cell: str) -> str:
         """The file that a cell names, with or without folders and ending. Raises ValueError with the reason."""
@@ -176,7 +177,11 @@ class Images:
             found = [file for file in found if alike[file] == max(alike.values())]
         if differing := [file for file in found[1:] if not self._same(found[0], file)]:
             raise ValueError(f"image '{cell}' may be {found[0]} or {differing[0]}, which differ")
-        self.copies.update(found[1:])
+        if len(found) > 1:
+            self.copies.update(found[1:])
+            plain = _clean(PurePosixPath(found[0]).name)
+            if found == self.keys[image_key(cell)] and plain.casefold() not in self._taken:
+                self.ids[found[0]] = plain[:_LONGEST_ID]
         return found[0]
 
     def _same(self, one: str, other: str) -> bool:
@@ -206,16 +211,21 @@ def _image_ids(files: list[str]) -> dict[str, str]:
     of the path is added.
     """
 
-    def clean(path: str) -> str:
-        return re.sub(r"[^!-~]|[./\\]", "_", path.rpartition(".")[0])
-
-    ids = {file: clean(PurePosixPath(file).name) for file in files}
-    for shorten in (clean, lambda file: f"{clean(file)[: _LONGEST_ID - 17]}-{xxhash.xxh3_64_hexdigest(file.encode())}"):
+    ids = {file: _clean(PurePosixPath(file).name) for file in files}
+    for shorten in (_clean, _hashed):
         counts = Counter(name.casefold() for name in ids.values())
         for file, name in ids.items():
             if counts[name.casefold()] > 1 or len(name) > _LONGEST_ID:
                 ids[file] = shorten(file)
     return ids
+
+
+def _clean(path: str) -> str:
+    return re.sub(r"[^!-~]|[./\\]", "_", path.rpartition(".")[0])
+
+
+def _hashed(path: str) -> str:
+    return f"{_clean(path)[: _LONGEST_ID - 17]}-{xxhash.xxh3_64_hexdigest(path.encode())}"
 
 
 # ------------------------------------------------------------------ which columns

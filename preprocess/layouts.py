@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.archives import HDF5, KEY, TARS
-from preprocess.ham10000 import METADATA, read_source
+from preprocess.ham10000 import METADATA, SYNTHETIC, read_source
 from preprocess.labelled import NONE, Columns, Folders, Images, Joined, classes_of, read_labelled
 from preprocess.records import Source
 from preprocess.tables import PICTURES, Table
@@ -25,8 +25,8 @@ _ORDER = (
     "isic2024",
     "milk10k",
     "bcn20000",
-    "pad_ufes_20",
-    "isic_archive",
+    "pad-ufes-20",
+    "isic-archive",
 )
 """The first that fits is taken; an export of the archive has fewer columns that tell it apart."""
 
@@ -64,6 +64,7 @@ def layouts() -> tuple[Layout, ...]:
 
 def _layout(raw: dict[str, Any]) -> Layout:
     """A description, checked by the types that it is made from. Long names are spellings of the classes too."""
+    del raw["synthetic"]  # of preprocess.synthetic
     listed = raw.pop("classes", None)
     classes = HAM10000 if listed == "HAM10000" else None if listed is None else classes_of(listed)
     words = {} if classes is None else {words.lower(): name for name, words in classes.long_names.items()}
@@ -100,6 +101,8 @@ def read_folder(
             same = _pairs(layout, beside)
             source, splits = read_labelled(images, rows, columns, classes or own, layout.name, layout.spelled, same)
             source.citation, source.licence = layout.citation, layout.licence
+            if all(re.fullmatch("SYN_[0-9]{7}", record.image_id) for record in source.records):
+                source.citation, source.licence, source.about["dataset"] = *SYNTHETIC, "synthetic"
             return source, splits, layout.name
     if (tars := images.archives) is not None and tars.columns != [KEY]:
         label = given.label or tuple(name for name in _TAR_LABELS if name in tars.columns)[:1]

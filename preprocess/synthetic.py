@@ -1,27 +1,29 @@
-"""A folder of procedural lesions in HAM10000's layout, for the demo, tests, and studies with a known truth.
+"""Folders of procedural lesions in the layouts of public sets, for the demo, tests, and studies with a known truth.
 
     python -m preprocess.synthetic --out data/synthetic --images 700 --seed 0 --difficulty 0.5
 
-Writes 600×450 JPEGs (quality 100, 4:4:4 and about 260 KB each, like the official files) in the official layout, with
-HAM10000's class imbalance and several views of about a quarter of the lesions. Every pixel is computed; no patient is
-shown. The same settings and library versions give the same files byte for byte, with any number of workers.
+Writes 600×450 JPEGs (quality 100, 4:4:4 and about 260 KB each, like the official files; PNGs where a layout has them)
+with HAM10000's class imbalance and several views of about a quarter of the lesions. Every pixel is computed; no patient
+is shown. The same settings and library versions give the same files byte for byte, with any number of workers.
 """
 
+import csv
+import io
 import math
 import os
 import shutil
 import time
+import tomllib
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from preprocess.ham10000 import METADATA
-from preprocess.records import COLUMNS
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
 from shards.common.files import full_disk_names
@@ -31,7 +33,11 @@ from shards.format import HAM10000
 if TYPE_CHECKING:
     import numpy as np
 
-PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
+SETS = Path(__file__).parent / "sets"
+LAYOUTS = (
+    "ham10000", "isic2018", "isic2019", "isic2020", "isic2024", "milk10k", "bcn20000", "pad-ufes-20", "isic-archive",
+    "folders",
+)  # fmt: skip
 
 _IMAGES = {"akiec": 327, "bcc": 514, "bkl": 1099, "df": 115, "mel": 1113, "nv": 6705, "vasc": 142}
 _LESIONS = {"akiec": 228, "bcc": 327, "bkl": 727, "df": 73, "mel": 614, "nv": 5403, "vasc": 98}
@@ -134,8 +140,42 @@ def _patient(rng: "np.random.Generator", dx: str) -> dict[str, str]:
     }
 
 
-def _write_lesion(lesion: UnpaintedLesion, folders: dict[str, Path], seed: int, difficulty: float) -> int:
+def described(lesions: list[UnpaintedLesion], layout: dict[str, Any]) -> list[dict[str, str]]:
+    """The values that a layout's tables and paths are made from, for each image in the order of their names.
+
+    layout: the part `synthetic` of a file in `sets/`. Lesions of a diagnosis take its `labels` in turns; each has its
+    column with 1.0 or 0.0. Two lesions have one patient.
+    """
+    labels = layout.get("labels", {dx: [dx] for dx in HAM10000.names})
+    flags = {label: "0.0" for of_dx in labels.values() for label in of_dx}
+    seen: Counter[str] = Counter()
+    rows = []
+    for lesion in lesions:
+        label = labels[lesion.dx][seen[lesion.dx] % len(labels[lesion.dx])]
+        seen[lesion.dx] += 1
+        about = {"number": str(lesion.number), "patient_id": f"SYN_P{lesion.number // 2:07d}", "label": label}
+        about |= {"target": str(int(label.lower() == "malignant"))} | flags | {label: "1.0"}
+        for row, kind in zip(lesion.rows, cycle(("dermoscopic", "clinical: close-up"))):
+            rows.append(about | row | {"image_type": kind})
+    rows.sort(key=lambda row: row["image_id"])
+    half = (len(rows) + 1) // 2
+    return [row | {"part": str(1 + (number >= half))} for number, row in enumerate(rows)]
+
+
+def _table(rows: list[dict[str, str]], table: dict[str, Any]) -> bytes:
+    """A table of a layout as CSV. each: the value that every row has another of; image_id if it is not named."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table["columns"]), lineterminator="\n")
+    writer.writeheader()
+    of_each = {row[table.get("each", "image_id")]: row for row in rows}
+    for row in of_each.values():
+        writer.writerow({name: template.format_map(row) for name, template in table["columns"].items()})
+    return text.getvalue().encode()
+
+
+def _write_lesion(lesion: UnpaintedLesion, files: dict[str, Path], seed: int, difficulty: float) -> int:
     """Paint one lesion and write its views; returns their number. Randomness depends on seed and lesion number."""
+    import cv2
     import numpy as np
     import simplejpeg
 
@@ -150,13 +190,19 @@ def _write_lesion(lesion: UnpaintedLesion, folders: dict[str, Path], seed: int, 
     canvas = paint_lesion(drawn)
     for view, row in enumerate(lesion.rows, start=1):
         picture = photograph(drawn, canvas, stream(view))
-        content = simplejpeg.encode_jpeg(picture, quality=100, colorsubsampling="444")
-        (folders[row["image_id"]] / f"{row['image_id']}.jpg").write_bytes(content)
+        file = files[row["image_id"]]
+        if file.suffix == ".jpg":
+            content = simplejpeg.encode_jpeg(picture, quality=100, colorsubsampling="444")
+        else:
+            content = cv2.imencode(file.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
+        file.write_bytes(content)
     return len(lesion.rows)
 
 
-def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: int) -> list[UnpaintedLesion]:
-    """Write `.NAME.partial`, renamed to `out` when complete; returns the lesions.
+def write_folder(
+    out: Path, images: int, seed: int, difficulty: float, workers: int, layout: str = "ham10000"
+) -> list[UnpaintedLesion]:
+    """Write `.NAME.partial`, renamed to `out` when complete; returns the lesions. layout: one of LAYOUTS.
 
     Raises DataError if `out` already holds something, is inside a file or the top of a file system, or if another
     process is writing it; UsageError for too few images.
@@ -171,19 +217,19 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
         raise DataError(f"{out}: exists and is not empty; choose another --out, or remove it first")
     refuse_inside_file(out)
     lesions = unpainted_lesions(images, seed)
-    rows = sorted((row for lesion in lesions for row in lesion.rows), key=lambda row: row["image_id"])
+    about = tomllib.loads((SETS / f"{layout}.toml").read_text(encoding="utf-8"))["synthetic"]
+    rows = described(lesions, about)
     place = real_place(out)
     partial = beside(place, "partial")
     with exclusive(partial, f"writing {out}"):
         for left in partial.iterdir():  # by a killed run
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        for part in PARTS:
-            (partial / part).mkdir()
-        half = (len(rows) + 1) // 2
-        folders = {row["image_id"]: partial / PARTS[number >= half] for number, row in enumerate(rows)}
+        files = {row["image_id"]: partial / about["images"].format_map(row) for row in rows}
+        for folder in {file.parent for file in (*files.values(), *(partial / name for name in about["tables"]))}:
+            folder.mkdir(parents=True, exist_ok=True)
 
         def submit(lesion: UnpaintedLesion) -> list[Future[int]]:
-            return [pool.submit(_write_lesion, lesion, folders, seed, difficulty)]
+            return [pool.submit(_write_lesion, lesion, files, seed, difficulty)]
 
         try:
             with (
@@ -194,9 +240,8 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
             ):
                 for _, (views,) in painted:
                     bar.advance(views)
-            columns = (*COLUMNS, "dataset")
-            lines = [",".join(columns), *(",".join(row[name] for name in columns) for row in rows)]
-            write_durably(partial / METADATA[0], ("\n".join(lines) + "\n").encode())
+            for name, table in about["tables"].items():
+                write_durably(partial / name, _table(rows, table))
             os.sync()  # one flush for thousands of files
             partial.rename(place)  # replaces only an empty folder
             sync_folder(place.parent)
@@ -219,6 +264,12 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
     default=700,
     help=f"Number of images, at least {LEAST_IMAGES}. Time and disk grow in proportion.",
 )
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="ham10000",
+    help="The public set whose tables and folders are imitated. Diagnoses become its classes.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Another seed gives other lesions.")
 @click.option(
     "--difficulty",
@@ -232,11 +283,11 @@ def write_folder(out: Path, images: int, seed: int, difficulty: float, workers: 
     show_default="the cores",
     help="Threads. Their number changes the time, and no byte.",
 )
-def main(out: Path, images: int, seed: int, difficulty: float, workers: int | None) -> None:
-    """Write a folder of computed skin lesions in HAM10000's layout, to try things out without the real data."""
+def main(out: Path, images: int, layout: str, seed: int, difficulty: float, workers: int | None) -> None:
+    """Write a folder of computed skin lesions in HAM10000's or another layout, to try things out without real data."""
     started = time.monotonic()
     with full_disk_names(out):
-        lesions = write_folder(out, images, seed, difficulty, workers or available_cores())
+        lesions = write_folder(out, images, seed, difficulty, workers or available_cores(), layout)
     seconds = time.monotonic() - started
     click.echo(f"{'class':8}{'lesions':>9}{'images':>9}")
     of_class = Counter(lesion.dx for lesion in lesions)

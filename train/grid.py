@@ -98,6 +98,7 @@ def main(
     base = Config(model=names[0], **options)
     check_settings(names, base)
     with ShardSet(base.data) as data:
+        data.require_labels()
         cells = grid_cells(
             base,
             names,

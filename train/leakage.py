@@ -51,6 +51,7 @@ def main(model: str, seeds: str, out: Path, **options: Any) -> int:
     numbers = parse_seeds(seeds, "--seeds")
     check_settings([model], base)
     with ShardSet(base.data) as data:
+        data.require_labels()
         if data.manifest.split.get("unit") != "image":
             raise DataError(
                 f"{base.data}: is split by {data.manifest.split.get('unit')}, and this command needs a split by image; "

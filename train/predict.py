@@ -78,9 +78,10 @@ def main(
 ) -> int:
     """Print or write the probability of each class for each image. Research software, not a medical device.
 
-    Reads JPEG, PNG, TIFF, BMP, WebP, AVIF and HEIC files, and searches folders and linked folders for them. A file or
-    folder that cannot be used is named on standard error with the reason. All other files are still predicted, and the
-    exit code is 1. It is also 1 if an image was predicted but could not be explained.
+    Reads JPEG, PNG, TIFF, BMP, WebP, AVIF and HEIC files, and searches folders and linked folders for them. A folder
+    may also be a shard set, whose images are then all predicted. A file or folder that cannot be used is named on
+    standard error with the reason. All other files are still predicted, and the exit code is 1. It is also 1 if an
+    image was predicted but could not be explained.
     """
     if as_json and isic:
         raise UsageError("--json and --isic exclude each other: choose one")
@@ -88,10 +89,18 @@ def main(
     # Pillow warns about tags that it cannot read; what is wrong with an image is reported below
     warnings.filterwarnings("ignore", module="PIL")
     from shards.common.progress import Progress
+    from shards.format import MANIFEST
+    from shards.shardset import ShardSet
     from train.inference import output
-    from train.inference.images import find_images
+    from train.inference.images import find_images, images_of, read_image
 
-    files, left_out = find_images(images)
+    packed = [path for path in images if (path / MANIFEST).is_file()]
+    if packed and packed != list(images[:1]):
+        raise UsageError(f"{packed[0]}: is a shard set; predict it alone")
+    files, left_out = find_images(() if packed else images)
+    read = read_image
+    if packed:
+        files, read = images_of(ShardSet(packed[0]))
     if left_out:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         click.echo(f"skipped, its name does not end like that of an image: {left_out[0]}{more}", err=True)
@@ -128,7 +137,7 @@ def main(
 
             def answers() -> output.Answers:
                 nonlocal refused, unexplained
-                for batch in predict_files(ensemble, files, tta, explainers, explain_out, batch_size):
+                for batch in predict_files(ensemble, files, tta, explainers, explain_out, batch_size, read):
                     for one in batch:
                         if isinstance(one, output.Refused):
                             refused += 1

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,10 +17,12 @@ from preprocess import shard
 from preprocess.labelled import Columns, Images, read_classes_file
 from preprocess.layouts import read_folder
 from shards import ShardSet
+from shards.__main__ import main
 from shards.common.errors import DataError, UsageError
-from shards.format import HAM10000, Classes
+from shards.format import HAM10000, INDEX_TYPES, Classes
 from tests.conftest import picture
 from tests.support.rawdata import jpeg, write_table
+from train import grid, run
 
 
 def write_image(path: Path, seed: int = 0) -> None:
@@ -258,6 +262,109 @@ def test_what_cannot_be_found_is_asked_for(photos, tmp_path, change, given, text
     with pytest.raises((DataError, UsageError), match=text) as caught:
         read(photos, table, **given)
     assert "\n" not in str(caught.value)
+
+
+def test_all_columns_of_a_table_are_in_the_index_typed_and_with_their_names(photos, tmp_path, command):
+    rows = some_rows()
+    for n, row in enumerate(rows):
+        row |= {"size mm": str(n), "thickness": "0.5" if n else "unknown", "biopsed": ("TRUE", "False", "")[n % 3]}
+        row |= {"code": f"{n}a", "empty": "", "width": "wide", "label": str(n), "huge": "inf", "image_id": "other"}
+    table = tmp_path / "labels.csv"
+    write_table(table, rows)
+    options = ("--source", photos, "--table", table, "--label", "dx", "--image", "photo", "--out", tmp_path / "set")
+    code, _, err = command(shard.main, *options)
+    assert code == 0, err
+    data = ShardSet(tmp_path / "set")
+    kinds = {field.name: str(field.type) for field in data.table.schema if field.name not in INDEX_TYPES}
+    assert kinds == {
+        "photo": "string",
+        "patient_id": "string",
+        "size mm": "int64",
+        "thickness": "double",
+        "biopsed": "bool",
+        "code": "string",
+        "empty": "string",
+        "table_width": "string",
+        "table_label": "int64",
+        "huge": "string",
+        "table_image_id": "string",
+    }
+    expected = {row["photo"]: row for row in rows}
+    for row in data.table.to_pylist():
+        said = expected[row["image_id"]]
+        n = int(said["size mm"])
+        assert (row["size mm"], row["thickness"], row["code"]) == (n, 0.5 if n else None, f"{n}a")
+        assert (row["biopsed"], row["empty"]) == ((True, False, None)[n % 3], None)
+        assert (row["table_label"], row["table_width"], row["photo"], row["age"]) == (n, "wide", said["photo"], None)
+    selected = data.select("train", where="`size mm` < 12 and biopsed is not null and table_width == 'wide'")
+    assert (
+        0
+        < len(selected)
+        == sum(
+            int(expected[name]["size mm"]) < 12 and expected[name]["biopsed"] != ""
+            for name in data.column("image_id")[data.column("split") == "train"]
+        )
+    )
+    with tarfile.open(tmp_path / "set" / "shard-00000.tar") as tar:
+        (first, *_) = (json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json"))
+    assert first["biopsed"] in (True, False, None) and first["group"].startswith("PAT_") and first["lesion_id"] is None
+
+
+def test_images_without_labels_are_packed_for_prediction_alone(photos, tmp_path, command):
+    out = tmp_path / "set"
+    code, said, err = command(shard.main, "--source", photos, "--label", "none", "--out", out)
+    assert (code, err) == (0, "") and said.startswith("layout: images without labels; no labels, for prediction alone")
+    data = ShardSet(out)
+    assert len(data) == 24 and set(data.column("split")) == {"test"} and set(data.column("dx")) == {None}
+    assert data.manifest.classes == Classes(()) and 0 < data.manifest.mean[0] < 1
+    assert not [problem for _, problems in data.verify() for problem in problems]
+    with tarfile.open(out / "shard-00000.tar") as tar:
+        names = [member.name.partition(".")[2] for member in tar][:2]
+        fields = json.load(tar.extractfile(tar.getmembers()[1]))
+    assert names == ["jpg", "json"] and "label" not in fields and fields["dx"] is None
+    code, said, _ = command(main, "info", out)
+    assert code == 0 and "no labels: the set is for prediction alone" in said and "all         24       24" in said
+    code, _, err = command(run.main, "--model", "resnet18", "--data", out)
+    assert (code, err.count("\n")) == (2, 1) and "has no labels, so nothing can be trained on it" in err
+    code, _, err = command(grid.main, "--data", out, "--out", tmp_path / "study", "--models", "resnet18")
+    assert (code, err.count("\n")) == (2, 1) and "has no labels" in err
+    table = tmp_path / "labels.csv"
+    write_table(table, some_rows())
+    code, _, err = command(
+        shard.main, "--source", photos, "--table", table, "--label", "none", "--out", out, "--overwrite"
+    )
+    data = ShardSet(out)
+    assert code == 0 and len(data.select("test", where="patient_id == 'PAT_3'")) == 2 and not data.manifest.classes
+
+
+def test_folds_are_stratified_and_no_group_is_in_two(photos, tmp_path, command):
+    table = tmp_path / "labels.csv"
+    rows = [row | {"dx": ("mole", "melanoma")[n // 2 % 4 == 0]} for n, row in enumerate(some_rows())]
+    write_table(table, rows)
+    options = ("--source", photos, "--table", table, "--max-resolution", "32")
+    tested: Counter[str] = Counter()
+    for number in (1, 2, 3):
+        out = tmp_path / f"set{number}"
+        code, _, err = command(shard.main, *options, "--split", f"3fold:{number}", "--out", out)
+        assert code == 0, err
+        data = ShardSet(out)
+        in_test = data.column("split") == "test"
+        assert Counter(data.column("dx")[in_test]) == {"mole": 6, "melanoma": 2}
+        assert not set(data.column("group")[in_test]) & set(data.column("group")[~in_test])
+        assert "train" in data.column("split")
+        assert data.manifest.split["fold"] == number and data.manifest.split["folds"] == 3
+        tested.update(data.column("image_id")[in_test])
+    assert tested == Counter(row["photo"] for row in rows)
+    code, said, _ = command(main, "info", out, "--json")
+    about = json.loads(said)
+    assert code == 0 and about["samples"] == 24 and about["columns"]["patient_id"] == "string"
+    assert about["classes"]["names"] == ["melanoma", "mole"] and about["split"]["folds"] == 3
+
+
+@pytest.mark.parametrize("split", ["1fold", "5fold:6", "5fold:0", "fold", "5folds"])
+def test_folds_that_there_cannot_be_are_refused(photos, tmp_path, command, split):
+    code, _, err = command(shard.main, "--source", photos, "--split", split, "--out", tmp_path / "set")
+    assert code == 2 and "5fold:2" in err
 
 
 # ------------------------------------------------------------------ layouts

@@ -1,14 +1,16 @@
 """Image files of any origin → upright RGB pixels, or the reason why a file is refused."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from shards.common.errors import DataError
 from shards.encode import MOST_PIXELS, BadImageError
 from shards.jpeg import has_restart_table
 from shards.pictures import decode_picture
+from shards.shardset import ShardSet
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".avif", ".heic", ".heif")
 """Endings of the files that are taken from a folder. Of a file that is named itself, only the content counts."""
@@ -53,6 +55,19 @@ def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
             if folder not in around:
                 waiting += [(one, around | {folder}) for one in inside if not one.name.startswith(".")]
     return images, left_out
+
+
+def images_of(data: ShardSet) -> tuple[list[Path], Callable[[Path], Picture]]:
+    """The images of a shard set, each named by its image_id as a path, and what reads them in place of `read_image`."""
+    samples = {Path(image_id): sample for sample, image_id in enumerate(data.column("image_id"))}
+
+    def read(path: Path) -> Picture:
+        try:
+            return Picture(data.pixels(samples[path]), packed=True)
+        except DataError as error:
+            raise BadImageError(str(error)) from None
+
+    return list(samples), read
 
 
 def read_image(path: Path) -> Picture:

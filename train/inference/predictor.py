@@ -282,13 +282,17 @@ def predict_files(
     explainers: "Sequence[Explainer]" = (),
     explain_out: Path = Path(),
     batch_size: int = 32,
+    read: Callable[[Path], Picture] = read_image,
 ) -> Iterator[list[Prediction | Refused]]:
-    """The files in order, one batch at a time, each predicted or refused. Threads read up to two batches ahead."""
+    """The files in order, one batch at a time, each predicted or refused. Threads read up to two batches ahead.
+
+    read: gives the picture of a file, or of an image of a shard set (`images.images_of`). Raises BadImageError.
+    """
     written: set[Path] = set()
     with ThreadPoolExecutor(available_cores(), thread_name_prefix="predict") as pool:
 
         def submit(file: Path) -> list[Future[list[Prepared] | str]]:
-            return [pool.submit(_prepare, ensemble, file)]
+            return [pool.submit(_prepare, ensemble, file, read)]
 
         with closing(read_ahead(submit, files, 3 * batch_size)) as prepared:
             while batch := [(file, item) for file, (item,) in islice(prepared, batch_size)]:
@@ -297,10 +301,10 @@ def predict_files(
                 yield [Refused(file, item) if isinstance(item, str) else next(found) for file, item in batch]
 
 
-def _prepare(ensemble: Ensemble, file: Path) -> list[Prepared] | str:
+def _prepare(ensemble: Ensemble, file: Path, read: Callable[[Path], Picture]) -> list[Prepared] | str:
     """One file, ready for each network, or the reason why it is refused. Runs in a reader thread."""
     try:
-        return ensemble.prepare(read_image(file), file.stem)
+        return ensemble.prepare(read(file), file.stem)
     except BadImageError as error:
         return str(error)
     except MemoryError:

@@ -26,11 +26,7 @@ _OF_CELLS = ("model", "fraction", "seed", "subset_seed")
 
 
 def study_settings(base: Config, budget: str, data: "ShardSet") -> dict[str, Any]:
-    """The settings that all cells of a study share. A study can only be continued with the same settings.
-
-    Raises UsageError for a set without labels.
-    """
-    data.require_labels()
+    """The settings that all cells of a study share. A study can only be continued with the same settings."""
     shared = {k: v for k, v in base.to_dict().items() if k not in (*_OF_CELLS, *DECIDES_NOTHING)}
     packed = data.manifest.identity
     about = {"budget": budget, "shard_set": packed.pop("shard_set"), "split_unit": data.manifest.split["unit"]}

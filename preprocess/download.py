@@ -25,13 +25,13 @@ from pathlib import Path
 
 import click
 
-from preprocess.fetch import RemoteFile, fetch, open_session, part_of, size_of
 from preprocess.ham10000 import CITATION, HOME, LICENCE, read_source
 from preprocess.isic2018 import CITATION as TEST_CITATION
 from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT
 from preprocess.records import list_images
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
+from shards.common.fetch import RemoteFile, fetch, open_session, part_of, size_of
 from shards.common.files import exclusive, full_disk_names, write_durably
 from shards.common.progress import Progress
 

@@ -122,10 +122,11 @@ class _Tally:
         return source.about | {"images": self.images.get(name, 0), "lesions": lesions}
 
 
-def pack(source: Source, out: Path, settings: Settings, test: Source | None = None) -> Packed:
+def pack(source: Source, out: str | Path, settings: Settings, test: Source | None = None) -> Packed:
     """Write the shard set `out` from `source`; with `test`, that source is the test split and `source` the other two.
 
-    Raises DataError for the first image that cannot be packed, unless `settings.skip_bad`, and leaves nothing behind.
+    out: a folder, or an address in a store. Raises DataError for the first image that cannot be packed, unless
+    `settings.skip_bad`, and leaves no set behind.
     """
     started = time.monotonic()
     sources = [source] if test is None else [source, test]
@@ -146,7 +147,7 @@ def pack(source: Source, out: Path, settings: Settings, test: Source | None = No
     packed: list[_Job] = []
     hashes: list[int] = []
     with (
-        full_disk_names(out),
+        full_disk_names(Path(out)),
         single_threaded_opencv(),
         ShardSetWriter(
             out, settings.encode, settings.shard_bytes, settings.overwrite, source.classes, columns.schema

@@ -21,6 +21,7 @@ from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError
 from shards.common.machine import available_cores
 from shards.format import QUARANTINE, WRITE_MODES, EncodeSpec
+from shards.store import Place, is_address
 
 
 class _TerminatedError(DermscaleError):
@@ -75,9 +76,10 @@ class Ratio(click.ParamType):
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=Place(),
     default=Path("data/shards"),
-    help="Shard set to write. It must be new, except with --overwrite.",
+    help="Shard set to write: a folder, or an address such as s3://bucket/set. It must be new, except with "
+    "--overwrite.",
 )
 @click.option(
     "--table",
@@ -202,7 +204,7 @@ class Ratio(click.ParamType):
 @click.option("--overwrite", is_flag=True, help="Replace the set in --out when the new one is complete.")
 def main(
     source: Path,
-    out: Path,
+    out: str | Path,
     tables: tuple[Path, ...],
     image: str | None,
     label: str | None,
@@ -247,7 +249,8 @@ def main(
         raise UsageError("--split 5fold and --test-source both name the test split: leave one of them out")
     if test_source and label == NONE:
         raise UsageError(f"--label {NONE} and --test-source: a set without labels is not split; leave one of them out")
-    refuse_occupied(out, overwrite)
+    if not is_address(out):
+        refuse_occupied(Path(out), overwrite)
     assigned = None if split_file is None else read_splits(split_file)
     assigned_from = {} if split_file is None else {"file": split_file.name, "file_sha256": sha256_of(split_file)}
     columns = Columns(image, _listed(label), _listed(group), split_column)
@@ -290,7 +293,7 @@ def main(
     if test is not None and test.about["known_missing"]:
         click.echo(f"{', '.join(test.about['known_missing'])}: left out, as the official test archive and scoring do")
     if packed.rejected:
-        click.echo(f"{len(packed.rejected)} left out, listed with reasons in {out / QUARANTINE}")
+        click.echo(f"{len(packed.rejected)} left out, listed with reasons in {out}/{QUARANTINE}")
     seconds, shards = packed.seconds, packed.manifest.shards
     images, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
     rate = f"{seconds:.1f} s, {images / seconds:.0f} images/s"

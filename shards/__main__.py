@@ -1,8 +1,10 @@
-"""`python -m shards info|verify|show DIR`: what a shard set holds, whether it is complete, and what a batch looks like;
-`python -m shards overlap DIR DIR`: which images two sets share.
+"""`python -m shards info|verify|show SET`: what a shard set holds, whether it is complete, and what a batch looks like.
 
 $ python -m shards verify data/shards
 data/shards: 6 shards and 10,015 samples are whole
+
+A SET is a folder, or an address in a store such as s3://bucket/set. `push` and `pull` copy a set from one to the other;
+`card` describes it for catalogues. `overlap` lists the images that two sets share.
 """
 
 import json
@@ -11,20 +13,21 @@ from pathlib import Path
 import click
 
 from shards.common import cli
-from shards.common.errors import DataError
+from shards.common.errors import DataError, UsageError
 from shards.format import INDEX_TYPES
+from shards.store import Place, is_address
 
 
 @click.group(cls=cli.Group)
 def main() -> None:
-    """Look at a packed shard set."""
+    """Look at a packed shard set, copy it, and describe it."""
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="SET", type=Place())
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object, for programs.")
-def info(folder: Path, as_json: bool) -> None:
-    """Print the settings, sizes and counts of the set in FOLDER."""
+def info(folder: str | Path, as_json: bool) -> None:
+    """Print the settings, sizes and counts of SET."""
     from shards.shardset import ShardSet
 
     with ShardSet(folder) as data:
@@ -55,9 +58,9 @@ def info(folder: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-def verify(folder: Path) -> None:
-    """Read every byte of the set in FOLDER and compare all checksums.
+@click.argument("folder", metavar="SET", type=Place())
+def verify(folder: str | Path) -> None:
+    """Read every byte of SET and compare all checksums.
 
     Exit code 1 if a file is damaged, missing or not part of the set.
     """
@@ -84,7 +87,7 @@ def verify(folder: Path) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="SET", type=Place())
 @click.option(
     "--out",
     default="batch.png",
@@ -100,8 +103,8 @@ def verify(folder: Path) -> None:
 @click.option(
     "--seed", default=0, show_default=True, help="Seed of order and augmentation. Another seed shows other images."
 )
-def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool, seed: int) -> None:
-    """Draw the first training batch of the set in FOLDER, with colour augmentation and each image's diagnosis."""
+def show(folder: str | Path, out: Path, images: int, resolution: int, evaluation: bool, seed: int) -> None:
+    """Draw the first training batch of SET, with colour augmentation and each image's diagnosis."""
     import cv2
     import numpy as np
 
@@ -136,12 +139,12 @@ def show(folder: Path, out: Path, images: int, resolution: int, evaluation: bool
 
 
 @main.command()
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=Place())
+@click.argument("second", type=Place())
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="CSV of the pairs. Without it they are printed."
 )
-def overlap(first: Path, second: Path, out: Path | None) -> None:
+def overlap(first: str | Path, second: str | Path, out: Path | None) -> None:
     """List the images that are in both sets, FIRST and SECOND.
 
     Copies of other sizes, quality or colours are found; turned, mirrored and cut ones are not.
@@ -166,6 +169,43 @@ def overlap(first: Path, second: Path, out: Path | None) -> None:
             f"{images[0]:,} of {len(one):,} images of {first} are in {second}, as {images[1]:,} of {len(other):,}",
             err=True,
         )
+
+
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace the set that is there.")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("address", type=Place())
+@_overwrite
+def push(folder: Path, address: str | Path, overwrite: bool) -> None:
+    """Copy the set in FOLDER to ADDRESS in a store, such as s3://bucket/set.
+
+    Every file is checked before it is sent. After an interruption, run it again: what has arrived is not sent twice.
+    """
+    from shards import copy
+
+    if not is_address(address):
+        raise UsageError(f"{address}: is no address in a store, such as s3://bucket/set; copy to a folder with cp")
+    manifest = copy.push(folder, address, overwrite)
+    click.echo(f"{address}: {len(manifest.shards)} shards are there; `{cli.typed('shards')} verify` reads them back")
+
+
+@main.command()
+@click.argument("address", type=Place())
+@click.argument("folder", type=click.Path(path_type=Path))
+@_overwrite
+def pull(address: str | Path, folder: Path, overwrite: bool) -> None:
+    """Copy the set at ADDRESS in a store to the new FOLDER.
+
+    Every file is checked. After an interruption, run it again: what has arrived is not fetched twice.
+    """
+    from shards import copy
+
+    if not is_address(address):
+        raise UsageError(f"{address}: is no address in a store, such as s3://bucket/set; copy a folder with cp")
+    manifest = copy.pull(address, folder, overwrite)
+    click.echo(f"{folder}: {len(manifest.shards)} shards, whole")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ MANIFEST, INDEX = "manifest.json", "index.parquet"
 QUARANTINE, DUPLICATES = "quarantine.csv", "duplicates.csv"
 ATTACHED = (QUARANTINE, DUPLICATES)
 """Files of a set that nothing is loaded from. The manifest has the SHA-256 of those that are there."""
+CARDS = "README.md", "croissant.json"
+"""What `shards/card.py` writes beside them: for people and for catalogues; no reader of the set needs it."""
 
 AGAIN = "copy the set again from where it is whole, or pack it again"
 """What to do about a damaged set."""
@@ -435,7 +437,7 @@ class Manifest:
     def from_file(cls, path: Path) -> "Manifest":
         """Read and check a manifest. Raises DataError naming the file and what is wrong with it."""
         try:
-            return cls.from_json(path.read_bytes())
+            return cls.from_bytes(path.read_bytes(), str(path))
         except FileNotFoundError:
             raise DataError(
                 f"{path.parent}: not a shard set (no {MANIFEST}); pack one with `{typed('preprocess.shard')}`, "
@@ -443,13 +445,19 @@ class Manifest:
             ) from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> "Manifest":
+        """Read and check a manifest that lies at `where`. Raises DataError that names it and what is wrong."""
+        try:
+            return cls.from_json(content)
         except _OtherVersionError as error:
             raise DataError(
-                f"{path}: format version {error}, and this release reads versions 1 and {FORMAT_VERSION}; "
+                f"{where}: format version {error}, and this release reads versions 1 and {FORMAT_VERSION}; "
                 "pack the set again or use the release that wrote it"
             ) from None
         except ValueError as error:
-            raise DataError(f"{path}: damaged ({one_line(error, 200)}); {AGAIN}") from None
+            raise DataError(f"{where}: damaged ({one_line(error, 200)}); {AGAIN}") from None
 
 
 class _OtherVersionError(ValueError):

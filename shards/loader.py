@@ -197,6 +197,7 @@ class Loader(IterableDataset[Batch]):
         if (rank is None) != (world_size is None):
             raise UsageError(f"rank {rank} and world_size {world_size}: give both, or neither for torch.distributed's")
         check_seed(seed, 0)
+        selection.data.refuse_larger(selection.samples)
         self._options = {"engine": engine, "threads": threads, "prefetch": prefetch, "resolution": resolution}
         self.selection, self.batch_size, self.resolution, self.train = selection, batch_size, resolution, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -331,6 +332,7 @@ class Loader(IterableDataset[Batch]):
     def load(self) -> None:
         """Decode the images, if they were not yet. Needs the engine `resident`."""
         engine: Any = self._engine
+        self.selection.data.fetch_ahead(self.selection.samples)
         engine.load()
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
@@ -354,6 +356,9 @@ class Loader(IterableDataset[Batch]):
         """Start the engine at batch `start` of the current epoch; in training it continues with the next epochs."""
         epoch, part = self.epoch, self._part()
         native: Any = self._engine
+        if self.selection.data.stored:
+            positions = self._order(epoch)[0]
+            self.selection.data.fetch_ahead(self.selection.samples[positions[start * self.batch_size :]])
         if self.engine_name == "native" and native.draws and not self._balanced:
             data = self.selection
             source = Source(data.samples, data.labels, self.augment, self.seed, self.train)

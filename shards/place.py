@@ -9,14 +9,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from shards.common.errors import DataError
 from shards.common.files import sync_folder
-from shards.format import ATTACHED, INDEX, MANIFEST
+from shards.format import ATTACHED, CARDS, INDEX, MANIFEST
 
 _FILES = re.compile(
-    rf"shard-\d{{5,}}\.(tar|idx)|{'|'.join(map(re.escape, (*ATTACHED, INDEX, MANIFEST)))}|\.nfs[0-9a-f]+"
+    rf"shard-\d{{5,}}\.(tar|idx)|{'|'.join(map(re.escape, (*ATTACHED, INDEX, MANIFEST, *CARDS)))}|\.nfs[0-9a-f]+"
 )
 """The file names of a shard set (FORMAT.md), and NFS's name for a removed file that another process has open.
 
@@ -73,9 +74,9 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
             f"{out}: holds other files and no shard set (no {MANIFEST} with a format_version); "
             "choose an empty or a new folder"
         )
-    if foreign := _foreign(place):
+    if name := foreign(path.name for path in place.iterdir()):
         raise DataError(
-            f"{out}: holds '{foreign}', which is not part of a shard set and would be lost; "
+            f"{out}: holds '{name}', which is not part of a shard set and would be lost; "
             "move it away, or choose another folder"
         )
     if not overwrite:
@@ -91,9 +92,9 @@ def _has_manifest(folder: Path) -> bool:
     return isinstance(raw, dict) and isinstance(raw.get("format_version"), int)
 
 
-def _foreign(folder: Path) -> str | None:
-    """The first name in `folder` that does not belong to a shard set."""
-    return next((name for name in sorted(path.name for path in folder.iterdir()) if not _FILES.fullmatch(name)), None)
+def foreign(names: Iterable[str]) -> str | None:
+    """The first of some file names that does not belong to a shard set."""
+    return next((name for name in sorted(names) if not _FILES.fullmatch(name)), None)
 
 
 def recover(place: Path) -> None:
@@ -104,7 +105,7 @@ def recover(place: Path) -> None:
     old = beside(place, "old")
     if not os.path.lexists(old):
         return
-    if old.is_symlink() or not old.is_dir() or _foreign(old):
+    if old.is_symlink() or not old.is_dir() or foreign(path.name for path in old.iterdir()):
         raise DataError(f"{old}: is in the way of packing to {place.name} and not a shard set; move it away")
     if (old / MANIFEST).exists() and not (place.exists() and any(place.iterdir())):
         old.rename(place)

@@ -4,11 +4,14 @@ import errno
 import hashlib
 import mmap
 import tarfile
+import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from shards.common.cli import typed
 from shards.common.errors import DataError, UsageError, one_line
 from shards.format import (
     AGAIN,
+    CARDS,
     ENCODINGS,
     INDEX,
     MANIFEST,
@@ -24,15 +28,21 @@ from shards.format import (
     QUARANTINE,
     SPLITS,
     Manifest,
+    ShardInfo,
     index_schema,
 )
 from shards.kernels.workers import LOADED, LOST, LOST_BYTES, check, rows_of
+from shards.store import CachedSet, Silent, Wanted, complete, folder_of, is_address
 from shards.subsets import nested_subset
-from shards.tar import index_of
+from shards.tar import index_name, index_of
 from shards.where import mask
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_FETCHES = 4
+"""Shards that are fetched from a store at the same time."""
+_MOST_ATTACHED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -72,28 +82,41 @@ class Selection:
 class ShardSet:
     """A packed data set, opened for reading. Safe to share between threads; a context manager.
 
-    The tars are mapped into memory. Opening reads only the index, and a sample is a view of the page cache.
+    The tars are mapped into memory. Opening reads only the index, and a sample is a view of the page cache. Of a set in
+    a store, a tar is fetched into a cache when it is first needed (`shards/store.py`).
+
+    address: where the set is, as others can open it. path: the folder of its files; of a set in a store, that in the
+    cache.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Open the set in folder `path` and check its index against the manifest.
+    def __init__(self, path: str | Path, *, cache: str | Path | None = None, cache_gb: float | None = None) -> None:
+        """Open the set in a folder or at an address such as `s3://bucket/set`, and check its index.
 
-        Raises DataError if there is no set, or if it is damaged, of another version, or lacks a file.
+        cache, cache_gb: of a set in a store, the folder that keeps its files, and the most that it holds; default, the
+        environment variables DERMSCALE_CACHE and DERMSCALE_CACHE_GB, or else 100 GB in the user's cache folder. Raises
+        DataError if there is no set, or if it is damaged, of another version, or lacks a file.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.path = Path(path).absolute()
-        if not self.path.is_dir():
-            raise DataError(
-                f"{self.path}: no such folder; pack a shard set with `{typed('preprocess.shard')} --out {self.path}`"
-            )
-        self.manifest = Manifest.from_file(self.path / MANIFEST)
+        self._cached = CachedSet(path, cache, cache_gb) if is_address(path) else None
+        self._opened_with = {"cache": cache and str(cache), "cache_gb": cache_gb}
+        if self._cached is not None:
+            self.address, self.path = self._cached.store.address, self._cached.folder
+            self.manifest = Manifest.from_bytes(self._cached.manifest, f"{self.address}/{MANIFEST}")
+            with self._cached.opened(Wanted(INDEX, self.manifest.index_sha256)) as file:
+                content = file.read()
+        else:
+            self.path = folder_of(path).absolute()
+            self.address = str(self.path)
+            if not self.path.is_dir():
+                raise DataError(
+                    f"{self.path}: no such folder; pack a shard set with `{typed('preprocess.shard')} "
+                    f"--out {self.path}`"
+                )
+            self.manifest = Manifest.from_file(self.path / MANIFEST)
+            content = _content_of(self.path / INDEX)
         index = self.path / INDEX
-        try:
-            content = index.read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"{index}: missing; {AGAIN}") from None
         if hashlib.sha256(content).hexdigest() != self.manifest.index_sha256:
             raise DataError(f"{index}: is not the index that the manifest names; {AGAIN}")
         try:
@@ -106,7 +129,11 @@ class ShardSet:
             self.table = self.table.append_column("group", self.table["lesion_id"])
         self._columns: dict[str, np.ndarray] = {}
         self._maps: dict[int, memoryview] = {}
-        self._check_files()
+        self._wanted: set[int] = set()
+        self._coming: deque[int] = deque()
+        self._fetchers: list[threading.Thread] = []
+        if self._cached is None:
+            self._check_files()
         self._check_rows(index)
 
     def _check_files(self) -> None:
@@ -194,10 +221,16 @@ class ShardSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle names the folder and the set. Loading it opens the set again (`_reopened`)."""
-        return _reopened, (self.path, self.manifest.identity)
+        return _reopened, (self.opened_with, self.manifest.identity)
+
+    @property
+    def opened_with(self) -> dict[str, Any]:
+        """The arguments that open this set again, as JSON can hold them."""
+        return {"path": self.address, **self._opened_with}
 
     def close(self) -> None:
-        """Drop the mapped files. Views that were returned before stay valid."""
+        """Drop the mapped files, and fetch no more of them. Views that were returned before stay valid."""
+        self._coming.clear()
         self._maps.clear()
 
     def column(self, name: str) -> np.ndarray:
@@ -259,17 +292,69 @@ class ShardSet:
         """The bytes of one tar, mapped and not read. Raises DataError if the file cannot be mapped."""
         view = self._maps.get(number)
         if view is None:
-            file = self.path / self.manifest.shards[number].file
+            info = self.manifest.shards[number]
+            file = self.path / info.file
             try:
-                with file.open("rb") as handle:
+                with self._opened(info) as handle:
                     view = _mapped(handle)
             except FileNotFoundError:
                 raise DataError(f"{file}: is gone since the set was opened; open the set where it is now") from None
             except OSError as error:
                 raise DataError(f"{file}: cannot be read ({error.strerror}); {_hint(error)}") from None
-            _check_size(file, len(view), self.manifest.shards[number].bytes)
+            _check_size(file, len(view), info.bytes)
             view = self._maps.setdefault(number, view)  # if two threads map it at once, both use the first mapping
         return view
+
+    def _opened(self, info: ShardInfo) -> IO[bytes]:
+        """The file of a tar. From a store, its lock in the cache lasts as long as its mapping, which has the file too.
+
+        Raises DataError if it cannot be fetched, and OSError if it cannot be opened.
+        """
+        if self._cached is None:
+            return (self.path / info.file).open("rb")
+        return self._cached.opened(Wanted(info.file, info.sha256, info.bytes))
+
+    # ------------------------------------------------------------------ a set in a store
+
+    @property
+    def stored(self) -> bool:
+        """Whether the set is in a store, so that its shards are fetched when they are needed."""
+        return self._cached is not None
+
+    def refuse_larger(self, samples: np.ndarray) -> None:
+        """Raise UsageError if the cache cannot hold the shards of these samples and of those of earlier calls.
+
+        An order that draws from all of them would fetch them again and again.
+        """
+        if self._cached is not None:
+            self._wanted.update(np.unique(self.column("shard")[samples]).tolist())
+            self._cached.refuse_larger(sum(self.manifest.shards[number].bytes for number in self._wanted))
+
+    def fetch_ahead(self, samples: np.ndarray) -> None:
+        """Fetch the shards of these samples on threads, in the order in which they come, if they are in a store."""
+        if self._cached is None:
+            return
+        shards, first = np.unique(self.column("shard")[samples], return_index=True)
+        coming = [number for number in shards[np.argsort(first)].tolist() if number not in self._maps]
+        self._coming.clear()
+        self._coming.extend(coming)
+        self._fetchers = [thread for thread in self._fetchers if thread.is_alive()]
+        for _ in range(min(len(coming), _FETCHES - len(self._fetchers))):
+            # A process does not wait for these threads: what has arrived is kept, and the next one goes on with it.
+            thread = threading.Thread(target=self._fetch_coming, name="shards-fetch", daemon=True)
+            self._fetchers.append(thread)
+            thread.start()
+
+    def _fetch_coming(self) -> None:
+        """Map one shard after the other. An error ends that: who needs the shard meets it too."""
+        while True:
+            try:
+                self.shard(self._coming.popleft())
+            except IndexError:
+                return
+            except DataError:
+                self._coming.clear()
+                return
 
     def read(self, sample: int) -> memoryview:
         """The payload of a sample, checked against its XXH3 and not copied. Raises DataError naming the sample."""
@@ -301,34 +386,66 @@ class ShardSet:
         The index was checked against the manifest when the set was opened. If a tar is whole, its .idx is compared
         with the index of its members. The other files of the folder come last, each that is wrong.
         """
-        shards = self.column("shard")
-        expected = {MANIFEST, INDEX}
+        expected = {MANIFEST, INDEX, *CARDS}
         for number, info in enumerate(self.manifest.shards):
-            tar = self.path / info.file
-            expected |= {info.file, tar.with_suffix(".idx").name}
-            try:
-                wrong = _wrong_bytes(tar, info.sha256)
-            except OSError as error:
-                wrong = [f"cannot be read ({error.strerror}); {_hint(error)}"]
-            for sample in np.flatnonzero(shards == number).tolist():
+            expected |= {info.file, index_name(info.file)}
+            if self._cached is None:
+                yield info.file, self._wrong(number, self.path)
+                continue
+            kept = self._maps.pop(number, None)
+            with TemporaryDirectory(prefix="dermscale-") as folder:  # what is in the cache says nothing of the store
                 try:
-                    self.read(sample)
+                    self._bring(info, Path(folder))
+                    wrong = self._wrong(number, Path(folder))
                 except DataError as error:
-                    wrong.append(str(error))
+                    wrong = [str(error)]
+            self._maps.pop(number, None)
+            if kept is not None:
+                self._maps[number] = kept
             yield info.file, wrong
         yield from self._verify_others(expected)
 
+    def _bring(self, info: ShardInfo, folder: Path) -> None:
+        """Fetch a tar and its .idx from the store into a folder."""
+        assert self._cached is not None
+        store, tar = self._cached.store, folder / info.file
+        complete(store, Wanted(info.file, info.sha256), info.bytes, tar, Silent())
+        with tar.open("rb") as file:
+            self._maps[int(tar.stem.partition("-")[2])] = _mapped(file)
+        idx = index_name(info.file)
+        if idx in store.names():
+            (folder / idx).write_bytes(store.read(idx, info.bytes))
+
+    def _wrong(self, number: int, folder: Path) -> list[str]:
+        """What is wrong with a shard in a folder and with its samples."""
+        info = self.manifest.shards[number]
+        try:
+            wrong = wrong_bytes(folder / info.file, info.sha256)
+        except OSError as error:
+            wrong = [f"cannot be read ({error.strerror}); {_hint(error)}"]
+        for sample in np.flatnonzero(self.column("shard") == number).tolist():
+            try:
+                self.read(sample)
+            except DataError as error:
+                wrong.append(str(error))
+        return wrong
+
     def _verify_others(self, expected: set[str]) -> Iterator[tuple[str, list[str]]]:
         """Yields as `verify` does. expected: the names of the files that are verified already."""
-        attached = self.manifest.attached
+        attached, store = self.manifest.attached, self._cached and self._cached.store
+        if store is None:
+            names = {file.name for file in self.path.iterdir()}
+        else:
+            names = {*attached} if store.reads_only else store.names()  # a web server has no list
         for name, sha256 in attached.items():
-            file = self.path / name
-            if not file.is_file():
+            if name not in names:
                 yield name, [f"missing; {AGAIN}"]
-            elif hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+                continue
+            content = store.read(name, _MOST_ATTACHED_BYTES) if store else (self.path / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != sha256:
                 yield name, [f"its SHA-256 is not the manifest's; {AGAIN}"]
         unhashed = {QUARANTINE} if self.manifest.manifest_sha256 is None else set()
-        for name in sorted({file.name for file in self.path.iterdir()} - expected - {*attached} - unhashed):
+        for name in sorted(names - expected - {*attached} - unhashed):
             if not name.startswith(".nfs"):  # a removed file that another process has open
                 yield name, ["is not part of this set; move it away"]
 
@@ -339,7 +456,7 @@ def _check_size(file: Path, found: int, expected: int) -> None:
         raise DataError(f"{file}: {found} bytes, and the manifest says {expected}; {AGAIN}")
 
 
-def _wrong_bytes(tar: Path, sha256: str) -> list[str]:
+def wrong_bytes(tar: Path, sha256: str) -> list[str]:
     """What is wrong with a tar and its .idx, which is compared with the members of a whole tar."""
     wrong = []
     with tar.open("rb") as file:
@@ -380,11 +497,21 @@ def _mapped(file: IO[bytes]) -> memoryview:
         return memoryview(file.read())
 
 
-def _reopened(path: Path, identity: dict[str, str]) -> ShardSet:
+def _content_of(index: Path) -> bytes:
+    """The bytes of a file of the set. Raises DataError if it is missing."""
+    try:
+        return index.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{index}: missing; {AGAIN}") from None
+
+
+def _reopened(opened_with: dict[str, Any], identity: dict[str, str]) -> ShardSet:
     """A set that was pickled, opened again. Raises DataError if the folder holds another set now."""
-    data = ShardSet(path)
+    data = ShardSet(**opened_with)
     if data.manifest.identity != identity:
-        raise DataError(f"{path}: holds another shard set than it did when this one was sent to another process")
+        raise DataError(
+            f"{data.address}: holds another shard set than it did when this one was sent to another process"
+        )
     return data
 
 

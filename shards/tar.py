@@ -33,6 +33,11 @@ def tar_header(name: str, size: int) -> bytes:
     return name_field.ljust(100, b"\0") + template[100:124] + size_field + template[135:148] + checksum + template[156:]
 
 
+def index_name(tar: str) -> str:
+    """The file name of a tar's .idx."""
+    return f"{tar.removesuffix('.tar')}.idx"
+
+
 def index_of(tar: Path) -> bytes:
     """The .idx of a complete tar, from its members. Raises tarfile.TarError or ValueError if `tar` is not one."""
     samples: dict[str, list[str]] = {}

@@ -2,7 +2,8 @@
 
 Everything is written to a folder next to the final one (`.NAME.partial`), flushed to the disk, and renamed into place.
 A crash at any moment leaves the old set or the new one, whole, or an old set that the next packing puts back
-(`place.py`).
+(`place.py`). A set in a store is written to such a folder in the user's cache: a shard is sent when it is flushed, and
+removed here.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import xxhash
 
+from shards.common import kept
 from shards.common.errors import DataError, UsageError
 from shards.common.files import lock, write_durably
 from shards.format import (
@@ -31,7 +33,8 @@ from shards.format import (
     index_schema,
 )
 from shards.place import beside, real_place, recover, refuse_occupied, replace
-from shards.tar import BLOCK, Shard
+from shards.store import Upload, folder_of, is_address
+from shards.tar import BLOCK, Shard, index_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,14 +116,14 @@ class ShardSetWriter:
 
     def __init__(
         self,
-        out: Path,
+        out: str | Path,
         encode: EncodeSpec,
         shard_bytes: int,
         overwrite: bool = False,
         classes: Classes = HAM10000,
         columns: "pa.Schema | None" = None,
     ) -> None:
-        """Open `out` for writing. classes: those of the set; every sample's `dx` is one of them.
+        """Open `out` for writing, a folder or an address in a store. classes: every sample's `dx` is one of them.
 
         columns: further columns of the index, which every sample's metadata has.
         Raises UsageError if `shard_bytes` is under 1 MiB. Raises DataError if `out` holds a shard set and `overwrite`
@@ -138,13 +141,17 @@ class ShardSetWriter:
         self._seen: set[str] = set()
         self._counts: dict[str, dict[str, int]] = {}
         self._attached: dict[str, str] = {}
-        refuse_occupied(out, overwrite)
-        self._final = real_place(out)
+        self._upload = Upload(out, overwrite) if is_address(out) else None
+        if self._upload is None:
+            refuse_occupied(folder_of(out), overwrite)
+            self._final = real_place(folder_of(out))
+        else:
+            self._final = kept.home() / "packing" / xxhash.xxh3_64_hexdigest(self._upload.store.address)
         self._partial = beside(self._final, "partial")
         self._lock = self._take_lock()
         try:
             recover(self._final)
-            refuse_occupied(out, overwrite)  # a recovered set counts too
+            refuse_occupied(self._final, overwrite)  # a recovered set counts too
             if self._partial.exists():  # left by a killed packing
                 shutil.rmtree(self._partial)
             self._partial.mkdir()
@@ -160,7 +167,7 @@ class ShardSetWriter:
         busy = "another process is packing to this folder; wait for it or choose another"
         file = path.open("wb")
         try:
-            lock(file, self.out, busy)
+            lock(file, Path(self.out), busy)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
@@ -242,9 +249,23 @@ class ShardSetWriter:
         """End a shard and flush it in a thread, so that packing continues meanwhile. One shard at a time."""
         if self._flush is not None:
             self._flush.result()
-        self._infos.append(shard.end())
+        self._infos.append(info := shard.end())
         self._shard = None
-        self._flush = self._flusher.submit(shard.flush)
+        self._flush = self._flusher.submit(self._flushed, shard, info)
+
+    def _flushed(self, shard: Shard, info: ShardInfo) -> None:
+        """Flush a shard; send it to the store, if the set is written there."""
+        shard.flush()
+        if self._upload is not None:
+            self._upload.send(info.file, shard.path, info.sha256)
+            self._send(index_name(info.file))
+            shard.path.unlink()
+
+    def _send(self, name: str) -> None:
+        """Send a small file to the store."""
+        assert self._upload is not None
+        content = (self._partial / name).read_bytes()
+        self._upload.send(name, content, hashlib.sha256(content).hexdigest())
 
     def finish(
         self,
@@ -291,6 +312,11 @@ class ShardSetWriter:
             raise DataError(f"{self.out}: cannot be packed ({error})") from None
         if self._flush is not None:
             self._flush.result()
+        if self._upload is not None:
+            for name in (*self._attached, INDEX):
+                self._send(name)
+            self._upload.finish(text.encode())
+            return manifest
         write_durably(self._partial / MANIFEST, text.encode())
         refuse_occupied(self._final, self._overwrite)  # the folder may have been filled meanwhile
         replace(self._final, self._partial)

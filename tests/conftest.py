@@ -6,9 +6,10 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -19,6 +20,9 @@ from shards.format import HAM10000, Classes, EncodeSpec
 from shards.jpeg import encode_jpeg
 from shards.shardset import ShardSet
 from shards.writer import PackedSample, ShardSetWriter
+
+if TYPE_CHECKING:
+    from tests.support.download_server import Server
 
 pytest.register_assert_rewrite(
     "tests.support.report_pages", "tests.support.train_runs"
@@ -57,6 +61,15 @@ def real_images() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("HAM10000_SAMPLE names no folder of real images")
     return Path(folder)
+
+
+@pytest.fixture
+def server() -> "Iterator[Server]":
+    """A server of small files in the official layout of HAM10000."""
+    from tests.support.download_server import serving
+
+    with serving() as running:
+        yield running
 
 
 def picture(rng: np.random.Generator, label: int, height: int, width: int) -> np.ndarray:

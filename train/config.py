@@ -112,7 +112,10 @@ class Config:
         run_only=True,
     )
     data: str = _option(
-        "data/shards", "Folder of the shard set. A run goes on only with the set that it began with.", path=True
+        "data/shards",
+        "Shard set: a folder, or an address such as s3://bucket/set (docs/stores.md). A run goes on only with the set "
+        "that it began with.",
+        path=True,
     )
     fraction: float = _option(
         1.0,

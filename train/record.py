@@ -220,7 +220,7 @@ def environment(
         "versions": versions,
         "kernels": kernels.in_use(),
         "shard_set": {
-            "path": str(data.path),
+            "path": data.address,
             "index_sha256": data.manifest.index_sha256,
             "mean": data.manifest.mean,
             "std": data.manifest.std,

@@ -14,6 +14,7 @@ import click
 
 from shards.common import cli
 from shards.common.errors import UsageError
+from shards.store import Place
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True})
@@ -37,7 +38,7 @@ from shards.common.errors import UsageError
 )
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=Place(),
     show_default="that of the runs",
     help="Shard set for --tiles, where the runs' own has moved.",
 )
@@ -48,7 +49,12 @@ from shards.common.errors import UsageError
     help="Resamples for the intervals. More make their ends steadier and the report slower.",
 )
 def main(
-    studies: tuple[Path, ...], out: Path | None, pictures: Path | None, tiles: int, data: Path | None, resamples: int
+    studies: tuple[Path, ...],
+    out: Path | None,
+    pictures: Path | None,
+    tiles: int,
+    data: str | Path | None,
+    resamples: int,
 ) -> None:
     """Write the report of STUDY: a folder that a grid wrote, a folder of run folders, or one run folder.
 

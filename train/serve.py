@@ -26,6 +26,7 @@ import click
 from shards.common import cli
 from shards.common.errors import DermscaleError, UsageError, one_line
 from shards.common.machine import available_cores
+from shards.store import Place
 from train.inference.options import network_options
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _STARTED = time.perf_counter()
 @network_options
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=Place(),
     show_default="the run's own",
     help="Shard set of the training lesions, which are shown if they are similar.",
 )
@@ -61,7 +62,7 @@ _STARTED = time.perf_counter()
 )
 def main(
     folders: tuple[Path, ...],
-    data: Path | None,
+    data: str | Path | None,
     port: int,
     max_upload_mb: int,
     hosts: tuple[str, ...],
@@ -92,7 +93,7 @@ def main(
 
 def serve(
     folders: Sequence[Path],
-    data: Path | None,
+    data: str | Path | None,
     listener: socket.socket,
     max_upload_mb: int,
     hosts: Iterable[str],

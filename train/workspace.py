@@ -9,6 +9,7 @@ from typing import Any
 
 from shards import ShardSet
 from shards.engines.choose import EnginePool
+from shards.store import folder_of, is_address, read_manifest
 from train import device as devices
 from train import models
 from train.checkpoint import seed_torch
@@ -23,7 +24,7 @@ class Workspace:
     """Holds one network at a time, because the compiler's caches grow with every further one."""
 
     def __init__(self) -> None:
-        self._sets: dict[Path, ShardSet] = {}
+        self._sets: dict[str, ShardSet] = {}
         self.engines = EnginePool()
         """Engines of the open sets."""
         self._key: tuple[Any, ...] = ()
@@ -35,18 +36,16 @@ class Workspace:
         """Warnings that were shown already: one that is true for many runs is shown once."""
 
     def open(self, path: str | Path) -> ShardSet:
-        """The shard set in a folder. It is opened once, and again if its manifest has changed."""
-        folder = Path(path).absolute()
-        kept = self._sets.get(folder)
+        """The shard set in a folder or a store. It is opened once, and again if its manifest has changed."""
+        place = path if is_address(path) else str(folder_of(path).absolute())
+        kept = self._sets.get(place)
         if kept is not None:
-            from shards.format import MANIFEST, Manifest
-
-            if Manifest.from_file(folder / MANIFEST) == kept.manifest:
+            if read_manifest(place) == kept.manifest:
                 return kept
             self.engines.close(kept)
             kept.close()
-        self._sets[folder] = ShardSet(path)
-        return self._sets[folder]
+        self._sets[place] = ShardSet(place)
+        return self._sets[place]
 
     def network(self, config: Config, data: ShardSet, world: World) -> Classifier:
         """The network of a run, on its device, with the weights that the run starts from."""

@@ -10,12 +10,16 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 
+def home() -> Path:
+    """The folder of all that is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dermscale"
+
+
 def file_of(subject: str, key: dict[str, Any]) -> Path:
     """Where the finding on a subject is kept. key: everything that it depends on, as JSON can hold it."""
     import xxhash
 
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "dermscale" / f"{subject}-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}.json"
+    return home() / f"{subject}-{xxhash.xxh3_64_hexdigest(json.dumps(key, sort_keys=True).encode())}.json"
 
 
 def recall(subject: str, key: dict[str, Any], types: Mapping[str, type]) -> dict[str, Any] | None:

@@ -108,7 +108,7 @@ def _ask_child(
 ) -> tuple[bool, str, bool]:
     """Run the checking process. Returns whether the engines agree, the reason, and whether to keep the verdict."""
     question = {
-        "path": str(selection.data.path.resolve()),
+        "set": selection.data.opened_with,
         "samples": _some_of_each(selection).tolist(),
         "device": str(device),
         "variant": variant,
@@ -217,7 +217,7 @@ def main() -> None:
     from shards.shardset import ShardSet
 
     question = json.load(sys.stdin)
-    with ShardSet(question["path"]) as data:
+    with ShardSet(**question["set"]) as data:
         samples = np.array(question["samples"], np.int64)
         answer = differences(data, samples, *(question[name] for name in ("device", "variant", "interpolation")))
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

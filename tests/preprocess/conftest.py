@@ -1,19 +1,9 @@
 """Fixtures of the tests of `preprocess`."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from preprocess.isic2018 import NOT_IN_ARCHIVE, ONE_HOT
-from tests.support.download_server import Server, serving
 from tests.support.rawdata import jpeg, write_table
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    """A server of small files in the official layout."""
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture

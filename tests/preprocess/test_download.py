@@ -134,7 +134,8 @@ def test_two_downloads_do_not_write_to_one_folder(server, tmp_path):
 
 SCRIPT = """
 from pathlib import Path
-from preprocess import download, fetch
+from preprocess import download
+from shards.common import fetch
 from tests.support.download_server import FILES, items_of
 fetch._CHUNK_BYTES = 4096
 download.download(items_of(FILES), Path({out!r}), {url!r}, pause_s=0)

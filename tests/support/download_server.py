@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 from preprocess import download as dl
-from preprocess import fetch as fe
+from shards.common import fetch as fe
 
 HEADER = "lesion_id,image_id,dx,dx_type,age,sex,localization,dataset\n"
 

@@ -39,13 +39,13 @@ _PICTURE_PX = 180
 """The longer side of a similar lesion's picture."""
 
 
-def training_selection(run: Path, data: Path | None = None) -> Selection:
-    """The images that a run was trained on. data: the shard set's folder, if it is not where the run found it.
+def training_selection(run: Path, data: str | Path | None = None) -> Selection:
+    """The images that a run was trained on. data: where the shard set is, if not where the run found it.
 
     Raises DataError where the run's record or its shard set is missing, or the set is a different one.
     """
     config = read_config(run / CONFIG)
-    folder = data or Path(config.data)
+    folder = data or config.data
     result = read_result(run)
     if result is None:
         raise DataError(f"{run}: this run is not finished")

@@ -59,7 +59,7 @@ _sessions: list[_Session] = []
 
 
 def start(
-    runs: "Sequence[Path]", data: Path | None, device: str, memory_format: str = "auto"
+    runs: "Sequence[Path]", data: str | Path | None, device: str, memory_format: str = "auto"
 ) -> "tuple[list[About], str]":
     """Load the runs, and compute the features of training images in a thread. Raises DataError or UsageError.
 

@@ -31,7 +31,7 @@ class Section(NamedTuple):
     body: str
 
 
-def compose(found: Analysis, charts: Sequence[Chart], *, tiles: int = 0, data: Path | None = None) -> str:
+def compose(found: Analysis, charts: Sequence[Chart], *, tiles: int = 0, data: str | Path | None = None) -> str:
     """The page as text. tiles: how many of the most confident mistakes are shown, from the shard set in `data`.
 
     Raises UsageError or DataError where that shard set is not there, or is not the one that the runs were tested on.
@@ -142,12 +142,12 @@ def _settings(config: Mapping[str, Any], environment: Mapping[str, Any]) -> Iter
 # ------------------------------------------------------------------ images
 
 
-def _tiles(found: Analysis, number: int, data: Path | None) -> str:
+def _tiles(found: Analysis, number: int, data: str | Path | None) -> str:
     """The images that the best model's first run was most confident about and wrong, as HTML."""
     from shards.shardset import ShardSet
 
     model, run = found.best.model, found.best.runs[0]
-    folder = data or Path(run.config["data"])
+    folder = data or run.config["data"]
     items = []
     with ShardSet(folder) as shards:
         if shards.manifest.index_sha256 != run.result["shard_set_sha256"]:

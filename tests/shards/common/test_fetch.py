@@ -8,7 +8,7 @@ import pytest
 import requests
 
 from preprocess import download as dl
-from preprocess import fetch as fe
+from shards.common import fetch as fe
 from shards.common.errors import DataError
 from tests.support.download_server import FILES, WHOLE, WHOLE_TEST, Server, run, tree
 

@@ -1,16 +1,17 @@
-"""Fetches one file over HTTP until it is complete: resumes after a cut, waits for a busy server, checks the MD5.
+"""Fetches one file until it is complete: resumes after a cut, waits for a busy server, checks the hash.
 
-What has arrived so far lies next to the file as `.NAME.part`, also between runs. A file under its own name is complete
-and checked.
+`fetch_pieces` does that for any server; `fetch` is for HTTP. What has arrived so far lies in a part file next to the
+file, also between runs. A file under its own name is complete and checked.
 """
 
 import hashlib
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol
 
 import click
 
@@ -49,7 +50,19 @@ class RemoteFile:
         return self.bytes if self.exact else 2 * self.bytes + (1 << 20)
 
 
-class _CutError(Exception):
+class Counter(Protocol):
+    """Counts bytes as they arrive: a `Progress`, or what passes them on to one."""
+
+    def advance(self, amount: int) -> None:
+        """`amount` more have arrived; some are lost if it is negative."""
+        ...
+
+    def resize(self, total: int) -> None:
+        """The size of the whole file."""
+        ...
+
+
+class CutError(Exception):
     """The transfer ended early. useless: what arrived does not belong to the server's file. slow: it was too slow."""
 
     def __init__(self, reason: str, useless: bool = False, slow: bool = False) -> None:
@@ -102,7 +115,8 @@ def fetch(session: "requests.Session", remote: RemoteFile, folder: Path, pause_s
         return target
     again = True  # a wrong file that was put together from pieces is fetched once more
     while True:
-        in_one_piece = _fetch_pieces(session, remote, part, pause_s)
+        with Progress(remote.name, remote.bytes, "bytes", done=size_of(part)) as bar:
+            in_one_piece = fetch_pieces(remote, part, bar, lambda: _fetch_piece(session, remote, part, bar), pause_s)
         problem = _problem(part, remote)
         if problem is None:
             part.rename(target)
@@ -137,42 +151,67 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _fetch_pieces(session: "requests.Session", remote: RemoteFile, part: Path, pause_s: float) -> bool:
-    """Complete `part`, over as many connections as it takes; returns True if one was enough."""
+def fetch_pieces(
+    remote: RemoteFile, part: Path, bar: Counter, fetch_piece: Callable[[], None], pause_s: float = 1.0
+) -> bool:
+    """Complete `part`, over as many connections as it takes; returns True if one was enough.
+
+    fetch_piece: one connection, which goes on at the end of `part` and raises CutError if it ends early. pause_s: after
+    a cut; doubled for each in a row. Raises DataError after five in a row that brought nothing.
+    """
     started_with = size_of(part)
     connections = empty = 0
-    with Progress(remote.name, remote.bytes, "bytes", done=started_with) as bar:
-        while True:
-            before = size_of(part)
-            if remote.exact and before == remote.bytes:
-                break
-            if before > remote.most_bytes:  # it belongs to another file
-                part.unlink()
+    while True:
+        before = size_of(part)
+        if remote.exact and before == remote.bytes:
+            break
+        if before > remote.most_bytes:  # it belongs to another file
+            part.unlink()
+            bar.advance(-before)
+            before = 0
+        connections += 1
+        try:
+            fetch_piece()
+            break
+        except CutError as cut:
+            if cut.useless:
+                part.unlink(missing_ok=True)
                 bar.advance(-before)
-                before = 0
-            connections += 1
-            try:
-                _fetch_piece(session, remote, part, bar)
-                break
-            except _CutError as cut:
-                if cut.useless:
-                    part.unlink(missing_ok=True)
-                    bar.advance(-before)
-                after = size_of(part)
-                empty = 0 if after > before and not cut.slow else empty + 1
-                if empty >= _TRIES:
-                    raise DataError(
-                        f"{remote.name}: gave up after {_TRIES} attempts that brought nothing or too little ({cut}); "
-                        f"the {after:,} bytes that arrived are kept: start again to resume there"
-                    ) from None
-                wait_s = min(_LONGEST_PAUSE_S, pause_s * 2**empty)
-                click.echo(f"{remote.name}: {cut}; resuming in {wait_s:.0f} s", err=True)
-                time.sleep(wait_s)
+            after = size_of(part)
+            empty = 0 if after > before and not cut.slow else empty + 1
+            if empty >= _TRIES:
+                raise DataError(
+                    f"{remote.name}: gave up after {_TRIES} attempts that brought nothing or too little ({cut}); "
+                    f"the {after:,} bytes that arrived are kept: start again to resume there"
+                ) from None
+            wait_s = min(_LONGEST_PAUSE_S, pause_s * 2**empty)
+            click.echo(f"{remote.name}: {cut}; resuming in {wait_s:.0f} s", err=True)
+            time.sleep(wait_s)
     return started_with == 0 and connections == 1
 
 
-def _fetch_piece(session: "requests.Session", remote: RemoteFile, part: Path, bar: Progress) -> None:
-    """One request, from the end of `part`. Raises _CutError if it ended early, DataError if more will not help."""
+def append(remote: RemoteFile, file: IO[bytes], read: Callable[[], bytes], bar: Counter) -> int:
+    """Write what `read` gives to `file` until it gives nothing, and flush it to the disk; returns the size then.
+
+    Raises CutError if too little comes in a minute, and DataError if more comes than the file has.
+    """
+    since, from_byte = time.monotonic(), file.tell()
+    while chunk := read():
+        file.write(chunk)
+        bar.advance(len(chunk))
+        if file.tell() > remote.most_bytes:
+            raise DataError(f"{remote.name}: the server sends more than {remote.most_bytes:,} bytes")
+        if time.monotonic() - since > _FLOOR[0]:
+            if file.tell() - from_byte < _FLOOR[1]:
+                raise CutError(f"fewer than {_FLOOR[1]:,} bytes came in {_FLOOR[0]:.0f} s", slow=True)
+            since, from_byte = time.monotonic(), file.tell()
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()
+
+
+def _fetch_piece(session: "requests.Session", remote: RemoteFile, part: Path, bar: Counter) -> None:
+    """One request, from the end of `part`. Raises CutError if it ended early, DataError if more will not help."""
     import requests
     import urllib3
 
@@ -192,20 +231,8 @@ def _fetch_piece(session: "requests.Session", remote: RemoteFile, part: Path, ba
             if start != have:  # the server ignores Range and sends all of it
                 bar.advance(-have)
             with part.open("ab" if start else "wb") as file:
-                since, from_byte = time.monotonic(), file.tell()
                 # read1 returns what has arrived. Larger units would be lost if the connection ends inside one.
-                while chunk := answer.raw.read1(_CHUNK_BYTES):
-                    file.write(chunk)
-                    bar.advance(len(chunk))
-                    if file.tell() > remote.most_bytes:
-                        raise DataError(f"{remote.name}: the server sends more than {remote.most_bytes:,} bytes")
-                    if time.monotonic() - since > _FLOOR[0]:
-                        if file.tell() - from_byte < _FLOOR[1]:
-                            raise _CutError(f"fewer than {_FLOOR[1]:,} bytes came in {_FLOOR[0]:.0f} s", slow=True)
-                        since, from_byte = time.monotonic(), file.tell()
-                file.flush()
-                os.fsync(file.fileno())
-                size = file.tell()
+                size = append(remote, file, lambda: answer.raw.read1(_CHUNK_BYTES), bar)
     except requests.exceptions.InvalidSchema as error:  # trying again does not help
         raise DataError(
             f"{remote.name}: {remote.url} cannot be fetched ({one_line(error, 160)}); check the address, and the "
@@ -213,32 +240,32 @@ def _fetch_piece(session: "requests.Session", remote: RemoteFile, part: Path, ba
         ) from None
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
         cause = str(error).split("Caused by ")[-1]
-        raise _CutError(f"{type(error).__name__}: {one_line(cause, 160)}") from None
+        raise CutError(f"{type(error).__name__}: {one_line(cause, 160)}") from None
     except ValueError as error:  # of requests, for an address that it is redirected to
         raise DataError(
             f"{remote.name}: the answer of {remote.url} cannot be read ({one_line(error, 160)}); "
             "check the address or try again later"
         ) from None
     if total is not None and size < total:
-        raise _CutError(f"the connection ended at byte {size:,} of {total:,}")
+        raise CutError(f"the connection ended at byte {size:,} of {total:,}")
 
 
 def _extent(answer: "requests.Response", remote: RemoteFile, have: int) -> tuple[int, int | None]:
     """The first byte and the size of the whole file that an answer announces; they are equal if `have` is all of it.
 
-    Raises _CutError for a busy server and for a range that was not asked for, DataError for a refusal.
+    Raises CutError for a busy server and for a range that was not asked for, DataError for a refusal.
     """
     code, content_range = answer.status_code, answer.headers.get("Content-Range", "")
     if code in _BUSY:
-        raise _CutError(f"the server answers {code} {answer.reason}")
+        raise CutError(f"the server answers {code} {answer.reason}")
     if code == 416 and have:  # no byte there: the file is complete, or another one
         if content_range == f"bytes */{have}":
             return have, have
-        raise _CutError(f"the server has no byte {have:,}", useless=True)
+        raise CutError(f"the server has no byte {have:,}", useless=True)
     if code == 206:
         match = re.fullmatch(rf"bytes ({_NUMBER})-{_NUMBER}/({_NUMBER}|\*)", content_range)
         if match is None or int(match[1]) != have:
-            raise _CutError(f"asked from byte {have:,}, it sends '{content_range}'", useless=True)
+            raise CutError(f"asked from byte {have:,}, it sends '{content_range}'", useless=True)
         return have, None if match[2] == "*" else int(match[2])
     if code == 200:
         length = answer.headers.get("Content-Length", "")

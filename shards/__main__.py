@@ -208,5 +208,32 @@ def pull(address: str | Path, folder: Path, overwrite: bool) -> None:
     click.echo(f"{folder}: {len(manifest.shards)} shards, whole")
 
 
+@main.command()
+@click.argument("folder", metavar="SET", type=Place())
+@click.option("--overwrite", is_flag=True, help="Replace files of these names that say something else.")
+def card(folder: str | Path, overwrite: bool) -> None:
+    """Write README.md, a dataset card for the Hugging Face Hub, and croissant.json, Croissant metadata, into SET."""
+    from shards.card import cards
+    from shards.common.files import write_durably
+    from shards.shardset import ShardSet
+    from shards.store import Store
+
+    with ShardSet(folder) as data:
+        content = cards(data)
+        store = Store(data.address) if is_address(folder) else None
+        there = store.names() if store else {file.name for file in data.path.iterdir()}
+        for name, text in content.items():
+            if name in there and not overwrite:
+                before = store.read(name, 1 << 26) if store else (data.path / name).read_bytes()
+                if before != text:
+                    raise DataError(f"{data.address}/{name}: says something else; add --overwrite to replace it")
+        for name, text in content.items():
+            if store:
+                store.write(name, text)
+            else:
+                write_durably(data.path / name, text)
+        click.echo(f"{data.address}: {' and '.join(content)} written")
+
+
 if __name__ == "__main__":
     cli.run(main)

@@ -81,7 +81,7 @@ def pull(address: str, out: Path, overwrite: bool = False) -> Manifest:
     place = real_place(out)
     partial = beside(place, "pull")
     with full_disk_names(out), exclusive(partial, f"pulling a set to {out}"):
-        cached = CachedSet(address, partial, _ANY_SIZE_GB)
+        cached = CachedSet(address, partial / "files", _ANY_SIZE_GB)
         manifest = Manifest.from_bytes(cached.manifest, f"{address}/{MANIFEST}")
         total = sum(info.bytes for info in manifest.shards)
         wanted = [

@@ -26,7 +26,7 @@ from shards.common import kept
 from shards.common.errors import DataError, DermscaleError, UsageError, one_line
 from shards.common.fetch import Counter, CutError, RemoteFile, append, fetch_pieces, size_of
 from shards.common.files import sync_folder
-from shards.format import MANIFEST, Manifest
+from shards.format import CARDS, MANIFEST, Manifest
 from shards.place import foreign
 
 T = TypeVar("T")
@@ -458,13 +458,17 @@ class Upload:
         UsageError if nothing can be written there.
         """
         self.store, self._sent, self._lock = Store(address), set[str](), threading.Lock()
+        self._kept = {MANIFEST}
         if self.store.reads_only:
             raise UsageError(f"{address}: a web server takes no files; choose s3://, gs://, hf:// or a folder")
         self._before = self.store.names()
         if name := foreign(self._before):
             raise DataError(f"{address}: holds '{name}', which is not part of a shard set; choose a new address")
-        if MANIFEST in self._before and not overwrite and self.store.read(MANIFEST, _MOST_MANIFEST_BYTES) != again:
-            raise DataError(f"{address}: already holds a shard set; add --overwrite to replace it")
+        if MANIFEST in self._before:
+            if self.store.read(MANIFEST, _MOST_MANIFEST_BYTES) == again:
+                self._kept |= {*CARDS}  # they may have been written there
+            elif not overwrite:
+                raise DataError(f"{address}: already holds a shard set; add --overwrite to replace it")
 
     def send(self, name: str, content: bytes | Path, sha256: str) -> bool:
         """Put a file there; False if it was there already. The manifest of an older set is removed before."""
@@ -482,6 +486,6 @@ class Upload:
 
     def finish(self, manifest: bytes) -> None:
         """Remove what else there is of an older set, and write the manifest."""
-        for name in sorted(self._before - self._sent - {MANIFEST}):
+        for name in sorted(self._before - self._sent - self._kept):
             self.store.remove(name)
         self.store.write(MANIFEST, manifest)

@@ -146,7 +146,7 @@ class ShardSetWriter:
             refuse_occupied(folder_of(out), overwrite)
             self._final = real_place(folder_of(out))
         else:
-            self._final = kept.home() / "packing" / xxhash.xxh3_64_hexdigest(self._upload.store.address)
+            self._final = kept.home() / "packing" / xxhash.xxh3_64_hexdigest(self._upload.store.address.encode())
         self._partial = beside(self._final, "partial")
         self._lock = self._take_lock()
         try:

@@ -133,7 +133,7 @@ def test_a_killed_pull_goes_on_where_it_was(s3, packed, tmp_path):
     command = [sys.executable, "-m", "shards", "pull", PLACE, tmp_path / "back"]
     process = subprocess.Popen(command, cwd=ROOT)
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob(".back.pull/*/*.tar"))) < 3 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob(".back.pull/files/*/*.tar"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from preprocess.records import Record, Rejected, Source, join_groups, quarantine_csv
+from shards.common import kept
 from shards.common.errors import DataError, one_line
 from shards.common.files import full_disk_names
 from shards.common.machine import keep_freed_memory, single_threaded_opencv
@@ -39,6 +40,7 @@ from shards.encode import (
 )
 from shards.format import DUPLICATES, QUARANTINE, SPLITS, EncodeSpec, Manifest
 from shards.pictures import decode_picture
+from shards.store import is_address
 from shards.subsets import fold_of, split_lesions
 from shards.writer import PackedSample, ShardSetWriter
 
@@ -147,7 +149,7 @@ def pack(source: Source, out: str | Path, settings: Settings, test: Source | Non
     packed: list[_Job] = []
     hashes: list[int] = []
     with (
-        full_disk_names(Path(out)),
+        full_disk_names(kept.home() if is_address(out) else Path(out)),
         single_threaded_opencv(),
         ShardSetWriter(
             out, settings.encode, settings.shard_bytes, settings.overwrite, source.classes, columns.schema

@@ -265,13 +265,7 @@ def _croissant(data: "ShardSet") -> dict[str, Any]:
                 "name": name,
                 "key": {"@id": f"{name}/image_id"},
                 "field": [
-                    _field(
-                        name,
-                        "image_id",
-                        "sc:Text",
-                        source | image_id,
-                        references={"field": {"@id": "samples/image_id"}},
-                    ),
+                    _field(name, "image_id", "sc:Text", source | image_id),
                     _field(name, "image", kind, source | {"extract": {"fileProperty": "content"}}),
                 ],
             }

@@ -142,7 +142,7 @@ class ShardSet:
             file = self.path / info.file
             if not file.is_file():
                 raise DataError(f"{file}: {'is not a file' if file.exists() else 'missing'}; {AGAIN}")
-            _check_size(file, file.stat().st_size, info.bytes)
+            _check_size(file, file.stat().st_size, info.bytes, AGAIN)
 
     def _check_rows(self, index: Path) -> None:
         """Check every row of the index, because engines read addresses that follow from it."""
@@ -301,7 +301,7 @@ class ShardSet:
                 raise DataError(f"{file}: is gone since the set was opened; open the set where it is now") from None
             except OSError as error:
                 raise DataError(f"{file}: cannot be read ({error.strerror}); {_hint(error)}") from None
-            _check_size(file, len(view), info.bytes)
+            _check_size(file, len(view), info.bytes, self._again)
             view = self._maps.setdefault(number, view)  # if two threads map it at once, both use the first mapping
         return view
 
@@ -315,6 +315,11 @@ class ShardSet:
         return self._cached.opened(Wanted(info.file, info.sha256, info.bytes))
 
     # ------------------------------------------------------------------ a set in a store
+
+    @property
+    def _again(self) -> str:
+        """What to do about a damaged file of the set."""
+        return AGAIN if self._cached is None else f"remove {self.path} and start again: it is fetched again then"
 
     @property
     def stored(self) -> bool:
@@ -336,6 +341,7 @@ class ShardSet:
             return
         shards, first = np.unique(self.column("shard")[samples], return_index=True)
         coming = [number for number in shards[np.argsort(first)].tolist() if number not in self._maps]
+        coming += [number for number in list(self._coming) if number not in coming]  # of a pass beside this one
         self._coming.clear()
         self._coming.extend(coming)
         self._fetchers = [thread for thread in self._fetchers if thread.is_alive()]
@@ -370,7 +376,7 @@ class ShardSet:
         file = self.path / self.manifest.shards[int(self.column("shard")[sample])].file
         return DataError(
             f"{self.column('image_id')[sample]}: damaged in {file} at byte {self.column('offset')[sample]} "
-            f"({why}); {AGAIN}"
+            f"({why}); {self._again}"
         )
 
     def pixels(self, sample: int) -> np.ndarray:
@@ -450,10 +456,10 @@ class ShardSet:
                 yield name, ["is not part of this set; move it away"]
 
 
-def _check_size(file: Path, found: int, expected: int) -> None:
-    """Raise DataError if a shard has not the size that the manifest says."""
+def _check_size(file: Path, found: int, expected: int, again: str) -> None:
+    """Raise DataError if a shard has not the size that the manifest says. again: what to do then."""
     if found != expected:
-        raise DataError(f"{file}: {found} bytes, and the manifest says {expected}; {AGAIN}")
+        raise DataError(f"{file}: {found} bytes, and the manifest says {expected}; {again}")
 
 
 def wrong_bytes(tar: Path, sha256: str) -> list[str]:

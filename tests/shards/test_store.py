@@ -111,6 +111,17 @@ def test_shards_are_fetched_in_the_order_in_which_they_are_needed(s3, address, t
     assert first == ["02", "00", "03", "01"]
 
 
+def test_batches_come_before_the_shards_that_only_later_ones_need(s3, address, tmp_path):
+    s3.proxy.plan("GET .*00001.tar", "hang")
+    with ShardSet(address, cache=tmp_path) as data:
+        loader = Loader(data.select("train"), batch_size=16, resolution=32, train=False)
+        batches = iter(loader)
+        assert len(next(batches).images) == 16 and tars(tmp_path) == ["shard-00000.tar"]
+        s3.proxy.release.set()
+        assert len(list(batches)) == len(loader) - 1
+        loader.close()
+
+
 def test_a_web_server_and_a_file_address_do_too(s3, address, packed, tmp_path):
     with ShardSet(f"{s3.url}/set", cache=tmp_path) as data, ShardSet(packed) as local:
         assert same_batches(data, local)
@@ -323,3 +334,54 @@ def test_a_shared_cache_takes_the_permissions_of_its_folder(s3, address, tmp_pat
         os.umask(before)
     assert data.path.stat().st_mode & 0o7777 == 0o2775
     assert {file.stat().st_mode & 0o777 for file in data.path.iterdir()} == {0o664}
+
+
+# ------------------------------------------------------------------ the commands
+
+
+def test_a_run_on_a_store_is_that_on_the_folder(s3, tiny_shards, whole, tmp_path, monkeypatch):
+    from tests.support.train_runs import assert_same_run, small
+    from train.inference.neighbours import training_selection
+    from train.loop import train_once
+
+    monkeypatch.setenv("DERMSCALE_CACHE", str(tmp_path / "cache"))
+    place = s3.put_set(tiny_shards, "tiny")
+    train_once(small(place), tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+    selection = training_selection(tmp_path / "run")
+    assert selection.data.address == place and len(selection) == 72
+
+
+@pytest.mark.slow
+def test_a_grid_trains_on_a_store(s3, tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("DERMSCALE_CACHE", str(tmp_path / "cache"))
+    place = s3.put_set(tiny_shards, "tiny")
+    options = "--models test_resnet --fractions 0.5,1 --seeds 0 --epochs 1 --batch-size 16 --resolution 32 --device cpu"
+    command = [sys.executable, "-m", "train.grid", "--data", place, "--out", tmp_path / "study", *options.split()]
+    done = subprocess.run([*command, "--compile", "off"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "study" / "results.csv").read_text().count("\n") == 3
+    gets = s3.proxy.asked("GET", "shard-00000.tar")
+    assert len(gets) == len({one.first for one in gets}) > 0  # once, though a grid has several processes
+
+
+def test_a_set_of_a_store_is_sent_to_other_processes_with_its_cache(s3, address, tmp_path):
+    import pickle
+
+    with ShardSet(address, cache=tmp_path, cache_gb=0.5) as data, pickle.loads(pickle.dumps(data)) as other:
+        assert other.path == data.path and other.opened_with == data.opened_with
+    s3.put_set(write_set(tmp_path / "other", images=60))
+    with pytest.raises(DataError, match="holds another shard set"):
+        pickle.loads(pickle.dumps(data))
+
+
+def test_a_file_that_was_damaged_in_the_cache_is_named_with_what_to_do(s3, address, tmp_path):
+    with ShardSet(address, cache=tmp_path) as data:
+        data.shard(0)
+    tar = data.path / "shard-00000.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    with ShardSet(address, cache=tmp_path) as data, pytest.raises(DataError, match=f"remove {data.path} and start"):
+        data.read(0)
+    tar.write_bytes(b"short")
+    with ShardSet(address, cache=tmp_path) as data, pytest.raises(DataError, match=f"5 bytes.*remove {data.path} and"):
+        data.read(0)

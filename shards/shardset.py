@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from shards.common.cli import typed
-from shards.common.errors import DataError, UsageError, one_line
+from shards.common.errors import DataError, DermscaleError, UsageError, one_line
 from shards.format import (
     AGAIN,
     CARDS,
@@ -273,11 +273,13 @@ class ShardSet:
             raise UsageError(f"fraction {fraction} of split '{split}': only the training split has fractions")
         samples = np.flatnonzero(self.column("split") == split)
         if not len(samples):
-            raise UsageError(f"{self.path}: split '{split}' is empty; pack with another --split")
+            raise UsageError(f"{self.address}: split '{split}' is empty; pack with another --split")
         if where is not None:
             samples = samples[mask(where, self.table)[samples]]
             if not len(samples):
-                raise UsageError(f"{self.path}: no image of split '{split}' meets the condition {one_line(where, 160)}")
+                raise UsageError(
+                    f"{self.address}: no image of split '{split}' meets the condition {one_line(where, 160)}"
+                )
         if fraction < 1.0:
             labels, lesions = self.column("label")[samples], self.lesion_names[samples]
             samples = samples[nested_subset(labels, lesions.tolist(), fraction, subset_seed)]
@@ -335,6 +337,11 @@ class ShardSet:
             self._wanted.update(np.unique(self.column("shard")[samples]).tolist())
             self._cached.refuse_larger(sum(self.manifest.shards[number].bytes for number in self._wanted))
 
+    def to_fetch(self) -> int:
+        """Bytes of the shards that loaders need, and that are in a store and not yet in the cache."""
+        wanted = (self.manifest.shards[number] for number in self._wanted)
+        return sum(info.bytes for info in wanted if not (self.path / info.file).exists())
+
     def fetch_ahead(self, samples: np.ndarray) -> None:
         """Fetch the shards of these samples on threads, in the order in which they come, if they are in a store."""
         if self._cached is None:
@@ -358,7 +365,7 @@ class ShardSet:
                 self.shard(self._coming.popleft())
             except IndexError:
                 return
-            except DataError:
+            except DermscaleError:
                 self._coming.clear()
                 return
 
@@ -401,7 +408,7 @@ class ShardSet:
             kept = self._maps.pop(number, None)
             with TemporaryDirectory(prefix="dermscale-") as folder:  # what is in the cache says nothing of the store
                 try:
-                    self._bring(info, Path(folder))
+                    self._bring(number, Path(folder))
                     wrong = self._wrong(number, Path(folder))
                 except DataError as error:
                     wrong = [str(error)]
@@ -411,16 +418,16 @@ class ShardSet:
             yield info.file, wrong
         yield from self._verify_others(expected)
 
-    def _bring(self, info: ShardInfo, folder: Path) -> None:
-        """Fetch a tar and its .idx from the store into a folder."""
+    def _bring(self, number: int, folder: Path) -> None:
+        """Fetch a tar and its .idx from the store into a folder, and map the tar. Raises DataError."""
         assert self._cached is not None
+        info = self.manifest.shards[number]
         store, tar = self._cached.store, folder / info.file
         complete(store, Wanted(info.file, info.sha256), info.bytes, tar, Silent())
         with tar.open("rb") as file:
-            self._maps[int(tar.stem.partition("-")[2])] = _mapped(file)
+            self._maps[number] = _mapped(file)
         idx = index_name(info.file)
-        if idx in store.names():
-            (folder / idx).write_bytes(store.read(idx, info.bytes))
+        (folder / idx).write_bytes(store.read(idx, info.bytes))
 
     def _wrong(self, number: int, folder: Path) -> list[str]:
         """What is wrong with a shard in a folder and with its samples."""
@@ -447,7 +454,11 @@ class ShardSet:
             if name not in names:
                 yield name, [f"missing; {AGAIN}"]
                 continue
-            content = store.read(name, _MOST_ATTACHED_BYTES) if store else (self.path / name).read_bytes()
+            try:
+                content = store.read(name, _MOST_ATTACHED_BYTES) if store else (self.path / name).read_bytes()
+            except DataError as error:
+                yield name, [str(error)]
+                continue
             if hashlib.sha256(content).hexdigest() != sha256:
                 yield name, [f"its SHA-256 is not the manifest's; {AGAIN}"]
         unhashed = {QUARANTINE} if self.manifest.manifest_sha256 is None else set()
@@ -488,6 +499,8 @@ def _hint(error: OSError) -> str:
         errno.EPERM: "check its permissions",
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
         errno.ENOMEM: "free some memory",
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
     }.get(error.errno or 0, "check its disk or file system")
 
 

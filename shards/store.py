@@ -318,9 +318,8 @@ class CachedSet:
                 self._make_room(size)
             part.parent.mkdir(exist_ok=True)
             file = part.open("ab")
-            for made, mode in ((part.parent, 0o7777), (part, 0o666)):  # shared by whoever shares the cache
-                if made.stat().st_uid == os.geteuid():
-                    made.chmod(self.cache.stat().st_mode & mode)
+            self._share(part.parent, 0o7777)
+            self._share(part, 0o666)
             locked = _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, part)
         with file:
             while not locked and not path.exists():
@@ -336,12 +335,16 @@ class CachedSet:
     def _counting(self) -> Iterator[None]:
         """Let no other process count, add or remove files of the cache."""
         self.cache.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.cache, os.O_RDONLY)
-        try:
-            _flock(descriptor, fcntl.LOCK_EX, self.cache)
+        lock = self.cache / ".lock"
+        with lock.open("ab") as file:  # NFS locks no folder, and no file that is open for reading alone
+            self._share(lock, 0o666)
+            _flock(file, fcntl.LOCK_EX, lock)
             yield
-        finally:
-            os.close(descriptor)
+
+    def _share(self, made: Path, mode: int) -> None:
+        """Give a file or folder of this user the permissions of the cache, for whoever shares it."""
+        if made.stat().st_uid == os.geteuid():
+            made.chmod(self.cache.stat().st_mode & mode)
 
     def _make_room(self, size: int) -> None:
         """Remove the files that were not used for longest until `size` bytes more fit."""
@@ -419,7 +422,7 @@ def _files(cache: Path) -> Iterator[tuple[float, int, Path]]:
 
 def _removed(file: Path) -> bool:
     """Remove a file of the cache, and its folder if that is empty then, unless it is in use."""
-    with suppress(FileNotFoundError, PermissionError), file.open("rb") as opened:
+    with suppress(FileNotFoundError, PermissionError), file.open("r+b") as opened:
         if not _flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB, file):
             return False
         file.unlink()

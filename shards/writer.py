@@ -167,7 +167,7 @@ class ShardSetWriter:
         busy = "another process is packing to this folder; wait for it or choose another"
         file = path.open("wb")
         try:
-            lock(file, Path(self.out), busy)
+            lock(file, self.out, busy)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file

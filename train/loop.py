@@ -117,6 +117,8 @@ def train_once(
         if (warning := reduction_warning(run.loaders["test"])) and warning not in workspace.warned:
             workspace.warned.add(warning)
             console.warn(warning)
+        if size := run.data.to_fetch():
+            say(f"{run.data.address}: {size / 1e9:.3g} GB are fetched to {run.data.path.parent} when they are needed")
         compile_and_distribute(run, progress, console)
         mark = time.perf_counter()
         if state:

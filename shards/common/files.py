@@ -90,7 +90,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock(file: IO[bytes] | int, place: Path, busy: str) -> None:
+def lock(file: IO[bytes] | int, place: str | Path, busy: str) -> None:
     """Lock an open file, or a folder's descriptor, until it is closed. If this raises, the caller closes it.
 
     place: named in the errors. busy: the message if another process holds the lock. Raises DataError then, and if the

@@ -54,6 +54,7 @@ def test_a_set_that_is_pushed_and_pulled_is_the_same(s3, packed, tmp_path, comma
     assert code == 0 and out.startswith(f"{PLACE}: 4 shards are there")
     assert stored(s3) == contents(packed) and sent(s3)[-1] == MANIFEST
     assert command(main, "verify", PLACE)[:2] == (0, f"{PLACE}: 4 shards and 400 samples are whole\n")
+    assert command(main, "verify", f"{s3.url}/set")[0] == 0
     assert command(main, "info", PLACE)[0] == 0
     assert command(main, "pull", PLACE, tmp_path / "back")[:2] == (0, f"{tmp_path / 'back'}: 4 shards, whole\n")
     assert contents(tmp_path / "back") == contents(packed)
@@ -103,7 +104,7 @@ def test_verify_names_what_is_wrong_in_the_store_whatever_the_cache_holds(s3, pa
     s3.put("set/notes.txt", b"x")
     code, _, errors = command(main, "verify", PLACE)
     assert code == 1 and errors.count("\n") == 5 and "4 problems, each with what to do" in errors
-    for said in ("00000.tar: its SHA-256", "00001.idx is damaged", "00002.idx is missing", "notes.txt: is not part"):
+    for said in ("00000.tar: its SHA-256", "00001.idx is damaged", "00002.idx: is not there", "notes.txt: is not part"):
         assert said in errors
 
 

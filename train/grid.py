@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from shards.common import cli
+from shards.common.cluster import runner_options
 from train.config import training_options
 from train.study.cells import BUDGETS, EIGHT, FRACTIONS
 from train.study.folder import UNWANTED
@@ -68,6 +69,7 @@ from train.study.folder import UNWANTED
     default=Path("runs/study"),
     help="Folder of the study. One that holds a study is continued.",
 )
+@runner_options
 @training_options
 def main(
     models: str,
@@ -78,14 +80,17 @@ def main(
     keep: str,
     per_device: str,
     out: Path,
+    runner: str,
+    address: str | None,
     **options: Any,
 ) -> int:
     """Train every model on every fraction with every seed. Writes one run folder per cell, and results.csv.
 
     Run the same command again to continue: finished cells are skipped. If a fraction has fewer images than a batch, the
-    batch is made smaller, and the table says so. Ctrl-C, SIGTERM and SIGHUP write checkpoints and stop; a second signal
-    does not wait for them.
+    batch is made smaller, and the table says so. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 write checkpoints and stop; a
+    second signal does not wait for them.
     """
+    from shards.common import cluster
     from shards.shardset import ShardSet
     from train.config import Config
     from train.study.cells import grid_cells, parse_fractions, parse_models, parse_seeds
@@ -109,8 +114,8 @@ def main(
             lambda fraction, seed: len(data.select("train", fraction, seed, base.where)),
         )
         settings = study_settings(base, budget, data)
-    with StudyFolder(out, settings) as folder:
-        return train_cells(cells, folder, base.device, keep, at_once)
+    with StudyFolder(out, settings) as folder, cluster.runner(runner, address):
+        return train_cells(cells, folder, base.device, keep, at_once, runner)
 
 
 if __name__ == "__main__":

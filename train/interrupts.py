@@ -1,11 +1,15 @@
-"""The signals that ask a program to stop: Ctrl-C (SIGINT), SIGTERM, and SIGHUP, which comes when a terminal closes."""
+"""The signals that ask a program to stop: Ctrl-C (SIGINT), SIGTERM, SIGHUP, and SIGUSR1.
+
+SIGHUP comes when a terminal closes. Slurm sends the signal that `sbatch --signal` names, usually SIGUSR1, some time
+before the time limit, and SIGTERM before it takes a node away. The exit code is 128 + the number of the signal.
+"""
 
 import os
 import signal
 from contextlib import suppress
 from types import FrameType
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _STOPPING = b"stopping after this step, with a checkpoint; a second Ctrl-C ends at once, without one\n"
 
 

@@ -34,8 +34,8 @@ _STARTED = time.perf_counter()
 def main(out: str | None, resume: bool, **options: Any) -> int:
     """Train and evaluate one model; write everything about it into a run folder.
 
-    It prints one line per epoch and writes metrics with 95 % intervals to OUT/result.json. On Ctrl-C, SIGTERM and
-    SIGHUP it writes a checkpoint and ends; a second signal ends it at once.
+    It prints one line per epoch and writes metrics with 95 % intervals to OUT/result.json. On Ctrl-C, SIGTERM,
+    SIGHUP and SIGUSR1 it writes a checkpoint and ends; a second signal ends it at once.
     """
     from train.study.cells import cell_name
 

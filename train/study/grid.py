@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from train.record import read_result
 from train.study.cells import Cell
 from train.study.folder import PACKED, UNWANTED, StudyFolder, read_journal
 from train.study.pool import Pool, visible_gpus
+from train.study.process import Process
 from train.study.sharing import Sharing, decide
 from train.study.table import RESULTS, read_row, read_rows, write_table
 from train.study.view import Lines, LiveTable
@@ -59,23 +61,35 @@ def check_settings(names: Sequence[str], base: Config) -> None:
 
 
 def train_cells(
-    cells: Sequence[Cell], folder: StudyFolder, device: str, keep: str = "weights", per_device: int | None = 1
+    cells: Sequence[Cell],
+    folder: StudyFolder,
+    device: str,
+    keep: str = "weights",
+    per_device: int | None = 1,
+    runner: str = "local",
 ) -> int:
     """Train the cells that are not finished. Returns the exit code: 0 finished, 1 some failed, 128 + signal stopped.
 
     keep: a key of UNWANTED: what is kept of a finished cell. per_device: how many are trained at the same time on each
-    device; None: `auto`.
+    device; None: `auto`. runner: `local`, or `ray` if the process is connected to a cluster.
     """
     from train import device as devices
+    from train.study import cluster
 
     signals = asked_to_stop(second_ends=False)  # the pool kills its workers at the second one
     _record_unrecorded(cells, folder, UNWANTED[keep])
-    gpus, known = visible_gpus(device), folder.sharing()
+    known = folder.sharing()
     earlier = None if known is None else Sharing(**known)
-    sharing = decide(per_device, cells, gpus, earlier, folder.log("trial"), lambda: len(signals))
+    gpus = visible_gpus(device) if runner == "local" else []
+    there = None if runner == "local" else cluster.devices(device)
+    log = folder.log("trial")
+    if there is None:
+        sharing = decide(per_device, cells, gpus, earlier, log, lambda: len(signals))
+    else:
+        sharing = cluster.share(there, per_device, cells, earlier, log, lambda: len(signals))
     if not signals:  # a trial that was stopped decides nothing
         folder.record_sharing(asdict(sharing))
-    gpus *= sharing.per_device
+    at_once = sharing.per_device * (len(gpus) if there is None else there.number)
     cells = [replace(cell, config=replace(cell.config, threads=sharing.threads)) for cell in cells]
     rows = read_rows(folder.path)
     left = [cell for cell in cells if rows.get(cell.name, {}).get("status") != "finished"]
@@ -87,7 +101,7 @@ def train_cells(
             rows[entry["cell"]] = row
             write_table(folder.path, rows)
 
-    with (LiveTable if sys.stderr.isatty() else Lines)(left, done, len(gpus)) as view:
+    with (LiveTable if sys.stderr.isatty() else Lines)(left, done, at_once) as view:
         if sharing.per_device > 1 or (per_device is None and earlier is None and len(cells) > 1):
             threads = f", each with --threads {sharing.threads}" if sharing.threads else ""
             view.say(f"--per-device {sharing.per_device}{threads}: {sharing.reason}")
@@ -98,7 +112,13 @@ def train_cells(
             )
         if done:
             view.say(f"{done} of {len(cells)} cells are finished already")
-        failed = Pool(folder, view, gpus, recorded, UNWANTED[keep]).run(left, lambda: len(signals))
+        with ExitStack() as stack:
+            if there is None:
+                workers = [Process(gpu) for gpu in gpus * sharing.per_device]
+            else:
+                workers = stack.enter_context(cluster.workers(there, sharing.per_device, folder, view.say))
+            pool = Pool(folder, view, workers, recorded, UNWANTED[keep], sharing.per_device)
+            failed = pool.run(left, lambda: len(signals)) if left else []
     write_table(folder.path, rows)
     if signals:
         click.echo(f"stopped; run the same command to continue ({folder.path})", err=True)

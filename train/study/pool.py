@@ -1,43 +1,41 @@
 """The worker pool of a study: one or more workers per device, each with one model as long as that has cells left."""
 
-import contextlib
-import multiprocessing
 import os
-import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from shards.common.cluster import RETRIES
 from train.study.cells import Cell
 from train.study.folder import StudyFolder
+from train.study.process import GRACE_S, Process, Slot
 from train.study.view import Lines
-from train.study.worker import Ended, Job, Slot, Status, Warned, work
+from train.study.worker import Ended, Job, Status, Warned
 
 POLL_S = 0.25
-GRACE_S = 30.0
-"""Seconds that a worker may take to write its checkpoint when it is stopped. Then it is killed."""
 
 
 @dataclass
 class Pool:
     """Trains cells.
 
-    gpus: one name per worker, for CUDA_VISIBLE_DEVICES; workers with the same name share a GPU. None: no restriction.
-    recorded: called with the journal's entry of each cell that has ended. unwanted: files that the grid deletes from a
-    finished cell. worker: the function that each worker process runs.
+    workers: each trains one cell at a time; all of one kind. per_device: how many of them share a device. recorded:
+    called with the journal's entry of each cell that has ended. unwanted: files that the grid deletes from a finished
+    cell.
     """
 
     folder: StudyFolder
     view: Lines
-    gpus: Sequence[str | None]
+    workers: Sequence[Process]
     recorded: Callable[[dict[str, Any]], None]
     unwanted: tuple[str, ...] = ()
-    worker: Callable[[Connection, str | None, Path, float], None] = work
+    per_device: int = 1
     _warned: set[str] = field(default_factory=set)
+    _lost: Counter[str] = field(default_factory=Counter)
 
     def run(self, cells: Sequence[Cell], stop: Callable[[], int]) -> list[str]:
         """Train every cell. Returns the names of the cells that failed.
@@ -46,38 +44,43 @@ class Pool:
         second, they are killed.
         """
         left, failed = list(cells), []
-        slots = [Slot(number, gpu) for number, gpu in enumerate(self.gpus)]
+        slots = [Slot(number, worker) for number, worker in enumerate(self.workers)]
         try:
             while True:
                 asked = stop()
                 for slot in slots:
-                    if not asked and slot.cell is None and left:
+                    if not asked and slot.cell is None and left and slot.worker.ready:
                         self._assign(slot, left.pop(self._choose(slot, slots, left)), left)
-                    if asked and slot.cell is not None:
-                        self._stop(slot, asked)
                 busy = [slot for slot in slots if slot.cell is not None]
-                if not busy:
+                if not busy and (asked or not left):
                     return failed
-                for slot in self._wait(busy):
+                if busy:
+                    busy[0].worker.wait([slot.worker for slot in busy], POLL_S)
+                else:
+                    time.sleep(POLL_S)  # until the cluster gives a device
+                asked = stop()
+                for slot in busy:
+                    if asked:
+                        self._stop(slot, asked)
                     cell = slot.cell
                     ended = self._receive(slot)
                     if cell is not None and ended is not None:
-                        wall_s = time.perf_counter() - slot.started
-                        if ended.outcome == "stopped" and slot.stopped_at is None:
-                            ended = Ended(
-                                "failed",
-                                error="the worker was stopped by a SIGTERM from outside; its checkpoint is kept",
-                            )
                         slot.cell = None
+                        if ended.outcome == "lost":
+                            self._lost[cell.name] += 1
+                            self.view.warn(f"{cell.name}: {ended.error}; it is trained again")
+                            left.insert(0, cell)
+                            continue
+                        wall_s = time.perf_counter() - slot.started
                         if ended.outcome == "failed":
                             failed.append(cell.name)
-                            self._end_worker(slot)  # after a failure the next cell gets a new process
+                            self._end_worker(slot, idle=False)  # after a failure the next cell gets a new process
                         self.view.ended(cell, ended, wall_s)
                         entry = self.folder.ended(cell, ended.outcome, ended.error, wall_s, self.unwanted)
                         self.recorded(entry)
         finally:
             for slot in slots:
-                self._end_worker(slot)
+                self._end_worker(slot, idle=slot.cell is None)
 
     # ------------------------------------------------------------------ assigning cells
 
@@ -100,114 +103,63 @@ class Pool:
 
     def _assign(self, slot: Slot, cell: Cell, left: Sequence[Cell]) -> None:
         """Send a cell to the worker of a slot; start a worker if there is none for this model. left: later cells."""
-        ahead = sum(other.images for other in left if other.config.model == cell.config.model) // len(self.gpus)
+        model = cell.config.model
+        ahead = sum(other.images for other in left if other.config.model == model) // len(self.workers)
         slot.started = time.perf_counter()
-        if slot.model != cell.config.model or slot.process is None or not slot.process.is_alive():
-            self._end_worker(slot)
-            self._start_worker(slot, cell.config.model)
+        if slot.model != model or not slot.worker.alive:
+            slot.model = model
+            name = f"{model.replace('/', '-')}-{slot.number}"
+            slot.worker.start(name, self.folder.log(name))
         slot.cell, slot.status, slot.stopped_at = cell, Status("start", 0, 1), None
-        assert slot.pipe is not None
-        with contextlib.suppress(OSError):  # it has just died: `_receive` reports it
-            sharing = self.gpus.count(slot.gpu)
-            slot.pipe.send(Job(cell.config, self.folder.cell(cell.name), ahead, self.unwanted, sharing))
+        slot.worker.send(Job(cell.config, self.folder.cell(cell.name), ahead, self.unwanted, self.per_device))
         self.view.started(slot)
-
-    def _start_worker(self, slot: Slot, model: str) -> None:
-        """Start a worker. Spawned, not forked: a fork of a process with threads or a CUDA context is not safe."""
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        slot.model = model
-        slot.log = self.folder.log(f"{model.replace('/', '-')}-{slot.number}")
-        slot.process = context.Process(
-            target=self.worker,
-            args=(theirs, slot.gpu, slot.log, time.perf_counter()),
-            name=f"{model}-{slot.number}",
-            daemon=True,
-        )
-        slot.process.start()
-        theirs.close()
-        slot.pipe = ours
 
     # ------------------------------------------------------------------ messages
 
-    @staticmethod
-    def _wait(busy: Sequence[Slot]) -> list[Slot]:
-        """Wait, at most POLL_S. Returns the slots whose worker has sent a message or has died."""
-        handles: dict[object, Slot] = {}
-        for slot in busy:
-            assert slot.pipe is not None and slot.process is not None
-            handles |= {slot.pipe: slot, slot.process.sentinel: slot}
-        found = wait(list(handles), timeout=POLL_S)  # pyright: ignore[reportArgumentType]
-        return [slot for slot in busy if any(handles[one] is slot for one in found)]
-
     def _receive(self, slot: Slot) -> Ended | None:
         """Take all messages of a worker. Returns how its cell ended, or None if it has not ended."""
-        assert slot.pipe is not None and slot.process is not None
-        try:
-            while slot.pipe.poll():
-                message = slot.pipe.recv()
-                if isinstance(message, Ended):
-                    return message
-                if isinstance(message, Status):
-                    slot.status = message
-                elif isinstance(message, Warned):
-                    self._warn(slot, message.text)
-        except (EOFError, OSError):
-            slot.process.join(GRACE_S)
-        if slot.process.is_alive():
-            return None
-        if slot.stopped_at is not None:
-            return Ended("stopped", error="ended before it could write a checkpoint")
-        return Ended("failed", error=self._exit_reason(slot))
+        for message in slot.worker.receive():
+            if isinstance(message, Ended):
+                return self._outcome(slot, message)
+            if isinstance(message, Status):
+                slot.status = message
+            else:
+                self._warn(slot, message)
+        return None
 
-    def _warn(self, slot: Slot, text: str) -> None:
+    def _outcome(self, slot: Slot, ended: Ended) -> Ended:
+        """What the end of a cell means: whether a stop was asked for, and whether it has been lost too often."""
+        if ended.outcome in ("died", "lost") and slot.stopped_at is not None:
+            return Ended("stopped", error="ended before it could write a checkpoint")
+        if ended.outcome == "stopped" and slot.stopped_at is None:
+            return Ended("failed", error="the worker was stopped by a SIGTERM from outside; its checkpoint is kept")
+        lost = slot.cell is not None and self._lost[slot.cell.name]
+        if ended.outcome == "died" or (ended.outcome == "lost" and lost == RETRIES):
+            return Ended("failed", error=ended.error)
+        return ended
+
+    def _warn(self, slot: Slot, warned: Warned) -> None:
         """Show a warning, unless there was one that begins alike (up to its colon): each worker warns once itself."""
-        what = text.partition(":")[0]
+        what = warned.text.partition(":")[0]
         if what not in self._warned:
             self._warned.add(what)
-            self.view.warn(f"{slot.cell.name if slot.cell else slot.model}: {text}")
-
-    @staticmethod
-    def _exit_reason(slot: Slot) -> str:
-        """Why a worker process ended, in one line."""
-        code = slot.process.exitcode if slot.process is not None else None
-        if code is None or code >= 0:
-            return f"the worker ended with exit code {code}; see {slot.log}"
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = "unknown"
-        memory = " (the system does so if memory is full)" if -code == signal.SIGKILL else ""
-        return f"the worker was killed by signal {-code} ({name}){memory}; see {slot.log}"
+            self.view.warn(f"{slot.cell.name if slot.cell else slot.model}: {warned.text}")
 
     # ------------------------------------------------------------------ ending workers
 
     @staticmethod
     def _stop(slot: Slot, asked: int) -> None:
-        """Send SIGTERM the first time. Send SIGKILL if the user asks again or GRACE_S have passed."""
-        assert slot.process is not None
+        """Ask the worker to stop the first time. Kill it if the user asks again or GRACE_S have passed."""
         if slot.stopped_at is None:
             slot.stopped_at = time.monotonic()
-            slot.process.terminate()
+            slot.worker.stop(kill=False)
         elif asked > 1 or time.monotonic() - slot.stopped_at > GRACE_S:
-            slot.process.kill()
+            slot.worker.stop(kill=True)
 
     @staticmethod
-    def _end_worker(slot: Slot) -> None:
-        """End the worker of a slot, if there is one, and wait for its end: the next one needs its memory."""
-        if slot.process is None or slot.pipe is None:
-            return
-        if slot.cell is None and slot.process.is_alive():
-            with contextlib.suppress(OSError):  # it has just died
-                slot.pipe.send(None)
-        else:
-            slot.process.kill()
-        slot.pipe.close()
-        slot.process.join(5.0)
-        if slot.process.is_alive():
-            slot.process.kill()
-            slot.process.join()
-        slot.process, slot.pipe, slot.model = None, None, ""
+    def _end_worker(slot: Slot, idle: bool) -> None:
+        slot.worker.end(idle)
+        slot.model = ""
 
 
 def visible_gpus(device_name: str) -> list[str | None]:

@@ -59,17 +59,20 @@ def decide(
     earlier: Sharing | None,
     log: Path,
     stop: Callable[[], int],
+    cores: int | None = None,
 ) -> Sharing:
     """How the cells of a study share its devices.
 
     wanted: cells on each device; None: what an earlier start of the study decided, else what a trial finds. gpus: one
     entry for each device. earlier: its threads stay unless the cells name a number. log: for what the processes of a
-    trial print. stop: how often the user has asked to stop, which ends a trial.
+    trial print. stop: how often the user has asked to stop, which ends a trial. cores: of each device; None: its part
+    of this machine's.
     """
     from train import device as devices
     from train import models
 
-    base, cores, each = cells[0].config, available_cores() // len(gpus), -(-len(cells) // len(gpus))
+    base, each = cells[0].config, -(-len(cells) // len(gpus))
+    cores = available_cores() // len(gpus) if cores is None else cores
     threads = earlier.threads if base.threads is None and earlier is not None else base.threads
     room = max(1, cores // (threads or 1))
 

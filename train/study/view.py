@@ -10,7 +10,8 @@ from typing import Any, Self
 import click
 
 from train.study.cells import Cell
-from train.study.worker import Ended, Slot
+from train.study.process import Slot
+from train.study.worker import Ended
 
 
 def duration(seconds: float) -> str:

@@ -9,15 +9,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from shards.common.errors import one_line
 from train.config import Config
-from train.study.cells import Cell
 
 
 @dataclass(frozen=True)
@@ -53,27 +51,17 @@ class Warned:
 
 @dataclass(frozen=True)
 class Ended:
-    """A worker's last message about a cell. outcome: `finished`, `stopped` or `failed`. error: one line."""
+    """A worker's last message about a cell. outcome: `finished`, `stopped` or `failed`. error: one line.
+
+    Where the worker cannot say it itself: `died`, or `lost` with its machine.
+    """
 
     outcome: str
     result: dict[str, Any] | None = None
     error: str = ""
 
 
-@dataclass
-class Slot:
-    """One device or a share of it, its worker process, the model of that worker, and the cell that it trains."""
-
-    number: int
-    gpu: str | None
-    model: str = ""
-    process: SpawnProcess | None = None
-    pipe: Connection | None = None
-    cell: Cell | None = None
-    started: float = 0.0
-    status: Status = field(default_factory=lambda: Status("start", 0, 1))
-    log: Path = Path()
-    stopped_at: float | None = None
+Message = Status | Warned | Ended
 
 
 class PipeConsole:
@@ -128,7 +116,11 @@ def work(pipe: Connection, gpu: str | None, log: Path, started: float) -> None:
 
 def set_up(gpu: str | None, log: Path) -> None:
     """Set up a process of a grid: signals of a terminal are left to the parent. gpu, log: as for `work`."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # they reach all processes of a terminal; the parent handles them
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+    ):  # of a terminal or a job: they reach all its processes
         signal.signal(number, signal.SIG_IGN)
     _redirect_output(log)
     if gpu is not None:

@@ -15,14 +15,16 @@ from train.study import table as results
 from train.study.cells import Cell, grid_cells
 from train.study.folder import UNWANTED, StudyFolder, read_journal
 from train.study.pool import Pool
+from train.study.process import Process, Slot
 from train.study.view import Lines
-from train.study.worker import Slot
+from train.study.worker import Warned
 
 
 def run_pool(path: Path, planned: list[Cell], gpus: list[str | None], stop=lambda: 0) -> tuple[list[str], list[dict]]:
     entries: list[dict] = []
     with StudyFolder(path, {}) as folder, Lines(planned, 0, len(gpus)) as view:
-        pool = Pool(folder, view, gpus, entries.append, UNWANTED["results"], worker=fake_worker.work)
+        workers = [Process(gpu, fake_worker.work) for gpu in gpus]
+        pool = Pool(folder, view, workers, entries.append, UNWANTED["results"], len(gpus) // len(set(gpus)))
         failed = pool.run(planned, stop)
     return failed, entries
 
@@ -107,13 +109,13 @@ def test_a_worker_that_ignores_the_stop_is_killed_at_the_second_request(tmp_path
 
 def test_a_warning_of_several_workers_is_shown_once(tmp_path, capsys):
     with StudyFolder(tmp_path, {}) as folder, Lines([], 0, 2) as view:
-        pool = Pool(folder, view, [None], lambda entry: None)
+        pool = Pool(folder, view, [Process()], lambda entry: None)
         for model, text in (
             ("a", "others slow it: 1.0 of 2"),
             ("b", "others slow it: 1.2 of 2"),
             ("b", "crops shrink"),
         ):
-            pool._warn(Slot(0, None, model), text)
+            pool._warn(Slot(0, Process(), model), Warned(text))
     assert capsys.readouterr().err == "warning: a: others slow it: 1.0 of 2\nwarning: b: crops shrink\n"
 
 

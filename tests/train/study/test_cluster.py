@@ -1,0 +1,171 @@
+"""A grid on a Ray cluster of two nodes: the results of one machine, also if a node is lost or the grid is stopped."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shards.common.errors import UsageError
+from tests.support.ray_nodes import TwoNodes, own_folder, ray_processes, two_nodes
+from train.study import cluster
+from train.study.cluster import Devices
+
+ROOT = Path(__file__).parents[3]
+_MEASURED = ("_s", "img_per_s", "data_wait_fraction", "peak_memory_bytes", "gpu_busy")
+"""Ends of the names of columns that are times, speeds and sizes of the process."""
+CELLS = [f"test_resnet_f1_s{seed}_u{seed}" for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    with two_nodes() as made:
+        yield made
+
+
+BLIND = """
+import sys
+from shards.common import cli
+from train.grid import main
+from train.study import cluster
+cluster.Path.touch = lambda *_: None  # so no node finds the sign of a folder that it sees
+sys.argv[0] = "grid"
+cli.run(main)
+"""
+
+
+def start(data: Path, out: Path, *more: str, blind: bool = False) -> subprocess.Popen[str]:
+    """Start a grid. blind: the nodes of a cluster take the folder for one that they do not see."""
+    line = [sys.executable, *(["-c", BLIND] if blind else ["-m", "train.grid"]), "--data", str(data), "--out", str(out)]
+    line += ["--models", "test_resnet", "--fractions", "1", "--seeds", "0,1,2", "--epochs", "8", "--batch-size", "8"]
+    line += ["--resolution", "32", "--device", "cpu", "--compile", "off", "--threads", "1", "--per-device", "1"]
+    return subprocess.Popen(
+        [*line, "--checkpoint-s", "0", "--eval-epochs", "4", *more],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == code, output + errors
+    assert "Traceback" not in errors
+    return output, errors
+
+
+def wait_for_checkpoints(process: subprocess.Popen[str], out: Path, names: list[str]) -> None:
+    files = [out / "cells" / name / "checkpoint.pt" for name in names]
+    while process.poll() is None and not all(file.exists() for file in files):
+        time.sleep(0.02)
+
+
+def assert_equal_studies(one: Path, other: Path) -> None:
+    """All that is no measurement of time and memory is the same text in results.csv; weights are the same bytes."""
+    rows = [list(csv.DictReader((out / "results.csv").open())) for out in (one, other)]
+    assert len(rows[0]) == len(rows[1]) > 0
+    for a, b in zip(*(sorted(found, key=lambda row: row["cell"]) for found in rows), strict=True):
+        for name in a:
+            if not name.endswith(_MEASURED):
+                assert a[name] == b[name], (a["cell"], name)
+        for file in ("model.safetensors", "predictions.parquet"):
+            first, second = (out / "cells" / a["cell"] / file for out in (one, other))
+            assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def local(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("grid") / "local"
+    ended(start(tiny_shards, out))
+    return out
+
+
+@pytest.mark.slow
+def test_a_grid_that_loses_a_node_gives_the_table_of_one_machine(
+    nodes: TwoNodes, local: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ray"
+    process = start(tiny_shards, out, "--runner", "ray", "--address", nodes.address)
+    wait_for_checkpoints(process, out, CELLS[:2])
+    nodes.kill_second()
+    output, errors = ended(process)
+    nodes.start_second()
+    assert f"writes into {out}" in output and "3 of 3 cells finished" in output
+    lost = [name for name in CELLS if f"warning: {name}: its node or its worker was lost" in errors]
+    assert len(lost) == 1, errors
+    assert "continuing at step" in (out / "cells" / lost[0] / "log.txt").read_text()
+    assert_equal_studies(local, out)
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".seen")]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_grid_goes_on(
+    nodes: TwoNodes, local: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ray"
+    with own_folder():
+        process = start(tiny_shards, out, "--runner", "ray")  # a cluster of its own, for one cell at a time
+        wait_for_checkpoints(process, out, CELLS[:1])
+        started = [*psutil.Process(process.pid).children(recursive=True), *ray_processes()]
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes that it started get it too
+        output, errors = ended(process, 128 + signal.SIGINT)
+        assert "started a Ray cluster on this machine" in output
+        assert "run the same command to continue" in errors
+        assert len(started) > 3 and not psutil.wait_procs(started, timeout=10)[1]
+        assert not ray_processes()
+    assert (out / "cells" / CELLS[0] / "checkpoint.pt").exists()
+    assert not (out / "cells" / CELLS[0] / "result.json").exists()
+    output, _ = ended(start(tiny_shards, out, "--runner", "ray", "--address", nodes.address))
+    assert "3 of 3 cells finished" in output
+    assert "continuing at step" in (out / "cells" / CELLS[0] / "log.txt").read_text()
+    assert_equal_studies(local, out)
+
+
+@pytest.mark.slow
+def test_files_come_back_from_nodes_that_do_not_see_the_study_also_after_sigterm(
+    nodes: TwoNodes, local: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ray"
+    more = ("--runner", "ray", "--address", nodes.address)
+    process = start(tiny_shards, out, *more, blind=True)
+    assert process.stdout is not None
+    said = next(line for line in process.stdout if "[1/3]" in line or "does not see" in line)
+    assert "files of a cell come back when it ends" in said
+    assert any("[1/3]" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    ended(process, 128 + signal.SIGTERM)
+    cells = [out / "cells" / name for name in CELLS]
+    assert sum((cell / "result.json").exists() for cell in cells) in (1, 2)
+    stopped = [cell for cell in cells if (cell / "checkpoint.pt").exists()]
+    assert stopped
+    output, _ = ended(start(tiny_shards, out, *more, blind=True))
+    assert "3 of 3 cells finished" in output
+    assert all("continuing at step" in (cell / "log.txt").read_text() for cell in stopped)
+    assert_equal_studies(local, out)
+
+
+def test_what_the_nodes_of_a_cluster_are_divided_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 12.0, "GPU": 2.0}, {"CPU": 8.0}])
+    assert cluster.devices("auto") == cluster.devices("cuda") == Devices(6, 4, True)
+    assert cluster.devices("cpu") == Devices(3, 8, False)
+    assert Devices(6, 4, True).resources(3) == {"num_cpus": 1, "num_gpus": 0.3333}
+    assert Devices(3, 8, False).resources(2) == {"num_cpus": 4}
+    with pytest.raises(UsageError, match="Ray chooses the GPU"):
+        cluster.devices("cuda:1")
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"memory": 1.0}])
+    for name in ("cuda", "auto"):
+        with pytest.raises(UsageError, match=f"--device {name}: no node"):
+            cluster.devices(name)
+
+
+def test_options_that_do_not_fit_are_one_line(tiny_shards: Path, tmp_path: Path) -> None:
+    _, errors = ended(start(tiny_shards, tmp_path / "s", "--address", "auto"), 2)
+    assert errors == "error: --address auto names a Ray cluster: add --runner ray\n"

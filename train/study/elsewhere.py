@@ -1,5 +1,6 @@
 """What `train.evaluate` found on other sets: its folders, and what they say in words."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,9 @@ def read_elsewhere(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def tested(result: dict[str, Any]) -> str:
-    """The networks that were tested, in words."""
-    models = list(dict.fromkeys(run["model"] for run in result["runs"]))
-    count = len(result["runs"])
-    return f"the mean of {count} networks ({', '.join(models)})" if count > 1 else models[0]
+    """The networks that were tested together: `resnet18`, or `2 × resnet18 + vit_b16`."""
+    counts = Counter(run["model"] for run in result["runs"])
+    return " + ".join(f"{count} × {model}" if count > 1 else model for model, count in counts.items())
 
 
 def named(names: list[str]) -> str:
@@ -69,8 +69,9 @@ def sentences(results: list[dict[str, Any]]) -> list[str]:
     for result in results:
         metric, there, home = "balanced_accuracy", result["there"], result["home"]
         reached = between(metric, there[metric])
-        line = f"On {result['data']['name']}, {tested(result)} reaches a balanced accuracy of {reached}"
-        line += f" over {len(result['classes']['names'])} classes"
+        mean = "the mean of " if len(result["runs"]) > 1 else ""
+        line = f"On {result['folder']}, {mean}{tested(result)} reaches a balanced accuracy of {reached}"
+        line += f" over {len(result['classes']['names']):,} classes"
         if home:
             line += f", and {between(metric, home[metric])} on its own test images of these classes"
         lines.append(line + ".")

@@ -103,11 +103,13 @@ def _sets(results: list[dict[str, Any]]) -> Chart:
 
 def _subgroups(number: int, result: dict[str, Any]) -> Chart:
     """A picture a column: the balanced accuracy of each of its groups."""
-    metric, drawn, rows = "balanced_accuracy", [], []
+    metric, drawn, rows, few = "balanced_accuracy", [], [], []
     for column in result["subgroups"]:
         groups = [group for group in column["groups"] if group[metric]["value"] is not None]
         name = column["column"]
-        rows += [row for group in column["groups"] for row in _group_rows(name, group, _scores(result))]
+        of_groups = {group["value"]: _group_rows(name, group, _scores(result)) for group in column["groups"]}
+        rows += [row for found in of_groups.values() for row in found]
+        few += [f"{name} {value}" for value, found in of_groups.items() if not found]
         if not groups:
             continue
         title = f"{NAMES[metric]} on {result['folder']} by {name}"
@@ -129,18 +131,19 @@ def _subgroups(number: int, result: dict[str, Any]) -> Chart:
     ]
     caption = (
         "Numbers of images in parentheses. Bars are 95 % intervals. A class counts in a group if the group has at "
-        f"least {FEWEST} lesions of it, so groups can have different classes: the table says how many. Groups with "
-        "fewer than two such classes are only in the table. Each group is tested against all other images, over the "
-        f"classes of which both have {FEWEST} lesions. Filled squares: p under 0.05 after Holm's correction for all "
-        "tests of this score."
+        f"least {FEWEST} lesions of it, so groups can have different classes: the table says how many. Each group is "
+        f"tested against all other images, over the classes of which both have {FEWEST} lesions. Filled squares: p "
+        "under 0.05 after Holm's correction for all tests of this score."
     )
+    if few:
+        caption += f" Too few lesions for any score: {named(few)}."
     if unknown:
         caption += f" Left out, because the value is unknown: {', '.join(unknown)}."
     head = (
         "column",
         "group",
         "images",
-        "groups of images",
+        "lesions or patients",
         "classes",
         "score",
         "value (95 %)",
@@ -152,9 +155,12 @@ def _subgroups(number: int, result: dict[str, Any]) -> Chart:
 
 
 def _group_rows(column: str, group: dict[str, Any], metrics: list[str]) -> list[list[str]]:
+    """The rows of a group's scores; a score that is not defined has none."""
     size = [f"{group['images']:,}", f"{group['lesions']:,}", str(len(group["classes"]))]
     rows = []
     for metric in metrics:
+        if group[metric]["value"] is None:
+            continue
         gap = group["against_others"].get(metric, {})
         told = between(metric, gap, write=points) if "value" in gap else gap.get("reason", "no other group")
         p = p_value(gap.get("p_holm")) if "value" in gap else "–"

@@ -370,6 +370,11 @@ def _caveats(found: Analysis) -> Iterator[str]:
     if runs < 3:
         yield f"Some cells have {count(runs, 'run')}: how much seeds change a result is hardly known."
     yield f"Intervals of single runs come from {test['resamples']:,} resamples of the {test['resampled']}s tested."
+    if single := test["classes_of_one_lesion"]:
+        yield (
+            f"Classes with one test lesion: {len(single):,}. They cannot be resampled, so intervals of means over "
+            "classes are too narrow."
+        )
     if test["resampled"] == "image":
         yield "The test set names no lesions: views of one lesion count as independent, so intervals are too narrow."
     notes = [run.row["note"] for run in study.runs if run.row["note"]]

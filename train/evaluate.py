@@ -38,7 +38,7 @@ from train.inference.options import network_options
     "--split",
     type=click.Choice(("all", "train", "val", "test")),
     show_default="all; test for the run's own set",
-    help="Which images of the set are used. The run has seen none of another set.",
+    help="Which images of the set are used. Those that a run was trained or tuned on are left out.",
 )
 @click.option(
     "--by",

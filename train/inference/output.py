@@ -102,8 +102,9 @@ def named(abouts: Sequence[About]) -> str:
 
 
 def temperatures(abouts: Sequence[About]) -> str:
-    """The divisors of the logits of networks that predict together, for people."""
-    return " and ".join(f"{about.temperature:.3g}" for about in abouts)
+    """The divisors of the logits of networks that predict together: `a temperature of 1.02`."""
+    divisors = " and ".join(f"{about.temperature:.3g}" for about in abouts)
+    return f"a temperature of {divisors}" if len(abouts) == 1 else f"temperatures of {divisors}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def as_lines(settings: Settings, answers: Answers) -> Iterator[str]:
         best = np.argsort(-one.probabilities, kind="stable")[:3]
         shown = "  ".join(f"{names[c]:5s} {100 * one.probabilities[c]:5.1f} %" for c in best)
         yield f"{one.file!s:{settings.longest}s}  {shown}\n"
-    scaled = f"The logits were divided by a temperature of {temperatures(abouts)}."
+    scaled = f"The logits were divided by {temperatures(abouts)}."
     if all(about.temperature == 1 for about in abouts):
         scaled = "There is no temperature scaling: the run's validation images did not determine a temperature."
     if len(abouts) > 1:

@@ -106,7 +106,7 @@ def build(ask: Ask, abouts: Sequence[About], credit: str) -> Any:
 def _message(name: str, abouts: Sequence[About]) -> str:
     about = abouts[0]
     unscaled = all(one.temperature == 1 for one in abouts)
-    scaled = "" if unscaled else f" They are calibrated with a temperature of {temperatures(abouts)}."
+    scaled = "" if unscaled else f" They are calibrated with {temperatures(abouts)}."
     mean = f" They are the mean of {len(abouts)} networks." if len(abouts) > 1 else ""
     return (
         f"<p><b>{html.escape(name)}</b> (the upload has been deleted). The probabilities assume that "

@@ -95,7 +95,7 @@ def main(
     from train.inference.images import find_images, images_of, read_image
 
     packed = [path for path in images if (path / MANIFEST).is_file()]
-    if packed and packed != list(images[:1]):
+    if packed and packed != list(images):
         raise UsageError(f"{packed[0]}: is a shard set; predict it alone")
     files, left_out = find_images(() if packed else images)
     read = read_image

@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from preprocess.ham10000 import read_source
+from preprocess.packing import Settings, pack
 from shards import Loader, ShardSet
 from shards.common.errors import DataError, UsageError
 from shards.common.machine import Load
-from shards.format import HAM10000, EncodeSpec
+from shards.format import HAM10000, Classes, EncodeSpec
 from tests.support.train_runs import child_environment
 from tests.train.inference.conftest import train_on
 from tests.train.inference.test_images import png_header
@@ -73,6 +75,21 @@ def test_original_files_give_the_probabilities_of_the_evaluation(name, runs, raw
     np.testing.assert_allclose(found[PROBABILITIES], expected[PROBABILITIES], rtol=0, atol=1e-4)
     assert set(found["prior"]) == {{"quick": "balanced", "timm": "training"}[name]}
     assert expected[PROBABILITIES].to_numpy().std(axis=0).max() > 1e-3  # the images do differ
+
+
+def test_a_shard_set_is_predicted_without_its_labels(runs, raw, tmp_path, capsys):
+    unlabelled = replace(read_source(raw), classes=Classes(()))
+    unlabelled.records = [replace(record, dx=None) for record in unlabelled.records]
+    encode = ShardSet(runs["quick"].parent / "shards").manifest.encode
+    pack(unlabelled, tmp_path / "set", Settings(encode=encode))
+    out = tmp_path / "predictions.csv"
+    assert predict_here("--run", runs["quick"], tmp_path / "set", "--out", out, "--device", "cpu") == 0
+    expected = pd.read_parquet(runs["quick"] / "predictions.parquet").set_index("image_id")
+    found = table(out.read_text())
+    assert len(found) == len(unlabelled.records)
+    np.testing.assert_allclose(found.loc[expected.index, PROBABILITIES], expected[PROBABILITIES], rtol=0, atol=1e-4)
+    with pytest.raises(UsageError, match="is a shard set; predict it alone"):
+        predict_here("--run", runs["quick"], raw, tmp_path / "set")
 
 
 @pytest.mark.parametrize("name", ["quick", "timm"])

@@ -441,18 +441,19 @@ class _Columns:
         """Raises DataError if a column has one type in one source and another in the next."""
         import pyarrow as pa
 
-        self._tables = [(source, source.columns) for source in sources if source.columns is not None]
+        tables = [(source, source.columns) for source in sources if source.columns is not None]
+        self._tables = [(source, dict(zip(table.column_names, table.columns, strict=True))) for source, table in tables]
         try:
-            self.schema = pa.unify_schemas([table.schema for _, table in self._tables] or [pa.schema([])])
+            self.schema = pa.unify_schemas([table.schema for _, table in tables] or [pa.schema([])])
         except pa.ArrowException as error:
             raise DataError(f"{sources[-1].folder}: its table differs from the first ({one_line(error)})") from None
 
     def of(self, job: _Job) -> dict[str, Any]:
         """The values of an image."""
         values: dict[str, Any] = dict.fromkeys(self.schema.names)
-        for source, table in self._tables:
+        for source, columns in self._tables:
             if source is job.source and job.record.row is not None:
-                values |= {name: table[name][job.record.row].as_py() for name in table.column_names}
+                values |= {name: column[job.record.row].as_py() for name, column in columns.items()}
         return values
 
 

@@ -36,7 +36,7 @@ CACHE, CACHE_GB = "DERMSCALE_CACHE", "DERMSCALE_CACHE_GB"
 _DEFAULT_GB = 100.0
 _BLOCK_BYTES = 8 << 20
 """Of one request. Less than a shard, so that a cut connection costs little."""
-_TRIES, _PAUSE_S = 5, 0.5
+_TRIES, _PAUSE_S = 5, 1.0
 _MOST_MANIFEST_BYTES = 1 << 30
 _PART = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{16}\.part")
 

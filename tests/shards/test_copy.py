@@ -163,6 +163,24 @@ def test_a_set_that_is_packed_to_a_store_is_that_of_a_folder(s3, tmp_path, comma
     assert s3.get("set/shard-00000.tar") != (tmp_path / "set" / "shard-00000.tar").read_bytes()
 
 
+def test_a_killed_packing_to_a_store_is_done_again_and_sends_what_is_missing(s3, tmp_path, command):
+    source = write_raw(tmp_path / "source")
+    options = ("--source", source, "--max-resolution", "64")
+    assert command(shard.main, *options, "--out", tmp_path / "set")[0] == 0
+    s3.proxy.plan("PUT .*00001.tar", "hang")
+    process = subprocess.Popen([sys.executable, "-m", "preprocess.shard", *options, "--out", PLACE], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not s3.proxy.asked("PUT", "00001.tar") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert s3.names() == ["shard-00000.idx", "shard-00000.tar"]
+    s3.proxy.release.set()
+    s3.proxy.seen.clear()
+    assert command(shard.main, *options, "--out", PLACE)[0] == 0
+    assert stored(s3) == contents(tmp_path / "set") and "shard-00000.tar" not in sent(s3)
+
+
 def test_what_cannot_be_written_is_one_line(s3, packed, tmp_path, command):
     with pytest.raises(UsageError, match="a web server takes no files"):
         copy.push(packed, f"{s3.url}/set")

@@ -18,7 +18,7 @@ from shards.loader import Loader
 from shards.shardset import ShardSet
 from shards.store import CachedSet, Wanted
 from tests.conftest import write_set
-from tests.support.stores import S3, s3_server
+from tests.support.stores import S3, hub_server, s3_server
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -129,6 +129,22 @@ def test_a_web_server_and_a_file_address_do_too(s3, address, packed, tmp_path):
         assert same_batches(data, local) and not data.stored
 
 
+def test_a_set_on_the_hugging_face_hub(packed, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    code = "data = ShardSet(args[0], cache=args[1])\nfor number in range(4): data.shard(number)"
+    with hub_server(packed) as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)  # its client reads this when it is imported
+        process = child(code, "hf://datasets/lab/set", tmp_path)
+        assert process.wait(60) == 0, process.stderr and process.stderr.read()
+        missing = child(code, "hf://datasets/lab/nothing", tmp_path)
+        assert missing.wait(60) and missing.stderr
+        assert "DataError: hf://datasets/lab/nothing/manifest.json: is not there" in missing.stderr.read()
+    for tar in packed.glob("*.tar"):
+        assert next(tmp_path.glob(f"*/{tar.name}")).read_bytes() == tar.read_bytes()
+
+
 @pytest.mark.parametrize(
     "fault", ["status:503:SlowDown", "status:500:InternalError", "cut:5000", "short:5000", "short:0", "slow:0.3"]
 )
@@ -182,6 +198,10 @@ def test_a_shard_that_is_replaced_under_way(s3, address, packed, tmp_path):
             s3.put("set/shard-00000.tar", other)
 
     s3.proxy.after = replace
+    web = ShardSet(f"{s3.url}/set", cache=tmp_path / "web")
+    with pytest.raises(DataError, match=r"shard-00000\.tar: was replaced while it was fetched; start again"):
+        web.shard(0)
+    s3.put_set(packed)
     with pytest.raises(DataError, match=r"shard-00000\.tar: was replaced while it was fetched; start again"):
         data.shard(0)
     s3.proxy.after = lambda request: None

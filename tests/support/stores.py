@@ -1,6 +1,7 @@
-"""Not a test: an S3 server on this machine, and a proxy before it that misbehaves, for the tests of stores."""
+"""Not a test: an S3 server on this machine and a proxy before it that misbehaves; a Hub; for the tests of stores."""
 
 import http.client
+import json
 import re
 import threading
 import time
@@ -190,3 +191,65 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         thread.join()
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
+
+
+class Hub(ThreadingHTTPServer):
+    """What the client of the Hugging Face Hub asks for when it reads the data set `lab/set`: the files of a folder."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.folder = folder
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def reply(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0]
+        files = [
+            {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": f"{file.stat().st_mtime_ns:040x}"}
+            for file in sorted(self.server.folder.iterdir())
+        ]
+        if match := re.fullmatch("/datasets/lab/set/resolve/main/([^/]+)", path):
+            content = (self.server.folder / match[1]).read_bytes()
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+                first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
+                extent = f"bytes {first}-{last}/{len(content)}"
+                self.reply(206, content[first : last + 1], Content_Range=extent)
+            else:
+                self.reply(200, content)
+        elif re.fullmatch("/api/datasets/lab/set/(tree|paths-info)/main(/.*)?", path):
+            self.reply(200, json.dumps(files).encode(), Content_Type="application/json")
+        elif re.fullmatch("/api/datasets/lab/set(/revision/main)?", path):
+            about = {"id": "lab/set", "sha": "0" * 40, "siblings": [], "private": False, "tags": []}
+            self.reply(200, json.dumps(about).encode(), Content_Type="application/json")
+        else:
+            self.reply(404, b"", X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+
+@contextmanager
+def hub_server(folder: Path) -> Iterator[str]:
+    """The address of a Hub that has the files of a folder as `lab/set`."""
+    with Hub(folder) as hub:
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{hub.server_address[1]}"
+        hub.shutdown()
+        thread.join()

@@ -63,6 +63,27 @@ def test_a_set_that_is_pushed_and_pulled_is_the_same(s3, packed, tmp_path, comma
     assert contents(tmp_path / "web") == contents(packed)
 
 
+@pytest.mark.parametrize("fault", ["status:503:SlowDown", "status:500:InternalError", "cut:0", "slow:0.3"])
+def test_a_store_that_is_slow_or_busy_or_cuts_while_it_is_written(s3, packed, fault):
+    for request in ("PUT .*00001.tar", "HEAD .*00002.tar", "PUT .*index", "PUT .*manifest"):
+        s3.proxy.plan(request, fault)
+    copy.push(packed, PLACE)
+    assert stored(s3) == contents(packed)
+
+
+def test_a_store_that_stays_busy_or_refuses_leaves_no_set(s3, packed):
+    s3.proxy.plan("PUT .*00001.tar", "status:503:SlowDown", times=1000)
+    with pytest.raises(DataError, match=r"^s3://bucket/set/shard-00001\.tar: gave up after 5 attempts"):
+        copy.push(packed, PLACE)
+    s3.proxy.faults.clear()
+    s3.proxy.plan("PUT .*00001.tar", "status:403:AccessDenied")
+    with pytest.raises(DataError, match=r"^s3://bucket/set/shard-00001\.tar: access is refused"):
+        copy.push(packed, PLACE)
+    assert MANIFEST not in s3.names()
+    copy.push(packed, PLACE)
+    assert stored(s3) == contents(packed)
+
+
 def test_a_second_push_sends_the_manifest_alone(s3, packed):
     copy.push(packed, PLACE)
     s3.proxy.seen.clear()
@@ -108,13 +129,12 @@ def test_verify_names_what_is_wrong_in_the_store_whatever_the_cache_holds(s3, pa
         assert said in errors
 
 
-def test_a_killed_push_goes_on_where_it_was(s3, packed):
+def test_a_killed_push_goes_on_where_it_was(s3, packed, tmp_path):
     s3.proxy.plan("PUT .*00003.tar", "hang")
     process = subprocess.Popen([sys.executable, "-m", "shards", "push", packed, PLACE], cwd=ROOT)
     deadline = time.monotonic() + 60
-    while len(s3.names()) < 6 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("home/*/sent-*.json"))) < 6 and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.2)  # for its notes of what has arrived
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert MANIFEST not in s3.names()

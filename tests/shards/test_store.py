@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -373,7 +374,11 @@ for _ in range(25):
     processes = [child(code, address, tmp_path / "cache", limit / 1e9, seed) for seed in range(2)]
     most = 0
     while any(process.poll() is None for process in processes):
-        most = max(most, sum(size for _, size, _ in store._files(tmp_path / "cache")))
+        found = {}  # by inode: a file may be renamed while they are listed
+        for _, size, file in store._files(tmp_path / "cache"):
+            with suppress(FileNotFoundError):
+                found[file.stat().st_ino] = size
+        most = max(most, sum(found.values()))
     for process in processes:
         assert process.wait() == 0, process.stderr and process.stderr.read()
     assert 0 < most <= limit

@@ -121,6 +121,8 @@ def _readme(data: "ShardSet") -> str:
         (label, name, manifest.classes.long_names.get(name, ""), *(manifest.counts[split][name] for split in splits))
         for label, name in enumerate(manifest.classes.names)
     ]
+    samples = [sum(shard.samples for shard in manifest.shards if shard.split == split) for split in splits]
+    classes.append(("", "all", "", *samples))
     sizes = f"Images have {min(sides[0])}×{min(sides[1])} to {max(sides[0])}×{max(sides[1])} px."
     stored = f"They are stored as {encode.write_mode}, JPEG quality {encode.jpeg_quality}, chroma {encode.subsampling}."
     group = " and ".join(manifest.group) or "image"
@@ -132,7 +134,7 @@ def _readme(data: "ShardSet") -> str:
 
 # {_name(manifest)}
 
-{len(data):,} labelled images in webdataset tars, packed by dermscale (format {manifest.format_version}).
+{len(data):,} images in webdataset tars, packed by dermscale (format {manifest.format_version}).
 {sizes}
 {stored}
 
@@ -144,7 +146,7 @@ def _readme(data: "ShardSet") -> str:
 
 ## Fields
 
-Each sample of a tar is an image (`.jpg`, or `.npy` of uint8), its label (`.cls`) and its metadata (`.json`).
+Each sample of a tar is an image (`.jpg`, or `.npy` of uint8), its label if it has one (`.cls`), and metadata (`.json`).
 `{INDEX}` has a row for each sample:
 
 {_table(("column", "type"), fields)}
@@ -216,7 +218,12 @@ def _croissant(data: "ShardSet") -> dict[str, Any]:
     classes = [
         (label, name, manifest.classes.long_names.get(name, name)) for label, name in enumerate(manifest.classes.names)
     ]
-    references = {"label": "classes/label", "split": "splits/name"}
+    listed = [_listed("splits", "name", "cr:Split", {"name": "sc:Text"}, [(name,) for name in manifest.counts])]
+    references = {"split": "splits/name"}
+    if classes:  # else the set has no labels
+        fields = {"label": "sc:Integer", "name": "sc:Text", "long_name": "sc:Text"}
+        listed.append(_listed("classes", "label", "sc:Enumeration", fields, classes))
+        references["label"] = "classes/label"
 
     def column(field: "pa.Field") -> dict[str, Any]:
         source = {"fileObject": {"@id": INDEX}, "extract": {"column": field.name}}
@@ -275,20 +282,13 @@ def _croissant(data: "ShardSet") -> dict[str, Any]:
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.1",
         "name": _name(manifest),
-        "description": f"{len(data):,} labelled images of {len(classes)} classes in webdataset tars with an index.",
+        "description": f"{len(data):,} images of {len(classes)} classes in webdataset tars with an index.",
         "license": _licence(manifest.licence)[1],
         "citeAs": manifest.citation,
         "version": f"{FORMAT_VERSION}.0.0+{manifest.index_sha256[:12]}",
         "distribution": files + sets,
         "recordSet": [
-            _listed("splits", "name", "cr:Split", {"name": "sc:Text"}, [(name,) for name in manifest.counts]),
-            _listed(
-                "classes",
-                "label",
-                "sc:Enumeration",
-                {"label": "sc:Integer", "name": "sc:Text", "long_name": "sc:Text"},
-                classes,
-            ),
+            *listed,
             {
                 "@type": "cr:RecordSet",
                 "@id": "samples",

@@ -247,8 +247,9 @@ def main(
 
     if test_source and len(split) == 2:
         raise UsageError("--split 5fold and --test-source both name the test split: leave one of them out")
-    if test_source and label == NONE:
-        raise UsageError(f"--label {NONE} and --test-source: a set without labels is not split; leave one of them out")
+    idle = [("--test-source", test_source), ("--classes", classes_file), ("--split", by_ratio), ("--map", map_name)]
+    if label == NONE and (idle := [name for name, given in idle if given]):
+        raise UsageError(f"--label {NONE}: a set without labels has no classes and is not split; leave {idle[0]} out")
     if not is_address(out):
         refuse_occupied(Path(out), overwrite)
     assigned = None if split_file is None else read_splits(split_file)

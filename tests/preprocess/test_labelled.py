@@ -329,6 +329,9 @@ def test_images_without_labels_are_packed_for_prediction_alone(photos, tmp_path,
     assert (code, err.count("\n")) == (2, 1) and "has no labels, so nothing can be trained on it" in err
     code, _, err = command(grid.main, "--data", out, "--out", tmp_path / "study", "--models", "resnet18")
     assert (code, err.count("\n")) == (2, 1) and "has no labels" in err
+    for idle in (("--classes", photos / "x.csv"), ("--split", "5fold"), ("--test-source", photos)):
+        code, _, err = command(shard.main, "--source", photos, "--label", "none", "--out", out, "--overwrite", *idle)
+        assert (code, err.count("\n")) == (2, 1) and f"is not split; leave {idle[0]} out" in err
     table = tmp_path / "labels.csv"
     write_table(table, some_rows())
     code, _, err = command(

@@ -98,7 +98,9 @@ def test_the_wheel_holds_all_that_runs_and_no_tests(wheel: Path) -> None:
     python = {str(file.relative_to(ROOT)) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py")}
     library = {name for name in packed if name.startswith("shards/kernels/_kernels.") and name.endswith(".so")}
     maps = {str(file.relative_to(ROOT)) for file in (ROOT / "shards" / "maps").iterdir()}
-    assert packed == python | {"dermscale.py", "shards/FORMAT.md", "train/study/report/report.css"} | maps | library
+    sets = {str(file.relative_to(ROOT)) for file in (ROOT / "preprocess" / "sets").glob("*.toml")}
+    others = {"dermscale.py", "shards/FORMAT.md", "train/study/report/report.css"}
+    assert packed == python | others | maps | sets | library
     assert len(library) == len(list((ROOT / "shards" / "kernels").glob("_kernels.*.so")))
     assert "dermscale = dermscale:main" in about["entry_points.txt"]
     assert {"LICENSE", "NOTICE"} <= set(about)

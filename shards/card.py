@@ -117,7 +117,7 @@ def _readme(data: "ShardSet") -> str:
         front += [f"  - {{split: {_HUB_SPLITS[s]}, path: {json.dumps(names)}}}" for s, names in files.items() if names]
     sides = [data.column(name) for name in ("width", "height")]
     splits = list(manifest.counts)
-    classes = [
+    classes: list[tuple[Any, ...]] = [
         (label, name, manifest.classes.long_names.get(name, ""), *(manifest.counts[split][name] for split in splits))
         for label, name in enumerate(manifest.classes.names)
     ]

@@ -51,6 +51,11 @@ def folder_of(place: str | Path) -> Path:
     return Path(place.removeprefix("file://") if isinstance(place, str) else place)
 
 
+def name_of(place: str | Path) -> str:
+    """What a set is called by its place: the name of its folder, or the last part of its address."""
+    return place.rstrip("/").rpartition("/")[2] if is_address(place) else folder_of(place).resolve().name
+
+
 class Place(click.Path):
     """The type of a command's option or argument: a folder, as a Path, or an address in a store, as text."""
 

@@ -13,13 +13,17 @@ import click
 
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
+from shards.store import Place, name_of
 from train.inference.options import network_options
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
 @network_options
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="Shard set to test on, packed with any classes."
+    "--data",
+    required=True,
+    type=Place(),
+    help="Shard set to test on, packed with any classes: a folder, or an address such as s3://bucket/set.",
 )
 @click.option(
     "--map",
@@ -60,7 +64,7 @@ from train.inference.options import network_options
 )
 def main(
     folders: tuple[Path, ...],
-    data: Path,
+    data: str | Path,
     set_map: str | None,
     run_map: str | None,
     split: str | None,
@@ -75,7 +79,7 @@ def main(
 
     Metrics are those of a run, over the classes that both have. Probabilities are divided by their sum over these.
     """
-    target = out or folders[0] / "elsewhere" / data.resolve().name
+    target = out or folders[0] / "elsewhere" / name_of(data)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target}: is there already; delete it, or choose another folder with --out")
     asked = [_column(part) for part in (by or "").split(",") if part.strip()]

@@ -1,5 +1,6 @@
 """Shard sets in an S3 store that is slow, busy, cut off, or replaced under way: whole, or one line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -398,6 +399,19 @@ def test_a_run_on_a_store_is_that_on_the_folder(s3, tiny_shards, whole, tmp_path
     assert_same_run(tmp_path / "run", whole)
     selection = training_selection(tmp_path / "run")
     assert selection.data.address == place and len(selection) == 72
+
+
+def test_a_run_is_tested_on_a_set_in_a_store(s3, tiny_shards, whole, tmp_path, monkeypatch, command):
+    from train import evaluate
+
+    monkeypatch.setenv("DERMSCALE_CACHE", str(tmp_path / "cache"))
+    place = s3.put_set(tiny_shards, "tiny")
+    options = ("--run", whole, "--device", "cpu", "--out")
+    for data, out in ((place, tmp_path / "store"), (tiny_shards, tmp_path / "folder")):
+        code, _, errors = command(evaluate.main, *options, out, "--data", data)
+        assert code == 0, errors
+    ours, theirs = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("store", "folder"))
+    assert ours == theirs and ours["data"]["name"] == "tiny"
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from shards.common.errors import DataError, UsageError, one_line
 from shards.common.files import sync_folder, write_durably
 from shards.labelmap import LabelMap
 from shards.place import beside
+from shards.store import name_of
 from train.distributed import World
 from train.evaluation import logits_of
 from train.inference.predictor import Ensemble
@@ -62,7 +63,7 @@ class Elsewhere:
         own = data.manifest.index_sha256 in {run.result["shard_set_sha256"] for run in self.runs}
         self.split = split or ("test" if own else "all")
         if own and self.split in ("all", "train"):
-            raise UsageError(f"--split {self.split}: a run was trained on images of {data.path}; use --split test")
+            raise UsageError(f"--split {self.split}: a run was trained on images of {data.address}; use --split test")
         chosen = np.arange(len(data)) if self.split == "all" else np.flatnonzero(data.column("split") == self.split)
         seen = np.zeros(chosen.size, dtype=bool)
         for folder in () if own else folders:
@@ -70,7 +71,7 @@ class Elsewhere:
         self.seen, chosen = int(seen.sum()), chosen[~seen]
         labels = data.column("label")[chosen].astype(np.int64)
         if not chosen.size:
-            raise DataError(f"{data.path}: split {self.split} has no image that is new to the runs")
+            raise DataError(f"{data.address}: split {self.split} has no image that is new to the runs")
         self.images = dict(enumerate(np.bincount(labels, minlength=len(data.manifest.classes)).tolist()))
         self.both: Counterparts = find_counterparts(
             ensemble.classes, data.manifest.classes, self.images, set_map, run_map
@@ -136,7 +137,7 @@ class Elsewhere:
                 for run in self.runs
             ],
             "data": {
-                "name": self.data.path.name,
+                "name": name_of(self.data.address),
                 "dataset": manifest.source.get("dataset"),
                 "shard_set_sha256": manifest.index_sha256,
                 "split": self.split,

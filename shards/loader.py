@@ -33,6 +33,7 @@ from shards.order import (
     rank_slice,
     windowed_order,
 )
+from shards.passage import AHEAD, BESIDES, Passage
 from shards.plan import Augment, Plan, evaluation_plan, training_plan
 
 if TYPE_CHECKING:
@@ -197,7 +198,10 @@ class Loader(IterableDataset[Batch]):
         if (rank is None) != (world_size is None):
             raise UsageError(f"rank {rank} and world_size {world_size}: give both, or neither for torch.distributed's")
         check_seed(seed, 0)
-        selection.data.refuse_larger(selection.samples)
+        # An evaluation goes through one shard after the other; a batch may have samples of several.
+        at_once = None if engine == "resident" or (train and window is None) else (window or 1) + AHEAD + BESIDES
+        selection.data.refuse_larger(selection.samples, at_once)
+        self._passes = selection.data.stored and at_once is not None
         self._options = {"engine": engine, "threads": threads, "prefetch": prefetch, "resolution": resolution}
         self.selection, self.batch_size, self.resolution, self.train = selection, batch_size, resolution, train
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -285,6 +289,9 @@ class Loader(IterableDataset[Batch]):
             ahead = Ahead(self.device)
         self._position = start = number = 0 if loaded is None else loaded["batch"]
         stream, self._stream = self._stream, None
+        passage = self._passage() if self._passes else None
+        if passage is not None:
+            passage.at(start * self.batch_size)
         wanted = os.getpid(), self.epoch, self.resolution, self._part()
         if stream is None or start or (stream.process, stream.epoch, stream.resolution, stream.part) != wanted:
             if stream is not None:
@@ -301,6 +308,8 @@ class Loader(IterableDataset[Batch]):
                     self.epoch, self._position = (epoch + self.train, 0) if last else (epoch, number)
                 if last and self._loaded is loaded:
                     self._loaded = None
+                if passage is not None:
+                    passage.at((number - 1) * self.batch_size)
                 yield Batch(*tensors)
                 del tensors  # so that its memory is free as soon as the caller has dropped it
                 if ahead is not None:
@@ -352,11 +361,17 @@ class Loader(IterableDataset[Batch]):
 
     # ------------------------------------------------------------------ inside
 
+    def _passage(self) -> Passage:
+        """The shards of this epoch, and the first ones of the next."""
+        samples, epoch = self.selection.samples, self.epoch
+        following = samples[self._order(epoch + 1)[0][: self.batch_size]] if self.train else samples[:0]
+        return Passage(self.selection.data, samples[self._order(epoch)[0]], following)
+
     def _open(self, start: int) -> "_Stream":
         """Start the engine at batch `start` of the current epoch; in training it continues with the next epochs."""
         epoch, part = self.epoch, self._part()
         native: Any = self._engine
-        if self.selection.data.stored:
+        if self.selection.data.stored and not self._passes:
             positions = self._order(epoch)[0]
             self.selection.data.fetch_ahead(self.selection.samples[positions[start * self.batch_size :]])
         if self.engine_name == "native" and native.draws and not self._balanced:

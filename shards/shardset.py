@@ -5,6 +5,7 @@ import hashlib
 import mmap
 import tarfile
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -79,6 +80,14 @@ class Selection:
         return self.data.lesion_names[self.samples]
 
 
+class Holder(Protocol):
+    """Who keeps shards of a set mapped."""
+
+    def release(self, number: int) -> None:
+        """Unmap a shard, unless it is in use."""
+        ...
+
+
 class ShardSet:
     """A packed data set, opened for reading. Safe to share between threads; a context manager.
 
@@ -130,6 +139,9 @@ class ShardSet:
         self._columns: dict[str, np.ndarray] = {}
         self._maps: dict[int, memoryview] = {}
         self._wanted: set[int] = set()
+        self._kept: set[int] = set()
+        self._passing = 0
+        self._holders: list[weakref.ref[Holder]] = []
         self._coming: deque[int] = deque()
         self._fetchers: list[threading.Thread] = []
         if self._cached is None:
@@ -328,14 +340,20 @@ class ShardSet:
         """Whether the set is in a store, so that its shards are fetched when they are needed."""
         return self._cached is not None
 
-    def refuse_larger(self, samples: np.ndarray) -> None:
+    def refuse_larger(self, samples: np.ndarray, at_once: int | None = None) -> None:
         """Raise UsageError if the cache cannot hold the shards of these samples and of those of earlier calls.
 
-        An order that draws from all of them would fetch them again and again.
+        at_once: so many of the shards are needed at the same time; None: all, because an order that draws from all of
+        them would fetch them again and again.
         """
-        if self._cached is not None:
-            self._wanted.update(np.unique(self.column("shard")[samples]).tolist())
-            self._cached.refuse_larger(sum(self.manifest.shards[number].bytes for number in self._wanted))
+        if self._cached is None:
+            return
+        numbers = np.unique(self.column("shard")[samples]).tolist()
+        sizes = sorted((self.manifest.shards[number].bytes for number in numbers), reverse=True)
+        kept = self._kept if at_once is not None else self._kept | {*numbers}
+        passing = self._passing if at_once is None else max(self._passing, sum(sizes[:at_once]))
+        self._cached.refuse_larger(sum(self.manifest.shards[number].bytes for number in kept) + passing)
+        self._wanted, self._kept, self._passing = self._wanted | {*numbers}, kept, passing
 
     def to_fetch(self) -> int:
         """Bytes of the shards that loaders need, and that are in a store and not yet in the cache."""
@@ -368,6 +386,18 @@ class ShardSet:
             except DermscaleError:
                 self._coming.clear()
                 return
+
+    def hold(self, holder: "Holder") -> None:
+        """Tell `holder`, which keeps shards mapped, of those that are released."""
+        self._holders = [*(known for known in self._holders if known() is not None), weakref.ref(holder)]
+
+    def release(self, numbers: list[int]) -> None:
+        """Unmap shards that are not needed for now, so that they may leave the cache."""
+        for number in numbers:
+            self._maps.pop(number, None)
+            for known in self._holders:
+                if (holder := known()) is not None:
+                    holder.release(number)
 
     def read(self, sample: int) -> memoryview:
         """The payload of a sample, checked against its XXH3 and not copied. Raises DataError naming the sample."""

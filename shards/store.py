@@ -324,7 +324,8 @@ class CachedSet:
             part.parent.mkdir(exist_ok=True)
             file = part.open("ab")
             self._share(part.parent, 0o7777)
-            self._share(part, 0o666)
+            with suppress(FileNotFoundError):  # it was just completed, and renamed
+                self._share(part, 0o666)
             locked = _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, part)
         with file:
             while not locked and not path.exists():
@@ -334,7 +335,10 @@ class CachedSet:
                 same = locked and os.path.samestat(os.fstat(file.fileno()), part.stat())
             except FileNotFoundError:
                 same = False
-            yield same and not path.exists()
+            if same and path.exists():  # it was completed before this part was made
+                part.unlink()
+                same = False
+            yield same
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
@@ -374,7 +378,8 @@ class CachedSet:
         if size > self.most_bytes:
             raise UsageError(
                 f"{self.store.address}: {size / 1e9:.3g} GB of shards are needed and the cache holds at most "
-                f"{self.most_bytes / 1e9:g} GB; set {CACHE_GB} to {_gb(size)} or more, or choose a smaller fraction"
+                f"{self.most_bytes / 1e9:g} GB; set {CACHE_GB} to {_gb(size)} or more, choose a smaller fraction, or "
+                "draw from a few shards at a time: --window N"
             )
 
 

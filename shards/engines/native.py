@@ -101,6 +101,11 @@ class _MappedShards(dict[int, tuple[memoryview, int]]):
 
     def __init__(self, data: ShardSet) -> None:
         self._data = data
+        data.hold(self)
+
+    def release(self, number: int) -> None:
+        """Forget a shard. Who reads of it has its own reference."""
+        self.pop(number, None)
 
     def __missing__(self, shard: int) -> tuple[memoryview, int]:
         view = self._data.shard(shard)

@@ -4,6 +4,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -233,7 +234,9 @@ class Workers:
         self._bytes: list[np.ndarray | None] = [None] * count  # held: the threads read them after the set is closed
         self._addresses, self._sizes = np.zeros(count, np.uint64), np.zeros(count, np.int64)
         self.held: dict[int, tuple[Any, ...]] = {}
-        """The memory of the batches that are under way."""
+        """The memory of the batches that are under way. The second of each are its samples."""
+        self._starting = Lock()  # with dali, batches start on another thread than the one that releases shards
+        data.hold(self)
         self._calls: Any = holding_the_lock()
         self._waiting: Any = compiled()
         addresses, sizes = self._addresses.ctypes.data, self._sizes.ctypes.data
@@ -258,15 +261,18 @@ class Workers:
         if not self._engine:
             raise RuntimeError("this engine was closed, so it cannot load a batch")
         # Held until the batch is done: Ctrl-C may come right after it was submitted, before anything knows its handle.
-        self.held[id(status)] = (status, *held)
+        self.held[id(status)] = (status, samples, *held)
         try:
-            while not (at := getattr(self._calls, function)(self._engine[0], *arguments)):
+            while True:
+                with self._starting:
+                    at = getattr(self._calls, function)(self._engine[0], *arguments)
+                if at:
+                    return at
                 if not self._map(samples):
                     raise MemoryError
         except (DataError, MemoryError):  # nothing was submitted
             del self.held[id(status)]
             raise
-        return at
 
     def _map(self, samples: np.ndarray) -> bool:
         """Map the shards of these samples that are not mapped yet; return whether there were some."""
@@ -276,6 +282,13 @@ class Workers:
             content = self._bytes[shard] = np.frombuffer(self._data.shard(shard), np.uint8)
             self._sizes[shard], self._addresses[shard] = len(content), content.ctypes.data
         return bool(missing)
+
+    def release(self, number: int) -> None:
+        """Unmap a shard, unless a batch that is under way has samples of it: its threads read the bytes."""
+        with self._starting:
+            under_way = [samples for _, samples, *_ in list(self.held.values())]
+            if not any((self._rows["shard"][samples] == number).any() for samples in under_way):
+                self._addresses[number], self._bytes[number] = 0, None
 
     def wait(self, batch: int) -> None:
         """Wait for a batch. The GIL is released only if the batch is not done."""

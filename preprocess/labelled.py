@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path, PurePosixPath
 from sys import intern
 from types import MappingProxyType
@@ -30,8 +30,9 @@ from preprocess.records import (
     sha256_of,
 )
 from preprocess.tables import PICTURES, SPLIT_NAMES, SURPLUS, Table, image_key
-from shards.common.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError, one_line
 from shards.format import Classes
+from shards.where import mask
 
 NONE = "none"
 """The name of no column: given as the group, it makes each image a group of its own; as the label, the set has none."""
@@ -61,13 +62,15 @@ class Columns:
     """The columns of a table that a set is made from; None, or an empty tuple, where they are to be found.
 
     label: one, or one for each class with 1 where the image is of it, and perhaps REST with a name, or NONE. group: one
-    or several that name a lesion or patient together, or NONE. split: train, val or test of each image.
+    or several that name a lesion or patient together, or NONE. split: train, val or test of each image. where: a
+    condition on the columns of the table (`shards/where.py`), which the rows that are used meet.
     """
 
     image: str | None = None
     label: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
     split: str | None = None
+    where: str | None = None
 
 
 class Rows(Protocol):
@@ -109,6 +112,25 @@ class Joined:
             for shared, rows in self._found:
                 row = rows.get(image_key(row.get(shared, "")), {}) | row
             yield line, row
+
+
+class Chosen:
+    """The rows of a table that meet a condition on its columns."""
+
+    def __init__(self, rows: Rows, where: str) -> None:
+        """Read the rows once. Raises UsageError if the condition is wrong, or if no row meets it."""
+        self.path, self.columns, self._rows = rows.path, rows.columns, rows
+        cells = SourceColumns(rows.columns, ())
+        for _, row in rows:
+            cells.add(row)
+        table: Any = cells.table()  # with the names of the index, where those of the source are meant
+        self._met = mask(where, table.rename_columns(list(cells.names))).tolist()
+        if not any(self._met):
+            raise UsageError(f"{rows.path}: no row meets the condition {one_line(where, 160)}")
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """These rows."""
+        yield from compress(self._rows, self._met)
 
 
 class Folders:
@@ -360,6 +382,8 @@ def read_labelled(
     their groups. Problems of single rows are in `rejected`. Raises DataError or UsageError if the columns or classes
     cannot be found, or if no image can be packed.
     """
+    if given.where is not None:
+        rows = Chosen(rows, given.where)
     columns = find_columns(rows, given, images)
     source = Source(
         images.folder,
@@ -430,6 +454,8 @@ def read_labelled(
     joined = join_groups(source.records, same)
     source.warnings = _warnings(source, images, rows)
     about = {"image": columns.image, "label": list(columns.label), "split": columns.split}
+    if given.where is not None:
+        about["where"] = given.where
     source.about = {"dataset": dataset or rows.path.stem, "columns": about}
     if joined:
         source.about["joined_groups"] = joined

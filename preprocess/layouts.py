@@ -4,7 +4,7 @@ import functools
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,12 @@ def read_folder(
         if (rows := _rows(layout, beside, images)) is not None:
             label = next((one for one in layout.labels if set(one) <= set(rows.columns)), ())
             group = layout.group if set(layout.group) <= set(rows.columns) else ()
-            columns = Columns(given.image or layout.image, given.label or label, given.group or group, given.split)
+            columns = replace(
+                given,
+                image=given.image or layout.image,
+                label=given.label or label,
+                group=given.group or group,
+            )
             own = layout.classes if not given.label else None
             same = _pairs(layout, beside)
             source, splits = read_labelled(images, rows, columns, classes or own, layout.name, layout.spelled, same)
@@ -106,7 +111,7 @@ def read_folder(
             return source, splits, layout.name
     if (tars := images.archives) is not None and tars.columns != [KEY]:
         label = given.label or tuple(name for name in _TAR_LABELS if name in tars.columns)[:1]
-        columns = Columns(given.image or KEY, label, given.group, given.split or tars.split)
+        columns = replace(given, image=given.image or KEY, label=label, split=given.split or tars.split)
         source, splits = read_labelled(images, tars, columns, classes, folder.resolve().stem)
         return source, splits, "webdataset tars" + (", in train, val and test" if splits else "")
     folders = Folders(images.folder, images.files)
@@ -118,7 +123,7 @@ def read_folder(
         if given != Columns():
             raise UsageError(
                 f"{folder}: has a folder for each class and no table of a known layout, so it has no columns to name; "
-                "name the table with --table, or leave --image, --label, --group and --split-column out"
+                "name the table with --table, or leave --image, --label, --group, --split-column and --where out"
             )
         columns = Columns("image", ("label",), (NONE,), "split" if folders.all_split else None)
         known = None if classes else _of_folders(folders.classes)

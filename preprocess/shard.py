@@ -105,6 +105,11 @@ class Ratio(click.ParamType):
     show_default="patient or lesion",
     help="What no split divides. Several columns name it together. none: each image is split on its own.",
 )
+@click.option(
+    "--where",
+    metavar="CONDITION",
+    help="Use only the rows of the table that meet a condition, such as \"image_type == 'dermoscopic'\".",
+)
 @click.option("--split-column", metavar="COLUMN", help="Says train, val or test of each image, instead of --split.")
 @click.option(
     "--classes",
@@ -209,6 +214,7 @@ def main(
     image: str | None,
     label: str | None,
     group: str | None,
+    where: str | None,
     split_column: str | None,
     classes_file: Path | None,
     map_name: str | None,
@@ -254,7 +260,7 @@ def main(
         refuse_occupied(Path(out), overwrite)
     assigned = None if split_file is None else read_splits(split_file)
     assigned_from = {} if split_file is None else {"file": split_file.name, "file_sha256": sha256_of(split_file)}
-    columns = Columns(image, _listed(label), _listed(group), split_column)
+    columns = Columns(image, _listed(label), _listed(group), split_column, where)
     named_classes = None if classes_file is None else read_classes_file(classes_file)
     labels = None if map_name is None else read_map(map_name)
     raw, splits, layout = read_folder(source, tables, columns, named_classes if labels is None else None)

@@ -245,6 +245,25 @@ def test_classes_come_from_a_file(photos, tmp_path, command):
         read_classes_file(file)
 
 
+def test_only_rows_that_meet_a_condition_are_packed(photos, tmp_path, command):
+    """Also rows without a file may be left out so, and a column that the index calls otherwise has its own name."""
+    table, out = tmp_path / "labels.csv", tmp_path / "set"
+    kinds = [{"shard": ("dermoscopic", "clinical")[n % 4 == 1], "size": str(n)} for n in range(30)]
+    write_table(table, [row | kind for row, kind in zip(some_rows(30), kinds, strict=True)])
+    where = ["--where", "shard == 'dermoscopic' and size < 20"]
+    code, _, errors = command(shard.main, "--source", photos, "--table", table, "--out", out, *where)
+    assert code == 0 and "9 images are not in labels.csv" in errors
+    with ShardSet(out) as data:
+        kept = sorted(data.column("image_id").tolist())
+        assert data.manifest.source["columns"]["where"] == where[1] and "table_shard" in data.table.column_names
+    assert kept == [f"P{n:03d}" for n in range(20) if n % 4 != 1]
+    for condition, words in (("size > 100", "no row meets the condition"), ("weight > 1", "no column weight")):
+        code, _, errors = command(
+            shard.main, "--source", photos, "--table", table, "--out", tmp_path / "none", "--where", condition
+        )
+        assert code == 2 and words in errors and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "given", "text"),
     [

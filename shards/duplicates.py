@@ -30,7 +30,7 @@ MOST_BITS = 6
 """Two copies differ in at most so many bits of their hashes."""
 LEAST_CORRELATION = 0.92
 """The details of two copies have at least this correlation."""
-_THUMBNAIL = 32
+_FIRST, _THUMBNAIL = 128, 32
 _FREQUENCIES = 8
 _DETAIL = 64
 _SMOOTH = 4.0
@@ -59,7 +59,8 @@ def copies_csv(copies: Sequence[Copy], first: Sequence[str], second: Sequence[st
 def image_hash(rgb: np.ndarray) -> int:
     """The 64-bit perceptual hash of (H, W, 3) uint8 RGB pixels. The size of the image does not change it
     much. 0: the image has no detail."""
-    grey = _grey(rgb, _THUMBNAIL)
+    # Packing hashes every image. This takes a third of the time of area interpolation from the full size.
+    grey = _grey(cv2.resize(rgb, (_FIRST, _FIRST), interpolation=cv2.INTER_LINEAR), _THUMBNAIL)
     if np.ptp(grey) < 1.0:
         return 0
     low = _cosines() @ grey @ _cosines().T

@@ -272,8 +272,9 @@ def find_columns(rows: Rows, given: Columns, images: Images) -> Columns:
         raise UsageError(f"{missing[0]}: no such column; {there}")
     image = given.image or _image_column(rows, images)
     label = given.label
-    if NONE in label and len(label) > 1:
-        raise UsageError(f"--label {','.join(label)}: {NONE} stands alone")
+    for option, names in (("--label", label), ("--group", given.group)):
+        if NONE in names and len(names) > 1:
+            raise UsageError(f"{option} {','.join(names)}: {NONE} stands alone")
     if not label:
         named = _named(rows.columns, _LABELS)
         label = (named[0],) if len(named) == 1 else ()

@@ -272,6 +272,8 @@ def test_only_rows_that_meet_a_condition_are_packed(photos, tmp_path, command):
         ({"photo": "Q"}, {}, r"no column names the images in .* \(first row: photo 'Q'.*first of 24 images: a/P000"),
         ({}, {"label": ("dx", "d")}, "d: no such column; .* has the columns photo, patient_id, dx, age"),
         ({}, {"group": ("lesion",)}, "lesion: no such column"),
+        ({}, {"label": ("dx", "none")}, "--label dx,none: none stands alone"),
+        ({}, {"group": ("patient_id", "none")}, "--group patient_id,none: none stands alone"),
         ({}, {"label": ("photo",)}, "photo has 24 values in 24 rows, so it is no class"),
         ({"dx": "nv"}, {}, "1 classes, and 2 to 65,535 are needed; name another --label"),
     ],

@@ -4,7 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ def _ours(name: str, write_mode: str, note: str = "", restart: bool = True) -> P
 
         spec = EncodeSpec(write_mode=write_mode, max_resolution=job.packed_px, jpeg_quality=QUALITY, restart=restart)
         settings = Settings(encode=spec, ratio=(100, 0, 0), workers=job.workers)
-        pack(_source(job), folder / "set", settings)
+        pack(replace(_source(job)), folder / "set", settings)  # packing takes the records out
 
     return Packer(name, write, _read_ours, _bytes_ours, write_mode, note=note)
 

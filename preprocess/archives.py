@@ -7,7 +7,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from preprocess.tables import PICTURES, SPLIT_NAMES
 from shards.common.errors import DataError, UsageError
@@ -19,8 +19,19 @@ _FIELDS = ("cls", "txt", "json")
 """Endings of the members of a tar that describe an image: the label, a text, and an object of fields."""
 
 
+class Member(NamedTuple):
+    """Where an image is: its archive, and in a tar the offset and size of its bytes."""
+
+    archive: str
+    offset: int = 0
+    size: int = 0
+
+
 class Archives:
-    """The images of some archives, each named `<archive>/<member>`. It can be pickled; reading opens the file."""
+    """The images of some archives, each named `<archive>/<member>`. It can be pickled; reading opens the file.
+
+    members: the place of each image.
+    """
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         """names: of the archives, relative to the folder. Raises DataError for one that cannot be read.
@@ -28,11 +39,11 @@ class Archives:
         Raises UsageError if h5py is missing and needed.
         """
         self.folder, self.columns = folder, [KEY]
-        self._places: dict[str, tuple[str, int, int]] = {}
+        self.members: dict[str, Member] = {}
         self._fields: dict[str, dict[str, str]] = {}
         for name in names:
             (self._list_tar if name.lower().endswith(TARS) else self._list_hdf5)(name)
-        self.path, self.files = folder, list(self._places)
+        self.path, self.files = folder, list(self.members)
         if "split" not in self.columns and self._fields and all(map(self._split_of, self._fields)):
             self.columns.append("split")
         self.split = "split" if "split" in self.columns else None
@@ -51,7 +62,7 @@ class Archives:
                     if base.lower().endswith(PICTURES):
                         file = f"{name}/{member.name}"
                         images[key] = images.get(key, file)
-                        self._places[file] = (name, member.offset_data, member.size)
+                        self.members[file] = Member(name, member.offset_data, member.size)
                     elif ending.lower() in _FIELDS and (content := tar.extractfile(member)):
                         described.setdefault(key, {}).update(_described(ending.lower(), content.read()))
         except (OSError, tarfile.TarError, ValueError) as error:
@@ -62,7 +73,7 @@ class Archives:
 
     def _list_hdf5(self, name: str) -> None:
         for key in _hdf5(self.folder / name):
-            self._places[f"{name}/{key}.jpg"] = (name, 0, 0)
+            self.members[f"{name}/{key}.jpg"] = Member(name)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
         """What the tars say of each image, as the rows of a table: its name as KEY, and its fields."""
@@ -71,19 +82,24 @@ class Archives:
 
     def read(self, file: str) -> bytes:
         """The bytes of an image. Raises OSError."""
-        name, offset, size = self._places[file]
-        if name.lower().endswith(TARS):
-            descriptor = os.open(self.folder / name, os.O_RDONLY)
-            try:
-                return os.pread(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
-        return bytes(_hdf5(self.folder / name)[file.removeprefix(f"{name}/").removesuffix(".jpg")][()])
+        return read_member(self.folder, file, self.members[file])
 
     def _split_of(self, file: str) -> str:
         """The split that the name of an image's tar, or of its folder, says."""
-        words = re.split("[^a-z]+", self._places[file][0].lower())
+        words = re.split("[^a-z]+", self.members[file].archive.lower())
         return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
+
+
+def read_member(folder: Path, file: str, member: Member) -> bytes:
+    """The bytes of the image `file` in an archive of the folder. Raises OSError."""
+    path = folder / member.archive
+    if member.archive.lower().endswith(TARS):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, member.size, member.offset)
+        finally:
+            os.close(descriptor)
+    return bytes(_hdf5(path)[file.removeprefix(f"{member.archive}/").removesuffix(".jpg")][()])
 
 
 def _described(ending: str, content: bytes) -> dict[str, str]:

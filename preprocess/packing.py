@@ -5,12 +5,15 @@ decoder, encoder and resize release the GIL. The number of images in progress is
 records and the index, and not with the images.
 """
 
+import io
+import mmap
 import os
 import re
+import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +21,11 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 import xxhash
 
+from preprocess.archives import Member, read_member
 from preprocess.records import Record, Rejected, Source, join_groups, quarantine_csv
 from shards.common import kept
 from shards.common.errors import DataError, one_line
@@ -27,7 +33,7 @@ from shards.common.files import full_disk_names
 from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
-from shards.duplicates import Copy, copies_csv, find_copies, image_hash
+from shards.duplicates import Copy, copies_csv, find_copies
 from shards.encode import (
     JPEG,
     TOGETHER,
@@ -42,10 +48,14 @@ from shards.format import DUPLICATES, QUARANTINE, SPLITS, EncodeSpec, Manifest
 from shards.pictures import decode_picture
 from shards.store import is_address
 from shards.subsets import fold_of, split_lesions
-from shards.writer import PackedSample, ShardSetWriter
+from shards.tar import Shard
+from shards.writer import OpenShard, PackedSample, ShardSetWriter, twice
 
+pc: Any = pyarrow.compute  # it makes its functions when it is imported, where no type checker sees them
 _WINDOW = 16
 """Images in progress per worker: enough to keep every worker busy while a full shard is flushed to the disk."""
+_PLAN_ROWS = 1024
+"""Rows of the plan that lie together in its file."""
 
 
 @dataclass(frozen=True)
@@ -83,33 +93,42 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    source: Source
+class Job:
+    """An image to pack. source: 0, or 1 for the test source. folder: of that source.
+
+    further: values of the index's further columns. member: where the image is, if it lies in an archive.
+    """
+
+    source: int
+    folder: str
     record: Record
     split: str
+    further: dict[str, Any] = field(default_factory=dict)
+    member: Member | None = None
 
     @property
     def path(self) -> str:
-        return f"{self.source.folder}/{self.record.file}"  # a Path takes ten times as long
+        """Its file."""
+        return f"{self.folder}/{self.record.file}"  # a Path takes ten times as long
+
+    def read(self) -> bytes:
+        """The bytes of its image. Raises OSError."""
+        if self.member is not None:
+            return read_member(Path(self.folder), self.record.file, self.member)
+        with io.FileIO(self.path) as raw:
+            return raw.readall()
 
 
 @dataclass(slots=True)
 class _Tally:
-    """Counts made while packing: per source, and over the pixels of the training split."""
+    """Sums over the pixels of the training split, or of all images of a set without labels."""
 
-    images: dict[str, int] = field(default_factory=dict)
-    lesions: dict[str, set[str]] = field(default_factory=dict)
     sums: list[int] = field(default_factory=lambda: [0] * 6)
     pixels: int = 0
 
-    def count(self, job: _Job, encoded: Encoded) -> None:
-        name = job.source.about["dataset"]
-        self.images[name] = self.images.get(name, 0) + 1
-        if job.record.group is not None:
-            self.lesions.setdefault(name, set()).add(job.record.group)
-        if job.split == "train" or not job.source.classes:
-            self.sums = [a + b for a, b in zip(self.sums, encoded.sums, strict=True)]
-            self.pixels += encoded.height * encoded.width
+    def count(self, encoded: Encoded) -> None:
+        self.sums = [a + b for a, b in zip(self.sums, encoded.sums, strict=True)]
+        self.pixels += encoded.height * encoded.width
 
     def moments(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Mean and standard deviation per channel, 0 to 1, from integers: the order of summing cannot change them."""
@@ -118,17 +137,32 @@ class _Tally:
         std = [(n * squares - s * s) ** 0.5 / n / 255 for s, squares in zip(self.sums[:3], self.sums[3:], strict=True)]
         return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
-    def about(self, source: Source) -> dict[str, Any]:
-        name = source.about["dataset"]
-        lesions = len(self.lesions[name]) if name in self.lesions else None
-        return source.about | {"images": self.images.get(name, 0), "lesions": lesions}
+
+@dataclass(frozen=True)
+class Crew:
+    """Who does the work: threads of this process, or tasks of a cluster (`preprocess/cluster.py`). No byte differs.
+
+    encode: reads and encodes some images; called in threads. together: images of one call. shard: opens a shard, as
+    `tar.Shard` does. shards: those that are completed at the same time. cancel: ends what is under way, after an error.
+    """
+
+    encode: "Callable[[list[Job], EncodeSpec], Sequence[Encoded | Rejected]]"
+    together: int = TOGETHER
+    shard: Callable[[Path, int, str], OpenShard] = Shard
+    shards: int = 1
+    cancel: Callable[[], None] = lambda: None
 
 
-def pack(source: Source, out: str | Path, settings: Settings, test: Source | None = None) -> Packed:
+def pack(
+    source: Source, out: str | Path, settings: Settings, test: Source | None = None, crew: Crew | None = None
+) -> Packed:
     """Write the shard set `out` from `source`; with `test`, that source is the test split and `source` the other two.
 
-    out: a folder, or an address in a store. Raises DataError for the first image that cannot be packed, unless
-    `settings.skip_bad`, and leaves no set behind.
+    The records and columns of the sources are taken out of them: the plan that is made of them lies in a file, so that
+    memory does not grow with them while images are packed.
+
+    out: a folder, or an address in a store. crew: None: threads of this process. Raises DataError for the first image
+    that cannot be packed, unless `settings.skip_bad`, and leaves no set behind.
     """
     started = time.monotonic()
     sources = [source] if test is None else [source, test]
@@ -140,84 +174,116 @@ def pack(source: Source, out: str | Path, settings: Settings, test: Source | Non
         for each in sources:
             if each.rejected:
                 raise each.error(each.rejected[0])
-    keep_freed_memory()
+    crew = crew or Crew(encode)
     if settings.join_duplicates:
-        _join_duplicates(source, settings)
-    jobs = _jobs(source, test, settings)
+        _join_duplicates(source, settings, crew)
+    schema = _schema(sources)
+    plan = _plan(sources, settings, schema)
     rejected = [r for each in sources for r in each.rejected]
-    tally, columns = _Tally(), _Columns(sources)
-    packed: list[_Job] = []
-    hashes: list[int] = []
+    tally = _Tally()
+    packed = np.zeros(len(plan), bool)
+    hashes = np.zeros(len(plan), np.uint64)
     with (
         full_disk_names(kept.home() if is_address(out) else Path(out)),
-        single_threaded_opencv(),
         ShardSetWriter(
-            out, settings.encode, settings.shard_bytes, settings.overwrite, source.classes, columns.schema
+            out,
+            settings.encode,
+            settings.shard_bytes,
+            settings.overwrite,
+            source.classes,
+            schema,
+            crew.shard,
+            crew.shards,
+            unique=True,
         ) as writer,
-        Progress("packing", len(jobs), "images") as bar,
-        ThreadPoolExecutor(settings.workers, thread_name_prefix="pack") as pool,
-        closing(_encoded(pool, jobs, settings)) as encoded_jobs,
+        ExitStack() as stack,
     ):
-        for job, encoded in encoded_jobs:
-            bar.advance(1)
+        plan = _in_a_file(plan, writer.folder)
+        pa.default_memory_pool().release_unused()
+        parts = (_jobs(plan.slice(start, _PLAN_ROWS), sources) for start in range(0, len(plan), _PLAN_ROWS))
+        encoded_jobs = stack.enter_context(_encoding("packing", parts, len(plan), settings, crew))
+        for row, (job, encoded) in enumerate(encoded_jobs):
             if isinstance(encoded, Rejected):
                 if not settings.skip_bad:
-                    raise job.source.error(encoded)
+                    raise sources[job.source].error(encoded)
                 rejected.append(encoded)
             else:
-                writer.add(_sample(job, encoded, columns.of(job)))
-                tally.count(job, encoded)
-                packed.append(job)
-                hashes.append(encoded.hash)
+                writer.add(_sample(job, encoded))
+                if job.split == "train" or not source.classes:
+                    tally.count(encoded)
+                packed[row], hashes[row] = True, encoded.hash
         if not tally.pixels:
             raise DataError(f"{source.folder}: no training image could be packed ({len(rejected)} were left out)")
         if rejected:
             writer.attach(QUARANTINE, quarantine_csv(rejected))
-        copies = _copies(packed, hashes, settings.encode.max_resolution)
+        resolution = settings.encode.max_resolution
+        copies = _copies(plan, hashes, lambda row: _jobs(plan.slice(row, 1), sources)[0], resolution)
         if copies:
-            names = [job.record.image_id for job in packed]
+            names = plan["image_id"].to_pylist()
             writer.attach(DUPLICATES, copies_csv(copies, names, names))
         mean, std = tally.moments()
         ratio, unit = _ratio(settings, test), settings.unit
+        divided = _divided(plan) if settings.assigned is not None else None
         if settings.assigned is not None:
-            given = [job.split for job in jobs]
-            ratio, unit = (given.count("train"), given.count("val"), given.count("test")), _divided_unit(jobs)[0]
+            given = {one["values"]: one["counts"] for one in plan["split"].value_counts().to_pylist()}
+            ratio, unit = tuple(given.get(split, 0) for split in SPLITS), "image" if divided else "lesion"
         split = {"ratio": list(ratio), "seed": settings.seed, "unit": unit, **settings.assigned_from}
         if settings.fold is not None:
             split |= {"fold": settings.fold[0], "folds": settings.fold[1]}
-        about = tally.about(source) | {"quarantined": len(rejected)}
+        groups = plan.select(["source", "group"]).filter(pa.array(packed))
+        about = [each.about | _counts(groups, number) for number, each in enumerate(sources)]
         manifest = writer.finish(
             mean=mean,
             std=std,
             split=split | {"test_source": test.about["dataset"] if test else None},
-            source=about | {"test": tally.about(test) if test else None},
+            source=about[0] | {"quarantined": len(rejected), "test": about[1] if test else None},
             citation="; ".join(dict.fromkeys(each.citation for each in sources)),
             licence="; ".join(dict.fromkeys(each.licence for each in sources)),
             versions=library_versions(),
             group=source.group,
         )
-    warnings = _missing_classes(manifest) + (_divided_unit(jobs)[1] if settings.assigned is not None else [])
+    warnings = _missing_classes(manifest) + ([divided] if divided else [])
     if copies:
-        warnings.append(_said(copies, packed))
+        rows = plan.take([row for copy in copies for row in (copy.first, copy.second)])
+        warnings.append(_said(_jobs(rows, sources)))
     return Packed(manifest, rejected, warnings, time.monotonic() - started)
 
 
+@contextmanager
+def _encoding(
+    doing: str, parts: Iterable[list[Job]], total: int, settings: Settings, crew: Crew
+) -> Iterator[Iterator[tuple[Job, Encoded | Rejected]]]:
+    """Every job with its payload, in order, shown as progress. An error in the context ends what is under way."""
+    keep_freed_memory()
+    with (
+        single_threaded_opencv(),
+        Progress(doing, total, "images") as bar,
+        ThreadPoolExecutor(settings.workers, thread_name_prefix="pack") as pool,
+        closing(_encoded(pool, parts, settings, crew, bar)) as encoded_jobs,
+    ):
+        try:
+            yield encoded_jobs
+        except BaseException:
+            crew.cancel()
+            raise
+
+
 def _encoded(
-    pool: ThreadPoolExecutor, jobs: list[_Job], settings: Settings
-) -> Generator[tuple[_Job, Encoded | Rejected], None, None]:
-    """Every job with its payload, in order."""
+    pool: ThreadPoolExecutor, parts: Iterable[list[Job]], settings: Settings, crew: Crew, bar: Progress
+) -> Generator[tuple[Job, Encoded | Rejected], None, None]:
+    def submit(group: list[Job]) -> list[Future[Sequence[Encoded | Rejected]]]:
+        for job in group if crew.encode is encode else ():
+            read_ahead_of_use(job.path)
+        return [pool.submit(crew.encode, group, settings.encode)]
 
-    def submit(group: list[_Job]) -> list[Future[list[Encoded | Rejected]]]:
-        for job in group:
-            _read_ahead_of_use(job.path)
-        return [pool.submit(_encode, group, settings.encode)]
-
-    groups = (jobs[start : start + TOGETHER] for start in range(0, len(jobs), TOGETHER))
-    for group, (encoded,) in read_ahead(submit, groups, _WINDOW * settings.workers // TOGETHER):
-        yield from zip(group, encoded, strict=True)
+    groups = (part[start : start + crew.together] for part in parts for start in range(0, len(part), crew.together))
+    for group, (encoded,) in read_ahead(submit, groups, max(1, _WINDOW // TOGETHER) * settings.workers):
+        for pair in zip(group, encoded, strict=True):
+            bar.advance(1)
+            yield pair
 
 
-def _read_ahead_of_use(file: str) -> None:
+def read_ahead_of_use(file: str) -> None:
     """Tell the system that a file is needed soon: it reads the file while others are in progress."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
@@ -272,22 +338,24 @@ def _drop_unassigned(sources: list[Source], assigned: dict[str, str]) -> None:
     ]
 
 
-def _divided_unit(jobs: list[_Job]) -> tuple[str, list[str]]:
-    """What given splits do not divide, `lesion` or `image`, and a warning if it is images alone."""
-    splits: dict[str, set[str]] = {}
-    for job in jobs:
-        if job.record.group is not None:
-            splits.setdefault(job.record.group, set()).add(job.split)
-    divided = sorted(lesion for lesion, found in splits.items() if len(found) > 1)
-    if not divided:
-        return "lesion", []
-    return "image", [
-        f"the given splits put views of {len(divided):,} lesions into several splits (first: {divided[0]}): "
+def _divided(plan: pa.Table) -> str:
+    """A warning if given splits divide the images of a lesion; otherwise nothing."""
+    of_lesions = plan.select(["group", "split"]).filter(pc.is_valid(plan["group"]))
+    splits = of_lesions.group_by("group").aggregate([("split", "count_distinct")])
+    divided = splits.filter(pc.greater(splits["split_count_distinct"], 1))["group"].to_pylist()
+    return divided and (
+        f"the given splits put views of {len(divided):,} lesions into several splits (first: {min(divided)}): "
         "results look better than they are"
-    ]
+    )
 
 
-def _ratio(settings: Settings, test: Source | None) -> tuple[int, int, int]:
+def _counts(packed: pa.Table, source: int) -> dict[str, int | None]:
+    """How many images and lesions of a source were packed; no lesions if it names none."""
+    groups = packed["group"].filter(pc.equal(packed["source"], source))
+    return {"images": len(groups), "lesions": pc.count_distinct(groups).as_py() or None}
+
+
+def _ratio(settings: Settings, test: object) -> tuple[int, int, int]:
     """The ratio that `source` is split by. If `test` is the test split, no image of `source` goes there.
 
     All folds but one are divided into train and val 7 to 1, as in 70/10/20.
@@ -295,51 +363,121 @@ def _ratio(settings: Settings, test: Source | None) -> tuple[int, int, int]:
     if settings.fold is not None:
         others = settings.fold[1] - 1
         return 7 * others, others, 8
-    return settings.ratio if test is None else (*settings.ratio[:2], 0)
+    return (*settings.ratio[:2], 0) if test else settings.ratio
 
 
-def _jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
+def _schema(sources: list[Source]) -> pa.Schema:
+    """The further columns of all sources. Raises DataError if a column has two types."""
+    tables = [source.columns for source in sources if source.columns is not None]
+    try:
+        return pa.unify_schemas([table.schema for table in tables] or [pa.schema([])])
+    except pa.ArrowException as error:
+        raise DataError(f"{sources[-1].folder}: its table differs from the first ({one_line(error)})") from None
+
+
+def _plan(sources: list[Source], settings: Settings, schema: pa.Schema) -> pa.Table:
     """Every image with its split, in packed order: train, val, test, each ordered by a keyed hash of the image_id.
 
-    The hash mixes the classes, so that a reader that goes through the tars in order sees all classes early.
+    The hash mixes the classes, so that a reader that goes through the tars in order sees all classes early. Columns:
+    source (0 or 1), split, those of a record, and `further`, those of the sources' tables; names of files are bytes,
+    which need not be UTF-8. Raises DataError for an image_id that comes twice.
     """
+    splits = _splits(sources, settings)
+    records = [record for source in sources for record in source.records]
+    numbers = np.repeat(np.arange(len(sources), dtype=np.int8), [len(source.records) for source in sources])
+    further = pa.chunked_array([_further(source, schema) for source in sources])
+    for source in sources:
+        source.records, source.columns = [], None
+    hashes = (xxhash.xxh3_64_intdigest(f"order/{settings.seed}/{record.image_id}".encode()) for record in records)
+    columns = {
+        "source": pa.array(numbers),
+        "split": pa.array(splits, pa.string()).dictionary_encode(),
+        "place": pa.array([SPLITS.index(split) for split in splits], pa.int8()),
+        "hash": pa.array(np.fromiter(hashes, np.uint64, len(records))),
+        "file": pa.array([os.fsencode(record.file) for record in records], pa.large_binary()),
+        "further": further,
+    }
+    for name in set(Record.__slots__) - {"file", "row"}:
+        column = pa.array([getattr(record, name) for record in records])
+        text = pa.types.is_string(column.type) or pa.types.is_null(column.type)
+        columns[name] = column.cast(pa.large_string()) if text else column
+    del records, further
+    table = pa.table(columns)
+    table = table.take(pc.sort_indices(table, [(name, "ascending") for name in ("place", "hash", "image_id")]))
+    if pc.count_distinct(table["image_id"]).as_py() != len(table):
+        counts = table.group_by("image_id").aggregate([("source", "count")])
+        raise twice(pc.min(counts.filter(pc.greater(counts["source_count"], 1))["image_id"]).as_py())
+    return table.drop_columns(["place", "hash"])
+
+
+def _further(source: Source, schema: pa.Schema) -> pa.Array:
+    """The rows of the source's table that its records name, each as one value; what is not there is null."""
+    rows = pa.array([record.row for record in source.records], pa.int64())
+    if not schema.names:
+        return pa.nulls(len(rows), pa.struct([]))
+    wide = [one.with_type(pa.large_string()) if pa.types.is_string(one.type) else one for one in schema]
+    return pa.StructArray.from_arrays(
+        [
+            pc.take(source.columns[one.name], rows).cast(one.type).combine_chunks()
+            if source.columns is not None and one.name in source.columns.column_names
+            else pa.nulls(len(rows), one.type)
+            for one in wide
+        ],
+        fields=wide,
+    )
+
+
+def _in_a_file(plan: pa.Table, folder: Path) -> pa.Table:
+    """The same table in a file without a name, of which the system holds in memory what there is room for."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        with pa.ipc.new_file(file, plan.schema) as written:
+            written.write_table(plan, max_chunksize=_PLAN_ROWS)
+        file.flush()
+        return pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
+
+
+def _jobs(rows: pa.Table, sources: list[Source]) -> list[Job]:
+    """Rows of the plan as jobs."""
+    values = {name: rows[name].to_pylist() for name in rows.column_names}
+    files = [os.fsdecode(file) for file in values.pop("file")]
+    own = zip(*(values.pop(name) for name in ("source", "split", "further")), strict=True)
+    jobs = []
+    for (number, split, further), file, fields in zip(own, files, zip(*values.values(), strict=True), strict=True):
+        record = Record(file=file, **dict(zip(values, fields, strict=True)))
+        jobs.append(_job(sources, number, record, split, further or {}))
+    return jobs
+
+
+def _job(sources: list[Source], number: int, record: Record, split: str, further: dict[str, Any]) -> Job:
+    source = sources[number]
+    member = None if source.archives is None else source.archives.members[record.file]
+    return Job(number, str(source.folder), record, split, further, member)
+
+
+def _splits(sources: list[Source], settings: Settings) -> list[str]:
+    """The split of each record of the sources: what was assigned, or what a seed decides."""
     if settings.assigned is not None:
-        records = [(each, record) for each in (source, test) if each is not None for record in each.records]
-        jobs = [_Job(each, record, settings.assigned[record.image_id]) for each, record in records]
-    else:
-        jobs = _split_jobs(source, test, settings)
-
-    def place(job: _Job) -> tuple[int, int, str]:
-        image_id = job.record.image_id
-        return SPLITS.index(job.split), xxhash.xxh3_64_intdigest(f"order/{settings.seed}/{image_id}".encode()), image_id
-
-    return sorted(jobs, key=place)
-
-
-def _split_jobs(source: Source, test: Source | None, settings: Settings) -> list[_Job]:
-    """Every image with its split, which a seed decides."""
+        return [settings.assigned[record.image_id] for source in sources for record in source.records]
+    source, *test = sources
     if not source.classes:
-        return [_Job(source, record, "test") for record in source.records]
+        return ["test" for _ in source.records]
     label = {name: number for number, name in enumerate(source.classes.names)}
-    labels = [label[str(record.dx)] for record in source.records]
+    labels = np.array([label[str(record.dx)] for record in source.records])
     by_image = settings.unit == "image"
     lesions = [
         f"image {record.image_id}" if by_image or record.group is None else record.group for record in source.records
     ]
-    splits = split_lesions(np.array(labels), lesions, _ratio(settings, test), settings.seed)
+    splits = split_lesions(labels, lesions, _ratio(settings, test), settings.seed)
     if settings.fold is not None:
         number, folds = settings.fold
-        in_test = fold_of(np.array(labels), lesions, folds, settings.seed) == number - 1
+        in_test = fold_of(labels, lesions, folds, settings.seed) == number - 1
         splits[in_test] = "test"
         rest = np.flatnonzero(~in_test)
-        splits[rest] = split_lesions(np.array(labels)[rest], [lesions[i] for i in rest], (7, 1, 0), settings.seed)
-    jobs = [_Job(source, record, split) for record, split in zip(source.records, splits.tolist(), strict=True)]
-    if test is not None:
-        jobs += [_Job(test, record, "test") for record in test.records]
-    return jobs
+        splits[rest] = split_lesions(labels[rest], [lesions[i] for i in rest], (7, 1, 0), settings.seed)
+    return splits.tolist() + ["test" for each in test for _ in each.records]
 
 
-def _encode(jobs: list[_Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
+def encode(jobs: list[Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
     """Read and encode some images, in a worker thread."""
     read = [_read(job) for job in jobs]
     jpegs = [
@@ -364,46 +502,40 @@ def _encode(jobs: list[_Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
     return results
 
 
-def _copies(jobs: list[_Job], hashes: list[int], max_resolution: int) -> list[Copy]:
-    """The copies among images of different groups."""
-    groups = [job.record.group or f"image:{job.record.image_id}" for job in jobs]
-    numbers = np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
+def _copies(images: pa.Table, hashes: np.ndarray, job: Callable[[int], Job], max_resolution: int) -> list[Copy]:
+    """The copies among images of different groups.
+
+    images: with the columns image_id and group. hashes: (N,) uint64, 0 of an image that is left out. job: of a number.
+    """
+    prefix, nothing = pa.scalar("image:", pa.large_string()), pa.scalar("", pa.large_string())
+    alone = pc.binary_join_element_wise(prefix, images["image_id"], nothing)
+    numbers = pc.coalesce(images["group"], alone).combine_chunks().dictionary_encode().indices.to_numpy()
 
     def pixels(number: int) -> np.ndarray:
-        return shrink(_upright(jobs[number]), max_resolution)
+        return shrink(_upright(job(number)), max_resolution)
 
-    return find_copies(np.array(hashes, np.uint64), pixels, groups=numbers)
+    return find_copies(hashes, pixels, groups=numbers)
 
 
-def _join_duplicates(source: Source, settings: Settings) -> None:
-    """Give copies of one group. All images are decoded for it, once more than packing needs."""
-    jobs = [_Job(source, record, "") for record in source.records]
-
-    def hash_of(job: _Job) -> int:
-        try:
-            return image_hash(shrink(_upright(job), settings.encode.max_resolution))
-        except BadImageError:  # packing will name it
-            return 0
-
-    with (
-        single_threaded_opencv(),
-        Progress("comparing", len(jobs), "images") as bar,
-        ThreadPoolExecutor(settings.workers, thread_name_prefix="hash") as pool,
-        closing(read_ahead(lambda job: [pool.submit(hash_of, job)], jobs, _WINDOW * settings.workers)) as read,
-    ):
-        hashes = []
-        for _, (found,) in read:
-            hashes.append(found)
-            bar.advance(1)
-        copies = _copies(jobs, hashes, settings.encode.max_resolution)
-    names = [record.image_id for record in source.records]
+def _join_duplicates(source: Source, settings: Settings, crew: Crew) -> None:
+    """Give copies of one group. All images are encoded for it, once more than packing needs."""
+    jobs = [_job([source], 0, record, "", {}) for record in source.records]
+    hashes = np.zeros(len(jobs), np.uint64)
+    with _encoding("comparing", [jobs], len(jobs), settings, crew) as encoded_jobs:
+        for number, (_, encoded) in enumerate(encoded_jobs):
+            if isinstance(encoded, Encoded):  # packing will name the others
+                hashes[number] = encoded.hash
+        names, groups = ([getattr(record, name) for record in source.records] for name in ("image_id", "group"))
+        text = pa.large_string()
+        images = pa.table({"image_id": pa.array(names, text), "group": pa.array(groups, text)})
+        copies = _copies(images, hashes, jobs.__getitem__, settings.encode.max_resolution)
     joined = join_groups(source.records, [(names[copy.first], names[copy.second]) for copy in copies])
     source.about["joined_duplicates"] = joined
 
 
-def _said(copies: list[Copy], jobs: list[_Job]) -> str:
-    """What the user should know of copies in different groups."""
-    pairs = [(jobs[copy.first], jobs[copy.second]) for copy in copies]
+def _said(jobs: list[Job]) -> str:
+    """What the user should know of copies in different groups; jobs: two for each pair."""
+    pairs = list(zip(jobs[::2], jobs[1::2], strict=True))
     divided = sum(one.split != other.split for one, other in pairs)
     labels = sum(one.record.dx != other.record.dx for one, other in pairs)
     first = " and ".join(job.record.image_id for job in pairs[0])
@@ -414,7 +546,7 @@ def _said(copies: list[Copy], jobs: list[_Job]) -> str:
     )
 
 
-def _upright(job: _Job) -> np.ndarray:
+def _upright(job: Job) -> np.ndarray:
     """The pixels of an image as packing decodes them. Raises BadImageError."""
     data = _read(job)
     if isinstance(data, Rejected):
@@ -422,39 +554,16 @@ def _upright(job: _Job) -> np.ndarray:
     return decode_upright(data) if data[:2] == JPEG else decode_picture(data)
 
 
-def _read(job: _Job) -> bytes | Rejected:
+def _read(job: Job) -> bytes | Rejected:
     try:
-        return job.source.read(job.record.file)
+        return job.read()
     except OSError as error:
         return Rejected(job.record.image_id, job.record.file, f"cannot be read ({error.strerror})")
 
 
-def _sample(job: _Job, encoded: Encoded, further: dict[str, Any]) -> PackedSample:
-    metadata = job.record.metadata() | further
+def _sample(job: Job, encoded: Encoded) -> PackedSample:
+    metadata = job.record.metadata() | job.further
     return PackedSample(encoded.payload, encoded.encoding, encoded.height, encoded.width, job.split, metadata)
-
-
-class _Columns:
-    """The further columns of all sources, by the names and types of the index."""
-
-    def __init__(self, sources: list[Source]) -> None:
-        """Raises DataError if a column has one type in one source and another in the next."""
-        import pyarrow as pa
-
-        tables = [(source, source.columns) for source in sources if source.columns is not None]
-        self._tables = [(source, dict(zip(table.column_names, table.columns, strict=True))) for source, table in tables]
-        try:
-            self.schema = pa.unify_schemas([table.schema for _, table in tables] or [pa.schema([])])
-        except pa.ArrowException as error:
-            raise DataError(f"{sources[-1].folder}: its table differs from the first ({one_line(error)})") from None
-
-    def of(self, job: _Job) -> dict[str, Any]:
-        """The values of an image."""
-        values: dict[str, Any] = dict.fromkeys(self.schema.names)
-        for source, columns in self._tables:
-            if source is job.source and job.record.row is not None:
-                values |= {name: column[job.record.row].as_py() for name, column in columns.items()}
-        return values
 
 
 def _missing_classes(manifest: Manifest) -> list[str]:

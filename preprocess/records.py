@@ -145,13 +145,6 @@ class Source:
     columns: "pa.Table | None" = None
     archives: Archives | None = None
 
-    def read(self, file: str) -> bytes:
-        """The bytes of a record's image. Raises OSError."""
-        if self.archives is not None:
-            return self.archives.read(file)
-        with io.FileIO(f"{self.folder}/{file}") as raw:  # a Path takes ten times as long
-            return raw.readall()
-
     def error(self, rejected: Rejected) -> DataError:
         """The error that stops packing at an image that cannot be packed."""
         found = len(self.rejected)

@@ -12,12 +12,13 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from shards.common import cli
+from shards.common import cli, cluster
 from shards.common.errors import DermscaleError, UsageError
 from shards.common.machine import available_cores
 from shards.format import QUARANTINE, WRITE_MODES, EncodeSpec
@@ -172,7 +173,7 @@ class Ratio(click.ParamType):
     "--workers",
     type=click.IntRange(min=1),
     show_default="the cores",
-    help="Threads. Their number changes the time, and no byte.",
+    help="Threads; with --runner ray, tasks that are waited for. Their number changes the time, and no byte.",
 )
 @click.option(
     "--split",
@@ -207,6 +208,7 @@ class Ratio(click.ParamType):
     "different groups are listed in duplicates.csv.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the set in --out when the new one is complete.")
+@cluster.runner_options
 def main(
     source: Path,
     out: str | Path,
@@ -228,6 +230,8 @@ def main(
     on_bad: str,
     join_duplicates: bool,
     overwrite: bool,
+    runner: str,
+    address: str | None,
     **encode: Any,
 ) -> None:
     """Pack a folder of labelled images into shards."""
@@ -290,8 +294,15 @@ def main(
         overwrite=overwrite,
         join_duplicates=join_duplicates,
     )
-    with _terminable():
-        packed = pack(raw, out, settings, test)
+    with _terminable(), cluster.runner(runner, address):
+        crew = None
+        if runner == "ray":
+            from preprocess.cluster import cores
+            from preprocess.cluster import crew as tasks
+
+            crew, settings = tasks(), replace(settings, workers=workers or 2 * cores())
+        with _terminable():  # Ray has set its own handler
+            packed = pack(raw, out, settings, test, crew)
     for warning in packed.warnings:
         _warn(warning)
     classes = f"{len(raw.classes)} classes" if raw.classes else "no labels, for prediction alone"

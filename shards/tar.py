@@ -53,6 +53,11 @@ def _index(lines: list[str]) -> bytes:
     return ("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n").encode()
 
 
+def member_bytes(length: int) -> int:
+    """Bytes that a member with `length` bytes of content takes in a tar: its header, the content, the padding."""
+    return BLOCK + length + -length % BLOCK
+
+
 class Shard:
     """One tar being written, with DALI's index of it (v1.2: `extension offset size name` for each member)."""
 
@@ -83,17 +88,14 @@ class Shard:
         self.samples += 1
         return first
 
-    def end(self) -> ShardInfo:
-        """End the archive with two zero blocks; call `flush` next."""
-        self._write(b"\0" * (2 * BLOCK))
-        return ShardInfo(self.path.name, self.split, self.samples, self.position, self._sha.hexdigest())
-
-    def flush(self) -> None:
-        """Flush the archive to the disk, close it, and write the .idx."""
+    def complete(self) -> ShardInfo:
+        """End the archive with two zero blocks, flush it to the disk, close it, and write the .idx."""
         with self._file:
+            self._write(b"\0" * (2 * BLOCK))
             self._file.flush()
             os.fsync(self._file.fileno())
         write_durably(self.path.with_suffix(".idx"), _index(self._lines))
+        return ShardInfo(self.path.name, self.split, self.samples, self.position, self._sha.hexdigest())
 
     def close(self) -> None:
         """Close the file of an archive that stays incomplete."""

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
@@ -48,17 +49,45 @@ _SUFFIX = {"jpg": "jpg", "raw": "npy"}
 class PackedSample:
     """One encoded image with its metadata, ready to be written.
 
-    payload: a JPEG file, or a `.npy` file of (height, width, 3) uint8 RGB. metadata: the index's columns from
-    `image_id` to `dataset`, `label` left out (it follows from `dx`; None in a set without labels), and those of the
-    source. `group` is `lesion_id` if it is left out.
+    payload: a JPEG file, or a `.npy` file of (height, width, 3) uint8 RGB; or a Payload that the writer's `shard`
+    takes. metadata: the index's columns from `image_id` to `dataset`, `label` left out (it follows from `dx`; None in
+    a set without labels), and those of the source. `group` is `lesion_id` if it is left out.
     """
 
-    payload: bytes
+    payload: "bytes | Payload"
     encoding: str
     height: int
     width: int
     split: str
     metadata: dict[str, Any]
+
+
+class Payload(Protocol):
+    """A payload that is somewhere else: its length and its XXH3."""
+
+    xxh3: int
+
+    def __len__(self) -> int: ...
+
+
+class OpenShard(Protocol):
+    """A shard being written, as `tar.Shard` is one."""
+
+    number: int
+    split: str
+    position: int
+
+    def add(self, image_id: str, members: list[tuple[str, Any]]) -> int:
+        """Append one sample; returns the offset of its first member's content in the tar."""
+        ...
+
+    def complete(self) -> ShardInfo:
+        """Finish its files, in a thread of the writer's."""
+        ...
+
+    def close(self) -> None:
+        """Close the files of a shard that stays incomplete."""
+        ...
 
 
 class IndexFile:
@@ -122,10 +151,16 @@ class ShardSetWriter:
         overwrite: bool = False,
         classes: Classes = HAM10000,
         columns: "pa.Schema | None" = None,
+        shard: Callable[[Path, int, str], OpenShard] = Shard,
+        at_once: int = 1,
+        unique: bool = False,
     ) -> None:
         """Open `out` for writing, a folder or an address in a store. classes: every sample's `dx` is one of them.
 
-        columns: further columns of the index, which every sample's metadata has.
+        columns: further columns of the index, which every sample's metadata has. shard: opens a shard in a folder, with
+        its number and its split. at_once: shards that may be completed at the same time. unique: the caller has seen
+        that no image_id comes twice; it is not looked at here again.
+
         Raises UsageError if `shard_bytes` is under 1 MiB. Raises DataError if `out` holds a shard set and `overwrite`
         is False, if it holds anything else or cannot be renamed, and if another process is packing to it.
         """
@@ -134,11 +169,11 @@ class ShardSetWriter:
         self.out, self.encode, self.shard_bytes, self.classes = out, encode, shard_bytes, classes
         self._label = {name: label for label, name in enumerate(classes.names)}
         self._overwrite = overwrite
-        self._shard: Shard | None = None
-        self._infos: list[ShardInfo] = []
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
-        self._flush: Future[None] | None = None
-        self._seen: set[str] = set()
+        self._open, self._at_once = shard, at_once
+        self._shard: OpenShard | None = None
+        self._flusher = ThreadPoolExecutor(at_once, thread_name_prefix="flush")
+        self._complete: list[Future[ShardInfo]] = []
+        self._seen: set[str] | None = None if unique else set()
         self._counts: dict[str, dict[str, int]] = {}
         self._attached: dict[str, str] = {}
         self._upload = Upload(out, overwrite) if is_address(out) else None
@@ -180,6 +215,11 @@ class ShardSetWriter:
         Path(self._lock.name).unlink(missing_ok=True)
         self._lock.close()
 
+    @property
+    def folder(self) -> Path:
+        """Where the set is written until it is whole."""
+        return self._partial
+
     def __enter__(self) -> "ShardSetWriter":
         """Enter the context."""
         return self
@@ -189,7 +229,7 @@ class ShardSetWriter:
         for close in (self._index.close, *([self._shard.close] if self._shard else [])):
             with suppress(OSError):  # unfinished files are unwanted, and on a full disk closing one fails again
                 close()
-        self._flusher.shutdown()
+        self._flusher.shutdown(cancel_futures=True)
         shutil.rmtree(self._partial, ignore_errors=True)  # the next packing clears what cannot be removed now
         self._release_lock()
 
@@ -200,11 +240,12 @@ class ShardSetWriter:
 
     def add(self, sample: PackedSample) -> None:
         """Append one sample. Raises DataError for an image_id that is invalid or already in the set."""
-        image_id = sample.metadata["image_id"]
+        image_id, payload = sample.metadata["image_id"], sample.payload
         check_image_id(image_id)
-        if image_id in self._seen:
-            raise DataError(f"{image_id}: is twice in the source; every image_id must be unique")
-        self._seen.add(image_id)
+        if self._seen is not None:
+            if image_id in self._seen:
+                raise twice(image_id)
+            self._seen.add(image_id)
         dx = sample.metadata["dx"]
         label = self._label[dx] if self.classes else 0
         record = {"group": sample.metadata["lesion_id"], **sample.metadata, "label": label, "split": sample.split}
@@ -212,7 +253,7 @@ class ShardSetWriter:
         unsaid |= {"group"} if record["group"] == record["lesion_id"] else set()
         said = {name: value for name, value in record.items() if name not in unsaid}
         members = [
-            (_SUFFIX[sample.encoding], sample.payload),
+            (_SUFFIX[sample.encoding], payload),
             *([("cls", str(label).encode())] if self.classes else []),
             ("json", json.dumps(said, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()),
         ]
@@ -221,17 +262,17 @@ class ShardSetWriter:
         record |= {
             "shard": shard.number,
             "offset": offset,
-            "length": len(sample.payload),
+            "length": len(payload),
             "encoding": sample.encoding,
             "height": sample.height,
             "width": sample.width,
-            "xxh3": xxhash.xxh3_64_intdigest(sample.payload),
+            "xxh3": xxhash.xxh3_64_intdigest(payload) if isinstance(payload, bytes) else payload.xxh3,
         }
         self._index.add(record)
         if self.classes:
             self._counts[sample.split][dx] += 1
 
-    def _shard_for(self, split: str, size: int) -> Shard:
+    def _shard_for(self, split: str, size: int) -> OpenShard:
         """The shard for the next sample of `split`: the open one, unless it is full or of another split."""
         shard = self._shard
         if shard is not None and shard.split == split and shard.position + size + 2 * BLOCK <= self.shard_bytes:
@@ -242,24 +283,25 @@ class ShardSetWriter:
             self._counts[split] = dict.fromkeys(self.classes.names, 0)
         if shard is not None:
             self._end(shard)
-        self._shard = Shard(self._partial, len(self._infos), split)
+        self._shard = self._open(self._partial, len(self._complete), split)
         return self._shard
 
-    def _end(self, shard: Shard) -> None:
-        """End a shard and flush it in a thread, so that packing continues meanwhile. One shard at a time."""
-        if self._flush is not None:
-            self._flush.result()
-        self._infos.append(info := shard.end())
+    def _end(self, shard: OpenShard) -> None:
+        """Complete a shard in a thread, so that packing continues meanwhile; wait if there are `at_once` others."""
+        if len(self._complete) >= self._at_once:
+            self._complete[-self._at_once].result()
         self._shard = None
-        self._flush = self._flusher.submit(self._flushed, shard, info)
+        self._complete.append(self._flusher.submit(self._completed, shard))
 
-    def _flushed(self, shard: Shard, info: ShardInfo) -> None:
-        """Flush a shard; send it to the store, if the set is written there."""
-        shard.flush()
+    def _completed(self, shard: OpenShard) -> ShardInfo:
+        """Complete a shard; send it to the store, if the set is written there."""
+        info = shard.complete()
         if self._upload is not None:
-            self._upload.send(info.file, shard.path, info.sha256)
+            path = self._partial / info.file
+            self._upload.send(info.file, path, info.sha256)
             self._send(index_name(info.file))
-            shard.path.unlink()
+            path.unlink()
+        return info
 
     def _send(self, name: str) -> None:
         """Send a small file to the store."""
@@ -288,6 +330,7 @@ class ShardSetWriter:
         if self._shard is None:
             raise DataError("no image was packed: the source is empty, or every image was left out")
         self._end(self._shard)
+        infos = tuple(future.result() for future in self._complete)
         index_sha256 = self._index.finish()
         text = Manifest(
             format_version=FORMAT_VERSION,
@@ -301,7 +344,7 @@ class ShardSetWriter:
             citation=citation,
             licence=licence,
             versions=versions,
-            shards=tuple(self._infos),
+            shards=infos,
             index_sha256=index_sha256,
             group=group,
             attached=self._attached,
@@ -310,17 +353,22 @@ class ShardSetWriter:
             manifest = Manifest.from_json(text)
         except ValueError as error:
             raise DataError(f"{self.out}: cannot be packed ({error})") from None
-        if self._flush is not None:
-            self._flush.result()
         if self._upload is not None:
             for name in (*self._attached, INDEX):
                 self._send(name)
             self._upload.finish(text.encode())
             return manifest
+        for left in [path for path in self._partial.iterdir() if path.is_dir()]:  # of a task that was killed
+            shutil.rmtree(left)
         write_durably(self._partial / MANIFEST, text.encode())
         refuse_occupied(self._final, self._overwrite)  # the folder may have been filled meanwhile
         replace(self._final, self._partial)
         return manifest
+
+
+def twice(image_id: str) -> DataError:
+    """The error for an image_id that comes a second time."""
+    return DataError(f"{image_id}: is twice in the source; every image_id must be unique")
 
 
 def check_image_id(image_id: str) -> None:

@@ -80,13 +80,14 @@ def test_original_files_give_the_probabilities_of_the_evaluation(name, runs, raw
 def test_a_shard_set_is_predicted_without_its_labels(runs, raw, tmp_path, capsys):
     unlabelled = replace(read_source(raw), classes=Classes(()))
     unlabelled.records = [replace(record, dx=None) for record in unlabelled.records]
+    images = len(unlabelled.records)
     encode = ShardSet(runs["quick"].parent / "shards").manifest.encode
     pack(unlabelled, tmp_path / "set", Settings(encode=encode))
     out = tmp_path / "predictions.csv"
     assert predict_here("--run", runs["quick"], tmp_path / "set", "--out", out, "--device", "cpu") == 0
     expected = pd.read_parquet(runs["quick"] / "predictions.parquet").set_index("image_id")
     found = table(out.read_text())
-    assert len(found) == len(unlabelled.records)
+    assert len(found) == images
     np.testing.assert_allclose(found.loc[expected.index, PROBABILITIES], expected[PROBABILITIES], rtol=0, atol=1e-4)
     with pytest.raises(UsageError, match="is a shard set; predict it alone"):
         predict_here("--run", runs["quick"], raw, tmp_path / "set")

@@ -1,0 +1,117 @@
+"""Packing on a Ray cluster of two nodes: the bytes of one machine, also if a node is lost; errors and ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.preprocess.test_shard import digest
+from tests.support.rawdata import write_raw
+from tests.support.ray_nodes import TwoNodes, own_folder, ray_processes, two_nodes
+
+ROOT = Path(__file__).parents[2]
+SLOWED = """
+import sys, time
+from pathlib import Path
+from preprocess import packing, shard
+from shards.common import cli
+
+class Slow(packing.Progress):
+    def advance(self, amount):
+        super().advance(amount)
+        Path(sys.argv[2]).with_name("packed").write_text(str(self.done))
+        time.sleep(0.003)
+
+packing.Progress = Slow
+cli.run(shard.main)
+"""
+"""Packs more slowly, so that something can happen meanwhile, and says how far it is in the file `packed`."""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    with two_nodes() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_raw(tmp_path_factory.mktemp("source") / "raw", 1200)
+
+
+def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-c", SLOWED, "--out", str(out), "--source", str(source), "--shard-mb", "1"]
+    return subprocess.Popen(
+        [*line, "--write-mode", "raw", "--max-resolution", "40", *more],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == code, output + errors
+    assert "Traceback" not in errors
+    return output, errors
+
+
+def wait_until_packed(process: subprocess.Popen[str], out: Path, images: int) -> None:
+    file = out.with_name("packed")
+    while process.poll() is None and not (file.exists() and int(file.read_text() or 0) >= images):
+        time.sleep(0.01)
+
+
+def left_beside(out: Path) -> list[str]:
+    return sorted(path.name for path in out.parent.iterdir() if path.name not in (out.name, "packed"))
+
+
+@pytest.mark.slow
+def test_a_set_is_the_same_to_the_byte_if_workers_and_a_node_are_killed(
+    nodes: TwoNodes, raw: Path, tmp_path: Path
+) -> None:
+    for name in ("local", "ray"):
+        (tmp_path / name).mkdir()
+    ended(start(raw, tmp_path / "local" / "set"))
+    process = start(raw, out := tmp_path / "ray" / "set", "--runner", "ray", "--address", nodes.address)
+    wait_until_packed(process, out, 200)
+    names = [(one, " ".join(one.cmdline())) for parent in ray_processes() for one in parent.children()]
+    workers = [one for one, name in names if name.startswith("ray::") and "Agent" not in name]
+    assert workers
+    for worker in workers:
+        worker.kill()
+    wait_until_packed(process, out, 500)
+    nodes.kill_second()
+    output, _ = ended(process)
+    nodes.start_second()
+    assert "1,200 images packed" in output
+    assert digest(out) == digest(tmp_path / "local" / "set") and len(list(out.glob("*.tar"))) > 4
+    assert left_beside(out) == []
+
+
+@pytest.mark.slow
+def test_a_bad_image_and_ctrl_c_leave_nothing(raw: Path, nodes: TwoNodes, tmp_path: Path) -> None:
+    there = ("--runner", "ray", "--address", nodes.address)
+    spoilt = write_raw(tmp_path / "spoilt")
+    bad = sorted(spoilt.rglob("*.jpg"))[40]
+    bad.write_bytes(bad.read_bytes()[:200])
+    (tmp_path / "sets").mkdir()
+    out = tmp_path / "sets" / "set"
+    _, errors = ended(start(spoilt, out, *there), 1)
+    assert len(errors.splitlines()) == 1 and bad.name in errors and "--on-bad skip" in errors
+    assert left_beside(out) == [] and not out.exists()
+    with own_folder():
+        process = start(raw, out, "--runner", "ray")
+        wait_until_packed(process, out, 300)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = ended(process, 130)
+        assert "started a Ray cluster on this machine" in output and errors.strip() == "error: interrupted"
+        assert not ray_processes()
+    assert left_beside(out) == [] and not out.exists()

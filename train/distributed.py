@@ -178,14 +178,17 @@ def _described() -> tuple[int, int, int]:
 
 
 def _store(restart: int) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
-    """Where the ranks find each other: a separate space for each restart of the job.
+    """Where the ranks find each other: a separate space for each restart of the job, if the store is torchrun's.
 
     torchrun's own store (torch 2.14, `--standalone`) outlives a restart. A rank that is faster than its peers would
-    read the addresses of dead ones there: seen in 3 of 5 restarts.
+    read the addresses of dead ones there: seen in 3 of 5 restarts. Without it, the first rank makes a store at each
+    restart. A space would then do harm: torchrun on a machine that joined later counts fewer restarts.
     """
     from torch.distributed.rendezvous import rendezvous
 
     store, _, size = next(rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
+        return store
     return dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
         f"life-{restart}-of-{size}", store
     )

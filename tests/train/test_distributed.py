@@ -4,11 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ import torch.multiprocessing as mp
 
 from shards.common.errors import DataError, UsageError
 from tests.conftest import free_port
-from tests.support.train_runs import WORKER, child_environment, losses, small, start_worker
+from tests.support.train_runs import WORKER, child_environment, losses, small, start_worker, weights
 from train.compiling import Compilation
 from train.config import resolved
 from train.console import Silent
@@ -98,6 +100,54 @@ def test_torchrun_restarts_a_job_that_goes_on_by_itself(tiny_shards: Path, tmp_p
     assert done.returncode == 0, done.stderr
     assert "continuing at step" in (tmp_path / "run" / "log.txt").read_text()
     assert_equal_within_float_error(tmp_path / "alone", tmp_path / "run")
+
+
+def start_agent(order: dict[str, Any], port: int) -> subprocess.Popen[bytes]:
+    """`torchrun` as on one of two machines, with one process of tests/support/train_worker.py."""
+    launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "7"]
+    return subprocess.Popen(
+        [sys.executable, *launch, str(WORKER), json.dumps(order)],
+        env=child_environment() | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )
+
+
+def kill_all(agent: subprocess.Popen[bytes]) -> None:
+    """Kill an agent with its processes, as if its machine had lost power."""
+    for process in [*psutil.Process(agent.pid).children(recursive=True), psutil.Process(agent.pid)]:
+        process.kill()
+    agent.wait()
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_and_comes_back_changes_no_weight(tiny_shards: Path, tmp_path: Path) -> None:
+    config = small(tiny_shards, **NORM_FREE | {"epochs": 9, "steps": 80})
+    whole = run_ranks({"config": config.to_dict(), "out": str(tmp_path / "whole")}, 2)
+    assert whole.returncode == 0, whole.stderr
+    out, port = tmp_path / "run", free_port()
+    order = {"config": config.to_dict(), "out": str(out), "resume": True}
+    first, second = start_agent(order, port), start_agent(order, port)
+    agents = [first, second]
+    try:
+        while first.poll() is None and not (out / "checkpoint.pt").exists():
+            time.sleep(0.02)
+        # the rendezvous is where the first agent listens: whoever of the two it is, the other one is lost
+        listening = {
+            one.laddr.port for one in psutil.Process(first.pid).net_connections("tcp") if one.status == "LISTEN"
+        }
+        lost = second if port in listening else first
+        kill_all(lost)
+        assert not (out / "result.json").exists()
+        agents.append(start_agent(order, port))
+        assert [agent.wait(timeout=180) for agent in agents if agent is not lost] == [0, 0]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                kill_all(agent)
+    assert "continuing at step" in (out / "log.txt").read_text()
+    assert losses(out) == losses(tmp_path / "whole")
+    one, other = weights(out), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in one) and list(one) == list(other)
 
 
 def test_a_dead_rank_ends_the_others_with_a_message(tiny_shards: Path, tmp_path: Path) -> None:

@@ -438,14 +438,14 @@ def _in_a_file(plan: pa.Table, folder: Path) -> pa.Table:
 
 def _jobs(rows: pa.Table, sources: list[Source]) -> list[Job]:
     """Rows of the plan as jobs."""
-    values = {name: rows[name].to_pylist() for name in rows.column_names}
-    files = [os.fsdecode(file) for file in values.pop("file")]
-    own = zip(*(values.pop(name) for name in ("source", "split", "further")), strict=True)
-    jobs = []
-    for (number, split, further), file, fields in zip(own, files, zip(*values.values(), strict=True), strict=True):
-        record = Record(file=file, **dict(zip(values, fields, strict=True)))
-        jobs.append(_job(sources, number, record, split, further or {}))
-    return jobs
+    values = {name: rows[name].to_pylist() for name in rows.column_names} | {"row": [None] * len(rows)}
+    values["file"] = [os.fsdecode(file) for file in values["file"]]
+    records = (Record(*fields) for fields in zip(*(values[name] for name in Record.__slots__), strict=True))
+    own = (values[name] for name in ("source", "split", "further"))
+    return [
+        _job(sources, number, record, split, further or {})
+        for record, number, split, further in zip(records, *own, strict=True)
+    ]
 
 
 def _job(sources: list[Source], number: int, record: Record, split: str, further: dict[str, Any]) -> Job:

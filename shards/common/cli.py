@@ -108,8 +108,8 @@ def typed_line(module: str) -> list[str]:
 def run(command: click.Command) -> None:
     """Run a click command; a known error ends in one line.
 
-    Exit codes: 2 wrong usage, 1 wrong data, a full disk or a file that cannot be used, 130 Ctrl-C; 143 SIGTERM and 129
-    SIGHUP (set by the command itself).
+    Exit codes: 2 wrong usage, 1 wrong data, a full disk or a file that cannot be used, 130 Ctrl-C; 143 SIGTERM, 129
+    SIGHUP and 138 SIGUSR1 (set by the command itself).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path that is not UTF-8 is shown with its own bytes

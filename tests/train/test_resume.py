@@ -123,11 +123,12 @@ def start_long_run(data: Path, out: Path, launcher: tuple[str, ...] = (), **stre
     return process
 
 
-def test_sigterm_writes_a_checkpoint_and_exits(tiny_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_writes_a_checkpoint_and_exits(tiny_shards: Path, tmp_path: Path, number: int, code: int) -> None:
     with start_long_run(tiny_shards, tmp_path / "run") as process:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
+    assert process.returncode == code, errors
     assert "--resume" in output.splitlines()[-1]
     assert errors == "stopping after this step, with a checkpoint; a second Ctrl-C ends at once, without one\n"
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)

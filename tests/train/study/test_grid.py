@@ -318,7 +318,7 @@ def test_a_failing_cell_is_recorded_and_the_exit_code_is_1(tiny_shards, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_stops_a_grid_with_a_checkpoint(tiny_shards, tmp_path, number):
     more = ("--seeds", "0,1", "--batch-size", 16)
     line = command(tiny_shards, tmp_path / "s", *more, epochs=400, fractions="1", per_device=2)

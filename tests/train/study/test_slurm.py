@@ -34,8 +34,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 def start(slurm: dict[str, str], data: Path) -> subprocess.Popen[str]:
-    options = ["--data", str(data), "--fractions", "1", "--epochs", "40", "--batch-size", "8", "--resolution", "32"]
-    options += ["--device", "cpu", "--compile", "off", "--threads", "1", "--checkpoint-s", "0", "--eval-epochs", "20"]
+    options = ["--data", str(data), "--fractions", "1", "--epochs", "14", "--batch-size", "8", "--resolution", "32"]
+    options += ["--device", "cpu", "--compile", "off", "--threads", "1", "--checkpoint-s", "0", "--eval-epochs", "7"]
     return subprocess.Popen(
         ["bash", str(SCRIPT), *options], env=slurm, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,6 +6,7 @@ Ray (https://docs.ray.io) finds the nodes, starts tasks and actors where there i
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from shards.common.machine import available_cores
 
 RETRIES = 4
 """How often work that a node or a process was lost with is started again."""
+_ANSWER_S = 5.0
 _OBJECTS_BYTES = 256 << 20
 """Memory for objects of a cluster that this command starts itself. What does not fit goes to the disk."""
 
@@ -53,23 +55,28 @@ def runner(name: str, address: str | None) -> Iterator[None]:
         import ray
     except ModuleNotFoundError:
         raise UsageError("--runner ray needs Ray, which is not installed: pip install 'dermscale[ray]'") from None
+    if address is not None and address != "auto":
+        _reach(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    own: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": available_cores(),
-        "include_dashboard": False,
-        "object_store_memory": _OBJECTS_BYTES,
-    }
+    place: dict[str, Any] = (
+        {"address": address}
+        if address
+        else {
+            "address": "local",
+            "num_cpus": available_cores(),
+            "include_dashboard": False,
+            "object_store_memory": _OBJECTS_BYTES,
+        }
+    )
     # The processes of a cluster that starts here stay when a terminal closes: they end with this command, which first
     # lets its work write checkpoints. A signal that is ignored here is ignored by them too.
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        ray.init(**quiet, **(own if address is None else {"address": address}))
+        ray.init(**quiet, **place)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"--address {address or 'was not given, and Ray does not start here'}: no Ray cluster answers "
-            f"({one_line(error, 160)}); start one with `ray start --head`, or leave --address out"
-        ) from None
+        if address is None:
+            raise DermscaleError(f"Ray does not start on this machine: {one_line(error, 300)}") from None
+        raise _unanswered(address, error) from None
     finally:
         signal.signal(signal.SIGHUP, before)
     try:
@@ -78,6 +85,24 @@ def runner(name: str, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise UsageError if nobody listens at HOST:PORT. Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not (port.isascii() and port.isdigit()):
+        raise UsageError(f"--address {address} is neither auto nor HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise _unanswered(address, error) from None
+
+
+def _unanswered(address: str, error: Exception) -> UsageError:
+    reason = one_line(error, 160)
+    return UsageError(
+        f"--address {address}: no Ray cluster answers ({reason}); start one with `ray start --head`, or leave it out"
+    )
 
 
 def nodes() -> list[dict[str, float]]:

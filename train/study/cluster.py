@@ -78,12 +78,12 @@ def share(
         sharing = decide(*arguments, stop, found.cores)
     else:
         click.echo("a short trial on a node of the cluster decides how many cells share a device")
-        trial = ray.remote(**found.resources(), max_retries=0)(decide).remote(*arguments, _never, found.cores)
+        there: Any = ray.remote(**found.resources(), max_retries=0)(decide)
+        trial = there.remote(*arguments, _never, found.cores)
         while not stop() and not ray.wait([trial], timeout=_POLL_S)[0]:
             pass
         try:
-            found_there: Any = None if stop() else ray.get(trial)
-            sharing: Sharing = found_there or Sharing()
+            sharing: Any = Sharing() if stop() else ray.get(trial)
         except RayError as error:
             sharing = Sharing(reason=f"the trial failed: {one_line(error, 200)}")
         ray.cancel(trial, force=True)

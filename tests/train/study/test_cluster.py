@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shards.common.cluster import runner
 from shards.common.errors import UsageError
+from tests.conftest import free_port
 from tests.support.ray_nodes import TwoNodes, own_folder, ray_processes, two_nodes
 from train.study import cluster
 from train.study.cluster import Devices
@@ -166,6 +168,20 @@ def test_what_the_nodes_of_a_cluster_are_divided_into(monkeypatch: pytest.Monkey
             cluster.devices(name)
 
 
-def test_options_that_do_not_fit_are_one_line(tiny_shards: Path, tmp_path: Path) -> None:
-    _, errors = ended(start(tiny_shards, tmp_path / "s", "--address", "auto"), 2)
-    assert errors == "error: --address auto names a Ray cluster: add --runner ray\n"
+def test_addresses_that_name_no_cluster_are_one_line() -> None:
+    def refusal(name: str, address: str) -> str:
+        with pytest.raises(UsageError) as found, runner(name, address):
+            pytest.fail("connected")
+        return str(found.value)
+
+    assert refusal("local", "auto") == "--address auto names a Ray cluster: add --runner ray"
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    for address in ("nonsense", ":6379", "ray://head:10001", "head:port"):
+        assert refusal("ray", address) == f"--address {address} is neither auto nor HOST:PORT"
+    assert "no Ray cluster answers (" in refusal("ray", f"localhost:{free_port()}")
+
+
+def test_without_ray_the_user_reads_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"not installed: pip install 'dermscale\[ray\]'"), runner("ray", None):
+        pytest.fail("connected")

@@ -52,10 +52,11 @@ def two_nodes() -> Iterator[TwoNodes]:
 
 @contextmanager
 def own_folder() -> Iterator[None]:
-    """A folder for Ray's logs and sockets, whose paths must be short; no reports to its makers."""
+    """A folder for temporary files and for Ray's logs and sockets, whose paths must be short; no usage reports."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
         patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("TMPDIR", folder)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         try:
             yield

@@ -63,7 +63,7 @@ class Tasks:
     def __init__(self) -> None:
         import ray
 
-        options: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES}
+        options: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
         self._encode: Any = ray.remote(**options, num_returns=2)(_encode_there)
         self._write: Any = ray.remote(**options)(_write_there)
         self._waiting: set[Any] = set()

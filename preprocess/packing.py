@@ -438,7 +438,8 @@ def _in_a_file(plan: pa.Table, folder: Path) -> pa.Table:
 
 def _jobs(rows: pa.Table, sources: list[Source]) -> list[Job]:
     """Rows of the plan as jobs."""
-    values = {name: rows[name].to_pylist() for name in rows.column_names} | {"row": [None] * len(rows)}
+    values: dict[str, list[Any]] = {name: rows[name].to_pylist() for name in rows.column_names}
+    values["row"] = [None] * len(rows)
     values["file"] = [os.fsdecode(file) for file in values["file"]]
     records = (Record(*fields) for fields in zip(*(values[name] for name in Record.__slots__), strict=True))
     own = (values[name] for name in ("source", "split", "further"))

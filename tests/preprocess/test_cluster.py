@@ -1,5 +1,7 @@
 """Packing on a Ray cluster of two nodes: the bytes of one machine, also if a node is lost; errors and ends."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from shards import ShardSet
+from tests.preprocess.test_layouts import members_of, write_tar
 from tests.preprocess.test_shard import digest
 from tests.support.rawdata import write_raw
 from tests.support.ray_nodes import TwoNodes, own_folder, ray_processes, two_nodes
@@ -44,8 +48,9 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_raw(tmp_path_factory.mktemp("source") / "raw", 1200)
 
 
-def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-c", SLOWED, "--out", str(out), "--source", str(source), "--shard-mb", "1"]
+def start(source: Path, out: Path | str, *more: str) -> subprocess.Popen[str]:
+    program = ["-c", SLOWED] if isinstance(out, Path) else ["-m", "preprocess.shard"]
+    line = [sys.executable, *program, "--out", str(out), "--source", str(source), "--shard-mb", "1"]
     return subprocess.Popen(
         [*line, "--write-mode", "raw", "--max-resolution", "40", *more],
         cwd=ROOT,
@@ -115,3 +120,30 @@ def test_a_bad_image_and_ctrl_c_leave_nothing(raw: Path, nodes: TwoNodes, tmp_pa
         assert "started a Ray cluster on this machine" in output and errors.strip() == "error: interrupted"
         assert not ray_processes()
     assert left_beside(out) == [] and not out.exists()
+
+
+@pytest.mark.slow
+def test_tars_and_a_store_are_as_on_one_machine(
+    nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fields of the tars in the index, copies joined, and a fold for test."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    from tests.support.stores import s3_server
+
+    def described(number: int) -> list[tuple[str, bytes]]:
+        return [("json", json.dumps({"dx": "abc"[number % 3], "score": number / 7}).encode())]
+
+    write_tar(tmp_path / "raw" / "a.tar", members_of(range(300), described))
+    write_tar(tmp_path / "raw" / "b.tar", [(f"copy-{n}", data) for n, data in members_of(range(9), described)])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    options = ("--join-duplicates", "--split", "3fold:2")
+    ended(start(tmp_path / "raw", tmp_path / "local", *options))
+    local = ShardSet(tmp_path / "local")
+    assert local.manifest.source["joined_duplicates"] >= 9 and local.column("score").dtype == float
+    with s3_server(monkeypatch) as s3:
+        there = ("--runner", "ray", "--address", nodes.address)
+        ended(start(tmp_path / "raw", "s3://bucket/set", *options, *there))
+        found = {name: hashlib.sha256(s3.get(f"set/{name}")).hexdigest() for name in s3.names()}
+    assert found == digest(tmp_path / "local") and len(local.manifest.shards) > 3
+    assert not list((tmp_path / "home").rglob("*.tar"))

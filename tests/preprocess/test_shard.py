@@ -287,6 +287,16 @@ def test_copies_in_different_groups_are_listed_and_joined(tmp_path, command):
     assert len({group[one] for one in same}) == len({split[one] for one in same}) == 1
 
 
+def test_an_image_with_a_second_copy_counts_as_packed(tmp_path):
+    raw = write_raw(tmp_path / "raw")
+    first = next(raw.rglob("ISIC_0000003.jpg"))
+    (raw / "HAM10000_images_part_2" / first.name).write_bytes(first.read_bytes())
+    packed = pack(read_source(raw), tmp_path / "set", Settings(skip_bad=True))
+    source = packed.manifest.source
+    assert (source["images"], source["quarantined"]) == (60, 1)
+    assert source["lesions"] == len({row["lesion_id"] for row in rows(60)})
+
+
 def test_splitting_by_image_is_warned_of_and_recorded(raw, tmp_path, command):
     code, _, err = command(shard.main, "--source", raw, "--out", tmp_path / "set", "--split-unit", "image")
     assert code == 0 and "SPLITTING BY IMAGE" in err

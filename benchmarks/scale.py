@@ -59,8 +59,10 @@ def measure(images: int) -> tuple[float, ...]:
     began = 0.0
 
     def sample() -> None:
+        seen[phase].append(own_bytes())
         while not ended.wait(_SAMPLE_S):
             seen[phase].append(own_bytes())
+        seen[phase].append(own_bytes())
 
     class Tasks:
         """Answers as tasks would: the size of a shard, and no file."""

@@ -35,7 +35,7 @@ _FREQUENCIES = 8
 _DETAIL = 64
 _SMOOTH = 4.0
 """Standard deviation of the blur that is taken away, in pixels of 64 a side."""
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 """Pairs that are compared at a time."""
 _CHUNK = 64
 _KEPT = 512

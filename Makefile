@@ -32,7 +32,7 @@ demo: install ## synthetic lesions → shards → a 2 × 2 study → report, und
 	$(BIN)/python -m train.grid --data $(DEMO)/shards --out $(RUNS) --models resnet18,alexnet --fractions 0.25,1 --seeds 0 --epochs 8 --resolution 64 --batch-size 32
 	$(BIN)/python -m train.report $(RUNS)
 
-test: install ## every test that runs without a GPU, about 13 minutes on 2 cores
+test: install ## every test that runs without a GPU, about 20 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist worksteal
 
 test-fast: install ## without those marked slow

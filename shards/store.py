@@ -227,7 +227,7 @@ def _problem(error: Exception, where: str) -> DermscaleError | None:
         return DataError(f"{where}: access is refused ({text}); check the credentials and the address")
     if kind == "FileExpired" or code == 412:
         return DataError(f"{where}: was replaced while it was fetched; start again")
-    if isinstance(error, (ValueError, NotImplementedError, TypeError)):
+    if isinstance(error, (ValueError, NotImplementedError)):  # what fsspec raises for an address that it cannot use
         return UsageError(f"{where}: cannot be used ({text}); check the address")
     return None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shards.common.errors import one_line
-from shards.encode import JPEG, MOST_PIXELS, BadImageError, decode_upright, turn_upright
+from shards.encode import JPEG, MOST_PIXELS, BadImageError, cmyk_to_rgb, decode_upright, turn_upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,9 +32,10 @@ def decode_picture(data: bytes) -> np.ndarray:
     Raises BadImageError with the reason.
 
     JPEG goes through the packer's strict decoder. EXIF orientations are applied. Grey becomes three equal channels, and
-    16-bit values keep their upper eight bits. CMYK, Lab, 32-bit and floating-point pixels, transparency and files with
-    several images are refused, because the file does not define their RGB colours. So are AVIF and HEIC if what reads
-    them is not installed.
+    16-bit values keep their upper eight bits. CMYK is converted (`encode.cmyk_to_rgb`), and an alpha channel that is
+    opaque everywhere is dropped. Lab, 32-bit and floating-point pixels, transparency and files with several images are
+    refused, because the file does not define their RGB colours. So are AVIF and HEIC if what reads them is not
+    installed.
     """
     if data[:2] == JPEG:
         return decode_upright(data)
@@ -105,5 +106,7 @@ def _to_rgb(image: "Image") -> np.ndarray:
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    names = {"CMYK": "CMYK", "LAB": "Lab", "I": "32-bit", "F": "floating-point"}
+    if image.mode == "CMYK":
+        return cmyk_to_rgb(image, image.info.get("icc_profile"))
+    names = {"LAB": "Lab", "I": "32-bit", "F": "floating-point"}
     raise BadImageError(f"has {names.get(mode, mode)} pixels; convert it to 8-bit RGB")

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from itertools import product
 
 import cv2
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from shards import encode
 from shards.encode import (
@@ -26,12 +27,16 @@ from shards.encode import (
 from shards.format import EncodeSpec
 from shards.kernels import load
 from shards.kernels.load import in_use
+from shards.pictures import decode_picture
 from tests.conftest import picture
 from tests.support.rawdata import jpeg
 
 
 def saved(mode: str, kind: str, **options) -> bytes:
-    image = Image.fromarray(picture(np.random.default_rng(0), 2, 60, 80)).convert(mode)
+    return saved_as(Image.fromarray(picture(np.random.default_rng(0), 2, 60, 80)).convert(mode), kind, **options)
+
+
+def saved_as(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -72,10 +77,9 @@ def test_zeroed_blocks_inside_the_scan_are_seen():
         (saved("RGB", "PNG"), "not a JPEG"),
         (b"\xff\xd8", "is damaged"),
         (b"\xff\xd8\xff\xd9", "is damaged"),
-        (saved("CMYK", "JPEG"), "CMYK"),
     ],
 )
-def test_what_is_no_rgb_jpeg_is_refused_by_name(data, reason):
+def test_what_is_no_jpeg_is_refused_by_name(data, reason):
     with pytest.raises(BadImageError, match=reason):
         decode_strictly(data)
 
@@ -92,6 +96,38 @@ def test_greyscale_becomes_three_equal_channels_and_bytes_behind_the_end_are_ign
     grey = decode_strictly(saved("L", "JPEG"))
     assert grey.shape == (60, 80, 3) and np.array_equal(grey[..., 0], grey[..., 1])
     assert np.array_equal(decode_strictly(jpeg(5) + b"appended"), decode_strictly(jpeg(5)))
+
+
+def cmyk_profile() -> bytes:
+    """An ICC profile (version 2.4): each coloured ink takes 60 of 255 from the lightness, and black all of it."""
+    lightness = [
+        0 if black else 255 - 60 * (cyan + magenta + yellow)
+        for cyan, magenta, yellow, black in product((0, 1), repeat=4)
+    ]
+    ramp = bytes(range(256))
+    table = b"mft1" + bytes([0, 0, 0, 0, 4, 3, 2, 0]) + struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).flat)
+    table += 4 * ramp + bytes(one for light in lightness for one in (light, 128, 128)) + 3 * ramp
+    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+    head = struct.pack(">I4sI", 128 + len(tags), b"lcms", 0x02400000) + b"prtrCMYKLab " + bytes(12) + b"acsp"
+    return head.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061).ljust(60, b"\0") + tags
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_cmyk_is_converted_by_its_profile_or_as_pillow_does(orientation):
+    image = Image.fromarray(decode_strictly(jpeg(3))).convert("CMYK")
+    plain = with_exif(saved_as(image, "JPEG"), orientation)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(plain))).convert("RGB")
+    assert np.array_equal(decode_picture(plain), np.asarray(expected))
+    assert np.array_equal(decode_picture(saved_as(image, "TIFF")), np.asarray(image.convert("RGB")))
+    with pytest.raises(BadImageError, match="is damaged"):
+        decode_strictly(plain[:-100])
+    for kind in ("JPEG", "TIFF"):
+        for ink, grey in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0), ((255, 0, 0, 0), 189)):  # 189: L* 76.5 in sRGB
+            found = decode_picture(saved_as(Image.new("CMYK", (16, 16), ink), kind, icc_profile=cmyk_profile()))
+            assert np.abs(found.astype(int) - grey).max() <= 1
+        for profile in (b"none", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()):
+            with pytest.raises(BadImageError, match=r"colour profile that cannot be used .*; convert it to RGB"):
+                decode_picture(saved_as(image, kind, icc_profile=profile))
 
 
 def with_exif(data: bytes, orientation: int) -> bytes:

@@ -87,15 +87,19 @@ def test_a_synthetic_set_of_each_layout_is_found_and_packed(made, layout):
     assert {column for column in tables if column not in names and f"table_{column}" not in names} == set()
 
 
-def test_a_run_trains_on_a_layout_of_eleven_classes_and_on_those_of_one_kind_of_image(made, tmp_path):
-    data = made("milk10k")[1]
-    config = small(data.path, epochs=1, batch_size=8, where="image_type == 'dermoscopic'")
-    train_once(config, tmp_path / "run")
+@pytest.mark.parametrize("layout", synthetic.LAYOUTS)
+def test_a_run_trains_on_a_set_of_each_layout(made, tmp_path, layout):
+    data = made(layout)[1]
+    where = "image_type == 'dermoscopic'" if layout == "milk10k" else None
+    train_once(small(data.path, epochs=1, batch_size=8, where=where), tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     index = pd.read_parquet(data.path / "index.parquet")
-    wanted = index[index["image_type"] == "dermoscopic"]
-    assert result["images"] == wanted["split"].value_counts().to_dict() and len(wanted) < len(index)
-    assert tuple(result["training_images_per_class"]) == CLASSES["milk10k"]
+    wanted = index[index["image_type"] == "dermoscopic"] if where else index
+    assert result["images"] == wanted["split"].value_counts().to_dict()
+    assert (len(wanted) < len(index)) == (where is not None)
+    counts = wanted[wanted["split"] == "train"]["dx"].value_counts().to_dict()
+    assert tuple(result["training_images_per_class"]) == data.manifest.classes.names
+    assert {name: count for name, count in result["training_images_per_class"].items() if count} == counts
 
 
 def test_milk10k_has_one_label_for_all_images_of_a_lesion(made):

@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeGuard, TypeVar
 
@@ -84,6 +84,8 @@ class Store:
         """Nothing is asked yet."""
         self.address = address.rstrip("/")
         self.protocol = address.partition("://")[0].split("::")[0]
+        # the Hub makes a commit of each file, and refuses one that begins before another has ended
+        self._turn = threading.Lock() if self.protocol == "hf" else nullcontext()
 
     @property
     def reads_only(self) -> bool:
@@ -183,12 +185,18 @@ class Store:
         size = content.stat().st_size if isinstance(content, Path) else len(content)
 
         def ask(system: Any, path: str) -> None:
-            if isinstance(content, Path):
-                system.put_file(str(content), path)
-            else:
-                system.pipe_file(path, content)
+            try:
+                if isinstance(content, Path):
+                    system.put_file(str(content), path)
+                else:
+                    system.pipe_file(path, content)
+            except Exception as error:  # the drivers' errors have no common base
+                if _status(error) in (409, 412):
+                    raise ConnectionError("somebody else writes there") from error
+                raise
 
-        self._ask(name, ask)
+        with self._turn:
+            self._ask(name, ask)
         there = self.version(name)
         if there.bytes != size:
             raise DataError(f"{self.address}/{name}: has {there.bytes:,} bytes, and {size:,} were sent; start again")
@@ -196,7 +204,8 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove a file."""
-        self._ask(name, lambda system, path: system.rm_file(path))
+        with self._turn:
+            self._ask(name, lambda system, path: system.rm_file(path))
 
 
 def _problem(error: Exception, where: str) -> DermscaleError | None:
@@ -207,8 +216,7 @@ def _problem(error: Exception, where: str) -> DermscaleError | None:
     if isinstance(cause, Exception) and "aiohttp" in type(cause).__module__:
         error = cause  # fsspec says of any trouble with a web server that the file is not there
     kind, text = type(error).__name__, one_line(error, 160)
-    answer = getattr(error, "response", None)  # of requests and httpx; botocore has a dictionary
-    code = getattr(error, "status", None) or getattr(answer, "status_code", None)
+    code = _status(error)
     if isinstance(error, ImportError):
         return UsageError(
             f"{where}: {text.rstrip('.')} (pip install 'dermscale[stores]' brings the packages for s3://, https:// and "
@@ -230,6 +238,12 @@ def _problem(error: Exception, where: str) -> DermscaleError | None:
     if isinstance(error, (ValueError, NotImplementedError)):  # what fsspec raises for an address that it cannot use
         return UsageError(f"{where}: cannot be used ({text}); check the address")
     return None
+
+
+def _status(error: Exception) -> int | None:
+    """The status of HTTP that an error is about."""
+    answer = getattr(error, "response", None)  # of requests and httpx; botocore has a dictionary
+    return getattr(error, "status", None) or getattr(answer, "status_code", None)
 
 
 def _cut(error: Exception) -> CutError:

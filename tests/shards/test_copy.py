@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pytest
 
 from preprocess import shard
@@ -15,7 +17,7 @@ from shards.__main__ import main
 from shards.common.errors import DataError, UsageError
 from shards.format import MANIFEST
 from shards.shardset import ShardSet
-from tests.conftest import write_set
+from tests.conftest import free_port, write_set
 from tests.support.rawdata import write_raw
 from tests.support.stores import S3, s3_server
 
@@ -61,6 +63,39 @@ def test_a_set_that_is_pushed_and_pulled_is_the_same(s3, packed, tmp_path, comma
     assert sorted(file.name for file in tmp_path.iterdir()) == ["back", "home"]
     assert command(main, "pull", f"{s3.url}/set", tmp_path / "web")[0] == 0
     assert contents(tmp_path / "web") == contents(packed)
+
+
+@pytest.fixture
+def google(monkeypatch) -> Iterator[str]:
+    """An empty bucket of Google Cloud Storage on this machine, which speaks no gRPC."""
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    port = free_port()
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="lab")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    yield "gs://lab"
+    server.stop()
+
+
+def test_a_set_in_google_cloud_storage(google, packed, tmp_path, command):
+    place = f"{google}/set"
+    assert command(main, "push", packed, place)[0] == 0
+    assert command(main, "verify", place)[:2] == (0, f"{place}: 4 shards and 400 samples are whole\n")
+    copy.pull(place, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(packed)
+    with ShardSet(place, cache=tmp_path / "cache") as data, ShardSet(packed) as local:
+        assert all(np.array_equal(data.pixels(row), local.pixels(row)) for row in (0, 199, 399))
+    small = write_set(tmp_path / "small", images=60)
+    with pytest.raises(DataError, match="already holds a shard set; add --overwrite"):
+        copy.push(small, place)
+    copy.push(small, place, overwrite=True)
+    copy.pull(place, tmp_path / "small-back")
+    assert contents(tmp_path / "small-back") == contents(small)
+    with pytest.raises(DataError, match=r"^gs://lab/nothing/manifest\.json: is not there; check the address$"):
+        ShardSet(f"{google}/nothing", cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("fault", ["status:503:SlowDown", "status:500:InternalError", "cut:0", "slow:0.3"])

@@ -136,8 +136,8 @@ def test_a_set_on_the_hugging_face_hub(packed, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     code = "data = ShardSet(args[0], cache=args[1])\nfor number in range(4): data.shard(number)"
-    with hub_server(packed) as url:
-        monkeypatch.setenv("HF_ENDPOINT", url)  # its client reads this when it is imported
+    with hub_server(packed) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)  # its client reads this when it is imported
         process = child(code, "hf://datasets/lab/set", tmp_path)
         assert process.wait(60) == 0, process.stderr and process.stderr.read()
         missing = child(code, "hf://datasets/lab/nothing", tmp_path)
@@ -145,6 +145,24 @@ def test_a_set_on_the_hugging_face_hub(packed, tmp_path, monkeypatch):
         assert "DataError: hf://datasets/lab/nothing/manifest.json: is not there" in missing.stderr.read()
     for tar in packed.glob("*.tar"):
         assert next(tmp_path.glob(f"*/{tar.name}")).read_bytes() == tar.read_bytes()
+
+
+def test_a_set_is_pushed_to_the_hub_one_commit_after_the_other(packed, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    (tmp_path / "hub").mkdir()
+    code = "from shards.copy import push; from pathlib import Path; push(Path(args[0]), args[1])"
+    with hub_server(tmp_path / "hub") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.busy = 2  # somebody else's commits
+        process = child(code, packed, "hf://datasets/lab/set")
+        assert process.wait(60) == 0, process.stderr and process.stderr.read()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "hub").iterdir()} == {
+        file.name: file.read_bytes() for file in packed.iterdir()
+    }
+    assert hub.commits[-1] == MANIFEST and len(hub.commits) == len({*hub.commits})
 
 
 @pytest.mark.parametrize(
@@ -240,7 +258,7 @@ def test_what_is_not_there_or_refused_is_one_line(s3, address, tmp_path, monkeyp
     refused("s3://nobucket/set", DataError, "is not there")
     refused(f"{s3.url}/nothing", DataError, "is not there")
     refused("nosuch://bucket/set", UsageError, "Protocol not known")
-    refused("gs://bucket/set", UsageError, "install gcsfs")
+    refused("abfs://bucket/set", UsageError, "nstall adlfs")
     refused("http://127.0.0.1:1/set", DataError, "gave up")
     s3.proxy.plan("HEAD .*manifest", "status:403:AccessDenied")
     refused(address, DataError, "access is refused")

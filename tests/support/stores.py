@@ -1,5 +1,6 @@
 """Not a test: an S3 server on this machine and a proxy before it that misbehaves; a Hub; for the tests of stores."""
 
+import base64
 import http.client
 import json
 import re
@@ -194,13 +195,19 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 
 class Hub(ThreadingHTTPServer):
-    """What the client of the Hugging Face Hub asks for when it reads the data set `lab/set`: the files of a folder."""
+    """What the client of the Hugging Face Hub asks for when it reads and writes the data set `lab/set`: a folder.
+
+    As on the Hub, a commit that begins before another one has ended is refused. So are the first `busy` ones.
+    """
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.folder = folder
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.commits: list[str] = []
+        self.committing, self.busy = threading.Lock(), 0
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -217,6 +224,38 @@ class HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        path = self.path.partition("?")[0]
+        if path.endswith(("/preupload/main", "/commit/main")):
+            sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.commit(sent) if path.endswith("/commit/main") else self.plan(json.loads(sent)["files"])
+        else:
+            self.do_GET()
+
+    def plan(self, files: list[dict]) -> None:
+        """Every file is to come within its commit."""
+        modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+        self.reply(200, json.dumps({"files": modes}).encode(), Content_Type="application/json")
+
+    def commit(self, sent: bytes) -> None:
+        if self.server.busy or not self.server.committing.acquire(blocking=False):
+            self.server.busy = max(0, self.server.busy - 1)
+            self.reply(412, b'{"error": "A commit has happened since. Please refresh and try again."}')
+            return
+        try:
+            time.sleep(0.05)  # long enough for another one to begin
+            for line in map(json.loads, sent.splitlines()):
+                file = self.server.folder / line["value"].get("path", "")
+                if line["key"] == "file":
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+                elif line["key"] == "deletedFile":
+                    file.unlink()
+                self.server.commits += [file.name] if line["key"] != "header" else []
+        finally:
+            self.server.committing.release()
+        about = {"success": True, "commitOid": "0" * 40, "commitUrl": "http://127.0.0.1/datasets/lab/set/commit/0"}
+        self.reply(200, json.dumps(about).encode(), Content_Type="application/json")
 
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -241,15 +280,15 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self.reply(404, b"", X_Error_Code="RepoNotFound")
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_GET  # noqa: N815
 
 
 @contextmanager
-def hub_server(folder: Path) -> Iterator[str]:
-    """The address of a Hub that has the files of a folder as `lab/set`."""
+def hub_server(folder: Path) -> Iterator[Hub]:
+    """A Hub that has the files of a folder as `lab/set`."""
     with Hub(folder) as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://127.0.0.1:{hub.server_address[1]}"
+        yield hub
         hub.shutdown()
         thread.join()

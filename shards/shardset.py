@@ -300,7 +300,7 @@ class ShardSet:
     def require_labels(self) -> None:
         """Raise UsageError if the set has no labels."""
         if not self.manifest.classes:
-            raise UsageError(f"{self.address}: has no labels, so nothing can be trained on it; name another --data")
+            raise UsageError(f"{self.address}: has no labels to train or test on; name another --data")
 
     def shard(self, number: int) -> memoryview:
         """The bytes of one tar, mapped and not read. Raises DataError if the file cannot be mapped."""

@@ -347,7 +347,7 @@ def test_images_without_labels_are_packed_for_prediction_alone(photos, tmp_path,
     code, said, _ = command(main, "info", out)
     assert code == 0 and "no labels: the set is for prediction alone" in said and "all         24       24" in said
     code, _, err = command(run.main, "--model", "resnet18", "--data", out)
-    assert (code, err.count("\n")) == (2, 1) and "has no labels, so nothing can be trained on it" in err
+    assert (code, err.count("\n")) == (2, 1) and "has no labels to train or test on" in err
     code, _, err = command(grid.main, "--data", out, "--out", tmp_path / "study", "--models", "resnet18")
     assert (code, err.count("\n")) == (2, 1) and "has no labels" in err
     for idle in (("--classes", photos / "x.csv"), ("--split", "5fold"), ("--test-source", photos)):

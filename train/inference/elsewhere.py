@@ -56,9 +56,11 @@ class Elsewhere:
         """Choose the images: those of the split that have a counterpart among the runs' classes, and are new to them.
 
         split: one of SPLITS, `all`, or None for the default. warn: told what may be a mistake. Raises UsageError for a
-        split that the runs were trained on, DataError if no image or fewer than two classes are left.
+        split that the runs were trained on and for a set without labels, DataError if no image or fewer than two
+        classes are left.
         """
         self.ensemble, self.data, self.warn, self.maps = ensemble, data, warn, (set_map, run_map)
+        data.require_labels()
         self.runs = [read_run(folder) for folder in folders]
         own = data.manifest.index_sha256 in {run.result["shard_set_sha256"] for run in self.runs}
         self.split = split or ("test" if own else "all")
@@ -167,8 +169,8 @@ class Elsewhere:
         return groups_of(column, table[column].take(self.selection.samples).to_pylist(), edges)
 
     def _lesions(self) -> np.ndarray | None:
-        """(N,) lesions of the images; None if the set names none."""
-        lesions = self.data.column("lesion_id")[self.selection.samples]
+        """(N,) groups of the images, lesions or patients; None if the set names none."""
+        lesions = self.data.column("group")[self.selection.samples]
         return None if all(lesion is None for lesion in lesions) else lesions
 
     def _priors(self) -> dict[str, Any]:
@@ -236,13 +238,13 @@ class Elsewhere:
     def _table(self, of_run: Floats) -> "pa.Table":
         """A row for each image: what it is, its label in the set and among the common classes, and probabilities.
 
-        `prob_<class>`: of all classes of the runs, not divided by the sum over the common ones.
+        lesion_id: the set's `group`. `prob_<class>`: of all classes of the runs, not divided by the sum over the common
+        ones.
         """
         import pyarrow as pa
 
-        columns = {
-            name: self.data.column(name)[self.selection.samples] for name in ("image_id", "lesion_id", "split", "dx")
-        }
+        names = {"image_id": "image_id", "lesion_id": "group", "split": "split", "dx": "dx"}
+        columns = {name: self.data.column(column)[self.selection.samples] for name, column in names.items()}
         columns["class"] = np.array(self.both.classes.names, dtype=object)[self.labels]
         columns |= {
             f"prob_{name}": of_run[:, c].astype(np.float32) for c, name in enumerate(self.ensemble.classes.names)

@@ -48,7 +48,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patient, image = number // 2, picture(rng, number // 2 % 6, 50, 60)
             metadata = {
                 "image_id": f"PAT_{number}",
-                "lesion_id": f"P{patient}",
+                "lesion_id": f"L{number}",
+                "group": f"P{patient}",
                 "dx": PAD.names[patient % 6],
                 "dx_type": None,
                 "age": float(20 + patient),
@@ -212,6 +213,16 @@ def test_what_cannot_be_tested_is_refused_in_one_line(options, code, message, ru
     asked = ("--run", run, "--data", other, "--out", tmp_path / "out", *options, "--device", "cpu")
     ended, _, err = command(evaluate.main, *asked)
     assert (ended, err.count("error: ")) == (code, 1) and message in err and not (tmp_path / "out").exists()
+
+
+def test_a_set_without_labels_is_refused_in_one_line(run, command, tmp_path):
+    with ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20, classes=Classes(())) as writer:
+        metadata = dict.fromkeys(("lesion_id", "dx", "dx_type", "age", "sex", "localization", "dataset"))
+        image = encode_jpeg(picture(np.random.default_rng(0), 0, 50, 60))
+        writer.add(PackedSample(image, "jpg", 50, 60, "test", {"image_id": "A", **metadata}))
+        finish_set(writer)
+    code, _, err = command(evaluate.main, "--run", run, "--data", tmp_path / "set", "--device", "cpu")
+    assert (code, err.count("error: ")) == (2, 1) and "has no labels" in err
 
 
 def test_a_folder_that_holds_something_is_not_touched_and_one_that_fails_leaves_nothing(

@@ -193,5 +193,10 @@ def _rows(layout: Layout, files: list[Path], images: Images) -> Joined | None:
 def _pairs(layout: Layout, files: list[Path]) -> list[tuple[str, str]]:
     """The pairs of images that a layout lists as the same."""
     path = _matching(layout.same, files) if layout.same else None
-    rows = [] if path is None else [row for _, row in Table(path, "the official list")]
-    return [(one, other) for one, other, *_ in (tuple(row.values()) for row in rows)]
+    table = [] if path is None else Table(path, "the official list")
+    pairs = []
+    for line, row in table:
+        if len(row) < 2:
+            raise DataError(f"{path}: line {line} names one image, and a pair is needed; use the official list")
+        pairs.append(tuple(row.values())[:2])
+    return pairs

@@ -95,7 +95,7 @@ def read_map(name: str) -> LabelMap:
                     raise DataError(f"--map {name}: has the columns {', '.join(columns)}; from and to are needed")
                 continue
             row = dict(zip(columns, values, strict=False))
-            label, to = row["from"], row.get("to", "")
+            label, to = row.get("from", ""), row.get("to", "")
             if not label or rows.setdefault(label, to) != to:
                 what = f"'{label}' is mapped twice" if label else "from is empty"
                 raise DataError(f"--map {name}: line {table.line_num}: {what}")

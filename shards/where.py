@@ -81,6 +81,8 @@ class _Condition:
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=(int() | float()) as number)):
                 return -number
             case ast.Constant(value=(str() | int() | float()) as value):
+                if isinstance(value, int) and value >= 1 << 63:
+                    raise self._wrong(f"'{one_line(str(value), 60)}' is above the largest whole number, 2^63 - 1")
                 return value
             case ast.Name(id=name) if name in _CONSTANTS:
                 return _CONSTANTS[name]

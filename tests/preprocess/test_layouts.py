@@ -125,6 +125,9 @@ def test_the_list_of_duplicates_of_isic_2020_joins_patients(made, tmp_path):
     alone = {name: patient for name, patient in patients.items() if patient not in (a, b, c)}
     assert {name: groups[name] for name in alone} == alone
     assert all(record.lesion_id.startswith("SYN_L") for record in source.records)
+    (raw / "ISIC_2020_Training_Duplicates.csv").write_text(f"image_name_1,image_name_2\n{images[a]}\n")
+    with pytest.raises(DataError, match="line 2 names one image, and a pair is needed"):
+        read_folder(raw, (), Columns(), None)
 
 
 def test_joined_groups_do_not_depend_on_the_order_of_pairs_and_include_images_without_one():

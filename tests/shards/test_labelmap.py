@@ -93,6 +93,7 @@ def test_a_file_of_the_user_may_have_other_columns_and_comments(tmp_path):
         ("from\nA\n", DataError, "has the columns from; from and to are needed"),
         ("from,to\nA,x\nA,y\n", DataError, "line 3: 'A' is mapped twice"),
         ("from,to\n,y\n", DataError, "line 2: from is empty"),
+        ("to,from\nx\n", DataError, "line 2: from is empty"),
         ("from,to\n", DataError, "holds no row"),
         ("", DataError, "holds no row"),
         ('from,to\n"A,x\n', DataError, "cannot be read"),

@@ -97,6 +97,7 @@ def test_conditions_on_rows_with_all_values_are_those_of_pandas(column, operator
         ("age in ()", "behind `in` stands a list of values"),
         ("age is 3", "behind `is` and `is not` stands null"),
         ("age == None", "is no column, number"),
+        ("age == 9223372036854775808", "'9223372036854775808' is above the largest whole number"),
     ],
 )
 def test_what_is_no_condition_is_refused_in_one_line(where, text):

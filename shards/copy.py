@@ -8,11 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 from shards.common.errors import DataError
-from shards.common.files import exclusive, full_disk_names, write_durably
+from shards.common.files import full_disk_names, write_durably
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
 from shards.format import CARDS, INDEX, MANIFEST, Manifest
-from shards.place import beside, real_place, refuse_occupied, replace
+from shards.place import beside, locked, real_place, refuse_occupied, replace
 from shards.shardset import ShardSet, wrong_bytes
 from shards.store import CachedSet, Upload, Wanted
 from shards.tar import index_name, index_of
@@ -75,12 +75,14 @@ def push(folder: Path, address: str, overwrite: bool = False) -> Manifest:
 def pull(address: str, out: Path, overwrite: bool = False) -> Manifest:
     """Copy the set at an address to the new folder `out`, which is there when all of it has arrived and was checked.
 
-    Until then it lies in `.NAME.pull` beside it. Raises DataError as `CachedSet.opened` and `refuse_occupied` do.
+    Until then it lies in `.NAME.pull` beside it. Raises DataError as `CachedSet.opened`, `refuse_occupied` and `locked`
+    do.
     """
     refuse_occupied(out, overwrite)
     place = real_place(out)
     partial = beside(place, "pull")
-    with full_disk_names(out), exclusive(partial, f"pulling a set to {out}"):
+    with full_disk_names(out), locked(place, out):
+        refuse_occupied(out, overwrite)  # a set that `locked` has put back counts too
         cached = CachedSet(address, partial / "files", _ANY_SIZE_GB)
         manifest = Manifest.from_bytes(cached.manifest, f"{address}/{MANIFEST}")
         total = sum(info.bytes for info in manifest.shards)
@@ -103,6 +105,8 @@ def pull(address: str, out: Path, overwrite: bool = False) -> Manifest:
             with closing(read_ahead(lambda one: [pool.submit(fetch, one)], wanted, _AT_ONCE)) as fetched:
                 for _ in fetched:
                     pass
+        for left in cached.folder.glob(".*.part"):  # of a file that was written to the store again since a killed pull
+            left.unlink()
         names = set() if cached.store.reads_only else cached.store.names()
         for name in names & {*CARDS}:
             write_durably(cached.folder / name, cached.store.read(name, total))

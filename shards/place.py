@@ -2,18 +2,19 @@
 
 A new set is written next to its final folder, as `.NAME.partial`. Two renames put it into place: the old set becomes
 `.NAME.old`, then the new one takes its name. A crash between the two leaves no set at the place, and the old one in
-`.NAME.old`, whole. The next packing calls `recover`, which puts it back.
+`.NAME.old`, whole. The next packing or pull puts it back (`locked`).
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.common.errors import DataError
-from shards.common.files import sync_folder
+from shards.common.files import lock, sync_folder
 from shards.format import ATTACHED, CARDS, INDEX, MANIFEST
 
 _FILES = re.compile(
@@ -97,8 +98,31 @@ def foreign(names: Iterable[str]) -> str | None:
     return next((name for name in sorted(names) if not _FILES.fullmatch(name)), None)
 
 
+@contextmanager
+def locked(place: Path, out: str | Path) -> Iterator[None]:
+    """Let no other process write the set `place` meanwhile, and repair first what a killed one left next to it.
+
+    out: what errors call it. Raises DataError if another process writes to it, and as `lock` and `recover` do.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    path = beside(place, "lock")
+    busy = "another process is writing to this folder; wait for it or choose another"
+    with path.open("wb") as file:
+        lock(file, out, busy)
+        ours = False
+        with suppress(FileNotFoundError):  # the other process has removed this file since
+            ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        if not ours:
+            raise DataError(f"{out}: {busy}")
+        try:
+            recover(place)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def recover(place: Path) -> None:
-    """Repair what a killed `replace` left next to `place`. Call it while holding the packer's lock.
+    """Repair what a killed `replace` left next to `place`, which the caller has `locked`.
 
     Raises DataError if `.NAME.old` is not a shard set, or cannot be removed.
     """
@@ -106,7 +130,7 @@ def recover(place: Path) -> None:
     if not os.path.lexists(old):
         return
     if old.is_symlink() or not old.is_dir() or foreign(path.name for path in old.iterdir()):
-        raise DataError(f"{old}: is in the way of packing to {place.name} and not a shard set; move it away")
+        raise DataError(f"{old}: is in the way of {place.name} and not a shard set; move it away")
     if (old / MANIFEST).exists() and not (place.exists() and any(place.iterdir())):
         old.rename(place)
         sync_folder(place.parent)
@@ -133,4 +157,4 @@ def replace(place: Path, new: Path) -> None:
     sync_folder(place.parent)
     if old.exists():
         (old / MANIFEST).unlink(missing_ok=True)  # first: the rest must not pass for a whole set after a crash
-        shutil.rmtree(old, ignore_errors=True)  # NFS keeps a file that is being read; the next packing removes it
+        shutil.rmtree(old, ignore_errors=True)  # NFS keeps a file that is being read; `recover` removes it

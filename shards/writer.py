@@ -12,16 +12,16 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
 from shards.common import kept
 from shards.common.errors import DataError, UsageError
-from shards.common.files import lock, write_durably
+from shards.common.files import write_durably
 from shards.format import (
     FORMAT_VERSION,
     HAM10000,
@@ -33,7 +33,7 @@ from shards.format import (
     ShardInfo,
     index_schema,
 )
-from shards.place import beside, real_place, recover, refuse_occupied, replace
+from shards.place import beside, locked, real_place, refuse_occupied, replace
 from shards.store import Upload, folder_of, is_address
 from shards.tar import BLOCK, Shard, index_name
 
@@ -162,7 +162,7 @@ class ShardSetWriter:
         that no image_id comes twice; it is not looked at here again.
 
         Raises UsageError if `shard_bytes` is under 1 MiB. Raises DataError if `out` holds a shard set and `overwrite`
-        is False, if it holds anything else or cannot be renamed, and if another process is packing to it.
+        is False, if it holds anything else or cannot be renamed, and if another process is writing to it.
         """
         if shard_bytes < 1 << 20:
             raise UsageError(f"shard size {shard_bytes} bytes is under 1 MiB")
@@ -183,37 +183,17 @@ class ShardSetWriter:
         else:
             self._final = kept.home() / "packing" / xxhash.xxh3_64_hexdigest(self._upload.store.address.encode())
         self._partial = beside(self._final, "partial")
-        self._lock = self._take_lock()
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(self._final, out))
         try:
-            recover(self._final)
             refuse_occupied(self._final, overwrite)  # a recovered set counts too
             if self._partial.exists():  # left by a killed packing
                 shutil.rmtree(self._partial)
             self._partial.mkdir()
             self._index = IndexFile(self._partial / INDEX, classes, columns)
         except BaseException:
-            self._release_lock()
+            self._lock.close()
             raise
-
-    def _take_lock(self) -> IO[bytes]:
-        """Lock this place for one packer for as long as the file is open. Raises DataError as `lock` does."""
-        self._final.parent.mkdir(parents=True, exist_ok=True)
-        path = beside(self._final, "lock")
-        busy = "another process is packing to this folder; wait for it or choose another"
-        file = path.open("wb")
-        try:
-            lock(file, self.out, busy)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
-            raise DataError(f"{self.out}: {busy}")  # the other process has removed this file since
-        except BaseException:
-            file.close()
-            raise
-
-    def _release_lock(self) -> None:
-        Path(self._lock.name).unlink(missing_ok=True)
-        self._lock.close()
 
     @property
     def folder(self) -> Path:
@@ -231,7 +211,7 @@ class ShardSetWriter:
                 close()
         self._flusher.shutdown(cancel_futures=True)
         shutil.rmtree(self._partial, ignore_errors=True)  # the next packing clears what cannot be removed now
-        self._release_lock()
+        self._lock.close()
 
     def attach(self, name: str, content: bytes) -> None:
         """Add a file to the folder. Its name must be in FORMAT.md: `--overwrite` refuses a set with another file."""

@@ -1,5 +1,6 @@
 """Sets that are pushed, pulled and packed to a store: the same bytes, once, after any interruption."""
 
+import hashlib
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from shards import copy
 from shards.__main__ import main
 from shards.common.errors import DataError, UsageError
 from shards.format import MANIFEST
+from shards.place import locked
 from shards.shardset import ShardSet
 from tests.conftest import free_port, write_set
 from tests.support.rawdata import write_raw
@@ -199,6 +201,26 @@ def test_a_killed_pull_goes_on_where_it_was(s3, packed, tmp_path):
     copy.pull(PLACE, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(packed)
     assert {one.path[-9:] for one in s3.proxy.asked("GET", ".tar")} == {"00000.tar"}
+
+
+def test_a_pull_repairs_what_was_killed_while_a_set_was_replaced_and_locks_packers_out(s3, packed, tmp_path):
+    s3.put_set(packed)
+    out = tmp_path / "set"
+    old = write_set(tmp_path / ".set.old", images=60)
+    before = contents(old)
+    with pytest.raises(DataError, match="already holds a shard set; add --overwrite"):
+        copy.pull(PLACE, out)
+    assert contents(out) == before and not old.exists()
+    (old := write_set(old, images=60)).joinpath(MANIFEST).unlink()
+    with locked(out, out), pytest.raises(DataError, match="another process is writing to this folder"):
+        copy.pull(PLACE, out, overwrite=True)
+    write_set(old, images=60).joinpath(MANIFEST).unlink()
+    begun = tmp_path / ".set.pull" / "files" / hashlib.sha256((packed / MANIFEST).read_bytes()).hexdigest()[:32]
+    begun.mkdir(parents=True)
+    (begun / ".shard-00000.tar.9-0123456789abcdef.part").touch()  # of another version
+    copy.pull(PLACE, out, overwrite=True)
+    assert contents(out) == contents(packed)
+    assert [file.name for file in tmp_path.iterdir()] == ["set"]
 
 
 def test_a_set_that_is_packed_to_a_store_is_that_of_a_folder(s3, tmp_path, command):

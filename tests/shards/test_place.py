@@ -240,8 +240,6 @@ def test_what_is_in_the_way_and_no_shard_set_is_left_alone(tmp_path):
     mine = tmp_path / ".set.old"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
-    with pytest.raises(
-        DataError, match=r"\.set\.old: is in the way of packing to set and not a shard set; move it away"
-    ):
+    with pytest.raises(DataError, match=r"\.set\.old: is in the way of set and not a shard set; move it away"):
         pack(tmp_path / "set")
     assert names(tmp_path) == [".set.old"] and names(mine) == ["thesis.txt"]

@@ -36,7 +36,7 @@ def test_a_lock_file_that_the_last_packer_removed_meanwhile_locks_nothing(tmp_pa
         (tmp_path / ".set.lock").unlink()
 
     monkeypatch.setattr(fcntl, "flock", removed)
-    with pytest.raises(DataError, match="set: another process is packing"):
+    with pytest.raises(DataError, match="set: another process is writing to this folder"):
         ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20)
 
 

@@ -15,7 +15,7 @@ import platform
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -96,7 +96,8 @@ class RunFolder:
         except DataError:
             self._lock.close()
             raise
-        if not held:
+        self._unused = not held
+        if self._unused:
             write_durably(out / CONFIG, to_json(config.to_dict()))
         self._metrics = (out / METRICS).open("ab")
         self._log = (out / LOG).open("a", encoding="utf-8", errors="backslashreplace")
@@ -106,11 +107,18 @@ class RunFolder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close the files and unlock the folder, even if closing one of them fails."""
+        """Close the files and unlock the folder, even if closing one of them fails. A new run that ends with an error
+        before it records anything leaves no folder, so that it can be started again with other settings.
+        """
         with ExitStack() as files:
             for file in (self._lock, self._log, self._metrics, self._events):  # the last one is closed first
                 if file is not None:
                     files.callback(file.close)
+            if self._unused and exc[0] is not None:
+                for name in (CONFIG, METRICS, LOG, ".lock"):
+                    (self.path / name).unlink()
+                with suppress(OSError):  # something else is in it
+                    self.path.rmdir()
 
     def rewind(self, metrics_bytes: int, step: int) -> None:
         """Start recording. Drop what a checkpoint does not know: metrics beyond `metrics_bytes`, events from `step`."""
@@ -122,6 +130,7 @@ class RunFolder:
         self._metrics.truncate(metrics_bytes)
         self._metrics.seek(0, os.SEEK_END)
         self._events = Events(self.path, step)
+        self._unused = False
 
     def metrics_bytes(self) -> int:
         """Flush metrics.jsonl to the disk; its size, which a checkpoint keeps."""

@@ -3,12 +3,13 @@
 import errno
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from shards.common.errors import UsageError
+from shards.common.errors import DataError, UsageError
 from tests.support.train_runs import at, small
 from train.config import read_config
 from train.inference.predictor import Predictor
@@ -85,6 +86,24 @@ def test_the_line_for_a_full_disk_names_the_run_where_the_system_names_no_file(t
     with pytest.raises(OSError, match="No space left") as error:
         train_once(small(tiny_shards, checkpoint_s=1e6), out, stop=at(2, fill_up))
     assert str(error.value.filename).startswith(str(out))
+
+
+def test_a_start_that_is_refused_leaves_no_folder_and_one_that_goes_on_loses_nothing(whole, tiny_shards, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"nonsense")
+    refused = small(tiny_shards, weights=str(tmp_path / "weights.pt"))
+    for out in (tmp_path / "new", tmp_path / "empty"):
+        if out.name == "empty":
+            out.mkdir()
+            (out / ".mine").touch()
+        with pytest.raises(DataError, match="no readable weights"):
+            train_once(refused, out)
+    assert not (tmp_path / "new").exists() and [path.name for path in (tmp_path / "empty").iterdir()] == [".mine"]
+    old = Path(shutil.copytree(whole, tmp_path / "old"))
+    with pytest.raises(DataError), RunFolder(old, read_config(old / "config.json"), resume=True):
+        raise DataError("refused")
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
 
 
 def test_the_layout_is_logged_recorded_and_part_of_what_a_run_was_started_with(tiny_shards, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ the folder of the study writes into it. Otherwise the files of a cell go to it a
 """
 
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -117,7 +118,7 @@ def workers(
     try:
         yield made
     finally:
-        ending = [one.actor.end.remote(True) for one in made if one.shared is not None]
+        ending = [one.actor.close.remote() for one in made if one.shared is not None]
         if ending:
             ray.wait(ending, num_returns=len(ending), timeout=_END_S)
         for one in made:
@@ -163,8 +164,16 @@ class Remote(Process):
         return self.receive()
 
     def files(self, out: Path) -> dict[str, bytes]:
-        """The files of a run folder that is not seen where the grid runs."""
-        return files_of(self._place(out))
+        """The files of a run folder that is not seen where the grid runs. They are removed here."""
+        found = files_of(self._place(out))
+        shutil.rmtree(self._place(out), ignore_errors=True)
+        return found
+
+    def close(self) -> None:
+        """End the process, and remove what it wrote where the grid does not see it."""
+        self.end(idle=True)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from shards.common.errors import UsageError
 from tests.conftest import free_port
 from tests.support.ray_nodes import TwoNodes, own_folder, ray_processes, two_nodes
 from train.study import cluster
-from train.study.cluster import Devices
+from train.study.cluster import Devices, Remote
 
 ROOT = Path(__file__).parents[3]
 _MEASURED = ("_s", "img_per_s", "data_wait_fraction", "peak_memory_bytes", "gpu_busy")
@@ -151,6 +152,23 @@ def test_files_come_back_from_nodes_that_do_not_see_the_study_also_after_sigterm
     assert "3 of 3 cells finished" in output
     assert all("continuing at step" in (cell / "log.txt").read_text() for cell in cells)
     assert_equal_studies(local, out)
+
+
+def test_a_node_that_does_not_see_the_study_keeps_no_file_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    there = Remote(tmp_path / "sign", tmp_path / "elsewhere")
+    (scratch,) = tmp_path.iterdir()
+    (scratch / "cell").mkdir()
+    (scratch / "worker.log").touch()
+    for name in ("result.json", "config.json", ".lock"):
+        (scratch / "cell" / name).write_text(name)
+    found = there.files(tmp_path / "study" / "cells" / "cell")
+    assert list(found.items()) == [("config.json", b"config.json"), ("result.json", b"result.json")]
+    assert [path.name for path in scratch.iterdir()] == ["worker.log"]
+    there.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_nodes_of_a_cluster_are_divided_into(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,8 @@ from shards import ShardSet
 from tests.preprocess.test_layouts import members_of, write_tar
 from tests.preprocess.test_shard import digest
 from tests.support.rawdata import write_raw
-from tests.support.ray_nodes import TwoNodes, own_folder, ray_processes, two_nodes
+from tests.support.ray_nodes import TwoNodes, ended, own_folder, ray_processes, start_python, two_nodes
 
-ROOT = Path(__file__).parents[2]
 SLOWED = """
 import sys, time
 from pathlib import Path
@@ -50,22 +48,8 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(source: Path, out: Path | str, *more: str) -> subprocess.Popen[str]:
     program = ["-c", SLOWED] if isinstance(out, Path) else ["-m", "preprocess.shard"]
-    line = [sys.executable, *program, "--out", str(out), "--source", str(source), "--shard-mb", "1"]
-    return subprocess.Popen(
-        [*line, "--write-mode", "raw", "--max-resolution", "40", *more],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == code, output + errors
-    assert "Traceback" not in errors
-    return output, errors
+    line = [*program, "--out", str(out), "--source", str(source), "--shard-mb", "1"]
+    return start_python(*line, "--write-mode", "raw", "--max-resolution", "40", *more)
 
 
 def wait_until_packed(process: subprocess.Popen[str], out: Path, images: int) -> None:

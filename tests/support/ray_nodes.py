@@ -1,10 +1,13 @@
-"""Not a test: a Ray cluster of two nodes on this machine, for tests of `--runner ray`; and what is left of Ray."""
+"""Not a test: a Ray cluster of two nodes on this machine, commands that use it, and what is left of Ray."""
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -33,6 +36,20 @@ def ray_processes() -> list[psutil.Process]:
     """The processes of Ray that run on this machine for the folder of its files that RAY_TMPDIR names."""
     folder = os.environ["RAY_TMPDIR"]
     return [one for one in psutil.process_iter(["cmdline"]) if folder in " ".join(one.info["cmdline"] or [])]
+
+
+def start_python(*words: str) -> subprocess.Popen[str]:
+    """Start Python with these arguments, in a process group of its own."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *words], cwd=Path(__file__).parents[2], start_new_session=True, **pipes)
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """Wait for a command that ends with this exit code; what it wrote to standard output and standard error."""
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == code, output + errors
+    assert "Traceback" not in errors
+    return output, errors
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
         raise DataError(f"{out}: is a file; choose a folder")
     if not any(place.iterdir()):
         return
-    if not _has_manifest(place):
+    if not has_manifest(place):
         raise DataError(
             f"{out}: holds other files and no shard set (no {MANIFEST} with a format_version); "
             "choose an empty or a new folder"
@@ -84,11 +84,14 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
         raise DataError(f"{out}: already holds a shard set; add --overwrite to replace it, or choose another folder")
 
 
-def _has_manifest(folder: Path) -> bool:
-    """Whether `folder` holds a manifest of this format, of any version. Other programs use the same file name."""
+def has_manifest(folder: Path) -> bool:
+    """Whether `folder` holds a manifest of this format, of any version. Other programs use the same file name.
+
+    No if it cannot be read, or is no folder.
+    """
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and isinstance(raw.get("format_version"), int)
 

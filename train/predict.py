@@ -89,12 +89,12 @@ def main(
     # Pillow warns about tags that it cannot read; what is wrong with an image is reported below
     warnings.filterwarnings("ignore", module="PIL")
     from shards.common.progress import Progress
-    from shards.format import MANIFEST
+    from shards.place import has_manifest
     from shards.shardset import ShardSet
     from train.inference import output
     from train.inference.images import find_images, images_of, read_image
 
-    packed = [path for path in images if (path / MANIFEST).is_file()]
+    packed = [path for path in images if has_manifest(path)]
     if packed and packed != list(images):
         raise UsageError(f"{packed[0]}: is a shard set; predict it alone")
     files, left_out = find_images(() if packed else images)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,6 +92,13 @@ def test_a_shard_set_is_predicted_without_its_labels(runs, raw, tmp_path, capsys
     np.testing.assert_allclose(found.loc[expected.index, PROBABILITIES], expected[PROBABILITIES], rtol=0, atol=1e-4)
     with pytest.raises(UsageError, match="is a shard set; predict it alone"):
         predict_here("--run", runs["quick"], raw, tmp_path / "set")
+    other = tmp_path / "other"  # a folder of images with a file of this name, and a path that cannot be looked at
+    other.mkdir()
+    shutil.copy(next(raw.rglob("*.jpg")), other)
+    (other / "manifest.json").write_text('{"name": "a web page"}')
+    asked = ("--run", runs["quick"], other, tmp_path / ("x" * 300), "--out", out, "--device", "cpu")
+    assert predict_here(*asked) == 1 and len(table(out.read_text())) == 1
+    assert "File name too long" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["quick", "timm"])

@@ -1,8 +1,10 @@
 """The charts of tests on other sets: beside the networks' own test images, and by subgroup."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from train.metrics.subgroups import FEWEST
+from shards.format import read_classes
+from train.metrics.subgroups import FEWEST, compared
 from train.study.analysis import Analysis
 from train.study.elsewhere import named, tested
 from train.study.numbers import NAMES, between, p_value, points
@@ -24,13 +26,6 @@ def carried(found: Analysis) -> list[Chart]:
 def _called(result: dict[str, Any]) -> str:
     """The name of a result's row: its folder, and the network."""
     return f"{result['folder']}: {tested(result)}"
-
-
-def _scores(result: dict[str, Any]) -> list[str]:
-    """The scores of a result that are shown."""
-    names = result["classes"]["names"]
-    sets = result["classes"]["sets"] or ([names[-1]] if len(names) == 2 else [])
-    return ["balanced_accuracy", "macro_auc", *(f"{name}_auc" for name in sets)]
 
 
 def _words(key: str) -> str:
@@ -76,7 +71,7 @@ def _sets(results: list[dict[str, Any]]) -> Chart:
         out = [f"{name} ({count:,} images)" for name, count in left["of_the_set"].items()]
         out += [f"{left['seen_in_training']:,} images seen in training"] if left["seen_in_training"] else []
         out += [f"no image of {named(left['of_the_run'])}"] if left["of_the_run"] else []
-        for metric in _scores(result):
+        for metric in compared(read_classes(result["classes"])):
             sides = [between(metric, result[place][metric]) if result[place] else "–" for place in PLACES]
             there = result["there"]
             size = [f"{there['images']:,}", "–" if there["lesions"] is None else f"{there['lesions']:,}"]
@@ -104,10 +99,11 @@ def _sets(results: list[dict[str, Any]]) -> Chart:
 def _subgroups(number: int, result: dict[str, Any]) -> Chart:
     """A picture a column: the balanced accuracy of each of its groups."""
     metric, drawn, rows, few = "balanced_accuracy", [], [], []
+    scores = compared(read_classes(result["classes"]))
     for column in result["subgroups"]:
         groups = [group for group in column["groups"] if group[metric]["value"] is not None]
         name = column["column"]
-        of_groups = {group["value"]: _group_rows(name, group, _scores(result)) for group in column["groups"]}
+        of_groups = {group["value"]: _group_rows(name, group, scores) for group in column["groups"]}
         rows += [row for found in of_groups.values() for row in found]
         few += [f"{name} {value}" for value, found in of_groups.items() if not found]
         if not groups:
@@ -154,7 +150,7 @@ def _subgroups(number: int, result: dict[str, Any]) -> Chart:
     return Chart(f"elsewhere-{number}", title, drawn, caption, Table(head, rows))
 
 
-def _group_rows(column: str, group: dict[str, Any], metrics: list[str]) -> list[list[str]]:
+def _group_rows(column: str, group: dict[str, Any], metrics: Sequence[str]) -> list[list[str]]:
     """The rows of a group's scores; a score that is not defined has none."""
     size = [f"{group['images']:,}", f"{group['lesions']:,}", str(len(group["classes"]))]
     rows = []

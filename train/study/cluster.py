@@ -118,7 +118,7 @@ def workers(
     try:
         yield made
     finally:
-        ending = [one.actor.close.remote() for one in made if one.shared is not None]
+        ending = [one.actor.end.remote(True) for one in made if one.shared is not None]
         if ending:
             ray.wait(ending, num_returns=len(ending), timeout=_END_S)
         for one in made:
@@ -168,12 +168,6 @@ class Remote(Process):
         found = files_of(self._place(out))
         shutil.rmtree(self._place(out), ignore_errors=True)
         return found
-
-    def close(self) -> None:
-        """End the process, and remove what it wrote where the grid does not see it."""
-        self.end(idle=True)
-        if self._scratch is not None:
-            self._scratch.cleanup()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ import click
 from shards.common import cli
 from shards.common.errors import DataError, UsageError
 from shards.common.files import encoded, growing_file
+from shards.store import Place, folder_of, is_address
 from train.config import TTA
 from train.inference.options import network_options
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=cli.Command, context_settings={"show_default": True, "max_content_width": 120})
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")
+@click.argument("images", nargs=-1, required=True, type=Place(), metavar="IMAGE_OR_FOLDER...")
 @network_options
 @click.option(
     "--out",
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch-size", default=32, type=click.IntRange(1), help="Images in a batch. More take more memory.")
 def main(
-    images: tuple[Path, ...],
+    images: tuple[str | Path, ...],
     folders: tuple[Path, ...],
     out: Path | None,
     as_json: bool,
@@ -78,10 +79,10 @@ def main(
 ) -> int:
     """Print or write the probability of each class for each image. Research software, not a medical device.
 
-    Reads JPEG, PNG, TIFF, BMP, WebP, AVIF and HEIC files, and searches folders and linked folders for them. A folder
-    may also be a shard set, whose images are then all predicted. A file or folder that cannot be used is named on
-    standard error with the reason. All other files are still predicted, and the exit code is 1. It is also 1 if an
-    image was predicted but could not be explained.
+    Reads JPEG, PNG, TIFF, BMP, WebP, AVIF and HEIC files, and searches folders and linked folders for them. It
+    may also be one shard set, in a folder or a store, whose images are then all predicted. A file or folder that cannot
+    be used is named on standard error with the reason. All other files are still predicted, and the exit code is 1. It
+    is also 1 if an image was predicted but could not be explained.
     """
     if as_json and isic:
         raise UsageError("--json and --isic exclude each other: choose one")
@@ -94,13 +95,13 @@ def main(
     from train.inference import output
     from train.inference.images import find_images, images_of, read_image
 
-    packed = [path for path in images if has_manifest(path)]
-    if packed and packed != list(images):
-        raise UsageError(f"{packed[0]}: is a shard set; predict it alone")
-    files, left_out = find_images(() if packed else images)
+    packed = next((place for place in images if is_address(place) or has_manifest(folder_of(place))), None)
+    if packed is not None and images != (packed,):
+        raise UsageError(f"{packed}: is a shard set; predict it alone")
+    files, left_out = find_images(() if packed else map(folder_of, images))
     read = read_image
-    if packed:
-        files, read = images_of(ShardSet(packed[0]))
+    if packed is not None:
+        files, read = images_of(ShardSet(packed))
     if left_out:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         click.echo(f"skipped, its name does not end like that of an image: {left_out[0]}{more}", err=True)

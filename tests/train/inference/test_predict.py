@@ -78,7 +78,8 @@ def test_original_files_give_the_probabilities_of_the_evaluation(name, runs, raw
     assert expected[PROBABILITIES].to_numpy().std(axis=0).max() > 1e-3  # the images do differ
 
 
-def test_a_shard_set_is_predicted_without_its_labels(runs, raw, tmp_path, capsys):
+def test_a_shard_set_is_predicted_without_its_labels(runs, raw, tmp_path, capsys, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
     unlabelled = replace(read_source(raw), classes=Classes(()))
     unlabelled.records = [replace(record, dx=None) for record in unlabelled.records]
     images = len(unlabelled.records)
@@ -90,8 +91,15 @@ def test_a_shard_set_is_predicted_without_its_labels(runs, raw, tmp_path, capsys
     found = table(out.read_text())
     assert len(found) == images
     np.testing.assert_allclose(found.loc[expected.index, PROBABILITIES], expected[PROBABILITIES], rtol=0, atol=1e-4)
-    with pytest.raises(UsageError, match="is a shard set; predict it alone"):
-        predict_here("--run", runs["quick"], raw, tmp_path / "set")
+    for two in ((raw, tmp_path / "set"), (tmp_path / "set", tmp_path / "set"), ("s3://bucket/set", raw)):
+        with pytest.raises(UsageError, match="is a shard set; predict it alone"):
+            predict_here("--run", runs["quick"], *two)
+    memory = fsspec.filesystem("memory")
+    for file in (tmp_path / "set").iterdir():
+        memory.pipe_file(f"/predicted/{file.name}", file.read_bytes())
+    asked = ("--run", runs["quick"], "memory://predicted", "--out", tmp_path / "stored.csv", "--device", "cpu")
+    monkeypatch.setenv("DERMSCALE_CACHE", str(tmp_path / "cache"))
+    assert predict_here(*asked) == 0 and (tmp_path / "stored.csv").read_bytes() == out.read_bytes()
     other = tmp_path / "other"  # a folder of images with a file of this name, and a path that cannot be looked at
     other.mkdir()
     shutil.copy(next(raw.rglob("*.jpg")), other)

@@ -506,7 +506,8 @@ def _warnings(source: Source, images: Images, rows: Rows) -> list[str]:
     unlisted = [f for f in images.files if f not in used and not {image_key(f), images.ids[f].casefold()} & left_out]
     if unlisted:
         warnings.append(f"{len(unlisted):,} images are not in {rows.path.name} and are left out (first: {unlisted[0]})")
-    if absent := [name for name in source.classes.names if name not in {record.dx for record in source.records}]:
+    there = {record.dx for record in source.records}
+    if absent := [name for name in source.classes.names if name not in there]:
         warnings.append(f"the source has no image of {', '.join(absent[:20])}: a model cannot learn these classes")
     return warnings
 

@@ -154,7 +154,7 @@ Each sample of a tar is an image (`.jpg`, or `.npy` of uint8), its label if it h
 ## Use
 
 ```python
-{_example(files["train"] if uniform else [])}
+{_example(splits[0], files["train"] if uniform else [])}
 ```
 
 ## Licence and citation
@@ -165,11 +165,12 @@ Each sample of a tar is an image (`.jpg`, or `.npy` of uint8), its label if it h
 """
 
 
-def _example(tars: list[str]) -> str:
-    """Lines of Python that load the set. tars: of the training split, if `datasets` can read them."""
-    ours = """from shards import Loader, ShardSet  # dermscale
+def _example(split: str, tars: list[str]) -> str:
+    """Lines of Python that load the first split. tars: of the training split, if `datasets` can read them."""
+    ours = f"""from shards import Loader, ShardSet  # dermscale
 
-loader = Loader(ShardSet("folder or address").select("train"), batch_size=256, resolution=224)"""
+selection = ShardSet("folder or address").select("{split}")
+loader = Loader(selection, batch_size=256, resolution=224, train={split == "train"})"""
     if not tars:
         return ours
     return f"""from datasets import load_dataset

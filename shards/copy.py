@@ -11,7 +11,7 @@ from shards.common.errors import DataError
 from shards.common.files import full_disk_names, write_durably
 from shards.common.progress import Progress
 from shards.common.readahead import read_ahead
-from shards.format import CARDS, INDEX, MANIFEST, Manifest
+from shards.format import AGAIN, CARDS, INDEX, MANIFEST, Manifest
 from shards.place import beside, locked, real_place, refuse_occupied, replace
 from shards.shardset import ShardSet, wrong_bytes
 from shards.store import CachedSet, Upload, Wanted
@@ -49,7 +49,10 @@ def push(folder: Path, address: str, overwrite: bool = False) -> Manifest:
 
         def send(name: str) -> None:
             content = (data.path / name).read_bytes()
-            upload.send(name, content, hashlib.sha256(content).hexdigest())
+            sha256 = hashlib.sha256(content).hexdigest()
+            if manifest.attached.get(name, sha256) != sha256:
+                raise DataError(f"{data.path / name}: its SHA-256 is not the manifest's; {AGAIN}")
+            upload.send(name, content, sha256)
 
         def send_shard(number: int) -> None:
             info = manifest.shards[number]

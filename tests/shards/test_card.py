@@ -4,12 +4,16 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shards.__main__ import main
 from shards.card import cards
+from shards.format import Classes, EncodeSpec
+from shards.jpeg import encode_jpeg
 from shards.shardset import ShardSet
-from tests.conftest import write_set
+from shards.writer import PackedSample, ShardSetWriter
+from tests.conftest import finish_set, picture, write_set
 
 
 @pytest.fixture(scope="module", params=["jpg", "raw", "mixed"])
@@ -62,6 +66,26 @@ def test_the_front_matter_of_the_card_names_licence_and_files(described):
         listed = {one["split"]: one["path"] for one in card.data.configs[0]["data_files"]}
         for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
             assert listed[name] == [shard.file for shard in data.manifest.shards if shard.split == split]
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_code_of_the_card_loads_the_set(labels, tmp_path):
+    if labels:
+        write_set(tmp_path / "set", images=60)
+    else:
+        with ShardSetWriter(tmp_path / "set", EncodeSpec(), 1 << 20, classes=Classes(())) as writer:
+            empty = dict.fromkeys(("lesion_id", "dx", "dx_type", "age", "sex", "localization", "dataset"))
+            for number in range(9):
+                image = encode_jpeg(picture(np.random.default_rng(number), 0, 50, 60))
+                writer.add(PackedSample(image, "jpg", 50, 60, "test", {"image_id": f"A{number}", **empty}))
+            finish_set(writer)
+    with ShardSet(tmp_path / "set") as data:
+        text = cards(data)["README.md"].decode()
+    code = text.partition("```python\n")[2].partition("```")[0].partition("from shards")
+    found: dict = {}
+    exec("".join(code[1:]).replace("folder or address", str(tmp_path / "set")).replace("256", "8"), found)
+    assert len(next(iter(found["loader"])).labels) == 8 and found["loader"].train == labels
+    found["loader"].close()
 
 
 @pytest.mark.parametrize(

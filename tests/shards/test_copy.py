@@ -16,10 +16,12 @@ from preprocess import shard
 from shards import copy
 from shards.__main__ import main
 from shards.common.errors import DataError, UsageError
-from shards.format import MANIFEST
+from shards.format import MANIFEST, EncodeSpec
+from shards.jpeg import encode_jpeg
 from shards.place import locked
 from shards.shardset import ShardSet
-from tests.conftest import free_port, write_set
+from shards.writer import PackedSample, ShardSetWriter
+from tests.conftest import finish_set, free_port, picture, write_set
 from tests.support.rawdata import write_raw
 from tests.support.stores import S3, s3_server
 
@@ -147,6 +149,17 @@ def test_a_damaged_set_is_not_pushed(s3, packed, tmp_path):
     tar[1000] ^= 1
     (damaged / "shard-00001.tar").write_bytes(tar)
     with pytest.raises(DataError, match=r"shard-00001\.tar: its SHA-256 is not the manifest's"):
+        copy.push(damaged, PLACE)
+    assert MANIFEST not in s3.names()
+    listed = damaged / "quarantine.csv"
+    with ShardSetWriter(damaged, EncodeSpec(), 1 << 20, overwrite=True) as writer:
+        image = encode_jpeg(picture(np.random.default_rng(0), 0, 50, 60))
+        empty = dict.fromkeys(("lesion_id", "dx_type", "age", "sex", "localization", "dataset"))
+        writer.add(PackedSample(image, "jpg", 50, 60, "train", {"image_id": "A", "dx": "nv", **empty}))
+        writer.attach(listed.name, b"image_id,file,reason\n")
+        finish_set(writer)
+    listed.write_bytes(b"image_id,file,wrong\n")
+    with pytest.raises(DataError, match=r"quarantine\.csv: its SHA-256 is not the manifest's"):
         copy.push(damaged, PLACE)
     assert MANIFEST not in s3.names()
 

@@ -67,6 +67,12 @@ def test_an_array_task_that_runs_out_of_time_is_queued_again_and_goes_on(
     assert [path.name for path in (tmp_path / "array").iterdir()] == ["test_resnet-5"]
 
 
+def test_a_grid_that_fails_at_once_is_not_taken_for_one_that_finished(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "python").write_text("#!/bin/bash\nexit 3\n")
+    line = ["bash", str(SCRIPT)]
+    assert {subprocess.run(line, env=slurm, check=False).returncode for _ in range(20)} == {3}
+
+
 def test_a_task_without_a_cell_is_one_line(slurm: dict[str, str]) -> None:
     line = ["bash", str(SCRIPT)]
     done = subprocess.run(line, env=slurm | {"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True, check=False)

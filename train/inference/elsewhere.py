@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from shards import Loader, Selection, ShardSet
-from shards.common.errors import DataError, UsageError, one_line
+from shards.common.errors import DataError, DermscaleError, UsageError, one_line
 from shards.common.files import sync_folder, write_durably
 from shards.labelmap import LabelMap
 from shards.place import beside
@@ -103,7 +103,7 @@ class Elsewhere:
                     if name in place and _alike(own.pixels(place[name]), self.data.pixels(int(samples[n])))
                 ]
                 return np.isin(lesions.astype(str), lesions[twins].astype(str)) if twins else none
-        except DataError as error:
+        except DermscaleError as error:
             self.warn(f"whether {folder} was trained on images of this set cannot be checked ({one_line(error, 160)})")
             return none
 

@@ -187,9 +187,10 @@ def _other_index(folder: Path) -> None:
     change_manifest(folder, lambda manifest: manifest.update(index_sha256=digest))
 
 
-def test_where_the_runs_own_set_is_gone_a_warning_says_that_nothing_was_checked(run, other, command, tmp_path):
+@pytest.mark.parametrize("place", ["gone", "nostore://bucket/set"])
+def test_where_the_runs_own_set_is_gone_a_warning_says_that_nothing_was_checked(run, other, command, tmp_path, place):
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"data": str(tmp_path / "gone")}))
+    (run / "config.json").write_text(json.dumps(config | {"data": place}))
     asked = ("--run", run, "--data", other, "--map", "pad-ufes-20-ham10000", "--out", tmp_path / "out")
     code, _, err = command(evaluate.main, *asked, "--device", "cpu")
     assert code == 0 and "was trained on images of this set cannot be checked (" in err

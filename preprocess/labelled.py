@@ -391,7 +391,7 @@ def read_labelled(
         "not named",
         "not named",
         group=() if NONE in columns.group else columns.group,
-        archives=images.archives,
+        members=None if images.archives is None else images.archives.members,
     )
     labelled = columns.label != (NONE,)
     one_label = not source.group or any("lesion" in name.lower() for name in source.group)

@@ -451,7 +451,7 @@ def _jobs(rows: pa.Table, sources: list[Source]) -> list[Job]:
 
 def _job(sources: list[Source], number: int, record: Record, split: str, further: dict[str, Any]) -> Job:
     source = sources[number]
-    member = None if source.archives is None else source.archives.members[record.file]
+    member = None if source.members is None else source.members[record.file]
     return Job(number, str(source.folder), record, split, further, member)
 
 

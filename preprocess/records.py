@@ -12,7 +12,7 @@ from pathlib import Path
 from sys import intern
 from typing import TYPE_CHECKING, Any
 
-from preprocess.archives import Archives
+from preprocess.archives import Member
 from preprocess.tables import PICTURES, SPLIT_NAMES, read_table
 from shards.common.errors import DataError
 from shards.common.files import encoded
@@ -130,7 +130,7 @@ class Source:
 
     citation, licence, about (names and hashes; no path of the machine), classes, group (the columns that the groups
     were made from): for the manifest. columns: further columns of the index, with the rows that the records name.
-    archives: the images lie in them.
+    members: where each file is, if the images lie in archives.
     """
 
     folder: Path
@@ -143,7 +143,7 @@ class Source:
     classes: Classes = HAM10000
     group: tuple[str, ...] = ("lesion_id",)
     columns: "pa.Table | None" = None
-    archives: Archives | None = None
+    members: dict[str, Member] | None = None
 
     def error(self, rejected: Rejected) -> DataError:
         """The error that stops packing at an image that cannot be packed."""

@@ -1,6 +1,7 @@
 """Layouts of public sets: synthetic sets of each, archives of images, and HAM10000 as it is passed on."""
 
 import csv
+import gc
 import io
 import json
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import sys
 import tarfile
 import tomllib
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from preprocess import shard, synthetic
+from preprocess import labelled, shard, synthetic
+from preprocess.archives import Archives
 from preprocess.labelled import Columns, Images
 from preprocess.layouts import layouts, read_folder
 from preprocess.records import Record, join_groups
@@ -207,7 +210,7 @@ def members_of(numbers: range, described) -> list[tuple[str, bytes]]:
     return [(f"{n:04d}.{kind}", data) for n in numbers for kind, data in (("jpg", jpeg(n, n % 3)), *described(n))]
 
 
-def test_webdataset_tars_are_packed_with_their_fields(tmp_path, command):
+def test_webdataset_tars_are_packed_with_their_fields(tmp_path, command, monkeypatch):
     def described(n: int):
         fields = {"dx": "abc"[n % 3], "patient_id": n // 2, "age": 30 + n, "more": {"a": [n]}, "none": None}
         return [("cls", str(n % 3).encode()), ("json", json.dumps(fields).encode())]
@@ -222,6 +225,12 @@ def test_webdataset_tars_are_packed_with_their_fields(tmp_path, command):
         assert said.startswith("layout: webdataset tars; 3 classes, groups by patient_id\n")
         found.append(tars(tmp_path / f"{source}-set"))
     assert found[0] == found[1]
+    made: list[weakref.ref] = []
+    monkeypatch.setattr(labelled, "Archives", lambda *given: made.append(weakref.ref(one := Archives(*given))) or one)
+    source = read_folder(tmp_path / "raw", (), Columns(), None)[0]
+    gc.collect()
+    assert made[0]() is None  # packing keeps where the images are, and no second copy of their fields
+    assert len(source.records) == 24 and {record.file for record in source.records} == set(source.members or ())
     data = ShardSet(tmp_path / "raw-set")
     for row in data.table.to_pylist():
         n = int(row["image_id"])

@@ -61,10 +61,16 @@ class SourceColumns:
     def __init__(self, columns: Iterable[str], made: Iterable[str]) -> None:
         """columns: of the table. made: those from which the index's own columns of the same name were made.
 
-        These are left out. Another column with the name of one of the index's own is called `table_<name>`.
+        These are left out. Another column with the name of one of the index's own is called `table_<name>`, with
+        `table_` once more if the table has that name too.
         """
         left = [name for name in columns if name not in made]
-        self.names = {name: f"table_{name}" if name in INDEX_TYPES else name for name in left}
+        self.names: dict[str, str] = {}
+        for name in left:
+            free = name
+            while free in INDEX_TYPES or (free != name and free in left):
+                free = f"table_{free}"
+            self.names[name] = free
         self._cells: dict[str, list[str | None]] = {name: [] for name in left}
         self._chunks: dict[str, list[Any]] = {name: [] for name in left}
         self._rows = 0

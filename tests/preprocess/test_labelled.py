@@ -286,6 +286,17 @@ def test_what_cannot_be_found_is_asked_for(photos, tmp_path, change, given, text
     assert "\n" not in str(caught.value)
 
 
+def test_a_column_keeps_its_values_if_another_has_the_name_that_it_gets(photos):
+    table = [row | {"label": str(n), "table_label": f"t{n}"} for n, row in enumerate(some_rows(12))]
+    write_table(photos.parent / "table.csv", table)
+    given = Columns(label=("dx",), where="label >= 3 and table_label != 't5'")
+    source, _ = read_folder(photos, (photos.parent / "table.csv",), given, None)[:2]
+    assert source.columns is not None
+    index = source.columns.to_pydict()
+    assert index["table_table_label"] == [3, 4, *range(6, 12)]
+    assert index["table_label"] == [f"t{n}" for n in index["table_table_label"]]
+
+
 def test_all_columns_of_a_table_are_in_the_index_typed_and_with_their_names(photos, tmp_path, command):
     rows = some_rows()
     for n, row in enumerate(rows):

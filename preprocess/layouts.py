@@ -83,7 +83,7 @@ def read_folder(
     """
     images = Images(folder)
     plain = given == Columns() and classes is None
-    if not tables and ((plain and _is_official(images)) or not images.files):
+    if not tables and ((plain and _is_official(images)) or not (images.files or folder.is_file())):
         return read_source(folder), None, "HAM10000"
     if not images.files:
         raise DataError(f"{folder}: holds no image ({', '.join(PICTURES)}), here or below; name another --source")

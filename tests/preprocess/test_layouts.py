@@ -267,6 +267,9 @@ def test_archives_that_cannot_be_read_are_refused_in_one_line(tmp_path):
     (tmp_path / "raw" / "a.tar").rename(tmp_path / "raw" / "a.txt")
     with pytest.raises(DataError, match=r"a\.txt: is a file; name a folder of images"):
         Images(tmp_path / "raw" / "a.txt")
+    write_tar(tmp_path / "empty.tar", [])
+    with pytest.raises(DataError, match=r"empty\.tar: holds no image"):
+        read_folder(tmp_path / "empty.tar", (), Columns(), None)
 
 
 def test_isic_2024_is_read_from_its_hdf5_file(made, tmp_path, command, monkeypatch):

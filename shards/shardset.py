@@ -426,8 +426,9 @@ class ShardSet:
     def verify(self) -> Iterator[tuple[str, list[str]]]:
         """Read every byte, shard by shard: yields (file name, what is wrong with it or with its samples).
 
-        The index was checked against the manifest when the set was opened. If a tar is whole, its .idx is compared
-        with the index of its members. The other files of the folder come last, each that is wrong.
+        The index was checked against the manifest when the set was opened; that of a store is read again. If a tar is
+        whole, its .idx is compared with the index of its members. The other files of the folder come last, each that is
+        wrong.
         """
         expected = {MANIFEST, INDEX, *CARDS}
         for number, info in enumerate(self.manifest.shards):
@@ -475,12 +476,13 @@ class ShardSet:
 
     def _verify_others(self, expected: set[str]) -> Iterator[tuple[str, list[str]]]:
         """Yields as `verify` does. expected: the names of the files that are verified already."""
-        attached, store = self.manifest.attached, self._cached and self._cached.store
+        hashed, store = self.manifest.attached, self._cached and self._cached.store
         if store is None:
             names = {file.name for file in self.path.iterdir()}
         else:
-            names = {*attached} if store.reads_only else store.names()  # a web server has no list
-        for name, sha256 in attached.items():
+            hashed = hashed | {INDEX: self.manifest.index_sha256}  # that of the cache was looked at
+            names = {*hashed} if store.reads_only else store.names()  # a web server has no list
+        for name, sha256 in hashed.items():
             if name not in names:
                 yield name, [f"missing; {AGAIN}"]
                 continue
@@ -492,7 +494,7 @@ class ShardSet:
             if hashlib.sha256(content).hexdigest() != sha256:
                 yield name, [f"its SHA-256 is not the manifest's; {AGAIN}"]
         unhashed = {QUARANTINE} if self.manifest.manifest_sha256 is None else set()
-        for name in sorted(names - expected - {*attached} - unhashed):
+        for name in sorted(names - expected - {*hashed} - unhashed):
             if not name.startswith(".nfs"):  # a removed file that another process has open
                 yield name, ["is not part of this set; move it away"]
 

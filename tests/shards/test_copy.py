@@ -173,10 +173,12 @@ def test_verify_names_what_is_wrong_in_the_store_whatever_the_cache_holds(s3, pa
     s3.put("set/shard-00001.idx", b"wrong")
     s3.ask("DELETE", "bucket/set/shard-00002.idx")
     s3.put("set/notes.txt", b"x")
+    s3.put("set/index.parquet", b"wrong")
     code, _, errors = command(main, "verify", PLACE)
-    assert code == 1 and errors.count("\n") == 5 and "4 problems, each with what to do" in errors
+    assert code == 1 and errors.count("\n") == 6 and "5 problems, each with what to do" in errors
     for said in ("00000.tar: its SHA-256", "00001.idx is damaged", "00002.idx: is not there", "notes.txt: is not part"):
         assert said in errors
+    assert "index.parquet: its SHA-256 is not the manifest's" in errors
 
 
 def test_a_killed_push_goes_on_where_it_was(s3, packed, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,18 +22,21 @@ class LabelMap:
     name: str
     rows: dict[str, str]
 
+    @cached_property
+    def _folded(self) -> dict[str, str]:
+        return {name.casefold(): to for name, to in self.rows.items()}
+
     def target(self, label: str) -> str:
         """The class of a label, empty without a counterpart. Raises UsageError for a label that the map does not name.
 
         Names are compared as they are written, then in any case. Of a name with levels, `A::B::C`, the whole is looked
         for, then its last level, and so on to the first.
         """
-        folded = {name.casefold(): to for name, to in self.rows.items()}
         for name in (label, *reversed(label.split("::"))):
             if name in self.rows:
                 return self.rows[name]
-            if name.casefold() in folded:
-                return folded[name.casefold()]
+            if name.casefold() in self._folded:
+                return self._folded[name.casefold()]
         raise UsageError(
             f"--map {self.name}: says nothing about the label '{one_line(label, 60)}' (it names "
             f"{one_line(', '.join(self.rows), 160)}); add a row, with an empty `to` if it has no counterpart"

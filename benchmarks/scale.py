@@ -25,15 +25,17 @@ _SAMPLE_S = 0.02
 @click.command("scale", cls=Command)
 @click.option(
     "--images",
-    default="10000,100000,1000000",
+    multiple=True,
+    type=click.IntRange(10),
+    default=(10_000, 100_000, 1_000_000),
     show_default=True,
-    help="Numbers of images, separated by commas. A million takes a minute.",
+    help="A number of images. Repeatable. A million takes a minute.",
 )
-def command(images: str) -> None:
+def command(images: tuple[int, ...]) -> None:
     """Memory and time of the process that packs on a cluster, without the work of the tasks. Prints a table."""
     click.echo("| images | records as read | planning, most | packing, least | packing, most | packing, per image |")
     click.echo("|---|---|---|---|---|---|")
-    for number in map(int, images.split(",")):
+    for number in images:
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
             *sizes, seconds = fresh.apply(measure, (number,))
         cells = " | ".join(f"{size / 1e6:,.0f} MB" for size in sizes)

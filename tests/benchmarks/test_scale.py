@@ -1,5 +1,8 @@
 """The benchmark of many images: it packs with the real process, and packing takes less memory than the records."""
 
+import click
+import pytest
+
 from benchmarks.scale import command, measure
 
 
@@ -10,7 +13,9 @@ def test_packing_takes_less_memory_than_the_records_did() -> None:
 
 
 def test_the_benchmark_prints_a_row_for_each_number(capsys) -> None:
-    command.main(["--images", "1000,2000"], standalone_mode=False)
+    with pytest.raises(click.BadParameter, match="not a valid integer"):
+        command.main(["--images", "many"], standalone_mode=False)
+    command.main(["--images", "1000", "--images", "2000"], standalone_mode=False)
     shown = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in shown[2:]] == ["| 1,000", "| 2,000"]
     assert {line.count("|") for line in shown} == {7}

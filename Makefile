@@ -6,8 +6,9 @@ DEMO ?= data/demo
 RUNS ?= runs/demo
 FUZZ_INPUTS ?= 10000000
 FUZZ_SEED ?= 1
+TORTURE ?= torture.jsonl
 
-.PHONY: help install demo test test-fast test-gpu fuzz gpu-check lint format peers clean
+.PHONY: help install demo test test-fast test-gpu torture fuzz gpu-check lint format peers clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,6 +41,9 @@ test-fast: install ## without those marked slow
 
 test-gpu: install ## only those that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+torture: install ## kills and other violence, hundreds of times; appends its counts to $(TORTURE)
+	DERMSCALE_TORTURE=$(abspath $(TORTURE)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/torture
 
 fuzz: install ## FUZZ_INPUTS damaged inputs to the C code under sanitizers: 10 million, half an hour on 2 cores
 	$(BIN)/python -m tests.fuzz.run --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)

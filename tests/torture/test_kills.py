@@ -1,0 +1,124 @@
+"""kill -9 at any moment: nothing half-written counts as whole, and what is started again ends as if nothing had been.
+
+A command is killed at random moments and, with strace, before single system calls that change files.
+"""
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from preprocess import synthetic
+from shards import ShardSet
+from shards.format import MANIFEST
+from tests.support.train_runs import assert_same_run
+from tests.torture.victims import Victim, contents, shared_memory
+from train import checkpoint
+
+pytestmark = pytest.mark.slow
+TRAINING = ("--resolution", 32, "--batch-size", 16, "--device", "cpu", "--precision", "fp32", "--compile", "off")
+_MEASURED = ("_s", "img_per_s", "data_wait_fraction", "peak_memory_bytes", "per_device")
+Times = Callable[[int, int], int]
+
+
+@pytest.fixture(autouse=True)
+def nothing_shared():
+    """No shared memory is left behind."""
+    before = shared_memory()
+    yield
+    assert shared_memory() <= before
+
+
+@pytest.mark.parametrize("before", ["nothing", "a set"])
+def test_packing(tmp_path: Path, times: Times, record: Callable[..., None], before: str) -> None:
+    synthetic.write_folder(tmp_path / "raw", images=45, seed=1, difficulty=0.5, workers=1)
+    synthetic.write_folder(tmp_path / "other", images=40, seed=2, difficulty=0.5, workers=1)
+    (tmp_path / "sets").mkdir()
+    out, options = tmp_path / "sets" / "set", ("--max-resolution", 48, "--workers", 2)
+    old = Victim("preprocess.shard", "--source", tmp_path / "other", "--out", out, *options)
+    victim = Victim("preprocess.shard", "--source", tmp_path / "raw", "--out", out, "--overwrite", *options)
+    victim.learn(tmp_path)
+    new, previous = contents(out), {}
+    tries = times(4, 100)
+    for _ in range(tries):
+        for name in contents(out):
+            (out / name).unlink()
+        out.rmdir()
+        if before == "a set":
+            old.whole()
+            previous = contents(out)
+        victim.kill()
+        if (out / MANIFEST).exists():
+            with ShardSet(out) as data:
+                assert not any(problems for _, problems in data.verify())
+        assert (contents(out) if out.exists() else {}) in (new, previous)
+        victim.whole()
+        assert contents(out) == new
+        assert [file.name for file in out.parent.iterdir()] == ["set"]
+    record(tries=tries, killed=dict(victim.kinds))
+
+
+def test_training(tiny_shards: Path, tmp_path: Path, times: Times, record: Callable[..., None]) -> None:
+    """Each run is killed until it ends by itself, and then compared with one that nobody killed."""
+    options = ("--model", "test_resnet", "--data", tiny_shards, "--epochs", 2, "--checkpoint-s", 0, *TRAINING)
+    whole = Victim("train.run", *options, "--out", tmp_path / "whole")
+    whole.learn(tmp_path)
+    ended, seed, kills, tries = 0, 0, {}, times(4, 200)
+    while sum(kills.values()) < tries:
+        out, seed = tmp_path / f"run{seed}", seed + 1
+        victim = Victim("train.run", *options, "--out", out, "--resume", seed=seed)
+        victim.calls, victim.seconds = whole.calls, whole.seconds
+        while victim.kill():
+            checkpoint.load(out)  # raises if it is damaged
+            assert not (out / "result.json").exists() or (out / "model.safetensors").exists()
+            if victim.kinds.total() >= 8:  # enough for one run
+                victim.whole()
+                break
+        assert_same_run(tmp_path / "whole", out)
+        assert names(out) == names(tmp_path / "whole")
+        ended += 1
+        for kind, count in victim.kinds.items():
+            kills[kind] = kills.get(kind, 0) + count
+    record(tries=sum(kills.values()), runs=ended, killed=kills)
+
+
+def names(run: Path) -> set[str]:
+    """The files of a run, without TensorBoard's, of which each start writes one."""
+    return {file.name for file in run.iterdir() if not file.name.startswith("events.out")}
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    """results.csv without what was measured of time and memory; each cell is there once."""
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert len({row["cell"] for row in rows}) == len(rows)
+    return {row["cell"]: {k: v for k, v in row.items() if not k.endswith(_MEASURED)} for row in rows}
+
+
+def test_a_grid(tiny_shards: Path, tmp_path: Path, times: Times, record: Callable[..., None]) -> None:
+    """Each study is killed, or a process of it, until it ends by itself."""
+    options = ("--models", "test_resnet", "--fractions", "0.5,1", "--seeds", "0,1", "--data", tiny_shards)
+    options += ("--epochs", 2, "--checkpoint-s", 0, "--per-device", 2, "--threads", 1, *TRAINING)
+    whole = Victim("train.grid", *options, "--out", tmp_path / "whole")
+    whole.learn(tmp_path)
+    expected, ended, seed, kills, tries = table(tmp_path / "whole"), 0, 0, {}, times(3, 200)
+    while sum(kills.values()) < tries:
+        out, seed = tmp_path / f"study{seed}", seed + 1
+        victim = Victim("train.grid", *options, "--out", out, seed=seed)
+        victim.calls, victim.seconds = whole.calls, whole.seconds
+        while victim.kill():
+            if victim.kinds.total() >= 8:
+                victim.whole()
+                break
+        assert table(out) == expected
+        finished = re.findall(
+            r'^{"cell": "(.*?)", "outcome": "finished"', (out / "grid.jsonl").read_text(), re.MULTILINE
+        )
+        assert sorted(finished) == sorted(expected)  # each cell once
+        for cell in expected:
+            assert_same_run(tmp_path / "whole" / "cells" / cell, out / "cells" / cell)
+        ended += 1
+        for kind, count in victim.kinds.items():
+            kills[kind] = kills.get(kind, 0) + count
+    record(tries=sum(kills.values()), studies=ended, killed=kills)

@@ -1,0 +1,125 @@
+"""Not a test: commands that are killed with SIGKILL, at random moments or before chosen system calls."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from tests.support.train_runs import child_environment
+
+CALLS = "fsync,fdatasync,rename,renameat2,unlink,unlinkat,ftruncate,mkdir,rmdir,link,write,pwrite64,flock"
+"""Those that change files or wait for a disk or a lock."""
+_LINE = re.compile(r"(\d+) +(\w+)\(")
+_ENDS_S = 20.0
+"""How long processes that have lost their parent may take to see it and end."""
+
+
+class Victim:
+    """One command, `python -m …`, that is started again and again."""
+
+    def __init__(self, *command: object, seed: int = 0) -> None:
+        """It is not started yet."""
+        self.command = [sys.executable, "-m", *map(str, command)]
+        self.draw = random.Random(seed)
+        self.kinds: Counter[str] = Counter()
+        """How often it was killed: by `time`, or the name of the system call."""
+        self.calls: list[tuple[str, int]] = []
+        self.seconds = 0.0
+
+    def whole(self) -> None:
+        """Let it end, and check that it ends well."""
+        code = self._run([])
+        assert code == 0, f"{self.command} ended with {code}"
+
+    def learn(self, folder: Path) -> None:
+        """Let it end, and note how long it takes and, with strace, its calls, numbered in each thread."""
+        log, started = folder / "strace", time.monotonic()
+        watch = ["strace", "-f", "-qq", "-e", f"trace={CALLS}", "-o", str(log)]
+        code = self._run(watch if has_strace() else [])
+        self.seconds = time.monotonic() - started
+        assert code == 0, f"{self.command} ended with {code}"
+        seen: Counter[tuple[str, str]] = Counter()
+        for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+            if match := _LINE.match(line):
+                seen[match[1], match[2]] += 1
+                self.calls.append((match[2], seen[match[1], match[2]]))
+        log.unlink(missing_ok=True)
+
+    def kill(self) -> bool:
+        """Start it and kill it, or one of its processes. False if it ended well before that moment."""
+        # with --seccomp-bpf, strace 6.1 counts calls wrongly
+        if self.calls and self.draw.random() < 0.5:
+            call, number = self.draw.choice(self.calls)
+            inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
+            code = self._run(["strace", "-f", "-qq", "-o", os.devnull, *inject])
+            kind = call
+        else:
+            code, kind = self._run([], self.draw.uniform(0.1, 1.0) * self.seconds), "time"
+        assert code in (0, 1, -signal.SIGKILL), f"{self.command} ended with {code}"
+        self.kinds[kind] += code != 0
+        return code != 0
+
+    def _run(self, before: list[str], kill_after: float | None = None) -> int:
+        """The exit code, when all processes of the command have ended."""
+        with subprocess.Popen(
+            [*before, *self.command],
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            if kill_after is not None:
+                try:
+                    process.wait(kill_after)
+                except subprocess.TimeoutExpired:
+                    self.draw.choice([psutil.Process(process.pid), *children(process.pid)]).kill()
+            _, errors = process.communicate(timeout=300)
+            assert "Traceback" not in errors, errors
+        deadline = time.monotonic() + _ENDS_S
+        while left := [one for one in psutil.process_iter() if _session(one.pid) == process.pid]:
+            assert time.monotonic() < deadline, f"{left} go on after {self.command}"
+            time.sleep(0.05)
+        return process.returncode
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """All processes that a process has started, in the order of their numbers."""
+    try:
+        return sorted(psutil.Process(pid).children(recursive=True), key=lambda one: one.pid)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder and of those in it, by their names."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def shared_memory() -> set[Path]:
+    """What is in /dev/shm."""
+    return set(Path("/dev/shm").iterdir())
+
+
+def has_strace() -> bool:
+    """Whether strace is there and may follow processes."""
+    return (
+        shutil.which("strace") is not None
+        and not subprocess.run(["strace", "-qq", "-o", os.devnull, "true"], capture_output=True, check=False).returncode
+    )

@@ -113,7 +113,7 @@ class Elsewhere:
         """The content of result.json and the table of predictions.
 
         by: columns and the ends of their bins. at: called with a phase, the steps done and their number. Raises
-        UsageError for a column that the set does not have.
+        UsageError for a column that the set does not have, and for bins of a column without numbers.
         """
         groups = [self._groups(word, edges) for word, edges in by]
         of_run = self._probabilities(at)
@@ -166,7 +166,10 @@ class Elsewhere:
         column = find_column(word, table.column_names)
         if column is None:
             raise UsageError(f"--by {word}: the set has no such column (it has {', '.join(table.column_names)})")
-        return groups_of(column, table[column].take(self.selection.samples).to_pylist(), edges)
+        groups = groups_of(column, table[column].take(self.selection.samples).to_pylist(), edges)
+        if edges and not groups.names:
+            raise UsageError(f"--by {word}: no value of {column} is a number; leave the ends of bins out")
+        return groups
 
     def _lesions(self) -> np.ndarray | None:
         """(N,) groups of the images, lesions or patients; None if the set names none."""

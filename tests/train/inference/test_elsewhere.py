@@ -108,7 +108,8 @@ def test_on_another_set_metrics_are_over_the_classes_that_both_have(run, other, 
     danger = shares[:, [0, 1, 3]].sum(axis=1) / shares.sum(axis=1)
     assert there["malignant_auc"]["value"] == pytest.approx(sk.roc_auc_score(sick, danger))
     assert there["malignant_average_precision"]["value"] == pytest.approx(sk.average_precision_score(sick, danger))
-    assert (there["lesions"], there["resampled"], there["images"]) == (38, "lesion", 76)
+    assert (there["lesions"], there["resampled"], there["images"]) == (38, "lesion", 76)  # patients, not lesions
+    assert set(table["lesion_id"]) <= {f"P{patient}" for patient in range(45)}
     every = table[[f"prob_{name}" for name in HAM10000.names]].to_numpy()
     outside = np.isin(np.array(HAM10000.names)[every.argmax(axis=1)], ["df", "vasc"]).mean()
     assert found["called_left_out"] == pytest.approx(outside)
@@ -208,6 +209,7 @@ def test_where_the_runs_own_set_is_gone_a_warning_says_that_nothing_was_checked(
         ),
         (("--map", "pad-ufes-20-ham10000", "--by", "age:50:x"), 2, "--by age:50:x: name a column, and the ends"),
         (("--map", "pad-ufes-20-ham10000", "--by", "age:50:40"), 2, "the ends of bins as rising numbers"),
+        (("--map", "pad-ufes-20-ham10000", "--by", "sex:40"), 2, "--by sex: no value of sex is a number"),
     ],
 )
 def test_what_cannot_be_tested_is_refused_in_one_line(options, code, message, run, other, command, tmp_path):

@@ -264,7 +264,7 @@ def main(
         refuse_occupied(Path(out), overwrite)
     assigned = None if split_file is None else read_splits(split_file)
     assigned_from = {} if split_file is None else {"file": split_file.name, "file_sha256": sha256_of(split_file)}
-    columns = Columns(image, _listed(label), _listed(group), split_column, where)
+    columns = Columns(image, _listed("--label", label), _listed("--group", group), split_column, where)
     named_classes = None if classes_file is None else read_classes_file(classes_file)
     labels = None if map_name is None else read_map(map_name)
     raw, splits, layout = read_folder(source, tables, columns, named_classes if labels is None else None)
@@ -318,9 +318,12 @@ def main(
     click.echo(f"{images:,} images packed in {out}, {size:,} bytes, {rate}")
 
 
-def _listed(names: str | None) -> tuple[str, ...]:
-    """The names in a list with commas."""
-    return tuple(name.strip() for name in names.split(",") if name.strip()) if names else ()
+def _listed(option: str, names: str | None) -> tuple[str, ...]:
+    """The names in a list with commas; none without a list. Raises UsageError for a list without names."""
+    found = tuple(name.strip() for name in (names or "").split(",") if name.strip())
+    if names is not None and not found:
+        raise UsageError(f"{option} '{names}': names no column; leave it out, and it is found")
+    return found
 
 
 def _warn(text: str) -> None:

@@ -65,17 +65,22 @@ def fail(message: str, code: int) -> None:
 
 
 class Command(click.Command):
-    """A command that refuses an option which is given twice; click would use the last value in silence.
+    """A command that refuses an option which is given twice or with an empty value, such as an unset shell variable.
 
-    Options for several values may be repeated, and so may flags that can only be switched on.
+    click would use the last value in silence, and take an empty path for the current folder. Options for several values
+    may be repeated, and so may flags that can only be switched on.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line. Raises click.UsageError."""
-        given = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(list(args))[2]
+        values, _, given = ({}, [], []) if ctx.resilient_parsing else self.make_parser(ctx).parse_args(list(args))
         for option in self.params:
-            times = given.count(option)
-            if times < 2 or not isinstance(option, click.Option) or option.multiple:
+            if not isinstance(option, click.Option):
+                continue
+            value, times = values.get(option.name), given.count(option)
+            if value == "" or (option.multiple and "" in (value or ())):
+                raise click.UsageError(f"{option.opts[0]} has an empty value: name one, or leave the option out", ctx)
+            if times < 2 or option.multiple:
                 continue
             if not option.is_flag or option.secondary_opts:
                 name = "/".join((*option.opts, *option.secondary_opts))

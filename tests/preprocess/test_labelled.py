@@ -528,6 +528,12 @@ def test_options_are_heard_in_ham10000s_own_layout_and_refused_where_there_is_no
     assert ShardSet(tmp_path / "set").manifest.classes.names == HAM10000.names[::-1]
 
 
+def test_a_list_without_names_is_refused(photos, tmp_path, command):
+    for option in ("--label", "--group"):
+        code, _, err = command(shard.main, "--source", photos, "--out", tmp_path / "set", option, " , ")
+        assert (code, err) == (2, f"error: {option} ' , ': names no column; leave it out, and it is found\n")
+
+
 def test_a_folder_that_nothing_is_known_of(tmp_path, command):
     (tmp_path / "empty").mkdir()
     code, _, err = command(shard.main, "--source", tmp_path / "empty", "--out", tmp_path / "set")

@@ -52,11 +52,14 @@ def example(**given: object) -> None:
     click.echo(str(given))
 
 
-def test_an_option_with_one_value_is_refused_the_second_time(command):
+def test_an_option_with_one_value_is_refused_the_second_time_and_if_it_is_empty(command):
     for words, name in (
         (("--run", "a", "--run", "b"), "--run is given 2 times: give it once"),
         (("--run=a", "x.jpg", "--run", "a", "--run", "c"), "--run is given 3 times: give it once"),
         (("--on", "--off"), "--on/--off is given 2 times: give it once"),
+        (("--run", ""), "--run has an empty value: name one, or leave the option out"),
+        (("--model=",), "--model has an empty value: name one, or leave the option out"),
+        (("--model", "a", "--model", ""), "--model has an empty value: name one, or leave the option out"),
     ):
         assert command(example, *words) == (2, "", f"error: {name}\n")
     code, out, _ = command(example, "--model", "a", "--model", "b", "--json", "--json", "--run", "--run", "--off")

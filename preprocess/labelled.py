@@ -299,6 +299,8 @@ def _image_column(rows: Rows, images: Images) -> str:
             hits[name] += image_key(row.get(name, "")) in images.keys
         shown = shown or row
     best = max(hits, key=lambda name: hits[name])
+    if not shown:
+        raise DataError(f"{rows.path}: has no row below its header; name a table with a row for each image")
     if not hits[best]:
         first = ", ".join(f"{name} '{shown[name]}'" for name in list(shown)[:4])
         raise DataError(
@@ -322,6 +324,8 @@ def _one_hot_columns(rows: Rows) -> tuple[str, ...]:
 
 
 _FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1}
+_NO_LABEL = UNKNOWN - {"unknown", "none", "-"}
+"""What is no label, in any case. In some sets unknown and none are classes."""
 
 
 def label_text(cell: str) -> str:
@@ -344,9 +348,10 @@ def _label_of(columns: Columns) -> Callable[[dict[str, str]], str]:
         (name,) = one_hot or ("",)
 
         def of_column(row: dict[str, str]) -> str:
-            if label := label_text(row.get(name, "")):
-                return label
-            raise ValueError(f"{name} is empty, so there is no label")
+            label = label_text(row.get(name, ""))
+            if label.lower() in _NO_LABEL:
+                raise ValueError(f"{name} is {repr(label) if label else 'empty'}, so there is no label")
+            return label
 
         return of_column
 

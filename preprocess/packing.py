@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -242,7 +243,7 @@ def pack(
             versions=library_versions(),
             group=source.group,
         )
-    warnings = _missing_classes(manifest) + ([divided] if divided else [])
+    warnings = _doubtful_classes(manifest) + ([divided] if divided else [])
     if copies:
         rows = plan.take([row for copy in copies for row in (copy.first, copy.second)])
         warnings.append(_said(_jobs(rows, sources)))
@@ -567,14 +568,21 @@ def _sample(job: Job, encoded: Encoded) -> PackedSample:
     return PackedSample(encoded.payload, encoded.encoding, encoded.height, encoded.width, job.split, metadata)
 
 
-def _missing_classes(manifest: Manifest) -> list[str]:
-    """A warning for each split that lacks a class of the set."""
+def _doubtful_classes(manifest: Manifest) -> list[str]:
+    """A warning for each split that lacks a class of the set, and one for classes that differ only in case."""
     present = {dx for counts in manifest.counts.values() for dx, count in counts.items() if count}
     warnings = []
     for split, counts in manifest.counts.items():
         missing = sorted(dx for dx in present if not counts[dx])
         if missing:
-            warnings.append(f"the {split} split has no image of {', '.join(missing)}: too few lesions for all splits")
+            named = ", ".join(missing[:20]) + (f" and {len(missing) - 20:,} more" if len(missing) > 20 else "")
+            warnings.append(f"the {split} split has no image of {named}: too few lesions for all splits")
+    folded = Counter(name.casefold() for name in present)
+    if alike := sorted(name for name in present if folded[name.casefold()] > 1):
+        warnings.append(
+            f"{', '.join(alike[:20])} differ only in case and are classes of their own: to make them one, name the "
+            "classes with --classes, which labels match in any case"
+        )
     return warnings
 
 

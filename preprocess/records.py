@@ -156,7 +156,7 @@ class Source:
         found = len(self.rejected)
         more = f" (the first of {found} problems)" if found > 1 else ""
         return DataError(
-            f"{self.folder / rejected.file}: {rejected.reason}{more}; fix the source, "
+            f"{os.path.normpath(self.folder / rejected.file)}: {rejected.reason}{more}; fix the source, "
             "or add --on-bad skip to pack the rest and list what was left out in quarantine.csv"
         )
 

@@ -66,12 +66,17 @@ class Table:
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Every line that is not empty. Raises DataError naming the line that cannot be read."""
         rows = csv.reader(io.StringIO(self._text), delimiter=self._separator, skipinitialspace=True, strict=True)
+        read = 0
         try:
             for row in rows:
+                read = rows.line_num
                 if any(values := [value.strip() for value in row]):
-                    yield rows.line_num, values
-        except csv.Error as error:
-            raise DataError(f"{self.path}: line {rows.line_num} cannot be read ({error}); use {self._remedy}") from None
+                    yield read, values
+        except csv.Error as error:  # the line where it ends may be far behind the one where a quote was opened
+            raise DataError(
+                f"{self.path}: the row that begins in line {read + 1} cannot be read ({error}); check its quotes, or "
+                f"use {self._remedy}"
+            ) from None
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
         """The rows below the header: line number, and the value of each column. A short row lacks the last ones."""
@@ -119,4 +124,7 @@ def _text(path: Path, remedy: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{path}: line {line} is not UTF-8 text; save it as UTF-8, or use {remedy}") from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise DataError(f"{path}: line {line} holds a zero byte, so it is no text; save it as CSV in UTF-8")
     return re.sub("\r+\n|\r", "\n", text)

@@ -275,6 +275,7 @@ def test_only_rows_that_meet_a_condition_are_packed(photos, tmp_path, command):
         ({}, {"label": ("dx", "none")}, "--label dx,none: none stands alone"),
         ({}, {"group": ("patient_id", "none")}, "--group patient_id,none: none stands alone"),
         ({}, {"label": ("photo",)}, "photo has 24 values in 24 rows, so it is no class"),
+        ({"dx": "NaN"}, {}, "lists no image that can be packed .first: line 2: dx is 'NaN', so there is no label"),
         ({"dx": "nv"}, {}, "1 classes, and 2 to 65,535 are needed; name another --label"),
     ],
 )
@@ -295,6 +296,35 @@ def test_a_column_keeps_its_values_if_another_has_the_name_that_it_gets(photos):
     index = source.columns.to_pydict()
     assert index["table_table_label"] == [3, 4, *range(6, 12)]
     assert index["table_label"] == [f"t{n}" for n in index["table_table_label"]]
+
+
+def test_labels_that_differ_only_in_case_are_named(photos, tmp_path, command):
+    table, classes = tmp_path / "labels.csv", tmp_path / "classes.csv"
+    write_table(table, [row | {"dx": ("Mole", "mole", "melanoma")[n % 3]} for n, row in enumerate(some_rows())])
+    arguments = ("--source", photos, "--table", table, "--out")
+    code, _, err = command(shard.main, *arguments, tmp_path / "three")
+    assert code == 0 and "warning: Mole, mole differ only in case and are classes of their own: " in err
+    classes.write_text("name\nmole\nmelanoma\n")
+    code, out, err = command(shard.main, *arguments, tmp_path / "two", "--classes", classes)
+    assert code == 0 and "differ only in case" not in err and "2 classes" in out
+
+
+def test_a_warning_of_missing_classes_names_twenty(photos, tmp_path, command):
+    table = tmp_path / "labels.csv"
+    names = [f"c{n:02d}" for n in range(23)]
+    rows = [{"photo": f"P{n:03d}", "kind": names[min(n, 22)], "part": "train"} for n in range(24)]
+    write_table(table, [*rows[:23], rows[23] | {"part": "test"}])
+    classes = tmp_path / "classes.csv"
+    classes.write_text("name\n" + "\n".join(names))
+    arguments = ("--source", photos, "--table", table, "--label", "kind", "--classes", classes)
+    code, _, err = command(shard.main, *arguments, "--split-column", "part", "--out", tmp_path / "set")
+    assert code == 0 and f"the test split has no image of {', '.join(names[:20])} and 2 more: " in err
+
+
+def test_a_table_without_rows_is_refused(photos, tmp_path):
+    (tmp_path / "labels.csv").write_text("photo,dx\n")
+    with pytest.raises(DataError, match=r"labels\.csv: has no row below its header"):
+        read(photos, tmp_path / "labels.csv")
 
 
 def test_all_columns_of_a_table_are_in_the_index_typed_and_with_their_names(photos, tmp_path, command):

@@ -22,7 +22,7 @@ from preprocess.records import (
     record_from,
     sha256_of,
 )
-from preprocess.tables import Table
+from preprocess.tables import PICTURES, Table
 from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.format import HAM10000
@@ -30,6 +30,7 @@ from shards.format import HAM10000
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_TEXTS = ("", ".csv", ".md", ".pdf", ".tab", ".tsv", ".txt")
 METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
 CITATION = (
     "Tschandl, P., Rosendahl, C. & Kittler, H. The HAM10000 dataset, a large collection of multi-source dermatoscopic "
@@ -60,17 +61,16 @@ def read_source(folder: Path) -> Source:
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; name the folder that holds {METADATA[0]}")
-    how = _how_to_get(folder)
     if not folder.exists():
-        raise DataError(f"{folder}: no such folder; {how}")
+        raise DataError(f"{folder}: no such folder; {_how_to_get(folder)}")
     table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if table is None:
-        raise DataError(f"{folder}: holds no {METADATA[0]}; {how}")
+        raise DataError(f"{folder}: holds no {METADATA[0]}; {_how_to_get(folder)}")
     source = Source(folder, CITATION, LICENCE)
     folders = [folder, *sorted(p for p in folder.glob("HAM10000_images*") if p.is_dir())]
     images = list_images(folder, folders, source.rejected)
     if not images and not source.rejected:
-        raise DataError(f"{folder}: no images in it or in its HAM10000_images* folders; {how}")
+        raise DataError(f"{folder}: no images in it or in its HAM10000_images* folders; {_how_to_get(folder)}")
     source.records, source.columns = read_metadata(table, images, source.rejected, known=())
     if not source.records:
         first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
@@ -87,13 +87,19 @@ def read_source(folder: Path) -> Source:
 
 
 def _how_to_get(folder: Path) -> str:
-    """How to get the data that a folder lacks. A synthetic set is only written to a new or an empty folder."""
+    """How to get the data that a folder lacks, and what it holds instead of images and texts.
+
+    A synthetic set is only written to a new or an empty folder.
+    """
     where = "" if folder == HOME else f" --out {folder}"
     filled = folder.exists() and any(folder.iterdir())
     place, name = ("a new folder", "NEW") if filled else ("it", folder)
+    endings = Counter(path.suffix.lower() for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    others = [f"{count:,} {ending}" for ending, count in endings.most_common() if ending not in (*_TEXTS, *PICTURES)]
+    other = f"it holds {', '.join(others[:3])} files: unpack archives and convert images to JPEG or PNG, or "
     return (
-        f"get HAM10000 with `{typed('preprocess.download')}{where}`, or write a synthetic set into {place} with "
-        f"`{typed('preprocess.synthetic')} --out {name}`"
+        f"{other if others else ''}get HAM10000 with `{typed('preprocess.download')}{where}`, or write a synthetic set "
+        f"into {place} with `{typed('preprocess.synthetic')} --out {name}`"
     )
 
 

@@ -133,9 +133,15 @@ def read_folder(
         return source, splits, which + (", in train, val and test" if splits else "")
     raise DataError(
         f"{folder}: holds images and no table of a known layout "
-        f"({', '.join(layout.name for layout in layouts())}), nor a folder for each class; name a table with --table, "
-        f"or pack for prediction alone with --label {NONE}"
+        f"({', '.join(layout.name for layout in layouts())}), nor a folder for each class; name a table with --table"
+        f"{_tables_below(images.folder)}, or pack for prediction alone with --label {NONE}"
     )
+
+
+def _tables_below(folder: Path) -> str:
+    """The first files in a folder, at any depth, that may be tables, in parentheses; nothing if there are none."""
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if _may_be_table(path))
+    return f" (there is {', '.join(found[:3])}{' …' if len(found) > 3 else ''})" if found else ""
 
 
 _TAR_LABELS = ("dx", "diagnosis", "label", "cls")
@@ -168,8 +174,12 @@ def _joined(tables: tuple[Path, ...], images: Images) -> Joined:
 
 def _files(folder: Path) -> list[Path]:
     """The tables in a folder and in those directly in it, sorted: those in the folder itself come first."""
-    found = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.name[0] != "."]
-    return [path for path in found if not path.name.lower().endswith((*PICTURES, *TARS, *HDF5)) and path.is_file()]
+    return [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if _may_be_table(path)]
+
+
+def _may_be_table(path: Path) -> bool:
+    other = path.name[0] == "." or path.name.lower().endswith((*PICTURES, *TARS, *HDF5))
+    return not other and path.is_file()
 
 
 def _matching(pattern: str, files: list[Path]) -> Path | None:

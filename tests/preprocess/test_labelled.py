@@ -570,7 +570,15 @@ def test_a_folder_that_nothing_is_known_of(tmp_path, command):
     assert code == 1 and "holds no HAM10000_metadata.csv" in err
     write_image(tmp_path / "flat" / "a.jpg")
     code, _, err = command(shard.main, "--source", tmp_path / "flat", "--out", tmp_path / "set")
-    assert code == 1 and "PAD-UFES-20" in err and "name a table with --table" in err and err.count("\n") == 1
+    assert code == 1 and "PAD-UFES-20" in err and "name a table with --table, or" in err and err.count("\n") == 1
+    (tmp_path / "flat" / "far" / "away").mkdir(parents=True)
+    (tmp_path / "flat" / "far" / "away" / "labels.csv").write_text("image,dx\na,nv\n")
+    code, _, err = command(shard.main, "--source", tmp_path / "flat", "--out", tmp_path / "set")
+    assert code == 1 and "name a table with --table (there is far/away/labels.csv), or pack" in err
+    for name in ("images.zip", "a.dcm", "b.DCM", "readme.txt"):
+        (tmp_path / "empty" / name).write_text("x")
+    code, _, err = command(shard.main, "--source", tmp_path / "empty", "--out", tmp_path / "set")
+    assert code == 1 and "it holds 2 .dcm, 1 .zip files: unpack archives and convert images" in err
 
 
 # ------------------------------------------------------------------ real tables

@@ -54,7 +54,7 @@ from train.inference.options import network_options
     "--out",
     type=click.Path(path_type=Path),
     show_default="elsewhere/DATA in the first run",
-    help="New folder to write.",
+    help="New folder to write. train.report shows only those in elsewhere in a run.",
 )
 @click.option(
     "--resamples",
@@ -79,7 +79,8 @@ def main(
 
     Metrics are those of a run, over the classes that both have. Probabilities are divided by their sum over these.
     """
-    target = out or folders[0] / "elsewhere" / name_of(data)
+    shown = folders[0] / "elsewhere"
+    target = out or shown / name_of(data)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target}: is there already; delete it, or choose another folder with --out")
     asked = [_column(part) for part in (by or "").split(",") if part.strip()]
@@ -100,7 +101,8 @@ def main(
         write(target, result, table)
     for line in (*result["notes"], result["summary"]):
         click.echo(line)
-    click.echo(f"{target}: `{cli.typed('train.report')} {folders[0]}` shows it")
+    what = "it" if target.resolve().parent == shown.resolve() else f"only what is in {shown}"
+    click.echo(f"{target}: `{cli.typed('train.report')} {folders[0]}` shows {what}")
 
 
 def _column(part: str) -> tuple[str, list[float]]:

@@ -231,8 +231,10 @@ class Ensemble:
     ) -> None:
         """Load the runs. Raises DataError or UsageError as `Predictor`, and if runs do not fit together.
 
-        They must have the same classes and, where `prior` names none for all, the same prior.
+        They must be different runs of the same classes and, where `prior` names none for all, the same prior.
         """
+        if len({run.resolve() for run in runs}) < len(runs):
+            raise UsageError(f"--run {', '.join(map(str, runs))}: one run is given twice; name each once")
         self.members = [Predictor(run, device, memory_format) for run in runs]
         first = self.members[0].about
         for run, about in zip(runs, self.abouts, strict=True):

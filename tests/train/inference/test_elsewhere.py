@@ -90,6 +90,7 @@ def test_on_another_set_metrics_are_over_the_classes_that_both_have(run, other, 
     code, out, err = command(evaluate.main, *asked, "--out", tmp_path / "out", "--device", "cpu")
     assert code == 0, err
     found, table = result_of(tmp_path / "out")
+    assert out.endswith(f"{run}` shows only what is in {run / 'elsewhere'}\n")
     names = ["akiec", "bcc", "bkl", "mel", "nv"]
     assert found["classes"]["names"] == names and found["left_out"] == {
         "of_the_set": {"SCC": 14},
@@ -152,6 +153,8 @@ def test_several_runs_are_tested_as_the_mean_of_their_probabilities(runs, other,
         asked = (*options, "--data", other, "--map", "pad-ufes-20-ham10000", "--out", tmp_path / str(number))
         assert command(evaluate.main, *asked, "--device", "cpu")[0] == 0
         tables.append(result_of(tmp_path / str(number)))
+    code, _, err = command(evaluate.main, "--run", runs[0], *asked[:-1], tmp_path / "twice")
+    assert code == 2 and err.endswith("one run is given twice; name each once\n")
     columns = [f"prob_{name}" for name in HAM10000.names]
     mean = (tables[0][1][columns] + tables[1][1][columns]) / 2
     np.testing.assert_allclose(tables[2][1][columns], mean, atol=1e-6)

@@ -506,6 +506,8 @@ def _warnings(source: Source, images: Images, rows: Rows) -> list[str]:
             "no column names the lesion or patient, so each image is split on its own: views of one lesion may be in "
             "training and test; name the column with --group if there is one"
         )
+    elif source.classes and all(record.group is None for record in source.records):
+        warnings.append(f"{' and '.join(source.group)} is empty in all rows, so each image is split on its own")
     used = {record.file for record in source.records} | images.copies
     left_out = {image_key(rejected.image_id) for rejected in source.rejected}
     unlisted = [f for f in images.files if f not in used and not {image_key(f), images.ids[f].casefold()} & left_out]

@@ -214,7 +214,10 @@ def pack(
                     tally.count(encoded)
                 packed[row], hashes[row] = True, encoded.hash
         if not tally.pixels:
-            raise DataError(f"{source.folder}: no training image could be packed ({len(rejected)} were left out)")
+            raise DataError(
+                f"{source.folder}: no training image could be packed ({len(rejected):,} left out, and the split puts "
+                "the others into val and test); choose another split or group"
+            )
         if rejected:
             writer.attach(QUARANTINE, quarantine_csv(rejected))
         resolution = settings.encode.max_resolution

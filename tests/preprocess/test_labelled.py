@@ -321,6 +321,16 @@ def test_a_warning_of_missing_classes_names_twenty(photos, tmp_path, command):
     assert code == 0 and f"the test split has no image of {', '.join(names[:20])} and 2 more: " in err
 
 
+def test_groups_that_are_empty_and_one_that_holds_all_images(photos, tmp_path, command):
+    table = tmp_path / "labels.csv"
+    write_table(table, [row | {"patient_id": ("", "unknown")[n % 2]} for n, row in enumerate(some_rows())])
+    assert read(photos, table)[0].warnings == ["patient_id is empty in all rows, so each image is split on its own"]
+    write_table(table, [row | {"patient_id": "one"} for row in some_rows()])
+    arguments = ("--source", photos, "--table", table, "--split", "5fold", "--out", tmp_path / "set")
+    code, _, err = command(shard.main, *arguments)
+    assert code == 1 and "(0 left out, and the split puts the others into val and test); choose" in err
+
+
 def test_a_table_without_rows_is_refused(photos, tmp_path):
     (tmp_path / "labels.csv").write_text("photo,dx\n")
     with pytest.raises(DataError, match=r"labels\.csv: has no row below its header"):

@@ -44,7 +44,8 @@ class Archives:
         for name in names:
             (self._list_tar if name.lower().endswith(TARS) else self._list_hdf5)(name)
         self.path, self.files = folder, list(self.members)
-        if "split" not in self.columns and self._fields and all(map(self._split_of, self._fields)):
+        splits = set(map(self._split_of, self._fields))
+        if "split" not in self.columns and "" not in splits and len(splits) > 1:
             self.columns.append("split")
         self.split = "split" if "split" in self.columns else None
 

@@ -148,7 +148,8 @@ class Folders:
             label = next((part for part in reversed(parts) if part.lower() not in SPLIT_NAMES), "")
             self._rows.append({"image": file, "label": label, "split": split})
         self.classes = {row["label"] for row in self._rows} - {""}
-        self.all_split = all(row["split"] for row in self._rows)
+        splits = {row["split"] for row in self._rows}
+        self.all_split = "" not in splits and len(splits) > 1  # train alone leaves the division to --split
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
         """The rows in the order of the paths."""

@@ -533,7 +533,7 @@ def test_layouts_are_found_and_packed(name, tmp_path, command):
     assert found["ISIC_0000003"] == expected.get(name, "IL_3")
 
 
-@pytest.mark.parametrize("parts", [("",), ("train/", "val/", "test/"), ("Train/", "Test/")])
+@pytest.mark.parametrize("parts", [("",), ("train/", "val/", "test/"), ("Train/", "Test/"), ("train/",)])
 def test_a_folder_for_each_class_with_and_without_splits(tmp_path, command, parts):
     for n in range(36):
         place = parts[n % len(parts)] + ("actinic keratosis", "nevus")[n // 18]
@@ -542,7 +542,8 @@ def test_a_folder_for_each_class_with_and_without_splits(tmp_path, command, part
     assert code == 0 and out.startswith("layout: a folder for each class"), err
     data = ShardSet(tmp_path / "set")
     assert data.manifest.classes.names == ("actinic keratosis", "nevus") and data.manifest.group == ()
-    if parts != ("",):
+    assert {"train", "test"} <= set(data.column("split"))
+    if len(parts) > 1:
         files = {p.stem: p.parent.parent.name.lower() for p in (tmp_path / "source").glob("*/*/*.png")}
         assert dict(zip(data.column("image_id"), data.column("split"), strict=True)) == files
 

@@ -249,6 +249,11 @@ def test_tars_of_splits_and_labels_alone_keep_their_splits(tmp_path, command):
     data = ShardSet(tmp_path / "set")
     expected = [("train", "val", "test")[int(name) // 9] for name in data.column("image_id")]
     assert data.column("split").tolist() == expected and data.manifest.classes.names == ("0", "1", "2")
+    for name in ("validation-000.tar", "test-000.tar"):
+        (tmp_path / "raw" / name).unlink()
+    code, said, err = command(shard.main, "--source", tmp_path / "raw", "--out", tmp_path / "train")
+    assert code == 0 and said.startswith("layout: webdataset tars; 3 classes"), err
+    assert set(ShardSet(tmp_path / "train").column("split")) == {"train", "val", "test"}
 
 
 def test_a_packed_set_is_a_source_too(tiny_shards, tmp_path, command):

@@ -45,10 +45,9 @@ def mask(where: str, table: "pa.Table") -> "np.ndarray":
         found = _Condition(where, table, quoted).read(ast.parse(text, mode="eval").body)
     except pa.ArrowException as error:
         raise UsageError(f"condition {one_line(where, 160)}: {one_line(error, 160)}") from None
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UsageError(
-            f"condition {one_line(where, 160)}: cannot be read; write it as in: sex == 'female' and age >= 60"
-        ) from None
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+        given = one_line(where, 160) if where.strip() else "without text"
+        raise UsageError(f"condition {given}: cannot be read; write it as in: sex == 'female' and age >= 60") from None
     if not isinstance(found, (pa.Array, pa.ChunkedArray)) or not pa.types.is_boolean(found.type):
         raise UsageError(f"condition {one_line(where, 160)}: is no comparison, as in: age >= 60")
     return pc.fill_null(found, False).to_numpy(zero_copy_only=False).astype(bool)

@@ -459,7 +459,7 @@ def read_labelled(
     if one_label and source.group:
         join_same_lesions(source.records)
     joined = join_groups(source.records, same)
-    source.warnings = _warnings(source, images, rows)
+    source.warnings = _warnings(source, images, rows, given.where)
     about = {"image": columns.image, "label": list(columns.label), "split": columns.split}
     if given.where is not None:
         about["where"] = given.where
@@ -499,7 +499,7 @@ def _found_classes(records: list[Record], columns: Columns, path: Path) -> Class
         raise DataError(f"{path}: {error}; name another --label, or the classes with --classes") from None
 
 
-def _warnings(source: Source, images: Images, rows: Rows) -> list[str]:
+def _warnings(source: Source, images: Images, rows: Rows, where: str | None) -> list[str]:
     """What is allowed, and may be a mistake."""
     warnings = []
     if not source.group and source.classes:
@@ -513,7 +513,8 @@ def _warnings(source: Source, images: Images, rows: Rows) -> list[str]:
     left_out = {image_key(rejected.image_id) for rejected in source.rejected}
     unlisted = [f for f in images.files if f not in used and not {image_key(f), images.ids[f].casefold()} & left_out]
     if unlisted:
-        warnings.append(f"{len(unlisted):,} images are not in {rows.path.name} and are left out (first: {unlisted[0]})")
+        why = "are not in" if where is None else "have no row that meets the condition in"
+        warnings.append(f"{len(unlisted):,} images {why} {rows.path.name} and are left out (first: {unlisted[0]})")
     there = {record.dx for record in source.records}
     if absent := [name for name in source.classes.names if name not in there]:
         warnings.append(f"the source has no image of {', '.join(absent[:20])}: a model cannot learn these classes")

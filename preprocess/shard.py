@@ -273,6 +273,9 @@ def main(
     if splits is not None and assigned is None and not by_ratio:
         assigned, assigned_from = splits, {"column": raw.about["columns"]["split"]}
     test = read_test_source(test_source) if test_source else None
+    if assigned is not None and (labels is not None or where is not None):  # these leave images out: no fault of a list
+        there = {record.image_id for one in (raw, test) if one for record in (*one.records, *one.rejected)}
+        assigned = {image_id: part for image_id, part in assigned.items() if image_id in there}
     for warning in raw.warnings + (test.warnings if test else []):
         _warn(warning)
     if split_unit == "image":

@@ -45,6 +45,24 @@ def test_labels_are_mapped_and_what_has_no_counterpart_is_named(source, tmp_path
     assert sorted(two.column("label")) == [0] * 8 + [1] * 16
 
 
+@pytest.mark.parametrize("option", ["column", "file"])
+def test_splits_may_name_images_that_a_map_or_a_condition_leaves_out(source, tmp_path, command, option):
+    splits = {f"ISIC_{number:07d}": ("train", "val", "test")[number // 2 % 4 % 3] for number in range(24)}
+    listed = {"image_id": "split", **splits}.items()
+    (tmp_path / "splits.csv").write_text("".join(f"{image},{part}\n" for image, part in listed))
+    table = source / "ISIC_2019_Training_Metadata.csv"
+    head, *rows = table.read_text().splitlines()
+    rows = [f"{row},{splits[row.partition(',')[0]]},{number}" for number, row in enumerate(rows)]
+    table.write_text("\n".join([f"{head},part,number", *rows]))
+    given = ("--split-column", "part") if option == "column" else ("--split-file", tmp_path / "splits.csv")
+    used = ("--map", "isic2019-ham10000", "--where", "number >= 4")
+    code, _, err = command(shard.main, "--source", source, "--out", tmp_path / "set", *given, *used)
+    assert code == 0, err
+    data = ShardSet(tmp_path / "set")
+    left = {image: part for n, (image, part) in enumerate(splits.items()) if n >= 4 and n // 2 % 3 != 2}
+    assert dict(zip(data.column("image_id"), data.column("split"), strict=True)) == left and len(left) == 12
+
+
 def test_a_map_of_the_user_and_classes_for_it(source, tmp_path, command):
     table, classes = tmp_path / "map.csv", tmp_path / "classes.csv"
     table.write_text("from,to\nMEL,bad\nNV,good\nSCC,bad\n")

@@ -70,8 +70,8 @@ def _shipped() -> dict[str, str]:
 def read_map(name: str) -> LabelMap:
     """A map of the package by its name, or one in a file: CSV with the columns `from` and `to`, `#` begins a comment.
 
-    More columns, such as a reason, are for people. Raises UsageError if there is no such map, DataError if the file is
-    not a map.
+    Fields are separated by commas, semicolons or tabs. More columns, such as a reason, are for people. Raises
+    UsageError if there is no such map, DataError if the file is not a map.
     """
     shipped = _shipped()
     if name in shipped:
@@ -87,7 +87,8 @@ def read_map(name: str) -> LabelMap:
             raise DataError(f"--map {name}: cannot be read as UTF-8 text ({one_line(error, 100)})") from None
     # comments become empty lines, so that the numbers of the others stay
     lines = ["" if line.startswith("#") else line for line in text.splitlines()]
-    table = csv.reader(io.StringIO("\n".join(lines)), skipinitialspace=True, strict=True)
+    separator = max(",;\t", key=next(filter(None, lines), "").count)
+    table = csv.reader(io.StringIO("\n".join(lines)), delimiter=separator, skipinitialspace=True, strict=True)
     columns: list[str] = []
     rows: dict[str, str] = {}
     try:

@@ -83,6 +83,8 @@ def test_a_file_of_the_user_may_have_other_columns_and_comments(tmp_path):
     assert labels.rows == {"A": "one", "B::C": "two", "D": ""}
     assert labels.classes.names == ("one", "two")
     assert labels.split(["a", "B::C", "X::d"]) == ({"a": "one", "B::C": "two"}, ["X::d"])
+    file.write_text("# ours, not theirs\r\nfrom;to;why\r\nA;one;\r\nB::C;two;so, so\r\nD;;\r\n")
+    assert read_map(str(file)).rows == labels.rows
     with pytest.raises(UsageError, match=r"says nothing about the label 'E' \(it names A, B::C, D\); add a row"):
         labels.target("E")
 

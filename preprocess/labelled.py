@@ -401,6 +401,7 @@ def read_labelled(
     )
     labelled = columns.label != (NONE,)
     one_label = not source.group or any("lesion" in name.lower() for name in source.group)
+    or_lesion = not given.group and bool(_named(source.group, _PATIENTS))  # some images have a lesion and no patient
     read_label = _label_of(columns)
     known = {name: (_named(rows.columns, names) or [""])[0] for name, names in _KNOWN.items()}
     names = () if classes is None else classes.names
@@ -432,7 +433,7 @@ def read_labelled(
         parts = ["" if part.lower() in UNKNOWN else part for part in parts]
         lesion = str(values["lesion_id"] or "")
         values["lesion_id"] = None if lesion.lower() in UNKNOWN else lesion
-        group = "/".join(parts) if any(parts) else None
+        group = "/".join(parts) if any(parts) else values["lesion_id"] if or_lesion else None
         dx = intern(label) if labelled else None
         return Record(images.ids[file], file, dx=dx, group=group, row=further.add(row), **values)
 
@@ -461,6 +462,8 @@ def read_labelled(
     joined = join_groups(source.records, same)
     source.warnings = _warnings(source, images, rows, given.where)
     about = {"image": columns.image, "label": list(columns.label), "split": columns.split}
+    if or_lesion and known["lesion_id"]:
+        about["group_where_empty"] = known["lesion_id"]
     if given.where is not None:
         about["where"] = given.where
     source.about = {"dataset": dataset or rows.path.stem, "columns": about}

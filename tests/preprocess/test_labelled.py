@@ -141,10 +141,23 @@ def test_unknown_groups_are_groups_of_their_own_and_several_columns_name_one_tog
         rows[n]["patient_id"] = unknown
         rows[n]["dx"] = "melanoma"
     write_table(table, rows)
-    source, _, _ = read(photos, table)
+    source, _, _ = read(photos, table, group=("patient_id",))
     assert [r.group for r in source.records[:6]] == [None] * 4 + ["PAT_2", "PAT_2"]
     source, _, _ = read(photos, table, group=("patient_id", "lesion"))
     assert [r.group for r in source.records[2:6]] == ["/2", "/3", "PAT_2/4", "PAT_2/5"]
+
+
+def test_the_lesion_is_the_group_where_a_found_patient_is_empty(photos, tmp_path):
+    table = tmp_path / "labels.csv"
+    rows = [row | {"lesion_id": f"L{n // 2}" if n < 12 else ""} for n, row in enumerate(some_rows())]
+    rows = [row | {"patient_id": ("", "PAT")[n % 12 >= 8]} for n, row in enumerate(rows)]
+    write_table(table, rows)
+    source, _, _ = read(photos, table)
+    expected = ["PAT" if n % 12 >= 8 else f"L{n // 2}" if n < 12 else None for n in range(24)]
+    assert [record.group for record in source.records] == expected and source.group == ("patient_id",)
+    assert source.about["columns"]["group_where_empty"] == "lesion_id"
+    given = read(photos, table, group=("patient_id",))[0]
+    assert [record.group for record in given.records] == [group if group == "PAT" else None for group in expected]
 
 
 def test_a_lesion_has_one_label_and_a_patient_may_have_several(photos, tmp_path):

@@ -292,13 +292,14 @@ def find_columns(rows: Rows, given: Columns, images: Images) -> Columns:
 
 
 def _image_column(rows: Rows, images: Images) -> str:
-    """The column that names the most images in the first rows."""
-    hits = dict.fromkeys(rows.columns, 0)
+    """The column that names the most images in the first rows. Others may name the same ones, as a path does."""
+    found: dict[str, list[str | None]] = {name: [] for name in rows.columns}
     shown: dict[str, str] = {}
     for _, row in islice(rows, _LOOKED_AT):
-        for name in hits:
-            hits[name] += image_key(row.get(name, "")) in images.keys
+        for name, keys in found.items():
+            keys.append(key if (key := image_key(row.get(name, ""))) in images.keys else None)
         shown = shown or row
+    hits = {name: sum(key is not None for key in keys) for name, keys in found.items()}
     best = max(hits, key=lambda name: hits[name])
     if not shown:
         raise DataError(f"{rows.path}: has no row below its header; name a table with a row for each image")
@@ -308,6 +309,9 @@ def _image_column(rows: Rows, images: Images) -> str:
             f"{rows.path}: no column names the images in {images.folder} (first row: {first}; first of "
             f"{len(images.files):,} images: {images.files[0]}); give their folder with --source, or --image"
         )
+    rivals = [name for name in hits if hits[name] > hits[best] // 2]
+    if any(len({found[name][n] for name in rivals} - {None}) > 1 for n in range(len(found[best]))):
+        raise UsageError(f"{rows.path}: {' and '.join(rivals)} name different images; name one with --image")
     return best
 
 

@@ -282,6 +282,7 @@ def test_only_rows_that_meet_a_condition_are_packed(photos, tmp_path, command):
     [
         ({"dx": None, "a": "x"}, {}, "none is clearly the label; name it with --label"),
         ({"target": "1"}, {}, "the label may be dx or target; name one with --label"),
+        ({"other": "P000"}, {}, "labels.csv: photo and other name different images; name one with --image"),
         ({"photo": "Q"}, {}, r"no column names the images in .* \(first row: photo 'Q'.*first of 24 images: a/P000"),
         ({}, {"label": ("dx", "d")}, "d: no such column; .* has the columns photo, patient_id, dx, age"),
         ({}, {"group": ("lesion",)}, "lesion: no such column"),
@@ -342,6 +343,13 @@ def test_groups_that_are_empty_and_one_that_holds_all_images(photos, tmp_path, c
     arguments = ("--source", photos, "--table", table, "--split", "5fold", "--out", tmp_path / "set")
     code, _, err = command(shard.main, *arguments)
     assert code == 1 and "(0 left out, and the split puts the others into val and test); choose" in err
+
+
+def test_columns_that_name_the_same_images_are_one(photos, tmp_path):
+    table = tmp_path / "labels.csv"
+    write_table(table, [row | {"file": f"/data/{row['photo']}.PNG"} for row in some_rows()])
+    source, _, _ = read(photos, table)
+    assert len(source.records) == 24 and source.about["columns"]["image"] == "photo"
 
 
 def test_a_table_without_rows_is_refused(photos, tmp_path):

@@ -176,8 +176,7 @@ def pack(
             if each.rejected:
                 raise each.error(each.rejected[0])
     crew = crew or Crew(encode)
-    if settings.join_duplicates:
-        _join_duplicates(source, settings, crew)
+    contradicting = _join_duplicates(source, settings, crew) if settings.join_duplicates else []
     schema = _schema(sources)
     plan = _plan(sources, settings, schema)
     rejected = [r for each in sources for r in each.rejected]
@@ -246,7 +245,7 @@ def pack(
             versions=library_versions(),
             group=source.group,
         )
-    warnings = _doubtful_classes(manifest) + ([divided] if divided else [])
+    warnings = contradicting + _doubtful_classes(manifest) + ([divided] if divided else [])
     if copies:
         rows = plan.take([row for copy in copies for row in (copy.first, copy.second)])
         warnings.append(_said(_jobs(rows, sources)))
@@ -522,8 +521,11 @@ def _copies(images: pa.Table, hashes: np.ndarray, job: Callable[[int], Job], max
     return find_copies(hashes, pixels, groups=numbers)
 
 
-def _join_duplicates(source: Source, settings: Settings, crew: Crew) -> None:
-    """Give copies of one group. All images are encoded for it, once more than packing needs."""
+def _join_duplicates(source: Source, settings: Settings, crew: Crew) -> list[str]:
+    """Give copies of one group; returns a warning of those with different labels.
+
+    All images are encoded for it, once more than packing needs.
+    """
     jobs = [_job([source], 0, record, "", {}) for record in source.records]
     hashes = np.zeros(len(jobs), np.uint64)
     with _encoding("comparing", [jobs], len(jobs), settings, crew) as encoded_jobs:
@@ -536,6 +538,10 @@ def _join_duplicates(source: Source, settings: Settings, crew: Crew) -> None:
         copies = _copies(images, hashes, jobs.__getitem__, settings.encode.max_resolution)
     joined = join_groups(source.records, [(names[copy.first], names[copy.second]) for copy in copies])
     source.about["joined_duplicates"] = joined
+    pairs = [(source.records[copy.first], source.records[copy.second]) for copy in copies]
+    differing = [f"{one.image_id} and {other.image_id}" for one, other in pairs if one.dx != other.dx]
+    what = "pairs of copies that were joined have different labels"
+    return [f"{len(differing):,} {what} (first: {differing[0]})"] if differing else []
 
 
 def _said(jobs: list[Job]) -> str:

@@ -232,6 +232,9 @@ def test_published_splits_in_a_column(photos, tmp_path, command):
     assert data.manifest.split["column"] == "part"
     code, _, err = command(shard.main, *options, "--split", "80/10/10")
     assert code == 2 and "--split-column names the split of each image" in err
+    write_table(table, [row | {"Split": "test"} for row in some_rows()])
+    hint = "the column Split is not used: take the splits from it with --split-column"
+    assert hint in read(photos, table)[0].warnings and hint not in read(photos, table, split="Split")[0].warnings
     write_table(table, [row | {"part": "fold 3"} for row in some_rows()])
     with pytest.raises(DataError, match=r"part is 'fold 3', and train, val or test is needed"):
         read(photos, table, split="part")

@@ -318,7 +318,9 @@ def _classes(found: Analysis) -> Iterator[str]:
     if len(recalls) < 2:
         return
     worst, good = min(recalls, key=lambda n: recalls[n]), max(recalls, key=lambda n: recalls[n])
-    yield f"{best.model} finds {percent(recalls[good], 0)} of {good} and only {percent(recalls[worst], 0)} of {worst}."
+    most, least = percent(recalls[good], 0), percent(recalls[worst], 0)
+    every = f"{most} of every class" if most == least else f"{most} of {good} and only {least} of {worst}"
+    yield f"{best.model} finds {every}."
     for name in best.runs[0].classes.measured:
         found_at_90 = best.score(f"{name}_sensitivity_at_90_specificity")
         if found_at_90 is not None:

@@ -25,7 +25,7 @@ import click
 from shards.common import kept
 from shards.common.errors import DataError, DermscaleError, UsageError, one_line
 from shards.common.fetch import Counter, CutError, RemoteFile, append, fetch_pieces, size_of
-from shards.common.files import sync_folder
+from shards.common.files import full_disk_names, sync_folder
 from shards.format import CARDS, MANIFEST, Manifest
 from shards.place import foreign
 
@@ -141,7 +141,8 @@ class Store:
 
     def fetch(self, remote: RemoteFile, part: Path, bar: Counter) -> None:
         """Complete `part` with a file's bytes, from where it ends. Raises DataError."""
-        fetch_pieces(remote, part, bar, lambda: self._fetch_piece(remote, part, bar), _PAUSE_S)
+        with full_disk_names(part):
+            fetch_pieces(remote, part, bar, lambda: self._fetch_piece(remote, part, bar), _PAUSE_S)
 
     def _fetch_piece(self, remote: RemoteFile, part: Path, bar: Counter) -> None:
         """One try, from the end of `part`. Raises CutError if it ended early, DataError if more will not help."""

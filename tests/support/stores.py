@@ -186,12 +186,14 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         s3 = S3(proxy, port)
         s3.ask("POST", "moto-api/reset")
         s3.ask("PUT", BUCKET)
-        yield s3
-        proxy.release.set()
-        proxy.shutdown()
-        thread.join()
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+        try:
+            yield s3
+        finally:
+            proxy.release.set()
+            proxy.shutdown()
+            thread.join()
+            s3fs.S3FileSystem.clear_instance_cache()
+            server.stop()
 
 
 class Hub(ThreadingHTTPServer):
@@ -289,6 +291,8 @@ def hub_server(folder: Path) -> Iterator[Hub]:
     with Hub(folder) as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield hub
-        hub.shutdown()
-        thread.join()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()

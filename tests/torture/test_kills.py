@@ -3,7 +3,6 @@
 A command is killed at random moments and, with strace, before single system calls that change files.
 """
 
-import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,11 @@ from preprocess import synthetic
 from shards import ShardSet
 from shards.format import MANIFEST
 from tests.support.train_runs import assert_same_run
-from tests.torture.victims import Victim, contents, shared_memory
+from tests.torture.victims import Victim, contents, shared_memory, table
 from train import checkpoint
 
 pytestmark = pytest.mark.slow
 TRAINING = ("--resolution", 32, "--batch-size", 16, "--device", "cpu", "--precision", "fp32", "--compile", "off")
-_MEASURED = ("_s", "img_per_s", "data_wait_fraction", "peak_memory_bytes", "per_device")
 Times = Callable[[int, int], int]
 
 
@@ -87,13 +85,6 @@ def test_training(tiny_shards: Path, tmp_path: Path, times: Times, record: Calla
 def names(run: Path) -> set[str]:
     """The files of a run, without TensorBoard's, of which each start writes one."""
     return {file.name for file in run.iterdir() if not file.name.startswith("events.out")}
-
-
-def table(out: Path) -> dict[str, dict[str, str]]:
-    """results.csv without what was measured of time and memory; each cell is there once."""
-    rows = list(csv.DictReader((out / "results.csv").open()))
-    assert len({row["cell"] for row in rows}) == len(rows)
-    return {row["cell"]: {k: v for k, v in row.items() if not k.endswith(_MEASURED)} for row in rows}
 
 
 def test_a_grid(tiny_shards: Path, tmp_path: Path, times: Times, record: Callable[..., None]) -> None:

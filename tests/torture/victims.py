@@ -1,5 +1,6 @@
 """Not a test: commands that are killed with SIGKILL, at random moments or before chosen system calls."""
 
+import csv
 import os
 import random
 import re
@@ -18,6 +19,8 @@ from tests.support.train_runs import child_environment
 CALLS = "fsync,fdatasync,rename,renameat2,unlink,unlinkat,ftruncate,mkdir,rmdir,link,write,pwrite64,flock"
 """Those that change files or wait for a disk or a lock."""
 _LINE = re.compile(r"(\d+) +(\w+)\(")
+_MEASURED = ("_s", "img_per_s", "data_wait_fraction", "peak_memory_bytes", "per_device")
+"""What the names of columns of results.csv end with that a second study does not repeat."""
 _ENDS_S = 20.0
 """How long processes that have lost their parent may take to see it and end."""
 
@@ -110,6 +113,13 @@ def _session(pid: int) -> int:
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder and of those in it, by their names."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    """results.csv without what was measured of time and memory; each cell is there once."""
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert len({row["cell"] for row in rows}) == len(rows)
+    return {row["cell"]: {k: v for k, v in row.items() if not k.endswith(_MEASURED)} for row in rows}
 
 
 def shared_memory() -> set[Path]:

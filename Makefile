@@ -42,7 +42,7 @@ test-fast: install ## without those marked slow
 test-gpu: install ## only those that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-torture: install ## kills and other violence, hundreds of times; appends its counts to $(TORTURE)
+torture: install ## kills, full disks, damaged input …, hundreds of times; appends its counts to $(TORTURE)
 	DERMSCALE_TORTURE=$(abspath $(TORTURE)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/torture
 
 fuzz: install ## FUZZ_INPUTS damaged inputs to the C code under sanitizers: 10 million, half an hour on 2 cores

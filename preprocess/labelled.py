@@ -466,7 +466,7 @@ def read_labelled(
     joined = join_groups(source.records, same)
     source.warnings = _warnings(source, images, rows, given.where)
     unused = [] if columns.split or isinstance(rows, Folders) else _named(rows.columns, ("split",))
-    source.warnings += [f"the column {name} is not used: take the splits from it with --split-column" for name in unused]
+    source.warnings += [f"the column {one} is not used: take the splits from it with --split-column" for one in unused]
     about = {"image": columns.image, "label": list(columns.label), "split": columns.split}
     if or_lesion and known["lesion_id"]:
         about["group_where_empty"] = known["lesion_id"]

@@ -45,10 +45,10 @@ class Table:
         """
         self.path, self._remedy = path, remedy
         self._text = _text(path, remedy)
-        if not self._text.strip():
-            raise DataError(f"{path}: is empty; use {remedy}")
         self._separator = self._find_separator()
-        first = next(row for _, row in self._rows())
+        _, first = next(self._rows(), (0, None))
+        if first is None:
+            raise DataError(f"{path}: is empty; use {remedy}")
         self.header = not any(image_key(cell) in images or cell.lower().endswith(PICTURES) for cell in first)
         names = first if self.header else [""] * len(first)
         self.columns: list[str] = []

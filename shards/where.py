@@ -7,6 +7,7 @@ and, or, not, parentheses. A row without a value meets no condition on that valu
 
 import ast
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from shards.common.errors import UsageError, one_line
@@ -42,7 +43,9 @@ def mask(where: str, table: "pa.Table") -> "np.ndarray":
 
     try:
         text = re.sub(r"'[^']*'|\"[^\"]*\"|`([^`]+)`", plain, where.strip())
-        found = _Condition(where, table, quoted).read(ast.parse(text, mode="eval").body)
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # about numbers such as 60and
+            tree = ast.parse(text, mode="eval")
+        found = _Condition(where, table, quoted).read(tree.body)
     except pa.ArrowException as error:
         raise UsageError(f"condition {one_line(where, 160)}: {one_line(error, 160)}") from None
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
@@ -77,8 +80,8 @@ class _Condition:
                 return found
             case ast.UnaryOp(op=ast.Not(), operand=part):
                 return pc.invert(self._flags(part))
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=(int() | float()) as number)):
-                return -number
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=(int() | float())) as number):
+                return -self.read(number)
             case ast.Constant(value=(str() | int() | float()) as value):
                 if isinstance(value, int) and value >= 1 << 63:
                     raise self._wrong(f"'{one_line(str(value), 60)}' is above the largest whole number, 2^63 - 1")
@@ -98,7 +101,7 @@ class _Condition:
     def _column(self, name: str) -> Any:
         if name not in self._table.column_names:
             there = ", ".join(f"{field.name} ({_kind(field.type)})" for field in self._table.schema)
-            raise self._wrong(f"no column {name}; there are {there}")
+            raise self._wrong(f"no column {one_line(name, 60)}; there are {there}")
         return self._table[name]
 
     def _flags(self, node: ast.AST) -> Any:

@@ -74,6 +74,7 @@ def test_short_and_long_rows_are_seen_with_their_lines(tmp_path):
     [
         (b"", "is empty; use another"),
         (b"\n \n", "is empty"),
+        (b";\n ;", "is empty"),
         (b"image,dx\nA_1,na\xefve\n", "line 2 is not UTF-8 text; save it as UTF-8"),
         (b'image,dx\nA_1,nv\n"A_2,nv\nA_3,nv\n', "row that begins in line 3 cannot be read .*; check its quotes"),
         ("image,dx\nA_1,nv\n".encode("utf-16-le"), "line 1 holds a zero byte, so it is no text; save it as"),

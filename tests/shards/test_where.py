@@ -87,6 +87,8 @@ def test_conditions_on_rows_with_all_values_are_those_of_pandas(column, operator
         ("age = 3", "cannot be read"),
         (" ", "condition without text: cannot be read"),
         ("age > 1" + "0" * 400, "above the largest whole number"),
+        ("age > -18446744073709551616", "above the largest whole number"),
+        ("`a\nge` > 1", "no column a ge; there are"),
         ("age > 3; age", "cannot be read"),
         ("age > " + "(" * 5000 + "3" + ")" * 5000, "cannot be read"),
         ("__import__('os').system('true')", r"is no column, number, text in quotes or comparison"),

@@ -211,9 +211,9 @@ ORIGINALS = Format("originals", _write_originals, depends_on=())
 PACKED = Format("packed", _write_packed)
 
 
-def packed_files(job: Job) -> list[tuple[Path, int]]:
-    """The packed JPEG files with their labels, in the order of `samples`."""
-    folder = prepared(PACKED, job)
+def packed_files(job: Job, kind: Format = PACKED) -> list[tuple[Path, int]]:
+    """The packed JPEG files with their labels, in the order of `samples`. kind: a format with a folder per class."""
+    folder = prepared(kind, job)
     return [(folder / HAM10000.names[label] / f"{name}.jpg", label) for name, _, label in samples(job)]
 
 

@@ -25,10 +25,12 @@ if ((${#missing[@]})); then
 fi
 
 [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+# MosaicML Streaming needs transformers 4, which needs an older huggingface_hub than the tests of this project.
+grep -v '^huggingface_hub==' constraints.txt >"$venv/constraints.txt"
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$venv/constraints.txt")
 "${pip[@]}" "setuptools>=77" wheel "pytest>=8.2"
-"${pip[@]}" -e .
-"${pip[@]}" "mosaicml-streaming>=0.11" "litdata>=0.2.50" "spdl>=0.1.6"
+"${pip[@]}" -e ".[stores]" "mosaicml-streaming>=0.11"
+"${pip[@]}" "litdata>=0.2.50" "spdl>=0.1.6"
 # FFCV asks for opencv-python, which overwrites the cv2 of opencv-python-headless: its other needs are installed by
 # name and FFCV itself without its list. `--no-build-isolation`: its setup.py needs distutils as setuptools brings it.
 "${pip[@]}" terminaltables pytorch_pfn_extras fastargs assertpy tqdm numba
@@ -38,7 +40,7 @@ import importlib
 import importlib.metadata as metadata
 
 names = {"ffcv": "ffcv", "streaming": "mosaicml-streaming", "litdata": "litdata", "spdl.pipeline": "spdl",
-         "spdl.io": "spdl", "webdataset": "webdataset", "nvidia.dali": "nvidia-dali-cuda120", "cv2": "opencv-python-headless",
+         "spdl.io": "spdl", "webdataset": "webdataset", "s3fs": "s3fs", "nvidia.dali": "nvidia-dali-cuda120", "cv2": "opencv-python-headless",
          "numpy": "numpy", "torch": "torch", "shards": "dermscale"}
 for module, package in names.items():
     importlib.import_module(module)

@@ -27,8 +27,8 @@ class Sample:
 
     count: images, or other units, that were done. seconds: wall clock. cpu_s: CPU seconds of the system and its worker
     processes. other_cpu: share of the machine's CPU time that other processes used, 0 to 1. data_wait_s: the part of
-    `seconds` that was spent waiting for a batch. beside: what a thread beside the system has counted. The last three
-    are nan where unknown.
+    `seconds` that was spent waiting for a batch. beside: what a thread or a server beside the system has counted. The
+    last three are nan where unknown.
     """
 
     count: float

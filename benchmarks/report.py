@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks import beside, grid, latency, loader, pack, predict, stalls, together, training, utilization
+from benchmarks import beside, grid, latency, loader, pack, predict, stalls, store, together, training, utilization
 from benchmarks.measure import Row
 from benchmarks.options import OUT
 from benchmarks.pages import Page, place
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PAGES: dict[str, Page] = {
     benchmark.PAGE.name: benchmark.PAGE
-    for benchmark in (loader, beside, latency, pack, training, together, stalls, utilization, grid, predict)
+    for benchmark in (loader, beside, latency, pack, training, together, stalls, utilization, grid, predict, store)
 }
 """Every benchmark by its name, in the order of the report."""
 

@@ -8,7 +8,20 @@ interpreter; with another one their rows say so.
 
 import click
 
-from benchmarks import grid, latency, loader, pack, predict, report, scale, stalls, together, training, utilization
+from benchmarks import (
+    grid,
+    latency,
+    loader,
+    pack,
+    predict,
+    report,
+    scale,
+    stalls,
+    store,
+    together,
+    training,
+    utilization,
+)
 from shards.common import cli
 
 
@@ -17,7 +30,7 @@ def main() -> None:
     """Measure this project beside its peers: interleaved rounds, medians with intervals, the machine in every row."""
 
 
-for _benchmark in (loader, latency, pack, training, together, stalls, utilization, grid, predict, scale, report):
+for _benchmark in (loader, latency, pack, training, together, stalls, utilization, grid, predict, store, scale, report):
     main.add_command(_benchmark.command)
 
 if __name__ == "__main__":

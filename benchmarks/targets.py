@@ -77,6 +77,9 @@ TARGETS = (
     Target("grid", "later_cell_s", 2.0, at_least=False, unit="s"),
     Target("predict", "img_per_s ratio", 0.6),
     Target("predict", "start_s", 5.0, at_least=False, unit="s"),
+    Target("store", "cold_img_per_s ratio", 1.2),
+    Target("store", "warm_img_per_s ratio", 0.97),
+    *(Target("store", "fetched", 1.02, {"system": f"dermscale, {ms} ms"}, at_least=False) for ms in (1, 8)),
 )
 """Every target of this project, and its rows."""
 

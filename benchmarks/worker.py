@@ -54,7 +54,7 @@ class Running:
 
     once: makes one whole pass and returns its number of images, 0 where the round has no more. before: called before
     each round, not timed. about: numbers found during set-up, by metric. waited: seconds that all passes so far have
-    waited for data. beside: what a thread beside the system has counted so far.
+    waited for data. beside: what a thread or a server beside the system has counted so far.
     """
 
     once: Callable[[], float]

@@ -35,6 +35,19 @@ SHARDS_SPLIT = shard_set("shards-split", "jpg", "70/10/20")
 """For whole runs, which evaluate too."""
 
 
+def _write_payloads(job: Job, folder: Path) -> None:
+    """A folder per class with the JPEG files that `SHARDS_JPG` holds, byte by byte."""
+    from shards import ShardSet
+
+    with ShardSet(prepared(SHARDS_JPG, job) / "set") as data:
+        for row, (name, dx) in enumerate(zip(data.column("image_id"), data.column("dx"), strict=True)):
+            (folder / dx).mkdir(exist_ok=True)
+            (folder / dx / f"{name}.jpg").write_bytes(data.read(row))
+
+
+PAYLOADS = Format("payloads", _write_payloads)
+
+
 def loader_of(
     data: "ShardSet",
     job: Job,
@@ -42,9 +55,10 @@ def loader_of(
     device: "str | torch.device",
     threads: int | None = None,
     selection: "Selection | None" = None,
+    window: int | None = None,
 ) -> "Loader":
     """This project's loader of training batches. threads: default, one per worker. selection: default, the training
-    split."""
+    split. window: as `Loader` takes it."""
     from shards import Loader
 
     return Loader(
@@ -56,16 +70,18 @@ def loader_of(
         engine=engine,
         device=device,
         threads=threads or job.workers,
+        window=window,
     )
 
 
-class _Epochs:
+class Epochs:
     """A loader's epochs, one a call."""
 
     def __init__(self, loader: "Loader") -> None:
         self._loader = loader
 
     def __call__(self) -> Iterator[Batch]:
+        """The next epoch."""
         from train import device as devices
 
         for batch in self._loader:
@@ -81,10 +97,10 @@ def _engine(name: str, format: Format, engine: str, threads: int | None = None, 
     """This project's loader. threads: if not one per worker. about: the other fields of System."""
     device = "cuda" if about.get("on_gpu") else "cpu"
 
-    def open_(job: Job, folder: Path) -> _Epochs:
+    def open_(job: Job, folder: Path) -> Epochs:
         from shards import ShardSet
 
-        return _Epochs(loader_of(ShardSet(folder / "set"), job, engine, device, threads))
+        return Epochs(loader_of(ShardSet(folder / "set"), job, engine, device, threads))
 
     return System(name, format, open_, before=lambda epochs: epochs.skip, **about)
 

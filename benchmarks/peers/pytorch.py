@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.datasets import ORIGINALS, Format, Job, packed_files
+from benchmarks.datasets import ORIGINALS, PACKED, Format, Job, packed_files
 from benchmarks.peers.system import RATIO, SCALE, Batch, Epoch, System
 
 # ------------------------------------------------------------------ what they read
@@ -23,15 +23,19 @@ def _write_tars(job: Job, folder: Path) -> None:
             sink.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": str(label)})
 
 
-def _write_mds(job: Job, folder: Path) -> None:
-    """MosaicML's MDS with the packed JPEG bytes as they are, by its MDSWriter."""
-    from PIL import Image
-    from streaming import MDSWriter
+def mds(name: str, images: Format) -> Format:
+    """MosaicML's MDS with JPEG files as they are, by its MDSWriter, in shards of 64 MiB, its default."""
 
-    with MDSWriter(out=str(folder / "set"), columns={"image": "jpeg", "label": "int"}) as out:
-        for path, label in packed_files(job):
-            with Image.open(path) as image:
-                out.write({"image": image, "label": label})
+    def write(job: Job, folder: Path) -> None:
+        from PIL import Image
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(folder / "set"), columns={"image": "jpeg", "label": "int"}) as out:
+            for path, label in packed_files(job, images):
+                with Image.open(path) as image:
+                    out.write({"image": image, "label": label})
+
+    return Format(name, write)
 
 
 def _litdata_sample(item: tuple[str, int]) -> dict:
@@ -41,22 +45,26 @@ def _litdata_sample(item: tuple[str, int]) -> dict:
     return {"image": Image.open(item[0]), "label": item[1]}
 
 
-def _write_litdata(job: Job, folder: Path) -> None:
-    """LitData's chunks of 64 MB, by its `optimize`."""
-    import multiprocessing
+def litdata_chunks(name: str, images: Format) -> Format:
+    """LitData's chunks of 64 MB with JPEG files as they are, by its `optimize`."""
 
-    import litdata
+    def write(job: Job, folder: Path) -> None:
+        import multiprocessing
 
-    start_method = multiprocessing.get_start_method()
-    litdata.optimize(
-        fn=_litdata_sample,
-        inputs=[(str(path), label) for path, label in packed_files(job)],
-        output_dir=str(folder / "set"),
-        chunk_bytes="64MB",
-        num_workers=1,
-        verbose=False,
-    )
-    multiprocessing.set_start_method(start_method, force=True)  # `optimize` changes it for the whole process
+        import litdata
+
+        start_method = multiprocessing.get_start_method()
+        litdata.optimize(
+            fn=_litdata_sample,
+            inputs=[(str(path), label) for path, label in packed_files(job, images)],
+            output_dir=str(folder / "set"),
+            chunk_bytes="64MB",
+            num_workers=1,
+            verbose=False,
+        )
+        multiprocessing.set_start_method(start_method, force=True)  # `optimize` changes it for the whole process
+
+    return Format(name, write)
 
 
 TARS = Format("tars", _write_tars, depends_on=("packed_px", "batch_size"))
@@ -119,7 +127,8 @@ def _webdataset(job: Job, folder: Path) -> Epoch:
     return _epochs(wds.WebLoader(data, batch_size=None, num_workers=job.workers, persistent_workers=True))
 
 
-def _streaming(job: Job, folder: Path) -> Epoch:
+def streaming(job: Job, **place: str) -> Epoch:
+    """MosaicML's StreamingDataset in PyTorch's DataLoader. place: its `local`, and its `remote` if it is in a store."""
     import atexit
     from multiprocessing.util import Finalize
 
@@ -137,11 +146,12 @@ def _streaming(job: Job, folder: Path) -> Epoch:
             sample = super().__getitem__(at)
             return transform(sample["image"]), sample["label"]
 
-    data = Images(local=str(folder / "set"), shuffle=True, batch_size=job.batch_size)
+    data = Images(shuffle=True, batch_size=job.batch_size, **place)
     return _epochs(DataLoader(data, **_loading(job)))
 
 
-def _litdata(job: Job, folder: Path) -> Epoch:
+def litdata(job: Job, **place: Any) -> Epoch:
+    """LitData's StreamingDataset and StreamingDataLoader. place: its `input_dir`, and what else says where that is."""
     from litdata import StreamingDataLoader, StreamingDataset
     from torchvision.transforms import v2
 
@@ -151,7 +161,7 @@ def _litdata(job: Job, folder: Path) -> Epoch:
     def transform(sample: Any) -> Any:
         return flip(crop(sample["image"])), sample["label"]
 
-    data = StreamingDataset(str(folder / "set"), shuffle=True, drop_last=True, transform=transform)
+    data = StreamingDataset(shuffle=True, drop_last=True, transform=transform, **place)
     return _epochs(StreamingDataLoader(data, **_loading(job)))
 
 
@@ -173,11 +183,17 @@ PYTORCH = (
         f"reads the originals (600×450, quality 100), not packed ones, as its users do; {_PIL_NOTE}",
         encoding="originals",
     ),
-    System("MosaicML streaming", Format("mds", _write_mds), _streaming, ("mosaicml-streaming",), _PIL_NOTE),
+    System(
+        "MosaicML streaming",
+        mds("mds", PACKED),
+        lambda job, folder: streaming(job, local=str(folder / "set")),
+        ("mosaicml-streaming",),
+        _PIL_NOTE,
+    ),
     System(
         "LitData",
-        Format("litdata", _write_litdata),
-        _litdata,
+        litdata_chunks("litdata", PACKED),
+        lambda job, folder: litdata(job, input_dir=str(folder / "set")),
         ("litdata",),
         "decodes whole images with torchvision's decode_jpeg and crops and resizes tensors, in worker processes",
     ),

@@ -36,6 +36,7 @@ CACHE, CACHE_GB = "DERMSCALE_CACHE", "DERMSCALE_CACHE_GB"
 _DEFAULT_GB = 100.0
 _BLOCK_BYTES = 8 << 20
 """Of one request. Less than a shard, so that a cut connection costs little."""
+_HASHED_BYTES = 1 << 18
 _TRIES, _PAUSE_S = 5, 1.0
 _MOST_MANIFEST_BYTES = 1 << 30
 _PART = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{16}\.part")
@@ -403,20 +404,52 @@ def complete(store: Store, wanted: Wanted, size: int, part: Path, bar: Counter) 
     remote = RemoteFile(wanted.name, f"{store.address}/{wanted.name}", size, None)
     if size_of(part) > size:
         os.truncate(part, 0)
+    hashed = _Hashed(part, bar)
     for again in (size_of(part) > 0, False):  # what was put together from pieces is fetched once more
-        store.fetch(remote, part, bar)
-        with part.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest == wanted.sha256:
+        store.fetch(remote, part, hashed)
+        if hashed.sha256() == wanted.sha256:
             return
         os.truncate(part, 0)
-        bar.advance(-size)
+        hashed.advance(-size)
         if not again:
             break
     raise DataError(
         f"{remote.url}: its SHA-256 is not the manifest's, so it was not used; it was damaged, or another set is being "
         "written to this address"
     )
+
+
+class _Hashed:
+    """A Counter that hashes a file while it grows, so that no time is left for that when its last byte arrives."""
+
+    def __init__(self, file: Path, bar: Counter) -> None:
+        """bar: is told the same."""
+        self._file, self._bar, self._hash, self._bytes = file, bar, hashlib.sha256(), 0
+
+    def advance(self, amount: int) -> None:
+        """The file has grown, or is shorter."""
+        self._bar.advance(amount)
+        self._follow()
+
+    def resize(self, total: int) -> None:
+        """Nothing but the bar has to know."""
+        self._bar.resize(total)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the file."""
+        self._follow()
+        return self._hash.hexdigest()
+
+    def _follow(self) -> None:
+        """Hash what is new in the file."""
+        if size_of(self._file) < self._bytes:
+            self._hash, self._bytes = hashlib.sha256(), 0
+        if size_of(self._file) > self._bytes:
+            with self._file.open("rb") as file:
+                file.seek(self._bytes)
+                while chunk := file.read(_HASHED_BYTES):
+                    self._hash.update(chunk)
+                    self._bytes += len(chunk)
 
 
 def _bytes_of(cache_gb: float | None) -> int:

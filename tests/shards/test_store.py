@@ -1,5 +1,6 @@
 """Shard sets in an S3 store that is slow, busy, cut off, or replaced under way: whole, or one line."""
 
+import hashlib
 import json
 import os
 import signal
@@ -206,6 +207,24 @@ def test_wrong_bytes_are_not_used(s3, address, tmp_path):
     assert not tars(tmp_path)
     s3.proxy.faults.clear()
     assert len(data.shard(2)) == data.manifest.shards[2].bytes
+
+
+def test_a_file_is_hashed_while_it_grows_and_again_if_it_is_cut(tmp_path):
+    file = tmp_path / "part"
+    hashed = store._Hashed(file, store.Silent())
+    file.write_bytes(b"one")
+    hashed.advance(3)
+    with file.open("ab") as opened:
+        opened.write(b"two")
+    hashed.advance(3)
+    file.write_bytes(b"-" * 6)  # so it is seen that nothing is read again
+    assert hashed.sha256() == hashlib.sha256(b"onetwo").hexdigest()
+    os.truncate(file, 2)
+    hashed.advance(-4)
+    with file.open("ab") as opened:
+        opened.write(b"more")
+    hashed.advance(4)
+    assert hashed.sha256() == hashlib.sha256(b"--more").hexdigest()
 
 
 def test_a_shard_that_is_replaced_under_way(s3, address, packed, tmp_path):

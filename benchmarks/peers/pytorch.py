@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # The peers live in an environment of their own (benchmarks/install_peers.sh); webdataset's names are made at run time.
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,26 +46,35 @@ def _litdata_sample(item: tuple[str, int]) -> dict:
     return {"image": Image.open(item[0]), "label": item[1]}
 
 
-def litdata_chunks(name: str, images: Format) -> Format:
-    """LitData's chunks of 64 MB with JPEG files as they are, by its `optimize`."""
+def litdata_chunks(name: str, images: Format, even: bool = False) -> Format:
+    """LitData's chunks of 64 MB with JPEG files as they are, by its `optimize`.
+
+    even: smaller chunks of one number of images, so that each worker has as many, and none is of two workers. From a
+    store, LitData 0.2.76 reads such a chunk from its cache anew for each image, and may fetch it twice.
+    """
 
     def write(job: Job, folder: Path) -> None:
         import multiprocessing
 
         import litdata
 
+        inputs = [(str(path), label) for path, label in packed_files(job, images)]
+        size: dict[str, Any] = {"chunk_bytes": "64MB"}
+        if even:
+            total = sum(Path(path).stat().st_size for path, _ in inputs)
+            size = {"chunk_size": len(inputs) // (job.workers * math.ceil(total / 64e6 / job.workers))}
         start_method = multiprocessing.get_start_method()
         litdata.optimize(
             fn=_litdata_sample,
-            inputs=[(str(path), label) for path, label in packed_files(job, images)],
+            inputs=inputs,
             output_dir=str(folder / "set"),
-            chunk_bytes="64MB",
             num_workers=1,
             verbose=False,
+            **size,
         )
         multiprocessing.set_start_method(start_method, force=True)  # `optimize` changes it for the whole process
 
-    return Format(name, write)
+    return Format(name, write, depends_on=("packed_px", "workers") if even else ("packed_px",))
 
 
 TARS = Format("tars", _write_tars, depends_on=("packed_px", "batch_size"))

@@ -91,9 +91,10 @@ def _litdata(job: Job, where: str, cache: Path) -> Epoch:
 
 
 OURS = "dermscale"
+_TAR = "shuffles over the whole set; of each image it also fetches the tar's three headers and two small files"
 _NEEDS: dict[str, Any] = {"packages": ("s3fs",), "modules": ("s3fs", "pyarrow.parquet", "shards.loader")}
 READERS = {
-    OURS: Reader(SHARDS_JPG, _ours, **_NEEDS, note="shuffles over the whole set", beside_folder=True),
+    OURS: Reader(SHARDS_JPG, _ours, **_NEEDS, note=_TAR, beside_folder=True),
     "dermscale, window 1": Reader(
         SHARDS_JPG, partial(_ours, window=1), **_NEEDS, note="shuffles within about one shard, `Loader(window=1)`"
     ),
@@ -113,6 +114,8 @@ READERS = {
     ),
 }
 """Every reader by its name."""
+SYSTEMS = {f"{name}, {ms} ms": (name, ms) for ms in LATENCIES_MS for name in READERS}
+"""What is measured, in the order of the table: each reader at each latency."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class Contest:
 
     def cold(self) -> Sample:
         """The first epoch of a fresh process with an empty cache."""
-        cache, self._stored = self._job.cache, None
+        cache, self._stored, self._folder = self._job.cache, None, None
         shutil.rmtree(cache, ignore_errors=True)
         with ExitStack() as held:
             held.callback(shutil.rmtree, cache, ignore_errors=True)
@@ -227,8 +230,7 @@ def command(settings: Settings) -> None:
 
     The server runs on this machine. It answers 1 or 8 ms late and sends at most 100 MB/s.
     """
-    entries = {f"{name}, {ms} ms": (name, ms) for ms in LATENCIES_MS for name in READERS}
-    chosen = settings.chosen(entries)
+    chosen = settings.chosen(SYSTEMS)
     job = settings.job(341, 9984, quick=1248, whole_batches=True)
     home = prepared(SHARDS_JPG, job).parent
     steps = sum(2 + READERS[name].beside_folder for name, _ in chosen) * (1 + settings.rounds)

@@ -82,11 +82,7 @@ def test_ratios_are_taken_at_the_same_latency_and_failures_are_named(monkeypatch
     monkeypatch.setattr(store, "prepared", lambda kind, job: tmp_path)
     monkeypatch.setattr(store, "_size", lambda folder: 200)
     job = Job(tmp_path, tmp_path)
-    readings = {
-        f"{name}, {ms} ms": store.Reading(job, name, "", tmp_path)
-        for ms in store.LATENCIES_MS
-        for name in store.READERS
-    }
+    readings = {name: store.Reading(job, reader, "", tmp_path) for name, (reader, _) in store.SYSTEMS.items()}
     usual = Series([replace(sample, beside=101.0) for sample in series(100, 100).samples])
     timed = {f"{name}: {epoch}": usual for name in readings for epoch in ("first epoch", "later epochs")}
     timed |= {f"{store.OURS}, {ms} ms: from a folder": series(100, 110) for ms in store.LATENCIES_MS}

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from benchmarks import beside, loader, pack, together, training
+from benchmarks import beside, loader, pack, store, together, training
 from benchmarks.grid import SHARED
 from benchmarks.measure import Row
 from benchmarks.targets import TARGETS, targets_text, verdict
@@ -64,5 +64,5 @@ def test_every_target_names_systems_that_are_measured() -> None:
         if "beside" in target.fields:
             assert (target.fields["system"], target.fields["beside"]) in pairs[target.benchmark]
         else:
-            assert target.fields.get("system", SHARED) in (SHARED, *beside.SYSTEMS)
+            assert target.fields.get("system", SHARED) in (SHARED, *beside.SYSTEMS, *store.SYSTEMS)
         assert set(target.fields) <= {field.name for field in fields(Row)}

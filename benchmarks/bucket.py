@@ -125,6 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: int, size: int, **headers: str) -> None:
         self.send_response(status)
+        # A client that is forked with an open connection, as MosaicML Streaming's is, mixes up the answers on it. TLS
+        # would notice that.
+        self.send_header("Connection", "close")
         for name, value in ({"Content-Length": str(size), "Content-Type": "application/xml"} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()

@@ -3,6 +3,7 @@
 A command is killed at random moments and, with strace, before single system calls that change files.
 """
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from preprocess import synthetic
 from shards import ShardSet
 from shards.format import MANIFEST
 from tests.support.train_runs import assert_same_run
+from tests.torture.conftest import FULL
 from tests.torture.victims import Victim, contents, shared_memory, table
 from train import checkpoint
 
@@ -87,6 +89,7 @@ def names(run: Path) -> set[str]:
     return {file.name for file in run.iterdir() if not file.name.startswith("events.out")}
 
 
+@pytest.mark.skipif(FULL not in os.environ, reason="takes minutes; make torture runs it")
 def test_a_grid(tiny_shards: Path, tmp_path: Path, times: Times, record: Callable[..., None]) -> None:
     """Each study is killed, or a process of it, until it ends by itself."""
     options = ("--models", "test_resnet", "--fractions", "0.5,1", "--seeds", "0,1", "--data", tiny_shards)

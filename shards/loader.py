@@ -31,6 +31,7 @@ from shards.order import (
     epoch_order,
     evaluation_order,
     rank_slice,
+    weighted_order,
     windowed_order,
 )
 from shards.passage import AHEAD, BESIDES, Passage
@@ -169,18 +170,20 @@ class Loader(IterableDataset[Batch]):
         `auto`, `native`, `dali` or `resident`. rank, world_size: default, those of torch.distributed when a pass
         begins, or 0 and 1 if it is not initialised. threads: at most the cores this process may
         use, which is the default. sampler: `uniform`, each sample once in an epoch, or `balanced`, each class equally
-        often: samples of small classes come again, with another crop, turn and colour each time. window: draw the
+        often: samples of small classes come again, with another crop, turn and colour each time. `weighted:COLUMN`:
+        each sample in proportion to a column of the index. window: draw the
         shards in random order and the samples from about so many of them at a time (`order.windowed_order`), for sets
         that are read from a store and do not fit into its cache; default: from all shards. prefetch: batches
         loaded ahead; default, 256 samples in 2 to 4 batches. pool: keeps engines that take long to build for later
         loaders. Raises UsageError for a value outside its range, naming the limit.
         """
-        if sampler not in SAMPLERS:
+        kind, _, column = sampler.partition(":")
+        if sampler not in SAMPLERS[:2] and (kind != "weighted" or not column):
             raise UsageError(f"sampler '{sampler}' is unknown: use one of {', '.join(SAMPLERS)}")
-        if window is not None and (window < 1 or sampler == "balanced"):
+        if window is not None and (window < 1 or sampler != "uniform"):
             raise UsageError(
-                f"window {window}: give 1 shard or more, and the sampler uniform (balanced draws small classes from "
-                "all shards)"
+                f"window {window}: give 1 shard or more, and the sampler uniform (the others repeat samples of all "
+                "shards)"
             )
         if batch_size < 1:
             raise UsageError(f"batch size {batch_size} is below 1")
@@ -207,6 +210,7 @@ class Loader(IterableDataset[Batch]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.augment = augment or Augment()
         self._sampler = sampler  # Lightning takes what has a `sampler` for a DataLoader
+        self._weights = selection.weights(column) if train and column else None
         self._window = window
         self.device = torch.device(device)
         self.epoch = 0
@@ -249,7 +253,7 @@ class Loader(IterableDataset[Batch]):
     def plan(self, epoch: int | None = None) -> tuple[np.ndarray, Plan]:
         """The order of an epoch (default: the current one) as (N,) int64 positions in the selection, and their plan.
 
-        With the sampler `balanced`, the plan is that of each sample's first time in the epoch.
+        With another sampler than `uniform`, the plan is that of each sample's first time in the epoch.
         """
         if not self.train:
             return np.arange(len(self.selection)), evaluation_plan(self._heights, self._widths, self.augment)
@@ -374,7 +378,7 @@ class Loader(IterableDataset[Batch]):
         if self.selection.data.stored and not self._passes:
             positions = self._order(epoch)[0]
             self.selection.data.fetch_ahead(self.selection.samples[positions[start * self.batch_size :]])
-        if self.engine_name == "native" and native.draws and not self._balanced:
+        if self.engine_name == "native" and native.draws and not self._repeats:
             data = self.selection
             source = Source(data.samples, data.labels, self.augment, self.seed, self.train)
             batches = native.draw(source, self._draws(epoch, start, part), part.stop - part.start, self.resolution)
@@ -438,7 +442,7 @@ class Loader(IterableDataset[Batch]):
         before = np.zeros(len(self) * self.batch_size, np.int64)
         if not self.train:
             return *evaluation_order(length, self.batch_size), before
-        if self._balanced or self._window is not None or length < SHORT:
+        if self._repeats or self._window is not None or length < SHORT:
             order, times = self._training_order(epoch)
             before = before if times is None else times
         else:
@@ -455,7 +459,9 @@ class Loader(IterableDataset[Batch]):
 
     def _training_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The positions of an epoch; how often each came before, or None if each comes once."""
-        if self._balanced:
+        if self._weights is not None:
+            return weighted_order(self._weights, self.seed, epoch)
+        if self._repeats:
             return balanced_order(self.selection.labels, self.seed, epoch)
         if self._window is not None:
             shards = self.selection.data.column("shard")[self.selection.samples]
@@ -463,8 +469,8 @@ class Loader(IterableDataset[Batch]):
         return epoch_order(len(self.selection), self.seed, epoch), None
 
     @property
-    def _balanced(self) -> bool:
-        return self.train and self._sampler == "balanced"
+    def _repeats(self) -> bool:
+        return self.train and self._sampler != "uniform"
 
     def _plan(self, epoch: int, positions: np.ndarray, before: np.ndarray) -> Plan:
         """What is done to the samples at some positions. before: how often each came in the epoch until then."""
@@ -472,7 +478,7 @@ class Loader(IterableDataset[Batch]):
         if not self.train:
             return evaluation_plan(heights, widths, self.augment)
         samples = self.selection.samples[positions]
-        if self._balanced:
+        if self._repeats:
             samples = samples + before * len(self.selection.data)  # a sample has a plan for each time that it comes
         elif compiled() is None:  # NumPy takes as long for a batch as for thousands of samples
             if self._whole is None or self._whole[0] != epoch:

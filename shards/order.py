@@ -10,9 +10,9 @@ from shards.common.errors import UsageError
 from shards.kernels.load import compiled, holding_the_lock
 
 # The last word of Philox's counter; plan.py has 2, train/mixing.py 3: no number is shared.
-_STREAM, _BALANCED, _SHARDS, _SHIFTS = 1, 4, 5, 6
+_STREAM, _BALANCED, _SHARDS, _SHIFTS, _WEIGHTED = 1, 4, 5, 6, 7
 
-SAMPLERS = ("uniform", "balanced")
+SAMPLERS = ("uniform", "balanced", "weighted:COLUMN")
 
 SHORT = 1 << 16
 """Samples that are sorted in about two milliseconds."""
@@ -62,6 +62,26 @@ def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarra
         before.append(np.repeat(np.arange(times), turns.shape[1])[:share])
     order = epoch_order(len(labels), seed, epoch)
     return np.concatenate(positions)[order], np.concatenate(before)[order]
+
+
+def weighted_order(weights: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) int64 positions, in which each sample comes in proportion to its weight; and how often each came before.
+
+    weights: (N,) float64, 0 or more and not all 0. A sample comes N · weight / sum times, or once more or less by
+    systematic sampling (Madow 1949) along a new random order in each epoch: the mean over epochs is exact. It depends
+    on (weights, seed, epoch) alone.
+    """
+    check_seed(seed, epoch)
+    count = len(weights)
+    keys = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, _WEIGHTED]).random_raw(count + 1)
+    along = np.argsort(keys[:-1], kind="stable")
+    ends = np.cumsum(weights[along])
+    ends = np.floor(ends / ends[-1] * count + int(keys[-1] >> np.uint64(11)) * 2.0**-53).astype(np.int64)
+    ends[-1] = count  # whatever was rounded
+    times = np.diff(ends, prepend=0)
+    order = epoch_order(count, seed, epoch)
+    before = np.arange(count) - np.repeat(ends - times, times)
+    return np.repeat(along, times)[order], before[order]
 
 
 def windowed_order(shards: np.ndarray, window: int, seed: int, epoch: int) -> np.ndarray:

@@ -69,6 +69,19 @@ class Selection:
         """(N,) int64 classes."""
         return self.data.column("label")[self.samples].astype(np.int64)
 
+    def weights(self, column: str) -> np.ndarray:
+        """(N,) float64: how often each sample is to come, from a column of numbers. Raises UsageError for any other."""
+        import pyarrow as pa
+
+        table, where = self.data.table, f"sampler weighted:{column}"
+        numbers = [one.name for one in table.schema if pa.types.is_integer(one.type) or pa.types.is_floating(one.type)]
+        if column not in numbers:
+            raise UsageError(f"{where}: the set has no such column of numbers (it has {', '.join(numbers)})")
+        found = table[column].cast(pa.float64()).take(pa.array(self.samples)).to_numpy()
+        if not (np.isfinite(found) & (found >= 0)).all() or not found.any():
+            raise UsageError(f"{where}: each image needs a weight of 0 or more, and one of them more than 0")
+        return found
+
     @cached_property
     def image_ids(self) -> np.ndarray:
         """(N,) names, as objects."""

@@ -14,7 +14,7 @@ OPTIMIZERS = ("sgd-nesterov", "adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 TTA = {"none": 1, "flips": 4, "symmetries": 8}
 """How many views of an image are averaged when it is tested, by name."""
-SAMPLERS = ("uniform", "balanced")
+SAMPLERS = ("uniform", "balanced", "weighted:COLUMN")
 LOSSES = ("logit-adjusted", "class-weighted", "plain", "focal")
 NORMALIZE = ("auto", "data", "imagenet", "half")
 INTERPOLATIONS = ("auto", "bilinear", "bicubic")
@@ -181,7 +181,8 @@ class Config:
     sampler: str | None = _option(
         None,
         "Order of the training images: {choices}. balanced: each class comes equally often, so images of small classes "
-        "are repeated and a large class needs several epochs. An epoch has as many images as before.",
+        "are repeated and a large class needs several epochs. weighted: each image comes in proportion to a column of "
+        "numbers of the set. An epoch has as many images as before.",
         choices=SAMPLERS,
         shown="by model",
     )
@@ -365,8 +366,15 @@ class Config:
             if least is not None and value is not None and not least <= value <= most:
                 limit = f"under {least}" if most == math.inf else f"outside {least:g} to {most:g}"
                 raise UsageError(f"{option} {value} is {limit}")
-            if "choices" in one.metadata and value is not None and value not in one.metadata["choices"]:
-                raise UsageError(f"{option} '{value}' is unknown: use one of {', '.join(one.metadata['choices'])}")
+            allowed = one.metadata.get("choices")
+            form = SAMPLERS[-1] if str(value).startswith("weighted:") else value
+            if allowed and value is not None and form not in allowed:
+                raise UsageError(f"{option} '{value}' is unknown: use one of {', '.join(allowed)}")
+        if str(self.sampler).startswith("weighted:") and self.loss in ("plain", "focal"):
+            raise UsageError(
+                f"--sampler {self.sampler} needs --loss logit-adjusted or class-weighted: {self.loss} would take the "
+                "frequencies of the drawn images for those of the classes"
+            )
         if not 0.0 < self.fraction <= 1.0:
             raise UsageError(f"--fraction {self.fraction} is outside (0, 1]: 1 is the whole training split")
         if self.steps is not None and self.steps < 1:

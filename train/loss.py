@@ -22,8 +22,8 @@ class Loss:
     Smoothing is PyTorch's, except that a class without images has no share of a target.
     """
 
-    def __init__(self, kind: str, counts: list[int], device: torch.device, smoothing: float = 0.0) -> None:
-        """kind: one of config.LOSSES. counts: training images of each class, (C,); a class may have none.
+    def __init__(self, kind: str, counts: list[float], device: torch.device, smoothing: float = 0.0) -> None:
+        """kind: one of config.LOSSES. counts: how often images of each class come, (C,); a class may have none.
 
         smoothing: share of each target that all classes get alike, in [0, 1).
         """

@@ -141,8 +141,12 @@ def prepare(
         stack.callback(torch.set_num_threads, before)  # for the next run of a worker
     precision = earlier.get("precision") or devices.precision(device, config.precision)
     net = workspace.network(config, data, world)
-    counts = torch.from_numpy(selections["train"].labels).bincount(minlength=len(data.manifest.classes)).tolist()
-    drawn = [min(count, 1) for count in counts] if config.sampler == "balanced" else counts
+    chosen, classes = selections["train"], len(data.manifest.classes)
+    counts = np.bincount(chosen.labels, minlength=classes).tolist()
+    kind, _, column = str(config.sampler).partition(":")
+    drawn = [min(count, 1) for count in counts] if kind == "balanced" else counts
+    if kind == "weighted":
+        drawn = np.bincount(chosen.labels, chosen.weights(column), classes).tolist()
     step = TrainingStep(net, config, drawn, precision.value)
     loaders: dict[str, Loader] = {}
     augment = augment_of(config, net.decisions["interpolation"].value)

@@ -31,8 +31,8 @@ class TrainingStep:
     own.
     """
 
-    def __init__(self, net: Classifier, config: Config, class_counts: list[int], precision: str) -> None:
-        """Take `net` as it is, on its device. config: resolved. class_counts: training images of each class, (C,)."""
+    def __init__(self, net: Classifier, config: Config, class_counts: list[float], precision: str) -> None:
+        """Take `net` as it is, on its device. config: resolved. class_counts: how often each class comes, (C,)."""
         self.device = net.head.mean.device
         self.net = net
         self.model: Callable[..., Tensor] = net

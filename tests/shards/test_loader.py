@@ -139,18 +139,14 @@ def test_a_state_at_the_end_of_an_evaluation_starts_the_next_one(tiny_shards):
     assert everything and [b.samples.tolist() for b in resumed] == everything
 
 
-def balanced(tiny_shards, **more):
+def balanced(tiny_shards, sampler="balanced", **more):
     """Of a selection in which some classes have one sample."""
     selection = ShardSet(tiny_shards).select("train")
     _, first = np.unique(selection.labels, return_index=True)
     kept = np.union1d(first, np.flatnonzero(selection.labels >= 4))
     return Loader(
         replace(selection, samples=selection.samples[kept]),
-        batch_size=8,
-        resolution=32,
-        seed=1,
-        sampler="balanced",
-        **more,
+        **({"batch_size": 8, "resolution": 32, "seed": 1, "sampler": sampler} | more),
     )
 
 
@@ -166,19 +162,41 @@ def test_a_balanced_epoch_repeats_samples_in_other_crops(tiny_shards):
     assert all(len(set(images)) == len(images) for images in seen.values())
 
 
+def test_a_weighted_epoch_has_each_sample_by_its_weight_in_other_crops(tiny_shards):
+    seen, times = {}, np.zeros(7)
+    for batch in balanced(tiny_shards, "weighted:label", batch_size=1):
+        times[int(batch.labels)] += 1
+        seen.setdefault(int(batch.samples), set()).add(batch.images.numpy().tobytes())
+    labels = balanced(tiny_shards).selection.labels
+    wanted = np.bincount(labels, labels, 7) / labels.sum() * len(labels)
+    assert np.abs(times - wanted).max() <= 1 + len(labels) / 7 and times[0] == 0 < wanted[6]
+    assert sum(map(len, seen.values())) == len(labels)  # no crop comes twice
+
+
+def test_weights_are_a_column_of_numbers(tiny_shards):
+    for column, text in (
+        ("sex", "no such column of numbers"),
+        ("", "is unknown"),
+        ("age", "needs a weight of 0 or more"),
+    ):
+        with pytest.raises(UsageError, match=f"sampler .?weighted:{column}.*{text}"):
+            balanced(tiny_shards, f"weighted:{column}")
+
+
 @pytest.mark.parametrize("engine", ["native", "resident", "dali"])
-def test_a_balanced_epoch_is_the_same_for_engines_processes_and_restarts(tiny_shards, engine):
-    expected = batches(balanced(tiny_shards))
-    ranks = [batches(balanced(tiny_shards, engine=engine, rank=rank, world_size=2)) for rank in range(2)]
+@pytest.mark.parametrize("sampler", ["balanced", "weighted:label"])
+def test_a_balanced_epoch_is_the_same_for_engines_processes_and_restarts(tiny_shards, engine, sampler):
+    expected = batches(balanced(tiny_shards, sampler))
+    ranks = [batches(balanced(tiny_shards, sampler, engine=engine, rank=rank, world_size=2)) for rank in range(2)]
     assert len(expected) == len(ranks[0]) > 2
     for whole, *parts in zip(expected, *ranks, strict=True):
         assert torch.equal(whole.samples, torch.cat([part.samples for part in parts]))
         images = torch.cat([part.images for part in parts])
         assert (whole.images.int() - images.int()).abs().max() <= (1 if engine == "dali" else 0)
-    loader = balanced(tiny_shards, engine=engine)
+    loader = balanced(tiny_shards, sampler, engine=engine)
     passes = iter(loader)
     next(passes)
-    resumed = balanced(tiny_shards, engine=engine)
+    resumed = balanced(tiny_shards, sampler, engine=engine)
     resumed.load_state_dict(loader.state_dict())
     for whole, batch in zip(expected[1:], resumed, strict=True):
         assert torch.equal(whole.samples, batch.samples) and torch.equal(whole.colour, batch.colour)
@@ -247,7 +265,7 @@ def test_a_state_of_another_loader_is_refused_by_name(tiny_shards):
     with pytest.raises(UsageError, match="sampler uniform → balanced"):
         Loader(data.select("train"), batch_size=8, seed=1, sampler="balanced").load_state_dict(state)
     Loader(data.select("train"), batch_size=8, seed=1).load_state_dict(state)
-    with pytest.raises(UsageError, match="sampler 'rare' is unknown: use one of uniform, balanced"):
+    with pytest.raises(UsageError, match="sampler 'rare' is unknown: use one of uniform, balanced, weighted:COLUMN"):
         Loader(data.select("train"), batch_size=8, sampler="rare")
     cubic = Loader(data.select("train"), batch_size=8, seed=1, augment=Augment(interpolation="bicubic"))
     older = {name: value for name, value in state.items() if name != "augment_interpolation"}

@@ -16,6 +16,7 @@ from shards.order import (
     evaluation_order,
     numpy_order,
     rank_slice,
+    weighted_order,
     windowed_order,
 )
 
@@ -51,6 +52,27 @@ def test_the_balanced_order_has_each_class_equally_often(classes, seed, epoch):
         assert np.ptp(times[labels == one]) <= 1
     for position in np.unique(positions):
         assert sorted(before[positions == position]) == list(range(times[position]))
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200).filter(any), st.integers(0, 2**63 - 1), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_the_weighted_order_has_each_sample_by_its_weight(given_weights, seed, epoch):
+    weights = np.array(given_weights)
+    positions, before = weighted_order(weights, seed, epoch)
+    assert len(positions) == len(before) == len(weights)
+    times, wanted = np.bincount(positions, minlength=len(weights)), weights / weights.sum() * len(weights)
+    assert (np.abs(times - wanted) < 1 + 1e-6).all() and not times[weights == 0].any()
+    for position in np.unique(positions):
+        assert sorted(before[positions == position]) == list(range(times[position]))
+
+
+def test_the_weighted_order_is_right_on_average_and_written_down():
+    weights = np.array([0.0, 0.1, 0.2, 0.7, 3.0])
+    times = sum(np.bincount(weighted_order(weights, 1, epoch)[0], minlength=5) for epoch in range(4000)) / 4000
+    assert times == pytest.approx(weights / weights.sum() * 5, abs=0.03)
+    assert weighted_order(weights, 0, 0)[0].tolist() == [4, 4, 3, 4, 4]
+    uniform = [sorted(weighted_order(np.full(7, 0.3), 0, epoch)[0].tolist()) for epoch in range(5)]
+    assert uniform == [list(range(7))] * 5
 
 
 def test_the_balanced_order_is_written_down_and_new_in_each_epoch():

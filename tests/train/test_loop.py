@@ -20,6 +20,7 @@ from shards.format import HAM10000
 from tests.conftest import write_set
 from tests.support.train_runs import Heard, assert_same_run, at, losses, small, weights
 from train import device as devices
+from train.config import Config
 from train.distributed import World
 from train.evaluation import used_temperature
 from train.inference.predictor import Predictor, read_about
@@ -100,6 +101,22 @@ def test_order_erasing_and_mixing_are_the_same_with_every_engine(
     assert_same_run(tmp_path / "native", tmp_path / "resident")
     assert read_about(tmp_path / "native").prior == "balanced"  # as the order was
     assert losses(tmp_path / "native") != losses(whole)
+
+
+def test_the_loss_knows_how_often_weighted_images_come(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[list[float]] = []
+
+    def step(net: torch.nn.Module, config: Config, drawn: list[float], precision: str) -> TrainingStep:
+        counts.append(drawn)
+        return TrainingStep(net, config, drawn, precision)
+
+    monkeypatch.setattr("train.prepare.TrainingStep", step)
+    train_once(small(tiny_shards, sampler="weighted:label", epochs=1), tmp_path / "run")
+    labels = ShardSet(tiny_shards).select("train").labels
+    assert counts == [[float(label * (labels == label).sum()) for label in range(7)]]
+    assert read_about(tmp_path / "run").prior == "balanced"
 
 
 # ------------------------------------------------------------------ what is written

@@ -11,7 +11,7 @@ import pytest
 from tests.support.train_runs import child_environment
 from tests.torture.fuzz import TARGETS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif("DERMSCALE_TORTURE" not in __import__("os").environ, reason="make torture")]
 SHARES = {"manifest": 300_000, "table": 250_000, "picture": 150_000, "condition": 100_000, "weights": 50_000}
 OTHERS = 75_000
 """Inputs of a full run: a million in all."""

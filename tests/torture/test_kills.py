@@ -18,7 +18,7 @@ from tests.torture.conftest import FULL
 from tests.torture.victims import Victim, contents, shared_memory, table
 from train import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif("DERMSCALE_TORTURE" not in __import__("os").environ, reason="make torture")]
 TRAINING = ("--resolution", 32, "--batch-size", 16, "--device", "cpu", "--precision", "fp32", "--compile", "off")
 Times = Callable[[int, int], int]
 

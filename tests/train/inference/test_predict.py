@@ -290,6 +290,20 @@ def test_several_runs_give_the_mean_of_their_probabilities(runs, raw, tmp_path, 
         predict_here(*both, images[0], "--prior", "balanced", "--explain", "--explain-out", tmp_path / "maps")
 
 
+def test_an_ensemble_of_a_run_and_its_copy_is_that_run(runs, raw, tmp_path):
+    image, copied = next(raw.rglob("*.jpg")), shutil.copytree(runs["quick"], tmp_path / "copied")
+    texts = []
+    for number in (1, 2):
+        options = ("--run", runs["quick"], "--run", copied)[: 2 * number]
+        out = tmp_path / str(number)
+        assert predict_here(*options, image, "--json", "--explain", "--explain-out", out, "--out", tmp_path / "a") == 0
+        texts.append(json.loads((tmp_path / "a").read_text()))
+    assert texts[0]["images"][0]["probabilities"] == texts[1]["images"][0]["probabilities"]
+    assert texts[1]["model"] == ["resnet18", "resnet18"] and texts[0]["model"] == "resnet18"
+    maps = [(tmp_path / number / f"{image.stem}.png").read_bytes() for number in "12"]
+    assert maps[0] == maps[1]
+
+
 def test_files_keep_their_order_whatever_the_batch(runs, mixed):
     ensemble = Ensemble([runs["quick"]], "cpu")
     files = sorted(mixed.iterdir())

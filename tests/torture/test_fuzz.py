@@ -1,7 +1,6 @@
 """Damaged input never ends a reader in a traceback, a hang or a flood of memory. `make fuzz` does so for the C code."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.train_runs import child_environment
-from tests.torture.conftest import FULL
 from tests.torture.fuzz import TARGETS
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(FULL not in os.environ, reason="`make torture` runs it")]
+pytestmark = pytest.mark.slow
 SHARES = {"manifest": 300_000, "table": 250_000, "picture": 150_000, "condition": 100_000, "weights": 50_000}
 OTHERS = 75_000
 """Inputs of a full run: a million in all."""

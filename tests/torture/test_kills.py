@@ -18,7 +18,7 @@ from tests.torture.conftest import FULL
 from tests.torture.victims import Victim, contents, shared_memory, table
 from train import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(FULL not in os.environ, reason="`make torture` runs it")]
+pytestmark = pytest.mark.slow
 TRAINING = ("--resolution", 32, "--batch-size", 16, "--device", "cpu", "--precision", "fp32", "--compile", "off")
 Times = Callable[[int, int], int]
 
@@ -89,6 +89,7 @@ def names(run: Path) -> set[str]:
     return {file.name for file in run.iterdir() if not file.name.startswith("events.out")}
 
 
+@pytest.mark.skipif(FULL not in os.environ, reason="takes minutes; `make torture` runs it")
 def test_a_grid(tiny_shards: Path, tmp_path: Path, times: Times, record: Callable[..., None]) -> None:
     """Each study is killed, or a process of it, until it ends by itself."""
     options = ("--models", "test_resnet", "--fractions", "0.5,1", "--seeds", "0,1", "--data", tiny_shards)

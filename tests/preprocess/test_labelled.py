@@ -1,4 +1,4 @@
-"""Sets other than HAM10000: any table, the layouts that are found by themselves, and the real tables of other sets."""
+"""Sets other than HAM10000: any table, and the layouts that are found by themselves."""
 
 import csv
 import io
@@ -9,9 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
-import scipy.sparse.csgraph
 from PIL import Image
 
 from preprocess import shard
@@ -22,7 +20,7 @@ from shards.__main__ import main
 from shards.common.errors import DataError, UsageError
 from shards.format import HAM10000, INDEX_TYPES, Classes
 from tests.conftest import picture
-from tests.support.rawdata import jpeg, write_table
+from tests.support.rawdata import ONE_HOT_18, ONE_HOT_19, jpeg, read_columns, write_table
 from train import grid, run
 
 
@@ -55,11 +53,6 @@ def some_rows(count: int = 24) -> list[dict[str, str]]:
     ]
 
 
-def read(folder: Path, *tables: Path, **given):
-    columns = {name: value for name, value in given.items() if name in Columns.__dataclass_fields__}
-    return read_folder(folder, tables, Columns(**columns), given.get("classes"))
-
-
 # ------------------------------------------------------------------ any table
 
 
@@ -87,7 +80,7 @@ def test_any_table_is_packed_from_any_format(photos, tmp_path, command):
 def test_images_are_named_in_many_ways(photos, tmp_path, cell, case):
     table = tmp_path / "labels.csv"
     write_table(table, [row | {"photo": case(cell.format(row["photo"]))} for row in some_rows()])
-    source, splits, _ = read(photos, table)
+    source, splits, _ = read_columns(photos, table)
     assert len(source.records) == 24 and not source.rejected and splits is None
     assert {r.image_id: r.dx for r in source.records} == {row["photo"]: row["dx"] for row in some_rows()}
 
@@ -100,7 +93,7 @@ def test_one_hot_columns_are_the_classes_in_their_order(photos, tmp_path, one):
     for n, row in enumerate(rows):
         row["MEL" if n % 3 == 0 else "NV"] = one
     write_table(table, rows)
-    source, _, _ = read(photos, table)
+    source, _, _ = read_columns(photos, table)
     assert source.classes.names == ("NV", "MEL") and source.group == () and "no column names the" in source.warnings[0]
     assert [r.dx for r in source.records] == ["MEL" if n % 3 == 0 else "NV" for n in range(24)]
     rows[3]["MEL"] = zero
@@ -108,14 +101,14 @@ def test_one_hot_columns_are_the_classes_in_their_order(photos, tmp_path, one):
     rows[5]["MEL"] = "0.5"
     write_table(table, rows)
     with pytest.raises(UsageError, match="none is clearly the label; name it with --label, or one column a class"):
-        read(photos, table)
-    reasons = [r.reason for r in read(photos, table, label=("NV", "MEL"))[0].rejected]
+        read_columns(photos, table)
+    reasons = [r.reason for r in read_columns(photos, table, label=("NV", "MEL"))[0].rejected]
     assert reasons == [
         "line 5: has no class at 1; say which class that is with --label NV,MEL,else=NAME",
         "line 6: has NV and MEL at 1, and one class is needed",
         "line 7: MEL is '0.5', and 0 or 1 is needed",
     ]
-    source, _, _ = read(photos, table, label=("NV", "MEL", "else=other"))
+    source, _, _ = read_columns(photos, table, label=("NV", "MEL", "else=other"))
     assert [r.image_id for r in source.records if r.dx == "other"] == ["P003"]
 
 
@@ -131,7 +124,7 @@ def test_one_hot_columns_are_the_classes_in_their_order(photos, tmp_path, one):
 def test_labels_are_numbers_words_and_hierarchies(photos, tmp_path, cells, names):
     table = tmp_path / "labels.csv"
     write_table(table, [row | {"dx": cells[n % len(cells)]} for n, row in enumerate(some_rows())])
-    assert read(photos, table, group=("none",))[0].classes.names == names
+    assert read_columns(photos, table, group=("none",))[0].classes.names == names
 
 
 def test_unknown_groups_are_groups_of_their_own_and_several_columns_name_one_together(photos, tmp_path):
@@ -141,9 +134,9 @@ def test_unknown_groups_are_groups_of_their_own_and_several_columns_name_one_tog
         rows[n]["patient_id"] = unknown
         rows[n]["dx"] = "melanoma"
     write_table(table, rows)
-    source, _, _ = read(photos, table, group=("patient_id",))
+    source, _, _ = read_columns(photos, table, group=("patient_id",))
     assert [r.group for r in source.records[:6]] == [None] * 4 + ["PAT_2", "PAT_2"]
-    source, _, _ = read(photos, table, group=("patient_id", "lesion"))
+    source, _, _ = read_columns(photos, table, group=("patient_id", "lesion"))
     assert [r.group for r in source.records[2:6]] == ["/2", "/3", "PAT_2/4", "PAT_2/5"]
 
 
@@ -152,20 +145,20 @@ def test_the_lesion_is_the_group_where_a_found_patient_is_empty(photos, tmp_path
     rows = [row | {"lesion_id": f"L{n // 2}" if n < 12 else ""} for n, row in enumerate(some_rows())]
     rows = [row | {"patient_id": ("", "PAT")[n % 12 >= 8]} for n, row in enumerate(rows)]
     write_table(table, rows)
-    source, _, _ = read(photos, table)
+    source, _, _ = read_columns(photos, table)
     expected = ["PAT" if n % 12 >= 8 else f"L{n // 2}" if n < 12 else None for n in range(24)]
     assert [record.group for record in source.records] == expected and source.group == ("patient_id",)
     assert source.about["columns"]["group_where_empty"] == "lesion_id"
-    given = read(photos, table, group=("patient_id",))[0]
+    given = read_columns(photos, table, group=("patient_id",))[0]
     assert [record.group for record in given.records] == [group if group == "PAT" else None for group in expected]
 
 
 def test_a_lesion_has_one_label_and_a_patient_may_have_several(photos, tmp_path):
     table = tmp_path / "labels.csv"
     write_table(table, some_rows())
-    assert not read(photos, table)[0].rejected
+    assert not read_columns(photos, table)[0].rejected
     write_table(table, [{("lesion_id" if k == "patient_id" else k): v for k, v in row.items()} for row in some_rows()])
-    reasons = [r.reason for r in read(photos, table, classes=Classes(("mole", "melanoma")))[0].rejected]
+    reasons = [r.reason for r in read_columns(photos, table, classes=Classes(("mole", "melanoma")))[0].rejected]
     assert "line 2: lesion PAT_0 has the dx melanoma and mole" in reasons
 
 
@@ -175,7 +168,7 @@ def test_rows_that_contradict_each_other_and_images_without_a_file_are_named(pho
     rows += [rows[0] | {"dx": "mole"}, rows[1], rows[2] | {"photo": "P999"}]
     write_table(table, rows)
     write_image(photos / "extra.jpg")
-    source, _, _ = read(photos, table)
+    source, _, _ = read_columns(photos, table)
     assert [r.reason.split(":", 1)[1].strip() for r in source.rejected] == [
         "image_id P000 is on line 2 too",
         "image_id P001 is on line 3 too",
@@ -192,11 +185,11 @@ def test_two_files_of_one_name_are_told_apart_by_their_folders_or_refused(tmp_pa
         write_image(tmp_path / "source" / name, n)
     table = tmp_path / "labels.csv"
     write_table(table, [{"path": rf"D:\train\{k}\{n}.jpg", "dx": k} for k, n in (("nv", 1), ("mel", 1), ("nv", 2))])
-    source, _, _ = read(tmp_path / "source", table)
+    source, _, _ = read_columns(tmp_path / "source", table)
     assert {(r.file, r.dx) for r in source.records} == {("nv/1.jpg", "nv"), ("mel/1.jpg", "mel"), ("nv/2.jpg", "nv")}
     assert {r.image_id for r in source.records} == {"nv_1", "mel_1", "2"}
     write_table(table, [{"path": n, "dx": k} for k, n in (("nv", "1.jpg"), ("nv", "2.jpg"), ("mel", "3.jpg"))])
-    (rejected,) = read(tmp_path / "source", table)[0].rejected
+    (rejected,) = read_columns(tmp_path / "source", table)[0].rejected
     assert rejected.reason == "line 2: image '1.jpg' may be mel/1.jpg or nv/1.jpg, which differ"
 
 
@@ -234,10 +227,11 @@ def test_published_splits_in_a_column(photos, tmp_path, command):
     assert code == 2 and "--split-column names the split of each image" in err
     write_table(table, [row | {"Split": "test"} for row in some_rows()])
     hint = "the column Split is not used: take the splits from it with --split-column"
-    assert hint in read(photos, table)[0].warnings and hint not in read(photos, table, split="Split")[0].warnings
+    assert hint in read_columns(photos, table)[0].warnings
+    assert hint not in read_columns(photos, table, split="Split")[0].warnings
     write_table(table, [row | {"part": "fold 3"} for row in some_rows()])
     with pytest.raises(DataError, match=r"part is 'fold 3', and train, val or test is needed"):
-        read(photos, table, split="part")
+        read_columns(photos, table, split="part")
 
 
 def test_classes_come_from_a_file(photos, tmp_path, command):
@@ -245,16 +239,16 @@ def test_classes_come_from_a_file(photos, tmp_path, command):
     write_table(table, [row | {"dx": row["dx"].upper()} for row in some_rows()])
     file.write_text("name,long_name,sets\nmole,melanocytic nevus,\nmelanoma,,melanoma malignant\nwart,,\n")
     classes = read_classes_file(file)
-    source, _, _ = read(photos, table, classes=classes)
+    source, _, _ = read_columns(photos, table, classes=classes)
     assert source.classes == classes and classes.sets == {"melanoma": ("melanoma",), "malignant": ("melanoma",)}
     assert {r.dx for r in source.records} == {"mole", "melanoma"}
     assert source.warnings == ["the source has no image of wart: a model cannot learn these classes"]
     write_table(table, [*some_rows(23), some_rows()[23] | {"dx": "cyst"}])
-    (rejected,) = read(photos, table, classes=classes)[0].rejected
+    (rejected,) = read_columns(photos, table, classes=classes)[0].rejected
     assert rejected.reason == "line 25: label 'cyst' is none of the classes (mole, melanoma, wart)"
     file.write_text("name\nMole\nmole\nmelanoma\n")  # which differ in case alone: each row's own spelling decides
     write_table(table, [row | {"dx": row["dx"].title() if n % 2 else row["dx"]} for n, row in enumerate(some_rows())])
-    found = {r.dx for r in read(photos, table, classes=read_classes_file(file))[0].records}
+    found = {r.dx for r in read_columns(photos, table, classes=read_classes_file(file))[0].records}
     assert found == {"Mole", "mole", "melanoma"}
     file.write_text("name\nmole\nmole\n")
     with pytest.raises(DataError, match=r"classes\.csv: class 'mole' is listed twice"):
@@ -300,7 +294,7 @@ def test_what_cannot_be_found_is_asked_for(photos, tmp_path, change, given, text
     table = tmp_path / "labels.csv"
     write_table(table, [{k: v for k, v in (row | change).items() if v is not None} for row in some_rows()])
     with pytest.raises((DataError, UsageError), match=text) as caught:
-        read(photos, table, **given)
+        read_columns(photos, table, **given)
     assert "\n" not in str(caught.value)
 
 
@@ -341,7 +335,8 @@ def test_a_warning_of_missing_classes_names_twenty(photos, tmp_path, command):
 def test_groups_that_are_empty_and_one_that_holds_all_images(photos, tmp_path, command):
     table = tmp_path / "labels.csv"
     write_table(table, [row | {"patient_id": ("", "unknown")[n % 2]} for n, row in enumerate(some_rows())])
-    assert read(photos, table)[0].warnings == ["patient_id is empty in all rows, so each image is split on its own"]
+    empty = ["patient_id is empty in all rows, so each image is split on its own"]
+    assert read_columns(photos, table)[0].warnings == empty
     write_table(table, [row | {"patient_id": "one"} for row in some_rows()])
     arguments = ("--source", photos, "--table", table, "--split", "5fold", "--out", tmp_path / "set")
     code, _, err = command(shard.main, *arguments)
@@ -351,14 +346,14 @@ def test_groups_that_are_empty_and_one_that_holds_all_images(photos, tmp_path, c
 def test_columns_that_name_the_same_images_are_one(photos, tmp_path):
     table = tmp_path / "labels.csv"
     write_table(table, [row | {"file": f"/data/{row['photo']}.PNG"} for row in some_rows()])
-    source, _, _ = read(photos, table)
+    source, _, _ = read_columns(photos, table)
     assert len(source.records) == 24 and source.about["columns"]["image"] == "photo"
 
 
 def test_a_table_without_rows_is_refused(photos, tmp_path):
     (tmp_path / "labels.csv").write_text("photo,dx\n")
     with pytest.raises(DataError, match=r"labels\.csv: has no row below its header"):
-        read(photos, tmp_path / "labels.csv")
+        read_columns(photos, tmp_path / "labels.csv")
 
 
 def test_all_columns_of_a_table_are_in_the_index_typed_and_with_their_names(photos, tmp_path, command):
@@ -469,11 +464,6 @@ def test_folds_that_there_cannot_be_are_refused(photos, tmp_path, command, split
 
 # ------------------------------------------------------------------ layouts
 
-_ONE_HOT_18, _ONE_HOT_19 = (
-    ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"],
-    ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"],
-)
-
 
 def one_hot(names: list[str], classes: int) -> str:
     return text_of(
@@ -491,7 +481,7 @@ def of_images(**columns) -> str:
 LAYOUTS = {
     "ISIC 2018 Task 3": (
         {
-            "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv": one_hot(_ONE_HOT_18, 7),
+            "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv": one_hot(ONE_HOT_18, 7),
             "ISIC2018_Task3_Training_LesionGroupings.csv": of_images(
                 image=lambda n: f"ISIC_{n:07d}", lesion_id=lambda n: f"HAM_{n}", diagnosis_confirm_type=lambda n: "x"
             ),
@@ -501,13 +491,13 @@ LAYOUTS = {
     ),
     "ISIC 2019": (
         {
-            "ISIC_2019_Training_GroundTruth.csv": one_hot(_ONE_HOT_19, 8),
+            "ISIC_2019_Training_GroundTruth.csv": one_hot(ONE_HOT_19, 8),
             "ISIC_2019_Training_Metadata.csv": of_images(
                 image=lambda n: f"ISIC_{n:07d}", age_approx=lambda n: "55", lesion_id=lambda n: "" if n % 2 else f"L{n}"
             ),
         },
         ("lesion_id",),
-        tuple(_ONE_HOT_19[:8]),
+        tuple(ONE_HOT_19[:8]),
     ),
     "PAD-UFES-20": (
         {
@@ -616,283 +606,6 @@ def test_a_folder_that_nothing_is_known_of(tmp_path, command):
     assert code == 1 and "it holds 2 .dcm, 1 .zip files: unpack archives and convert images" in err
 
 
-# ------------------------------------------------------------------ real tables
-
-
-@pytest.fixture
-def tables(real_images: Path) -> Path:
-    folder = real_images.parent / "tables"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} does not exist")
-    return folder
-
-
-def one_of(table: pd.DataFrame, columns: list[str]) -> pd.Series:
-    """The name of the column that is 1."""
-    return table[columns].astype(float).idxmax(axis=1)
-
-
-def published(folder: Path) -> dict[str, tuple]:
-    """By name: tables, what the user names, images, labels and groups (None: unknown), as plain pandas reads them."""
-
-    def csv_of(name: str, **options) -> pd.DataFrame:
-        return pd.read_csv(folder / name, dtype=str, **options)
-
-    t18, l18 = (
-        "isic2018/ISIC2018_Task3_Training_GroundTruth.csv",
-        "isic2018/ISIC2018_Task3_Training_LesionGroupings.csv",
-    )
-    t19, m19 = "isic2019/ISIC_2019_Training_GroundTruth.csv", "isic2019/ISIC_2019_Training_Metadata.csv"
-    t20, milk = "isic2020/ISIC_2020_Training_GroundTruth_v2.csv", "milk10k/MILK10k_Training_{}.csv"
-    in_18, in_19 = (csv_of(a).merge(csv_of(b), on="image") for a, b in ((t18, l18), (t19, m19)))
-    in_20, pad, s24 = (
-        csv_of(t20),
-        csv_of("pad_ufes_20/metadata.csv"),
-        csv_of("isic2024/ISIC_2024_Training_Supplement_head20000_plus_malignant.csv"),
-    )
-    in_milk = csv_of(milk.format("Metadata")).merge(csv_of(milk.format("GroundTruth")), on="lesion_id")
-    folds, haneen = csv_of("ham10000/bavishm/train_folds.csv"), csv_of("ham10000/Haneen-97/HAM10000_metadata.csv")
-    bias, gem = (
-        csv_of("homemade/isic_bias.csv", sep=";"),
-        csv_of("homemade/gem_isic2018_train0.txt", sep=" ", header=None),
-    )
-    wild = csv_of("ham10000/doem97/HAM10000_metadata.csv", header=None)
-    classes_milk = [c for c in in_milk.columns if c.isupper() and c not in ("MONET",)]
-    return {
-        "2018": ((t18, l18), {}, in_18["image"], one_of(in_18, _ONE_HOT_18), in_18["lesion_id"]),
-        "2019": ((t19, m19), {}, in_19["image"], one_of(in_19, _ONE_HOT_19), in_19["lesion_id"]),
-        "2020": ((t20,), {"label": ("target",)}, in_20["image_name"], in_20["target"], in_20["patient_id"]),
-        "2024": (
-            ("isic2024/ISIC_2024_Training_Supplement_head20000_plus_malignant.csv",),
-            {"label": ("iddx_1",)},
-            s24["isic_id"],
-            s24["iddx_1"],
-            s24["lesion_id"],
-        ),
-        "milk10k": (
-            (milk.format("Metadata"), milk.format("GroundTruth")),
-            {},
-            in_milk["isic_id"],
-            one_of(in_milk, classes_milk),
-            in_milk["lesion_id"],
-        ),
-        "pad": (
-            ("pad_ufes_20/metadata.csv",),
-            {"group": ("patient_id", "lesion_id")},
-            pad["img_id"],
-            pad["diagnostic"],
-            pad["patient_id"] + "/" + pad["lesion_id"],
-        ),
-        "folds": (("ham10000/bavishm/train_folds.csv",), {}, folds["image_id"], folds["dx"], folds["lesion_id"]),
-        "haneen": (
-            ("ham10000/Haneen-97/HAM10000_metadata.csv",),
-            {"group": ("none",)},
-            haneen[" ImagePath"],
-            haneen["ClassId"],
-            None,
-        ),
-        "wild": (("ham10000/doem97/HAM10000_metadata.csv",), {"label": ("2",)}, wild[0], wild[1], None),
-        "bias": (("homemade/isic_bias.csv",), {}, bias["image"], bias["label"], None),
-        "gem": (("homemade/gem_isic2018_train0.txt",), {"label": ("2",)}, gem[0], gem[1], None),
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["2018", "2019", "2020", "2024", "milk10k", "pad", "folds", "haneen", "wild", "bias", "gem"]
-)
-def test_real_tables_have_the_classes_and_groups_that_pandas_counts(tables, tmp_path, name):
-    files, given, images, labels, groups = published(tables)[name]
-    touch_images(tmp_path, images)
-    source, _, _ = read(tmp_path, *(tables / file for file in files), **given)
-    assert not source.rejected
-    assert Counter(r.dx for r in source.records) == Counter(labels)
-    found = [r.group for r in source.records]
-    if groups is None:
-        assert set(found) == {None}
-        return
-    assert sum(group is None for group in found) == groups.isna().sum()
-    pairs = pd.read_csv(tables / "dermamnist" / "newly_discovered_duplicates.csv")  # lesions of two names in HAM10000
-    group_of = dict(zip(images + ".jpg", groups, strict=True))
-    twice = {frozenset(map(group_of.get, pair)) for pair in zip(pairs["from_img"], pairs["to_img"], strict=True)}
-    twice = {pair for pair in twice if len(pair - {None}) == 2}
-    assert len(set(found) - {None}) == groups.nunique() - len(twice)
-    assert len(twice) == {"2018": 18, "2019": 18, "folds": 15}.get(name, 0)
-
-
-NONE = {"label": ("none",)}
-EVERY_TABLE = {  # file: column of the images for pandas, what the user names, rows, largest classes, classes, groups
-    "dermamnist/combined_extended.EXCERPT_last_rows_no_header.csv": (
-        *(0, {"label": ("9",), "split": "11"}, 11),
-        *({"nv": 5, "mel": 2, "bkl": 2}, 5, 0),
-    ),
-    "dermamnist/combined_metadata_corrected.EXCERPT.csv": (
-        *("image_id", {"classes": HAM10000, "split": "split"}, 4),
-        *({"akiec": 4}, 1, 4),
-    ),
-    "dermamnist/dermamnist_split_info.EXCERPT.csv": ("image_id", NONE | {"split": "split"}, 45, {}, 0, 0),
-    "dermamnist/near_duplicates_different_times.csv": ("from_img", NONE, 2, {}, 0, 0),
-    "dermamnist/newly_discovered_duplicates.csv": ("from_img", NONE, 18, {}, 0, 0),
-    "ham10000/AlessanderLCarazas/HAM10000_metadata.csv": ("image_id", {}, 10015, {"mel": 1526, "bkl": 1464}, 7, 0),
-    "ham10000/Haneen-97/HAM10000_metadata.csv": (" ImagePath", {"group": ("none",)}, 10015, {"0": 6705}, 2, 0),
-    "ham10000/bavishm/HAM10000_metadata.csv": ("image_id", {}, 10015, {"Melanomaanocytic Nevi (moles)": 6705}, 7, 7452),
-    "ham10000/bavishm/train_folds.csv": ("image_id", {}, 8525, {"Melanomaanocytic Nevi (moles)": 5704}, 7, 6334),
-    "ham10000/doem97/HAM10000_metadata.csv": (0, {"label": ("2",)}, 10015, {"nv": 6705, "mel": 1113}, 8, 0),
-    "homemade/features_train_split.csv": ("img_id", {}, 1109, {"BCC": 403, "ACK": 357}, 6, 0),
-    "homemade/gem_isic2018_train0.txt": (0, {"label": ("2",)}, 350, dict.fromkeys("0123456", 50), 7, 0),
-    "homemade/isic_bias.csv": ("image", {}, 2594, {"0": 2075, "1": 519}, 2, 0),
-    "homemade/split_task3_train_only_1.txt": (0, NONE, 8989, {}, 0, 0),
-    "isic2018/ISIC2018_Task3_Test_GroundTruth.csv": ("image", {}, 1512, {"NV": 909, "BKL": 217, "MEL": 171}, 7, 0),
-    "isic2018/ISIC2018_Task3_Training_GroundTruth.csv": ("image", {}, 10015, {"NV": 6705, "MEL": 1113}, 7, 0),
-    "isic2018/ISIC2018_Task3_Training_LesionGroupings.csv": (
-        *("image", {"label": ("diagnosis_confirm_type",)}, 10015),
-        *({"histopathology": 5340, "serial imaging showing no change": 3704}, 4, 7452),
-    ),
-    "isic2018/ISIC2018_Task3_Validation_GroundTruth.csv": ("image", {}, 193, {"NV": 123, "BKL": 22}, 7, 0),
-    "isic2018/dataverse/ISIC2018_Task3_Test_GroundTruth.csv": ("image_id", {}, 1512, {"nv": 909, "bkl": 217}, 7, 1223),
-    "isic2019/ISIC_2019_Test_GroundTruth.csv": ("image", {}, 8238, {"NV": 2495, "UNK": 2047, "MEL": 1327}, 9, 0),
-    "isic2019/ISIC_2019_Test_Metadata.csv": ("image", NONE, 8238, {}, 0, 0),
-    "isic2019/ISIC_2019_Training_GroundTruth.csv": ("image", {}, 25331, {"NV": 12875, "MEL": 4522, "BCC": 3323}, 8, 0),
-    "isic2019/ISIC_2019_Training_Metadata.csv": ("image", NONE, 25331, {}, 0, 11847 - 18),
-    "isic2020/ISIC_2020_Training_Duplicates.csv": ("image_name_1", NONE, 425, {}, 0, 0),
-    "isic2020/ISIC_2020_Training_GroundTruth_v2.csv": (
-        *("image_name", {"label": ("target",)}, 33126),
-        *({"0": 32542, "1": 584}, 2, 2056),
-    ),
-    "isic2020/train.csv": (
-        *("image_name", {"label": ("benign_malignant",)}, 33126),
-        *({"benign": 32542, "malignant": 584}, 2, 2056),
-    ),
-    "isic2024/ISIC_2024_Training_Supplement_head20000_plus_malignant.csv": (
-        *("isic_id", {"label": ("iddx_1",)}, 20366),
-        *({"Benign": 19966, "Malignant": 393, "Indeterminate": 7}, 3, 1507),
-    ),
-    "isic2024/test-metadata.csv": ("isic_id", NONE, 3, {}, 0, 3),
-    "milk10k/MILK10k_Training_GroundTruth.csv": ("lesion_id", {}, 5240, {"BCC": 2522, "NV": 746, "BKL": 544}, 11, 5240),
-    "milk10k/MILK10k_Training_Metadata.csv": ("isic_id", NONE, 10480, {}, 0, 5240),
-    "milk10k/MILK10k_Training_Supplement.csv": (
-        *("isic_id", {"label": ("diagnosis_confirm_type",)}, 10480),
-        *({"histopathology": 10032, "single contributor clinical assessment": 448}, 2, 0),
-    ),
-    "pad_ufes_20/metadata.csv": (
-        *("img_id", {"group": ("patient_id", "lesion_id")}, 2298),
-        *({"BCC": 845, "ACK": 730, "NEV": 244, "SEK": 235, "SCC": 192, "MEL": 52}, 6, 1891),
-    ),
-}
-
-
-def touch_images(folder: Path, images: pd.Series) -> None:
-    """An empty file for each image, named as the table names it; .jpg where it names no ending."""
-    for image in images:
-        path = folder / (image if "." in image else f"{image}.jpg")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-@pytest.mark.slow
-def test_every_real_table_is_in_the_list(tables):
-    found = {
-        path.relative_to(tables).as_posix() for path in tables.rglob("*") if path.suffix in (".csv", ".txt", ".tab")
-    }
-    assert {name for name in found if "LICENSE" not in name and "ATTRIBUTION" not in name} == set(EVERY_TABLE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY_TABLE)
-def test_every_real_table_is_read(tables, tmp_path, name):
-    column, given, count, largest, classes, groups = EVERY_TABLE[name]
-    separator = {"homemade/isic_bias.csv": ";", "homemade/gem_isic2018_train0.txt": " "}.get(name, ",")
-    plain = pd.read_csv(tables / name, dtype=str, sep=separator, header=0 if isinstance(column, str) else None)
-    touch_images(tmp_path, plain[column])
-    source, splits, _ = read(tmp_path, tables / name, **given)
-    assert not source.rejected and len(source.records) == len(plain) == count
-    labels = Counter(record.dx for record in source.records if record.dx is not None)
-    assert len(labels) == classes and dict(labels.most_common(len(largest))) == largest
-    assert len({record.group for record in source.records} - {None}) == groups
-    assert (splits is None) == ("split" not in given)
-    kept = plain.columns.size if isinstance(column, str) else plain.shape[1]
-    own = set(source.records[0].metadata()) | {"split"}
-    assert source.columns is None or kept - len(own) <= source.columns.num_columns <= kept
-
-
-REAL_LAYOUTS = {  # tables, image column, name, classes, groups before pairs are joined
-    "isic2018": (
-        ("ISIC2018_Task3_Training_GroundTruth.csv", "ISIC2018_Task3_Training_LesionGroupings.csv"),
-        *("image", "ISIC 2018 Task 3"),
-        {"nv": 6705, "mel": 1113, "bkl": 1099, "bcc": 514, "akiec": 327, "vasc": 142, "df": 115},
-        7470 - 18,
-    ),
-    "isic2019": (
-        ("ISIC_2019_Training_GroundTruth.csv", "ISIC_2019_Training_Metadata.csv"),
-        *("image", "ISIC 2019"),
-        {"NV": 12875, "MEL": 4522, "BCC": 3323, "BKL": 2624, "AK": 867, "SCC": 628, "VASC": 253, "DF": 239},
-        11847 - 18,
-    ),
-    "isic2020": (
-        ("ISIC_2020_Training_GroundTruth_v2.csv", "ISIC_2020_Training_Duplicates.csv"),
-        *("image_name", "ISIC 2020"),
-        {"benign": 32542, "malignant": 584},
-        2056,
-    ),
-    "isic2024": (
-        ("ISIC_2024_Training_Supplement_head20000_plus_malignant.csv",),
-        *("isic_id", "ISIC 2024"),
-        {"benign": 19973, "malignant": 393},
-        1507,
-    ),
-    "milk10k": (
-        ("MILK10k_Training_Metadata.csv", "MILK10k_Training_GroundTruth.csv", "MILK10k_Training_Supplement.csv"),
-        *("isic_id", "MILK10k"),
-        {"BCC": 5044, "NV": 1492, "BKL": 1088, "SCCKA": 946, "MEL": 900, "AKIEC": 606},
-        5240,
-    ),
-    "pad_ufes_20": (
-        ("metadata.csv",),
-        *("img_id", "PAD-UFES-20"),
-        {"BCC": 845, "ACK": 730, "NEV": 244, "SEK": 235, "SCC": 192, "MEL": 52},
-        1891,
-    ),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REAL_LAYOUTS)
-def test_layouts_are_found_by_their_real_tables(tables, tmp_path, name):
-    files, column, layout, classes, groups = REAL_LAYOUTS[name]
-    for file in files:
-        (tmp_path / file).symlink_to(tables / name / file)
-    touch_images(tmp_path / "images", pd.read_csv(tables / name / files[0], dtype=str)[column])
-    source, _, found = read(tmp_path)
-    assert found == layout and not source.rejected
-    labels = Counter(record.dx for record in source.records)
-    assert dict(labels.most_common(len(classes))) == classes
-    if name == "isic2020":
-        patients = pd.read_csv(tables / name / files[0]).set_index("image_name")["patient_id"]
-        codes = patients.astype("category").cat.codes
-        pairs = pd.read_csv(tables / name / files[1])
-        ends = codes[pairs["image_name_1"]].to_numpy(), codes[pairs["image_name_2"]].to_numpy()
-        graph = scipy.sparse.coo_array((np.ones(len(pairs)), ends), shape=(groups, groups))
-        groups = scipy.sparse.csgraph.connected_components(graph, directed=False)[0]
-        of = {record.image_id: record.group for record in source.records}
-        assert all(of[one] == of[other] for one, other in pairs.to_numpy())
-    assert len({record.group for record in source.records} - {None}) == groups
-    missing = {"isic2019": 2084, "isic2024": 18859}.get(name, 0)
-    assert sum(record.group is None for record in source.records) == missing
-
-
-def test_real_images_of_three_sets_are_packed(tables, tmp_path, command):
-    for name, count, options in (
-        ("pad_ufes_20", 12, ("--on-bad", "skip")),
-        ("milk10k", 60, ("--on-bad", "skip", "--table", tables / "milk10k" / "MILK10k_Training_Metadata.csv")),
-        ("isic2019/images", 60, ()),
-    ):
-        more = ("--table", tables / "milk10k" / "MILK10k_Training_GroundTruth.csv") if name == "milk10k" else ()
-        arguments = ("--source", tables / name, "--out", tmp_path / name.replace("/", "_"), *options, *more)
-        code, _, err = command(shard.main, *arguments)
-        assert code == 0, err
-        assert len(ShardSet(tmp_path / name.replace("/", "_"))) == count
-
-
 def test_jpegs_of_a_table_are_the_bytes_of_ham10000s_own_layout(tmp_path):
     """One way of reading gives what another gives: the layout decides about records, and not about pixels."""
     from preprocess.packing import Settings, pack
@@ -906,8 +619,8 @@ def test_jpegs_of_a_table_are_the_bytes_of_ham10000s_own_layout(tmp_path):
         for n in range(12)
     ]
     write_table(tmp_path / "source" / "HAM10000_metadata.csv", rows)
-    own, _, layout = read(tmp_path / "source")
-    other, _, _ = read(tmp_path / "source", tmp_path / "source" / "HAM10000_metadata.csv", classes=HAM10000)
+    own, _, layout = read_columns(tmp_path / "source")
+    other, _, _ = read_columns(tmp_path / "source", tmp_path / "source" / "HAM10000_metadata.csv", classes=HAM10000)
     assert layout == "HAM10000"
     sets = [pack(source, tmp_path / str(n), Settings()).manifest for n, source in enumerate((own, other))]
     assert sets[0].shards == sets[1].shards and sets[0].index_sha256 == sets[1].index_sha256

@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
+from preprocess.labelled import Columns
+from preprocess.layouts import read_folder
 from shards.format import HAM10000
 from tests.conftest import picture
 
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization", "dataset")
+ONE_HOT_18, ONE_HOT_19 = (
+    ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"],
+    ["MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK"],
+)
 
 
 def jpeg(seed: int = 0, label: int = 0, height: int = 45, width: int = 60) -> bytes:
@@ -61,3 +67,9 @@ def write_raw(folder: Path, images: int = 60, size: tuple[int, int] = (45, 60)) 
         (parts[number >= images // 2] / f"{row['image_id']}.jpg").write_bytes(data)
     write_table(folder / "HAM10000_metadata.csv", table)
     return folder
+
+
+def read_columns(folder: Path, *tables: Path, **given):
+    """What `read_folder` finds, with the columns that are given by name."""
+    columns = {name: value for name, value in given.items() if name in Columns.__dataclass_fields__}
+    return read_folder(folder, tables, Columns(**columns), given.get("classes"))

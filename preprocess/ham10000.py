@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from preprocess.records import (
     COLUMNS,
     Record,
+    Records,
     Rejected,
     Source,
     SourceColumns,
@@ -21,14 +23,13 @@ from preprocess.records import (
     one_row_each,
     record_from,
     sha256_of,
+    stem_of,
 )
+from preprocess.rows import Keyed, Texts, hash_of, hashes_of
 from preprocess.tables import PICTURES, Table
 from shards.common.cli import typed
 from shards.common.errors import DataError
 from shards.format import HAM10000
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _TEXTS = ("", ".csv", ".md", ".pdf", ".tab", ".tsv", ".txt")
 METADATA = ("HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata")
@@ -71,13 +72,13 @@ def read_source(folder: Path) -> Source:
     images = list_images(folder, folders, source.rejected)
     if not images and not source.rejected:
         raise DataError(f"{folder}: no images in it or in its HAM10000_images* folders; {_how_to_get(folder)}")
-    source.records, source.columns = read_metadata(table, images, source.rejected, known=())
+    read_metadata(source, table, images, known=())
     if not source.records:
         first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
         raise DataError(f"{table}: lists no image that can be packed{first}")
-    joined = join_same_lesions(source.records)
+    joined = join_same_lesions(source)
     source.warnings = _warnings(source.records)
-    synthetic = {record.dataset for record in source.records} == {"synthetic"}
+    synthetic = set(source.records.column("dataset")) == {"synthetic"}
     if synthetic:
         source.citation, source.licence = SYNTHETIC
     source.about = {"dataset": "synthetic" if synthetic else "HAM10000", "metadata_sha256": sha256_of(table)}
@@ -104,12 +105,12 @@ def _how_to_get(folder: Path) -> str:
 
 
 def read_metadata(
-    table: Path, images: dict[str, str], rejected: list[Rejected], known: Collection[str], dataset: str | None = None
-) -> "tuple[list[Record], pa.Table | None]":
-    """Match the rows of a table in HAM10000's format with the image files; mismatches go to `rejected`.
+    source: Source, table: Path, images: Keyed, known: Collection[str], dataset: str | None = None
+) -> None:
+    """Match the rows of a table in HAM10000's format with the image files: the records of a source, in the order of the
+    table, and its further columns. Mismatches are rejected.
 
-    images: image_id → file. known: image_ids that are skipped silently. dataset: the default of that column. Returns
-    the records in the order of the table, and its further columns.
+    images: found by image_id. known: image_ids that are skipped silently. dataset: the default of that column.
     """
     whole = Table(table, "the official metadata")
     whole.require(COLUMNS)
@@ -120,56 +121,61 @@ def read_metadata(
             image_id = row.get("image_id", "")
             if image_id not in known:
                 try:
-                    record = record_from(row, images.get(image_id, ""), dataset)
+                    record = record_from(row, next(iter(images.named(image_id)), ""), dataset)
                     yield line, image_id, replace(record, row=columns.add(row))
                 except ValueError as error:
                     yield line, image_id, str(error)
 
-    records, lines = one_row_each(rows(), table.name, rejected)
-    unlisted = {image_id: file for image_id, file in images.items() if image_id not in lines and image_id not in known}
-    unlisted = _in_another_case(records, unlisted)
+    rejected, before = source.rejected, len(source.rejected)
+    records = one_row_each(rows(), table.name, rejected)
     elsewhere = {r.image_id for r in rejected}
-    for image_id in [i for i, record in records.items() if not record.file]:
-        del records[image_id]
-        if image_id not in elsewhere:
-            rejected.append(Rejected(image_id, f"{image_id}.jpg", f"is missing, and {table.name} lists it"))
+    listed, others = Texts(records.column("image_id")), {*known, *(r.image_id for r in rejected[before:])}
+    unlisted = {i: file for file in images if (i := stem_of(file)) not in others and i not in listed}
+    without = {i: "" for i, file in zip(*map(records.column, ("image_id", "file")), strict=True) if not file}
+    if without:
+        _in_another_case(without, unlisted)
+        found = (replace(record, file=without.get(record.image_id, record.file)) for record in records)
+        records = Records(record for record in found if record.file)
+    rejected += [
+        Rejected(image_id, f"{image_id}.jpg", f"is missing, and {table.name} lists it")
+        for image_id, file in without.items()
+        if not file and image_id not in elsewhere
+    ]
     rejected += [Rejected(image_id, file, f"is not listed in {table.name}") for image_id, file in unlisted.items()]
-    return list(records.values()), columns.table()
+    source.records, source.columns = records, columns.table()
 
 
-def _in_another_case(records: dict[str, Record], unlisted: dict[str, str]) -> dict[str, str]:
-    """Give records without an image the unlisted one whose name differs in upper and lower case alone, if there is
-    one such record and one such image. Returns the images that are left."""
+def _in_another_case(without: dict[str, str], unlisted: dict[str, str]) -> None:
+    """Give image_ids without a file the unlisted one whose name differs in upper and lower case alone, if there is one
+    such image_id and one such file, which is no longer unlisted then."""
     wanted: dict[str, list[str]] = {}
-    for image_id, record in records.items():
-        if not record.file:
-            wanted.setdefault(image_id.casefold(), []).append(image_id)
-    names, left = Counter(map(str.casefold, unlisted)), {}
-    for name, file in unlisted.items():
+    for image_id in without:
+        wanted.setdefault(image_id.casefold(), []).append(image_id)
+    names = Counter(map(str.casefold, unlisted))
+    for name in list(unlisted):
         ids = wanted.get(name.casefold(), [])
         if len(ids) == names[name.casefold()] == 1:
-            records[ids[0]] = replace(records[ids[0]], file=file)
-        else:
-            left[name] = file
-    return left
+            without[ids[0]] = unlisted.pop(name)
 
 
-def join_same_lesions(records: list[Record]) -> int:
+def join_same_lesions(source: Source) -> int:
     """Give the lesions of each pair in SAME_LESION one name; returns how many were renamed."""
     pairs = (pair.split("+") for pair in SAME_LESION.split())
-    return join_groups(records, [(f"ISIC_{int(a):07d}", f"ISIC_{int(b):07d}") for a, b in pairs])
+    return join_groups(source, [(f"ISIC_{int(a):07d}", f"ISIC_{int(b):07d}") for a, b in pairs])
 
 
-def _warnings(records: list[Record]) -> list[str]:
+def _warnings(records: Records) -> list[str]:
     """Warnings about what is allowed but probably a mistake."""
-    lesion, views = Counter(record.lesion_id for record in records).most_common(1)[0]
-    warnings = []
+    keys, counts = np.unique(hashes_of(records.column("lesion_id")), return_counts=True)
+    views, warnings = counts.max(), []
     if views > _MANY_VIEWS:
+        most = keys[counts == views]
+        lesion = next(lesion for lesion in records.column("lesion_id") if hash_of(lesion) in most)
         warnings.append(
             f"lesion {lesion} owns {views:,} images, and in HAM10000 none has more than 6: this looks like an "
             "augmented CSV, whose copies make all results look too good; use the official metadata"
         )
-    absent = sorted(set(HAM10000.names) - {record.dx for record in records})
+    absent = sorted(set(HAM10000.names) - set(records.column("dx")))
     if absent:
         warnings.append(
             f"the source has no image of {', '.join(absent)}: a model trained on it cannot know these classes"

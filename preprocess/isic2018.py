@@ -8,7 +8,8 @@ HAM10000's columns, lesions included.
 from pathlib import Path
 
 from preprocess.ham10000 import read_metadata
-from preprocess.records import Record, Rejected, Source, list_images, sha256_of
+from preprocess.records import Record, Records, Rejected, Source, list_images, sha256_of, stem_of
+from preprocess.rows import Keyed
 from preprocess.tables import Table, read_table
 from shards.common.cli import typed
 from shards.common.errors import DataError
@@ -37,7 +38,7 @@ def read_test_source(folder: Path) -> Source:
     images = list_images(folder, inside, source.rejected)
     by_lesion = "lesion_id" in Table(table, _REMEDY).columns
     if by_lesion:
-        source.records, source.columns = read_metadata(table, images, source.rejected, (NOT_IN_ARCHIVE,), _DATASET)
+        read_metadata(source, table, images, (NOT_IN_ARCHIVE,), _DATASET)
     else:
         source.records = _read_one_hot(table, images, source.rejected)
     if not source.records:
@@ -64,7 +65,7 @@ def _labels(folder: Path, inside: list[Path]) -> Path:
     return next((table for table in tables if "lesion_id" in Table(table, _REMEDY).columns), tables[0])
 
 
-def _read_one_hot(table: Path, images: dict[str, str], rejected: list[Rejected]) -> list[Record]:
+def _read_one_hot(table: Path, images: Keyed, rejected: list[Rejected]) -> Records:
     """Match the rows of the one-hot CSV with the image files."""
     records: dict[str, Record] = {}
     listed = {NOT_IN_ARCHIVE}
@@ -89,11 +90,13 @@ def _read_one_hot(table: Path, images: dict[str, str], rejected: list[Rejected])
                 reason = str(error)
         if reason:
             rejected.append(Rejected(image_id, table.name, f"line {line}: {reason}"))
-        elif image_id in images:
-            records[image_id] = Record(image_id, images[image_id], None, marked[0], dataset=_DATASET)
+        elif file := next(iter(images.named(image_id)), ""):
+            records[image_id] = Record(image_id, file, None, marked[0], dataset=_DATASET)
         elif image_id not in elsewhere:
             rejected.append(Rejected(image_id, f"{image_id}.jpg", f"is missing, and {table.name} lists it"))
-    for image_id, file in images.items():
-        if image_id not in listed:
-            rejected.append(Rejected(image_id, file, f"is not listed in {table.name}"))
-    return list(records.values())
+    rejected += [
+        Rejected(image_id, file, f"is not listed in {table.name}")
+        for file in images
+        if (image_id := stem_of(file)) not in listed
+    ]
+    return Records(records.values())

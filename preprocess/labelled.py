@@ -5,14 +5,14 @@ choice, the error lists the columns and names the option.
 """
 
 import filecmp
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path, PurePosixPath
-from sys import intern
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -23,12 +23,14 @@ from preprocess.ham10000 import join_same_lesions
 from preprocess.records import (
     UNKNOWN,
     Record,
+    Records,
     Source,
     SourceColumns,
     join_groups,
     one_row_each,
     sha256_of,
 )
+from preprocess.rows import Keyed, Texts
 from preprocess.tables import PICTURES, SPLIT_NAMES, SURPLUS, Table, image_key
 from shards.common.errors import DataError, UsageError, one_line
 from shards.format import Classes
@@ -90,7 +92,7 @@ class Joined:
     def __init__(self, first: Table, others: Iterable[Table]) -> None:
         """Read the others. Raises DataError if one shares no column, or has two rows for one value."""
         self.path, self.columns, self._first = first.path, list(first.columns), first
-        self._found: list[tuple[str, dict[str, dict[str, str]]]] = []
+        self._found: list[tuple[str, Keyed]] = []
         for other in others:
             shared = next((name for name in self.columns if name in other.columns), None)
             if shared is None:
@@ -98,10 +100,11 @@ class Joined:
                     f"{other.path}: shares no column with {first.path.name} ({', '.join(other.columns)} and "
                     f"{', '.join(self.columns)}); rename the column that names the image or lesion"
                 )
-            rows: dict[str, dict[str, str]] = {}
-            for line, row in other:
-                key = image_key(row.pop(shared, ""))
-                if rows.setdefault(key, row) != row:
+            texts = (json.dumps([image_key(row.pop(shared, "")), line, row]) for line, row in other)
+            rows = Keyed(texts, lambda text: json.loads(text)[0])
+            seen: dict[str, dict[str, str]] = {}
+            for key, line, row in (json.loads(rows[number]) for number in rows.keys.repeated()):
+                if seen.setdefault(key, row) != row:
                     raise DataError(f"{other.path}: line {line}: {shared} '{key}' has another row; remove one")
             self._found.append((shared, rows))
             self.columns += [name for name in other.columns if name not in self.columns]
@@ -110,7 +113,8 @@ class Joined:
         """The rows of the first table, with the values of the others."""
         for line, row in self._first:
             for shared, rows in self._found:
-                row = rows.get(image_key(row.get(shared, "")), {}) | row
+                beside = rows.named(image_key(row.get(shared, "")))
+                row = (json.loads(beside[0])[2] if beside else {}) | row
             yield line, row
 
 
@@ -124,8 +128,8 @@ class Chosen:
         for _, row in rows:
             cells.add(row)
         table: Any = cells.table()  # with the names of the index, where those of the source are meant
-        self._met = mask(where, table.rename_columns(list(cells.names))).tolist()
-        if not any(self._met):
+        self._met = mask(where, table.rename_columns(list(cells.names)))
+        if not self._met.any():
             raise UsageError(f"{rows.path}: no row meets the condition {one_line(where, 160)}")
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
@@ -140,20 +144,18 @@ class Folders:
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
         """files: paths of images relative to the folder."""
-        self.path = folder
-        self._rows = []
-        for file in files:
-            parts = PurePosixPath(file).parent.parts
-            split = next((SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES), "")
-            label = next((part for part in reversed(parts) if part.lower() not in SPLIT_NAMES), "")
-            self._rows.append({"image": file, "label": label, "split": split})
-        self.classes = {row["label"] for row in self._rows} - {""}
-        splits = {row["split"] for row in self._rows}
+        self.path, self._files = folder, files
+        labels, splits = ({row[name] for _, row in self} for name in ("label", "split"))
+        self.classes = labels - {""}
         self.all_split = "" not in splits and len(splits) > 1  # train alone leaves the division to --split
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
         """The rows in the order of the paths."""
-        yield from enumerate(self._rows, 1)
+        for number, file in enumerate(self._files, 1):
+            parts = PurePosixPath(file).parent.parts
+            split = next((SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES), "")
+            label = next((part for part in reversed(parts) if part.lower() not in SPLIT_NAMES), "")
+            yield number, {"image": file, "label": label, "split": split}
 
 
 class Images:
@@ -164,34 +166,41 @@ class Images:
 
         source: the folder, or one archive. Archives in a folder are looked into if it has no other images.
         """
-        folder = source.parent if source.is_file() else source
-        self.folder, self.files = folder, list[str]()
+        self.folder = source.parent if source.is_file() else source
         self.copies: set[str] = set()
         self.archives: Archives | None = None
         archives = [source.name] if source.is_file() else []
         if source.is_file() and not source.name.lower().endswith(TARS + HDF5):
             raise DataError(f"{source}: is a file; name a folder of images, or a {' or '.join(TARS + HDF5)} file")
-        for place, inside, names in () if source.is_file() else os.walk(folder):
-            inside[:] = sorted(name for name in inside if not name.startswith(".") and name != "__MACOSX")
-            above = Path(place).relative_to(folder)
-            self.files += [
-                (above / name).as_posix()
-                for name in sorted(names)
-                if name.lower().endswith(PICTURES) and not name.startswith(".")
-            ]
-            archives += [(above / name).as_posix() for name in sorted(names) if name.lower().endswith(TARS + HDF5)]
+
+        def paths() -> Iterator[str]:
+            for place, inside, names in () if source.is_file() else os.walk(source):
+                inside[:] = sorted(name for name in inside if not name.startswith(".") and name != "__MACOSX")
+                above = Path(place).relative_to(source)
+                names.sort()
+                for name in names:
+                    if name.lower().endswith(PICTURES) and not name.startswith("."):
+                        yield (above / name).as_posix()
+                    elif name.lower().endswith(TARS + HDF5):
+                        archives.append((above / name).as_posix())
+
+        self.files = Keyed(paths(), image_key)
         if archives and not self.files:
-            self.archives = Archives(folder, archives)
-            self.files = self.archives.files
-        self.keys: dict[str, list[str]] = {}
-        for file in self.files:
-            self.keys.setdefault(image_key(file), []).append(file)
-        self.ids = _image_ids(self.files)
-        self._taken = {name.casefold() for name in self.ids.values()}
+            self.archives = Archives(self.folder, archives)
+            self.files = Keyed(self.archives.files, image_key)
+        self._own_ids, self._ids = _image_ids(self.files)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is an image with a key (`image_key`)."""
+        return key in self.files.keys
+
+    def image_id(self, file: str) -> str:
+        """The image_id of a file."""
+        return self._own_ids.get(file) or _clean(_name(file))
 
     def find(self, cell: str) -> str:
         """The file that a cell names, with or without folders and ending. Raises ValueError with the reason."""
-        found = self.keys.get(image_key(cell), [])
+        found = everything = self.files.named(image_key(cell))
         if not found:
             raise ValueError(f"image '{cell}' has no file in the source")
         if len(found) > 1:
@@ -202,9 +211,9 @@ class Images:
             raise ValueError(f"image '{cell}' may be {found[0]} or {differing[0]}, which differ")
         if len(found) > 1:
             self.copies.update(found[1:])
-            plain = _clean(PurePosixPath(found[0]).name)
-            if found == self.keys[image_key(cell)] and plain.casefold() not in self._taken:
-                self.ids[found[0]] = plain[:_LONGEST_ID]
+            plain = _clean(_name(found[0]))
+            if found == everything and plain.casefold() not in self._ids:
+                self._own_ids[found[0]] = plain[:_LONGEST_ID]
         return found[0]
 
     def _same(self, one: str, other: str) -> bool:
@@ -227,20 +236,28 @@ def _alike(one: list[str], other: list[str]) -> tuple[int, bool]:
     return same, one[0] == other[0]
 
 
-def _image_ids(files: list[str]) -> dict[str, str]:
-    """file → image_id: its name without ending, with its folders where two images have one name.
+def _image_ids(files: Sequence[str]) -> tuple[dict[str, str], Texts]:
+    """file → image_id, if that is not its name without ending; and all image_ids, without case.
 
-    Characters that a webdataset key cannot have become `_`. Where that leaves two equal names, or too long ones, a hash
-    of the path is added.
+    Where two images have one name it is that with its folders. Characters that a webdataset key cannot have become `_`.
+    Where that leaves two equal names, or too long ones, a hash of the path is added.
     """
+    own: dict[str, str] = {}
 
-    ids = {file: _clean(PurePosixPath(file).name) for file in files}
+    def current() -> Iterator[str]:
+        return (own.get(file) or _clean(_name(file)) for file in files)
+
     for shorten in (_clean, _hashed):
-        counts = Counter(name.casefold() for name in ids.values())
-        for file, name in ids.items():
-            if counts[name.casefold()] > 1 or len(name) > _LONGEST_ID:
-                ids[file] = shorten(file)
-    return ids
+        ids = Texts(map(str.casefold, current()))
+        wrong = {*ids.repeated(), *(number for number, name in enumerate(current()) if len(name) > _LONGEST_ID)}
+        if not wrong:
+            return own, ids
+        own |= {files[number]: shorten(files[number]) for number in wrong}
+    return own, Texts(map(str.casefold, current()))
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _clean(path: str) -> str:
@@ -297,7 +314,7 @@ def _image_column(rows: Rows, images: Images) -> str:
     shown: dict[str, str] = {}
     for _, row in islice(rows, _LOOKED_AT):
         for name, keys in found.items():
-            keys.append(key if (key := image_key(row.get(name, ""))) in images.keys else None)
+            keys.append(key if (key := image_key(row.get(name, ""))) in images else None)
         shown = shown or row
     hits = {name: sum(key is not None for key in keys) for name, keys in found.items()}
     best = max(hits, key=lambda name: hits[name])
@@ -430,16 +447,16 @@ def read_labelled(
             split = SPLIT_NAMES.get(row.get(columns.split, "").lower())
             if split is None:
                 raise ValueError(f"{columns.split} is '{row.get(columns.split, '')}', and train, val or test is needed")
-            splits[images.ids[file]] = split
-        values: dict[str, Any] = {name: intern(row.get(column, "")) or None for name, column in known.items()}
+            splits[images.image_id(file)] = split
+        values: dict[str, Any] = {name: row.get(column) or None for name, column in known.items()}
         values["age"] = _age(values["age"])
         parts = [row.get(name, "") for name in source.group]
         parts = ["" if part.lower() in UNKNOWN else part for part in parts]
         lesion = str(values["lesion_id"] or "")
         values["lesion_id"] = None if lesion.lower() in UNKNOWN else lesion
         group = "/".join(parts) if any(parts) else values["lesion_id"] if or_lesion else None
-        dx = intern(label) if labelled else None
-        return Record(images.ids[file], file, dx=dx, group=group, row=further.add(row), **values)
+        dx = label if labelled else None
+        return Record(images.image_id(file), file, dx=dx, group=group, row=further.add(row), **values)
 
     def read_all() -> Iterator[tuple[int, str, Record | str]]:
         for line, row in rows:
@@ -451,8 +468,7 @@ def read_labelled(
                 yield line, cell, str(error)
 
     table = os.path.relpath(rows.path, images.folder)
-    records, _ = one_row_each(read_all(), table, source.rejected, one_label)
-    source.records = list(records.values())
+    source.records = one_row_each(read_all(), table, source.rejected, one_label)
     if not source.records:
         first = f" (first: {source.rejected[0].reason})" if source.rejected else ""
         raise DataError(f"{rows.path}: lists no image that can be packed{first}")
@@ -462,8 +478,8 @@ def read_labelled(
     else:
         source.classes = _found_classes(source.records, columns, rows.path) if classes is None else classes
     if one_label and source.group:
-        join_same_lesions(source.records)
-    joined = join_groups(source.records, same)
+        join_same_lesions(source)
+    joined = join_groups(source, same)
     source.warnings = _warnings(source, images, rows, given.where)
     unused = [] if columns.split or isinstance(rows, Folders) else _named(rows.columns, ("split",))
     source.warnings += [f"the column {one} is not used: take the splits from it with --split-column" for one in unused]
@@ -489,9 +505,9 @@ def _age(text: str | None) -> float | None:
     return age if 0 <= age <= 130 else None
 
 
-def _found_classes(records: list[Record], columns: Columns, path: Path) -> Classes:
+def _found_classes(records: Records, columns: Columns, path: Path) -> Classes:
     """The labels as classes: in the order of one-hot columns, of their numbers, or of the alphabet."""
-    found = {str(record.dx) for record in records}
+    found = set(map(str, records.column("dx")))
     if len(found) > max(2, len(records) // 2):
         raise UsageError(
             f"{path}: {columns.label[0]} has {len(found):,} values in {len(records):,} rows, so it is no class; name "
@@ -516,15 +532,22 @@ def _warnings(source: Source, images: Images, rows: Rows, where: str | None) -> 
             "no column names the lesion or patient, so each image is split on its own: views of one lesion may be in "
             "training and test; name the column with --group if there is one"
         )
-    elif source.classes and all(record.group is None for record in source.records):
+    elif source.classes and all(group is None for group in source.records.column("group")):
         warnings.append(f"{' and '.join(source.group)} is empty in all rows, so each image is split on its own")
-    used = {record.file for record in source.records} | images.copies
+    used = Texts(source.records.column("file"))
     left_out = {image_key(rejected.image_id) for rejected in source.rejected}
-    unlisted = [f for f in images.files if f not in used and not {image_key(f), images.ids[f].casefold()} & left_out]
+    unlisted = [
+        number
+        for number, file in enumerate(images.files)
+        if file not in used
+        and file not in images.copies
+        and not {image_key(file), images.image_id(file).casefold()} & left_out
+    ]
     if unlisted:
         why = "are not in" if where is None else "have no row that meets the condition in"
-        warnings.append(f"{len(unlisted):,} images {why} {rows.path.name} and are left out (first: {unlisted[0]})")
-    there = {record.dx for record in source.records}
+        first = f"(first: {images.files[unlisted[0]]})"
+        warnings.append(f"{len(unlisted):,} images {why} {rows.path.name} and are left out {first}")
+    there = set(source.records.column("dx"))
     if absent := [name for name in source.classes.names if name not in there]:
         warnings.append(f"the source has no image of {', '.join(absent[:20])}: a model cannot learn these classes")
     return warnings

@@ -84,6 +84,7 @@ def read_folder(
     images = Images(folder)
     plain = given == Columns() and classes is None
     if not tables and ((plain and _is_official(images)) or not (images.files or folder.is_file())):
+        del images  # which `read_source` lists in its own way
         return read_source(folder), None, "HAM10000"
     if not images.files:
         raise DataError(f"{folder}: holds no image ({', '.join(PICTURES)}), here or below; name another --source")
@@ -106,7 +107,7 @@ def read_folder(
             same = _pairs(layout, beside)
             source, splits = read_labelled(images, rows, columns, classes or own, layout.name, layout.spelled, same)
             source.citation, source.licence = layout.citation, layout.licence
-            if all(re.fullmatch("SYN_[0-9]{7}", record.image_id) for record in source.records):
+            if all(re.fullmatch("SYN_[0-9]{7}", image_id) for image_id in source.records.column("image_id")):
                 source.citation, source.licence, source.about["dataset"] = *SYNTHETIC, "synthetic"
             return source, splits, layout.name
     if (tars := images.archives) is not None and tars.columns != [KEY]:
@@ -168,7 +169,7 @@ def _of_folders(names: set[str]) -> Layout | None:
 
 
 def _joined(tables: tuple[Path, ...], images: Images) -> Joined:
-    first, *others = (Table(path, "a table of images and labels", images.keys.keys()) for path in tables)
+    first, *others = (Table(path, "a table of images and labels", images) for path in tables)
     return Joined(first, others)
 
 
@@ -196,7 +197,7 @@ def _rows(layout: Layout, files: list[Path], images: Images) -> Joined | None:
         if path is None and not pattern.endswith("?"):
             return None
         found += [path] if path is not None and path not in found else []
-    columns = Table(found[0], "the official table", images.keys.keys()).columns
+    columns = Table(found[0], "the official table", images).columns
     return _joined(tuple(found), images) if set(layout.needed) <= set(columns) else None
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from preprocess.records import Source
+from preprocess.records import Records, Source
 from shards.common.errors import DataError, UsageError
 from shards.format import Classes
 from shards.labelmap import LabelMap
@@ -15,7 +15,7 @@ def map_labels(source: Source, labels: LabelMap, classes: Classes | None) -> Non
     classes: those of the new set; None: those of the map. Raises UsageError for a label that the map does not name, and
     for a counterpart that is none of the classes; DataError if no image is left.
     """
-    counts = Counter(record.dx for record in source.records if record.dx is not None)
+    counts = Counter(dx for dx in source.records.column("dx") if dx is not None)
     if not counts:
         raise UsageError(f"--map {labels.name}: the images have no labels; leave --map out")
     mapped, without = labels.split(sorted(counts))
@@ -24,7 +24,8 @@ def map_labels(source: Source, labels: LabelMap, classes: Classes | None) -> Non
         raise UsageError(
             f"--map {labels.name}: maps to '{unknown[0]}', which is none of {', '.join(source.classes.names)}"
         )
-    source.records = [replace(record, dx=mapped[record.dx]) for record in source.records if record.dx in mapped]
+    found = (replace(record, dx=mapped[record.dx]) for record in source.records if record.dx in mapped)
+    source.records = Records(found)
     if not source.records:
         raise DataError(f"{source.folder}: --map {labels.name} leaves no image: no label has a counterpart")
     if without:

@@ -1,15 +1,13 @@
 """Records → a shard set: images are split, ordered, encoded on every core, and written in order.
 
 The order of the samples, and so every byte of the set, depends only on records and settings. Workers are threads:
-decoder, encoder and resize release the GIL. The number of images in progress is limited, so memory grows with the
-records and the index, and not with the images.
+decoder, encoder and resize release the GIL. The number of images in progress is limited, and what is known of each
+image lies in files, so memory grows by some hashes and numbers for each image.
 """
 
 import io
-import mmap
 import os
 import re
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -17,17 +15,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import xxhash
 
 from preprocess.archives import Member, read_member
-from preprocess.records import Record, Rejected, Source, join_groups, quarantine_csv
+from preprocess.records import (
+    RECORD,
+    Record,
+    Records,
+    Rejected,
+    Source,
+    group_of,
+    join_groups,
+    quarantine_csv,
+    records_of,
+)
+from preprocess.rows import Spool, Texts, hashes_of, mixed, taken
 from shards.common import kept
 from shards.common.errors import DataError, one_line
 from shards.common.files import full_disk_names
@@ -52,11 +60,14 @@ from shards.subsets import fold_of, split_lesions
 from shards.tar import Shard
 from shards.writer import OpenShard, PackedSample, ShardSetWriter, twice
 
-pc: Any = pyarrow.compute  # it makes its functions when it is imported, where no type checker sees them
 _WINDOW = 16
 """Images in progress per worker: enough to keep every worker busy while a full shard is flushed to the disk."""
 _PLAN_ROWS = 1024
 """Rows of the plan that lie together in its file."""
+_AT_ONCE = 1 << 14
+"""Rows of the plan that are made together."""
+_PLAN = {"source": pa.int8(), "split": pa.int8(), "key": pa.uint64()}
+"""What the plan has beside a record: the number of its source, that of its split, and a hash of its group."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +189,8 @@ def pack(
     crew = crew or Crew(encode)
     contradicting = _join_duplicates(source, settings, crew) if settings.join_duplicates else []
     schema = _schema(sources)
-    plan = _plan(sources, settings, schema)
     rejected = [r for each in sources for r in each.rejected]
     tally = _Tally()
-    packed = np.zeros(len(plan), bool)
-    hashes = np.zeros(len(plan), np.uint64)
     with (
         full_disk_names(kept.home() if is_address(out) else Path(out)),
         ShardSetWriter(
@@ -198,9 +206,11 @@ def pack(
         ) as writer,
         ExitStack() as stack,
     ):
-        plan = _in_a_file(plan, writer.folder)
+        plan = _plan(sources, settings, schema, writer.folder)
         pa.default_memory_pool().release_unused()
-        parts = (_jobs(plan.slice(start, _PLAN_ROWS), sources) for start in range(0, len(plan), _PLAN_ROWS))
+        packed = np.zeros(len(plan), bool)
+        hashes = np.zeros(len(plan), np.uint64)
+        parts = (_jobs(batch, sources) for batch in plan.to_batches())
         encoded_jobs = stack.enter_context(_encoding("packing", parts, len(plan), settings, crew))
         for row, (job, encoded) in enumerate(encoded_jobs):
             if isinstance(encoded, Rejected):
@@ -220,21 +230,22 @@ def pack(
         if rejected:
             writer.attach(QUARANTINE, quarantine_csv(rejected))
         resolution = settings.encode.max_resolution
-        copies = _copies(plan, hashes, lambda row: _jobs(plan.slice(row, 1), sources)[0], resolution)
+        copies = _copies(plan["key"].to_numpy(), hashes, lambda row: _jobs(plan.slice(row, 1), sources)[0], resolution)
         if copies:
-            names = plan["image_id"].to_pylist()
+            rows = [row for copy in copies for row in (copy.first, copy.second)]
+            paired = _jobs(taken(plan, np.array(rows)), sources)
+            names = {row: job.record.image_id for row, job in zip(rows, paired, strict=True)}
             writer.attach(DUPLICATES, copies_csv(copies, names, names))
         mean, std = tally.moments()
         ratio, unit = _ratio(settings, test), settings.unit
         divided = _divided(plan) if settings.assigned is not None else None
         if settings.assigned is not None:
-            given = {one["values"]: one["counts"] for one in plan["split"].value_counts().to_pylist()}
-            ratio, unit = tuple(given.get(split, 0) for split in SPLITS), "image" if divided else "lesion"
+            given = np.bincount(plan["split"], minlength=len(SPLITS)).tolist()
+            ratio, unit = given, "image" if divided else "lesion"
         split = {"ratio": list(ratio), "seed": settings.seed, "unit": unit, **settings.assigned_from}
         if settings.fold is not None:
             split |= {"fold": settings.fold[0], "folds": settings.fold[1]}
-        groups = plan.select(["source", "group"]).filter(pa.array(packed))
-        about = [each.about | _counts(groups, number) for number, each in enumerate(sources)]
+        about = [each.about | _counts(plan, packed, number) for number, each in enumerate(sources)]
         manifest = writer.finish(
             mean=mean,
             std=std,
@@ -247,8 +258,7 @@ def pack(
         )
     warnings = contradicting + _doubtful_classes(manifest) + ([divided] if divided else [])
     if copies:
-        rows = plan.take([row for copy in copies for row in (copy.first, copy.second)])
-        warnings.append(_said(_jobs(rows, sources)))
+        warnings.append(_said(paired))
     return Packed(manifest, rejected, warnings, time.monotonic() - started)
 
 
@@ -303,59 +313,64 @@ def _drop_seen(source: Source, test: Source) -> None:
 
     Raises DataError if a class of the test source is none of the training source's.
     """
-    if unknown := sorted({str(record.dx) for record in test.records} - set(source.classes.names)):
+    if unknown := sorted(set(map(str, test.records.column("dx"))) - set(source.classes.names)):
         raise DataError(
             f"{test.folder}: has images of {', '.join(unknown)}, none of the classes of {source.folder} "
             f"({one_line(', '.join(source.classes.names), 160)}); leave --test-source out"
         )
-    images = {record.image_id for record in source.records}
-    lesions = {record.group for record in source.records}
-    kept = []
-    for record in test.records:
+    images = Texts(source.records.column("image_id"))
+    lesions = Texts(group for group in source.records.column("group") if group is not None)
+
+    def unseen(record: Record) -> bool:
         if record.image_id in images:
             test.rejected.append(Rejected(record.image_id, record.file, "is in the training source too"))
         elif record.group is not None and record.group in lesions:
             reason = f"shows lesion {record.group}, which is in the training source too"
             test.rejected.append(Rejected(record.image_id, record.file, reason))
         else:
-            kept.append(record)
-    test.records = kept
+            return True
+        return False
+
+    test.records = Records(filter(unseen, test.records))
 
 
 def _drop_unassigned(sources: list[Source], assigned: dict[str, str]) -> None:
     """Reject images that no split is given for, and names in the list of splits that no image has."""
-    there = {record.image_id for source in sources for record in source.records}
+    known = Texts(_column(sources, "image_id"))
     for source in sources:
-        kept = [record for record in source.records if record.image_id in assigned]
-        source.rejected += [
+        without = [
             Rejected(record.image_id, record.file, "is not in the split file")
             for record in source.records
             if record.image_id not in assigned
         ]
-        source.records = kept
-    known = there | {rejected.image_id for source in sources for rejected in source.rejected}
+        if without:
+            source.records = Records(record for record in source.records if record.image_id in assigned)
+            source.rejected += without
+    rejected = {rejected.image_id for source in sources for rejected in source.rejected}
     sources[0].rejected += [
         Rejected(image_id, f"{image_id}.jpg", "is in the split file, and the source does not have it")
         for image_id in assigned
-        if image_id not in known
+        if image_id not in known and image_id not in rejected
     ]
 
 
 def _divided(plan: pa.Table) -> str:
     """A warning if given splits divide the images of a lesion; otherwise nothing."""
-    of_lesions = plan.select(["group", "split"]).filter(pc.is_valid(plan["group"]))
-    splits = of_lesions.group_by("group").aggregate([("split", "count_distinct")])
-    divided = splits.filter(pc.greater(splits["split_count_distinct"], 1))["group"].to_pylist()
-    return divided and (
+    several = np.flatnonzero(mixed(plan["key"].to_numpy(), plan["split"].to_numpy()))
+    divided = set(taken(plan.select(["group"]), several)["group"].to_pylist())
+    if not divided:
+        return ""
+    return (
         f"the given splits put views of {len(divided):,} lesions into several splits (first: {min(divided)}): "
         "results look better than they are"
     )
 
 
-def _counts(packed: pa.Table, source: int) -> dict[str, int | None]:
+def _counts(plan: pa.Table, packed: np.ndarray, source: int) -> dict[str, int | None]:
     """How many images and lesions of a source were packed; no lesions if it names none."""
-    groups = packed["group"].filter(pc.equal(packed["source"], source))
-    return {"images": len(groups), "lesions": pc.count_distinct(groups).as_py() or None}
+    own = packed & (plan["source"].to_numpy() == source)
+    lesions = np.unique(plan["key"].to_numpy()[own & plan["group"].is_valid().to_numpy()])
+    return {"images": int(own.sum()), "lesions": len(lesions) or None}
 
 
 def _ratio(settings: Settings, test: object) -> tuple[int, int, int]:
@@ -378,77 +393,78 @@ def _schema(sources: list[Source]) -> pa.Schema:
         raise DataError(f"{sources[-1].folder}: its table differs from the first ({one_line(error)})") from None
 
 
-def _plan(sources: list[Source], settings: Settings, schema: pa.Schema) -> pa.Table:
+def _plan(sources: list[Source], settings: Settings, schema: pa.Schema, folder: Path) -> pa.Table:
     """Every image with its split, in packed order: train, val, test, each ordered by a keyed hash of the image_id.
 
     The hash mixes the classes, so that a reader that goes through the tars in order sees all classes early. Columns:
-    source (0 or 1), split, those of a record, and `further`, those of the sources' tables; names of files are bytes,
-    which need not be UTF-8. Raises DataError for an image_id that comes twice.
+    those of _PLAN and of a record, and `further`, those of the sources' tables. They are in a file in `folder`. Raises
+    DataError for an image_id that comes twice.
     """
     splits = _splits(sources, settings)
-    records = [record for source in sources for record in source.records]
-    numbers = np.repeat(np.arange(len(sources), dtype=np.int8), [len(source.records) for source in sources])
-    further = pa.chunked_array([_further(source, schema) for source in sources])
+    digests = hashes_of(f"order/{settings.seed}/{image_id}" for image_id in _column(sources, "image_id"))
+    order = np.lexsort((digests, splits))
+    _refuse_twice(sources, digests)
+    del digests
+    spool = Spool(pa.schema([*_PLAN.items(), *RECORD, ("further", pa.struct(schema))]), folder)
+    for start in range(0, len(order), _AT_ONCE):
+        rows = order[start : start + _AT_ONCE]
+        spool.write(_part(sources, schema, rows, splits[rows]), _PLAN_ROWS)
     for source in sources:
-        source.records, source.columns = [], None
-    hashes = (xxhash.xxh3_64_intdigest(f"order/{settings.seed}/{record.image_id}".encode()) for record in records)
-    columns = {
-        "source": pa.array(numbers),
-        "split": pa.array(splits, pa.string()).dictionary_encode(),
-        "place": pa.array([SPLITS.index(split) for split in splits], pa.int8()),
-        "hash": pa.array(np.fromiter(hashes, np.uint64, len(records))),
-        "file": pa.array([os.fsencode(record.file) for record in records], pa.large_binary()),
-        "further": further,
-    }
-    for name in set(Record.__slots__) - {"file", "row"}:
-        column = pa.array([getattr(record, name) for record in records])
-        text = pa.types.is_string(column.type) or pa.types.is_null(column.type)
-        columns[name] = column.cast(pa.large_string()) if text else column
-    del records, further
-    table = pa.table(columns)
-    table = table.take(pc.sort_indices(table, [(name, "ascending") for name in ("place", "hash", "image_id")]))
-    if pc.count_distinct(table["image_id"]).as_py() != len(table):
-        counts = table.group_by("image_id").aggregate([("source", "count")])
-        raise twice(pc.min(counts.filter(pc.greater(counts["source_count"], 1))["image_id"]).as_py())
-    return table.drop_columns(["place", "hash"])
+        source.records, source.columns = Records(), None
+    return spool.table()
 
 
-def _further(source: Source, schema: pa.Schema) -> pa.Array:
-    """The rows of the source's table that its records name, each as one value; what is not there is null."""
-    rows = pa.array([record.row for record in source.records], pa.int64())
+def _column(sources: list[Source], name: str) -> Iterator[Any]:
+    """One value of each record of the sources, one source after the other."""
+    return chain.from_iterable(source.records.column(name) for source in sources)
+
+
+def _refuse_twice(sources: list[Source], digests: np.ndarray) -> None:
+    """Raise DataError for an image_id that comes twice; digests: a hash of each."""
+    ordered = np.sort(digests)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again):
+        found = Counter(compress(_column(sources, "image_id"), np.isin(digests, again)))
+        if names := [name for name, count in found.items() if count > 1]:
+            raise twice(min(names))
+
+
+def _part(sources: list[Source], schema: pa.Schema, rows: np.ndarray, splits: np.ndarray) -> list[pa.Array]:
+    """Some rows of the plan, as columns. rows: numbers of records, counted through all sources; splits: of each."""
+    starts = np.cumsum([0, *(len(source.records) for source in sources)])
+    numbers = np.searchsorted(starts, rows, "right") - 1
+    parts = []
+    for number, source in enumerate(sources):
+        records = taken(source.records.table, rows[numbers == number] - starts[number])
+        parts.append(records.append_column("further", _further(source, records["row"], schema)))
+    back = np.argsort(np.argsort(numbers, kind="stable"))
+    table = pa.concat_tables(parts).combine_chunks().take(pa.array(back))
+    keys = hashes_of(map(group_of, table["image_id"].to_pylist(), table["group"].to_pylist()))
+    return [pa.array(numbers, pa.int8()), pa.array(splits), pa.array(keys), *table.columns]
+
+
+def _further(source: Source, rows: pa.ChunkedArray, schema: pa.Schema) -> pa.Array:
+    """Some rows of the source's table, each as one value; what is not there is null."""
     if not schema.names:
         return pa.nulls(len(rows), pa.struct([]))
-    wide = [one.with_type(pa.large_string()) if pa.types.is_string(one.type) else one for one in schema]
+    there = pa.table([]) if source.columns is None else taken(source.columns, rows.to_numpy())
     return pa.StructArray.from_arrays(
         [
-            pc.take(source.columns[one.name], rows).cast(one.type).combine_chunks()
-            if source.columns is not None and one.name in source.columns.column_names
+            there[one.name].cast(one.type).combine_chunks()
+            if one.name in there.column_names
             else pa.nulls(len(rows), one.type)
-            for one in wide
+            for one in schema
         ],
-        fields=wide,
+        fields=list(schema),
     )
 
 
-def _in_a_file(plan: pa.Table, folder: Path) -> pa.Table:
-    """The same table in a file without a name, of which the system holds in memory what there is room for."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        with pa.ipc.new_file(file, plan.schema) as written:
-            written.write_table(plan, max_chunksize=_PLAN_ROWS)
-        file.flush()
-        return pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
-
-
-def _jobs(rows: pa.Table, sources: list[Source]) -> list[Job]:
+def _jobs(rows: pa.Table | pa.RecordBatch, sources: list[Source]) -> list[Job]:
     """Rows of the plan as jobs."""
-    values: dict[str, list[Any]] = {name: rows[name].to_pylist() for name in rows.column_names}
-    values["row"] = [None] * len(rows)
-    values["file"] = [os.fsdecode(file) for file in values["file"]]
-    records = (Record(*fields) for fields in zip(*(values[name] for name in Record.__slots__), strict=True))
-    own = (values[name] for name in ("source", "split", "further"))
+    own = (rows[name].to_pylist() for name in ("source", "split", "further"))
     return [
-        _job(sources, number, record, split, further or {})
-        for record, number, split, further in zip(records, *own, strict=True)
+        _job(sources, number, record, SPLITS[split], further or {})
+        for record, number, split, further in zip(records_of(rows), *own, strict=True)
     ]
 
 
@@ -458,27 +474,31 @@ def _job(sources: list[Source], number: int, record: Record, split: str, further
     return Job(number, str(source.folder), record, split, further, member)
 
 
-def _splits(sources: list[Source], settings: Settings) -> list[str]:
-    """The split of each record of the sources: what was assigned, or what a seed decides."""
-    if settings.assigned is not None:
-        return [settings.assigned[record.image_id] for source in sources for record in source.records]
+def _splits(sources: list[Source], settings: Settings) -> np.ndarray:
+    """(N,) int8: the number of the split of each record of the sources: what was assigned, or what a seed decides."""
+    if (assigned := settings.assigned) is not None:
+        given = (SPLITS.index(assigned[image_id]) for image_id in _column(sources, "image_id"))
+        return np.fromiter(given, np.int8)
     source, *test = sources
+    found = np.full(sum(len(each.records) for each in sources), SPLITS.index("test"), np.int8)
     if not source.classes:
-        return ["test" for _ in source.records]
+        return found
     label = {name: number for number, name in enumerate(source.classes.names)}
-    labels = np.array([label[str(record.dx)] for record in source.records])
-    by_image = settings.unit == "image"
-    lesions = [
-        f"image {record.image_id}" if by_image or record.group is None else record.group for record in source.records
-    ]
-    splits = split_lesions(labels, lesions, _ratio(settings, test), settings.seed)
+    labels = np.fromiter((label[str(dx)] for dx in source.records.column("dx")), np.int32)
+
+    def lesions() -> Iterator[str]:
+        for image_id, group in zip(*map(source.records.column, ("image_id", "group")), strict=True):
+            yield f"image {image_id}" if settings.unit == "image" or group is None else group
+
+    splits = split_lesions(labels, lesions(), _ratio(settings, test), settings.seed)
     if settings.fold is not None:
         number, folds = settings.fold
-        in_test = fold_of(labels, lesions, folds, settings.seed) == number - 1
-        splits[in_test] = "test"
-        rest = np.flatnonzero(~in_test)
-        splits[rest] = split_lesions(labels[rest], [lesions[i] for i in rest], (7, 1, 0), settings.seed)
-    return splits.tolist() + ["test" for each in test for _ in each.records]
+        rest = fold_of(labels, lesions(), folds, settings.seed) != number - 1
+        splits[~rest] = "test"
+        splits[rest] = split_lesions(labels[rest], compress(lesions(), rest), (7, 1, 0), settings.seed)
+    for number, name in enumerate(SPLITS):
+        found[: len(splits)][splits == name] = number
+    return found
 
 
 def encode(jobs: list[Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
@@ -506,19 +526,16 @@ def encode(jobs: list[Job], spec: EncodeSpec) -> list[Encoded | Rejected]:
     return results
 
 
-def _copies(images: pa.Table, hashes: np.ndarray, job: Callable[[int], Job], max_resolution: int) -> list[Copy]:
+def _copies(groups: np.ndarray, hashes: np.ndarray, job: Callable[[int], Job], max_resolution: int) -> list[Copy]:
     """The copies among images of different groups.
 
-    images: with the columns image_id and group. hashes: (N,) uint64, 0 of an image that is left out. job: of a number.
+    groups: (N,), a number of each image's group. hashes: (N,) uint64, 0 of an image that is left out. job: of a number.
     """
-    prefix, nothing = pa.scalar("image:", pa.large_string()), pa.scalar("", pa.large_string())
-    alone = pc.binary_join_element_wise(prefix, images["image_id"], nothing)
-    numbers = pc.coalesce(images["group"], alone).combine_chunks().dictionary_encode().indices.to_numpy()
 
     def pixels(number: int) -> np.ndarray:
         return shrink(_upright(job(number)), max_resolution)
 
-    return find_copies(hashes, pixels, groups=numbers)
+    return find_copies(hashes, pixels, groups=groups)
 
 
 def _join_duplicates(source: Source, settings: Settings, crew: Crew) -> list[str]:
@@ -526,19 +543,23 @@ def _join_duplicates(source: Source, settings: Settings, crew: Crew) -> list[str
 
     All images are encoded for it, once more than packing needs.
     """
-    jobs = [_job([source], 0, record, "", {}) for record in source.records]
-    hashes = np.zeros(len(jobs), np.uint64)
-    with _encoding("comparing", [jobs], len(jobs), settings, crew) as encoded_jobs:
+    records = source.records
+
+    def job(record: Record) -> Job:
+        return _job([source], 0, record, "", {})
+
+    parts = ([job(record) for record in records_of(batch)] for batch in records.table.to_batches(_PLAN_ROWS))
+    hashes = np.zeros(len(records), np.uint64)
+    with _encoding("comparing", parts, len(records), settings, crew) as encoded_jobs:
         for number, (_, encoded) in enumerate(encoded_jobs):
             if isinstance(encoded, Encoded):  # packing will name the others
                 hashes[number] = encoded.hash
-        names, groups = ([getattr(record, name) for record in source.records] for name in ("image_id", "group"))
-        text = pa.large_string()
-        images = pa.table({"image_id": pa.array(names, text), "group": pa.array(groups, text)})
-        copies = _copies(images, hashes, jobs.__getitem__, settings.encode.max_resolution)
-    joined = join_groups(source.records, [(names[copy.first], names[copy.second]) for copy in copies])
+        groups = hashes_of(map(group_of, records.column("image_id"), records.column("group")))
+        resolution = settings.encode.max_resolution
+        copies = _copies(groups, hashes, lambda number: job(records[number]), resolution)
+    pairs = [(records[copy.first], records[copy.second]) for copy in copies]
+    joined = join_groups(source, [(one.image_id, other.image_id) for one, other in pairs])
     source.about["joined_duplicates"] = joined
-    pairs = [(source.records[copy.first], source.records[copy.second]) for copy in copies]
     differing = [f"{one.image_id} and {other.image_id}" for one, other in pairs if one.dx != other.dx]
     what = "pairs of copies that were joined have different labels"
     return [f"{len(differing):,} {what} (first: {differing[0]})"] if differing else []

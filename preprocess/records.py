@@ -6,21 +6,24 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain, compress
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from sys import intern
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from preprocess.archives import Member
+from preprocess.rows import Keyed, Spool, Texts, hash_of, mixed, taken
 from preprocess.tables import PICTURES, SPLIT_NAMES, read_table
 from shards.common.errors import DataError
 from shards.common.files import encoded
 from shards.format import HAM10000, INDEX_TYPES, Classes
 from shards.writer import check_image_id
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
 """The columns that HAM10000's metadata must have; `dataset` is optional (older copies lack it)."""
@@ -50,9 +53,55 @@ class Record:
         return {name: getattr(self, name) for name in self.__slots__ if name not in ("file", "row")}
 
 
+_TYPES = {"age": pa.float64(), "file": pa.binary(), "row": pa.int64()}
+RECORD = pa.schema({name: _TYPES.get(name, pa.string()) for name in Record.__slots__})
+"""A record as a row. The name of a file need not be UTF-8, so it is bytes."""
+
+
+class Records:
+    """Records in a file without a name (`Spool`). They are read from it in order, and new ones are made of them."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        spool, fields = Spool(RECORD), attrgetter(*RECORD.names)
+        file = RECORD.names.index("file")
+        for record in records:
+            row = list(fields(record))
+            row[file] = os.fsencode(record.file)
+            spool.add(row)
+        self.table = spool.table()
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Record]:
+        """All of them."""
+        return chain.from_iterable(map(records_of, self.table.to_batches()))
+
+    def __getitem__(self, number: int) -> Record:
+        """The record with a number from 0."""
+        return next(records_of(self.table.slice(number, 1)))
+
+    def at(self, numbers: Iterable[int]) -> Iterator[tuple[int, Record]]:
+        """Some records with their numbers, which come sorted."""
+        rows = np.unique(np.fromiter(numbers, np.int64))
+        return zip(rows.tolist(), records_of(taken(self.table, rows)), strict=True)
+
+    def column(self, name: str) -> Iterator[Any]:
+        """One value of each record."""
+        values = (value for part in self.table[name].chunks for value in part.to_pylist())
+        return map(os.fsdecode, values) if name == "file" else values
+
+
+def records_of(rows: pa.Table | pa.RecordBatch) -> Iterator[Record]:
+    """Rows that have the columns of RECORD, as records."""
+    values: dict[str, Any] = {name: rows[name].to_pylist() for name in RECORD.names}
+    values["file"] = map(os.fsdecode, values["file"])
+    return map(Record, *values.values())
+
+
 UNKNOWN = {"", "unknown", "nan", "none", "null", "na", "n/a", "-"}
 """What a cell of a table says, in any case, if there is no value."""
-_AT_ONCE = 16_384
 
 
 class SourceColumns:
@@ -71,54 +120,47 @@ class SourceColumns:
             while free in INDEX_TYPES or (free != name and free in left):
                 free = f"table_{free}"
             self.names[name] = free
-        self._cells: dict[str, list[str | None]] = {name: [] for name in left}
-        self._chunks: dict[str, list[Any]] = {name: [] for name in left}
+        self._spool = Spool(pa.schema({free: pa.string() for free in self.names.values()}))
         self._rows = 0
 
     def add(self, row: dict[str, str]) -> int:
         """Append the cells of a row; returns its number."""
-        for name, cells in self._cells.items():
-            cell = row.get(name, "")
-            cells.append(None if cell.lower() in UNKNOWN else cell)
+        cells = (row.get(name, "") for name in self.names)
+        self._spool.add([None if cell.lower() in UNKNOWN else cell for cell in cells])
         self._rows += 1
-        if self._rows % _AT_ONCE == 0:
-            self._flush()
         return self._rows - 1
 
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        for name, cells in self._cells.items():
-            self._chunks[name].append(pa.array(cells, pa.string()))
-            cells.clear()
-
-    def table(self) -> "pa.Table | None":
+    def table(self) -> pa.Table | None:
         """The typed columns: whole numbers, numbers, true or false, or text, whichever is the first that every cell is.
 
         None if there are no columns.
         """
-        import pyarrow as pa
+        if not self.names:
+            return None
+        text = self._spool.table()
+        typed = Spool(pa.schema({name: _type(text[name]) for name in text.column_names}))
+        for batch in text.to_batches():
+            typed.write([column.cast(kind) for column, kind in zip(batch.columns, typed.schema.types, strict=True)])
+        return typed.table()
 
-        self._flush()
-        typed = {self.names[name]: _typed(pa.chunked_array(chunks)) for name, chunks in self._chunks.items()}
-        return pa.table(typed) if typed else None
+
+def _type(text: pa.ChunkedArray) -> pa.DataType:
+    if text.null_count < len(text):
+        for kind in (pa.int64(), pa.float64(), pa.bool_()):
+            if all(_is(part, kind) for part in text.chunks):
+                return kind
+    return pa.string()
 
 
-def _typed(text: "pa.ChunkedArray") -> "pa.ChunkedArray":
-    import pyarrow as pa
+def _is(text: pa.Array, kind: pa.DataType) -> bool:
     import pyarrow.compute
 
     pc: Any = pyarrow.compute  # it makes its functions at run time
-    if text.null_count == len(text):
-        return text
-    for kind in (pa.int64(), pa.float64(), pa.bool_()):
-        try:
-            found = text.cast(kind)
-        except pa.ArrowInvalid:
-            continue
-        if kind != pa.float64() or pc.all(pc.is_finite(found)).as_py():  # JSON has no other numbers
-            return found
-    return text
+    try:
+        found = text.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return kind != pa.float64() or pc.all(pc.is_finite(found)).as_py() is not False  # JSON has no other numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +184,13 @@ class Source:
     folder: Path
     citation: str
     licence: str
-    records: list[Record] = field(default_factory=list)
+    records: Records = field(default_factory=Records)
     rejected: list[Rejected] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     classes: Classes = HAM10000
     group: tuple[str, ...] = ("lesion_id",)
-    columns: "pa.Table | None" = None
+    columns: pa.Table | None = None
     members: dict[str, Member] | None = None
 
     def error(self, rejected: Rejected) -> DataError:
@@ -200,32 +242,40 @@ def read_splits(path: Path) -> dict[str, str]:
     return found
 
 
-def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -> dict[str, str]:
-    """Picture files in `folders` (not below them): name without suffix → path relative to `root`.
+def list_images(root: Path, folders: Iterable[Path], rejected: list[Rejected]) -> Keyed:
+    """Picture files in `folders` (not below them): paths relative to `root`, found by their names without suffix.
 
     Hidden files are ignored (archives made on a Mac have `._ISIC_….jpg`). An image in two places is added to
     `rejected`; if the two files differ, neither is returned.
     """
-    found: dict[str, str] = {}
-    differing = set()
-    for folder in folders:
-        inside = "" if folder == root else f"{folder.relative_to(root)}/"
-        with os.scandir(folder) as entries:
-            files = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-        for file in files:
-            stem = file.rpartition(".")[0]
-            if not file.lower().endswith(PICTURES):
-                continue
-            name = inside + file
-            first = found.setdefault(stem, name)
-            if first == name:
-                continue
-            same = _same_content(root / first, root / name)
-            if not same:
-                differing.add(stem)
-            rejected.append(Rejected(stem, name, f"is a second copy; {first} {'is the same' if same else 'differs'}"))
-    rejected += [Rejected(i, found.pop(i), "another file of this name differs") for i in sorted(differing)]
-    return found
+
+    def paths() -> Iterator[str]:
+        for folder in folders:
+            inside = "" if folder == root else f"{folder.relative_to(root)}/"
+            with os.scandir(folder) as entries:
+                files = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+            yield from (inside + file for file in files if file.lower().endswith(PICTURES))
+
+    found = Keyed(paths(), stem_of)
+    first: dict[str, str] = {}
+    differing, left_out = set(), set()
+    for name in (found[number] for number in found.keys.repeated()):
+        stem = stem_of(name)
+        if first.setdefault(stem, name) == name:
+            continue
+        same = _same_content(root / first[stem], root / name)
+        if not same:
+            differing.add(stem)
+        left_out.add(name)
+        rejected.append(Rejected(stem, name, f"is a second copy; {first[stem]} {'is the same' if same else 'differs'}"))
+    rejected += [Rejected(i, first[i], "another file of this name differs") for i in sorted(differing)]
+    left_out |= {first[i] for i in differing}
+    return Keyed((name for name in found if name not in left_out), stem_of) if left_out else found
+
+
+def stem_of(path: str) -> str:
+    """The name of a file without its suffix."""
+    return path.rpartition("/")[2].rpartition(".")[0]
 
 
 def _same_content(one: Path, other: Path) -> bool:
@@ -251,13 +301,13 @@ def record_from(row: dict[str, str], file: str, dataset: str | None) -> Record:
         age = math.nan
     if age is not None and not 0 <= age <= 130:
         raise ValueError(f"age '{row['age']}' is not a number from 0 to 130 (empty means unknown)")
-    values = (intern(row.get(name, "")) or None for name in ("dx_type", "sex", "localization", "dataset"))
+    values = (row.get(name) or None for name in ("dx_type", "sex", "localization", "dataset"))
     dx_type, sex, localization, named = values
     return Record(
         row["image_id"],
         file,
         row["lesion_id"],
-        intern(row["dx"]),
+        row["dx"],
         dx_type,
         age,
         sex,
@@ -267,12 +317,22 @@ def record_from(row: dict[str, str], file: str, dataset: str | None) -> Record:
     )
 
 
-def join_groups(records: list[Record], pairs: Iterable[tuple[str, str]]) -> int:
+def group_of(image_id: str, group: str | None) -> str:
+    """The name of an image's group; if it is a group of its own, one that no other has."""
+    return group or f"image:{image_id}"
+
+
+def join_groups(source: Source, pairs: Iterable[tuple[str, str]]) -> int:
     """Give the groups of each pair of images one name, so that no split divides them; returns how many were renamed.
 
     pairs: image_ids, in any case; those that no record has are ignored. A lesion_id that names a group is renamed too.
     """
-    groups = {record.image_id.casefold(): record.group or f"image:{record.image_id}" for record in records}
+    pairs = [(one.casefold(), other.casefold()) for one, other in pairs]
+    named = {image_id for pair in pairs for image_id in pair}
+    groups: dict[str, str] = {}
+    for record in source.records if named else ():
+        if (image_id := record.image_id.casefold()) in named:
+            groups[image_id] = group_of(record.image_id, record.group)
     joined: dict[str, str] = {}
 
     def name_of(group: str) -> str:
@@ -281,56 +341,80 @@ def join_groups(records: list[Record], pairs: Iterable[tuple[str, str]]) -> int:
         return group
 
     for pair in pairs:
-        one, other = (groups.get(image_id.casefold()) for image_id in pair)
+        one, other = map(groups.get, pair)
         if one and other and (first := name_of(one)) != (second := name_of(other)):
             joined[second] = first
     renamed = {*joined, *map(name_of, joined)}
-    for place, record in enumerate(records):
-        if (group := groups[record.image_id.casefold()]) in renamed:
-            lesion = record.lesion_id
-            name = name_of(group)
-            records[place] = replace(
-                record, group=name, lesion_id=name if lesion and lesion == record.group else lesion
-            )
+
+    def renaming(record: Record) -> Record:
+        if (group := group_of(record.image_id, record.group)) not in renamed:
+            return record
+        lesion, name = record.lesion_id, name_of(group)
+        return replace(record, group=name, lesion_id=name if lesion and lesion == record.group else lesion)
+
+    if joined:
+        source.records = Records(map(renaming, source.records))
     return len(joined)
 
 
 def one_row_each(
     rows: Iterable[tuple[int, str, Record | str]], table: str, rejected: list[Rejected], one_label: bool = True
-) -> tuple[dict[str, Record], dict[str, int]]:
-    """The records of a table by image_id, and the line of each image_id, also of those that have no record.
+) -> Records:
+    """The records of a table, one for each image_id.
 
     rows: line, image_id, and the record, or the reason why there is none. An image_id on two lines has one record, or
     none if the lines differ. one_label: all images of a lesion whose lines have two dx are left out. Reasons go to
     `rejected`, with the name of the table.
     """
-    records: dict[str, Record] = {}
-    lines: dict[str, int] = {}
+    lines, groups, labels = array("q"), array("Q"), array("i")
+    numbers: dict[str | None, int] = {}
+    without: list[tuple[int, str, Record | str]] = []
+
+    def usable() -> Iterator[Record]:
+        for line, image_id, record in rows:
+            if isinstance(record, str):
+                without.append((line, image_id, record))
+                continue
+            lines.append(line)
+            groups.append(hash_of(group_of(record.image_id, record.group)))
+            labels.append(numbers.setdefault(record.dx, len(numbers)))
+            yield record
+
+    records = Records(usable())
+    kept = np.ones(len(records), bool)
+    ids = Texts(records.column("image_id"))
+    doubtful = {*ids.repeated(), *(number for _, image_id, _ in without for number in ids.numbers(image_id))}
+    del ids
+    again = [(lines[number], record.image_id, record, number) for number, record in records.at(doubtful)]
+    first: dict[str, tuple[int, Record | None, int]] = {}
     contradicted = set()
-    for line, image_id, record in rows:
+    for line, image_id, record, number in sorted([*again, *((*row, -1) for row in without)], key=itemgetter(0)):
         if isinstance(record, str):
             rejected.append(Rejected(image_id, table, f"line {line}: {record}"))
-            lines.setdefault(image_id, line)
-            continue
-        if image_id in lines:
-            reason = f"line {line}: image_id {image_id} is on line {lines[image_id]} too"
+            first.setdefault(image_id, (line, None, number))
+        elif image_id in first:
+            reason = f"line {line}: image_id {image_id} is on line {first[image_id][0]} too"
             rejected.append(Rejected(image_id, table, reason))
-            if records.get(image_id) != record:
+            kept[number] = False
+            if first[image_id][1] not in (record, None):
                 contradicted.add(image_id)
-            continue
-        records[image_id], lines[image_id] = record, line
-    for image_id in sorted(contradicted & records.keys()):
-        del records[image_id]
-        reason = f"line {lines[image_id]}: another line has other values for image_id {image_id}"
+        else:
+            first[image_id] = line, record, number
+    for image_id in sorted(contradicted):
+        line, _, number = first[image_id]
+        kept[number] = False
+        reason = f"line {line}: another line has other values for image_id {image_id}"
         rejected.append(Rejected(image_id, table, reason))
+    divided = mixed(np.frombuffer(groups, np.uint64), np.frombuffer(labels, np.int32)) if one_label else ~kept
+    some = dict(records.at(np.flatnonzero(kept & divided)))
     diagnoses: dict[str, set[str]] = {}
-    for record in records.values() if one_label else ():
+    for record in some.values():
         if record.group is not None and record.dx is not None:
             diagnoses.setdefault(record.group, set()).add(record.dx)
-    for image_id, record in list(records.items()):
+    for number, record in some.items():
         found = diagnoses.get(record.group or "", set())
         if len(found) > 1:
-            del records[image_id]
-            reason = f"line {lines[image_id]}: lesion {record.group} has the dx {' and '.join(sorted(found))}"
-            rejected.append(Rejected(image_id, table, reason))
-    return records, lines
+            kept[number] = False
+            reason = f"line {lines[number]}: lesion {record.group} has the dx {' and '.join(sorted(found))}"
+            rejected.append(Rejected(record.image_id, table, reason))
+    return records if kept.all() else Records(compress(records, kept))

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,7 @@ def main(
     from preprocess.mapping import map_labels
     from preprocess.packing import Settings, pack
     from preprocess.records import read_splits, sha256_of
+    from preprocess.rows import Texts
     from shards.labelmap import read_map
     from shards.place import refuse_occupied
 
@@ -274,7 +276,9 @@ def main(
         assigned, assigned_from = splits, {"column": raw.about["columns"]["split"]}
     test = read_test_source(test_source) if test_source else None
     if assigned is not None and (labels is not None or where is not None):  # these leave images out: no fault of a list
-        there = {record.image_id for one in (raw, test) if one for record in (*one.records, *one.rejected)}
+        sources = [one for one in (raw, test) if one]
+        names = chain.from_iterable(one.records.column("image_id") for one in sources)
+        there = Texts(chain(names, (rejected.image_id for one in sources for rejected in one.rejected)))
         assigned = {image_id: part for image_id, part in assigned.items() if image_id in there}
     for warning in raw.warnings + (test.warnings if test else []):
         _warn(warning)

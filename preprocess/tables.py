@@ -3,8 +3,8 @@
 import codecs
 import csv
 import io
-import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from itertools import dropwhile, islice
 from pathlib import Path, PurePosixPath
 
 from shards.common.errors import DataError
@@ -38,13 +38,12 @@ class Table:
     from 1. A header that comes again is left out.
     """
 
-    def __init__(self, path: Path, remedy: str, images: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, remedy: str, images: Container[str] = ()) -> None:
         """Read the file. Raises DataError if it is not a table; remedy: what the message tells the user to use.
 
         images: keys of the images (`image_key`). A first line that names one of them is no header.
         """
         self.path, self._remedy = path, remedy
-        self._text = _text(path, remedy)
         self._separator = self._find_separator()
         _, first = next(self._rows(), (0, None))
         if first is None:
@@ -56,16 +55,41 @@ class Table:
             self.columns.append(name if name and name not in self.columns else str(number))
 
     def _find_separator(self) -> str:
-        lines = self._text.lstrip("\n").split("\n", _LOOKED_AT)[:_LOOKED_AT]
+        lines = [line[:-1] for line in islice(dropwhile("\n".__eq__, self._lines()), _LOOKED_AT)] or [""]
         best = max(_SEPARATORS, key=lambda one: _fields(lines[0], one))
         if _fields(lines[0], best) > 1:
             return best
         widths = {len(line.split()) for line in lines if line.strip()}
         return " " if len(widths) == 1 and widths != {1} else ","
 
+    def _lines(self) -> Iterator[str]:
+        """The lines of the file, each with a line feed. Raises DataError if it cannot be read, or is no text."""
+        number = 1
+        try:
+            with self.path.open("rb") as file:
+                wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+                file.seek(0)
+                for line in io.BytesIO(file.read().decode("utf-16").encode()) if wide else file:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if "\0" in text:
+                        raise DataError(
+                            f"{self.path}: line {number} holds a zero byte, so it is no text; save it as CSV in UTF-8"
+                        )
+                    yield from (f"{one}\n" for one in text.rstrip("\n").rstrip("\r").split("\r"))
+                    number += 1
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be read ({error.strerror}); check the path and its permissions"
+            ) from None
+        except UnicodeDecodeError as error:
+            number += error.object[: error.start].count(b"\n")
+            raise DataError(
+                f"{self.path}: line {number} is not UTF-8 text; save it as UTF-8, or use {self._remedy}"
+            ) from None
+
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Every line that is not empty. Raises DataError naming the line that cannot be read."""
-        rows = csv.reader(io.StringIO(self._text), delimiter=self._separator, skipinitialspace=True, strict=True)
+        rows = csv.reader(self._lines(), delimiter=self._separator, skipinitialspace=True, strict=True)
         read = 0
         try:
             for row in rows:
@@ -110,21 +134,3 @@ def _fields(line: str, separator: str) -> int:
         return len(next(csv.reader([line], delimiter=separator, skipinitialspace=True)))
     except csv.Error:
         return 1
-
-
-def _text(path: Path, remedy: str) -> str:
-    """The text of a file, with single line feeds. Raises DataError if it is in another encoding."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = data.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line} is not UTF-8 text; save it as UTF-8, or use {remedy}") from None
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise DataError(f"{path}: line {line} holds a zero byte, so it is no text; save it as CSV in UTF-8")
-    return re.sub("\r+\n|\r", "\n", text)

@@ -10,7 +10,7 @@ of two lesions passes both limits, ISIC_0025226 and ISIC_0030074, and it is a kn
 mirrored or cut by more than two hundredths of its sides is not found.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache, lru_cache
@@ -50,7 +50,11 @@ class Copy(NamedTuple):
     correlation: float
 
 
-def copies_csv(copies: Sequence[Copy], first: Sequence[str], second: Sequence[str]) -> bytes:
+Names = Sequence[str] | Mapping[int, str]
+"""The names of images, by their numbers."""
+
+
+def copies_csv(copies: Sequence[Copy], first: Names, second: Names) -> bytes:
     """`first,second,correlation`: a line for each pair. first, second: the names of the images on each side."""
     rows = [f"{first[copy.first]},{second[copy.second]},{copy.correlation:.4f}" for copy in copies]
     return ("\n".join(["first,second,correlation", *rows]) + "\n").encode()

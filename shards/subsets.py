@@ -4,7 +4,7 @@ A lesion is never divided. Every choice depends on a keyed hash of the lesion's 
 any order of the metadata gives the same lesions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import xxhash
@@ -13,35 +13,36 @@ from shards.common.errors import UsageError
 from shards.format import SPLITS
 
 
-def _keys(names: Sequence[str], seed: int, use: str) -> np.ndarray:
-    """One uint64 a name: XXH3 of the name, keyed by seed and use."""
-    return np.array([xxhash.xxh3_64_intdigest(f"{use}/{seed}/{name}".encode()) for name in names], np.uint64)
-
-
 def group_labels(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """(G,) the class of each group, or of its images' classes the one that has the fewest images in all.
 
     labels: (N,) class of each image; groups: (N,) number of its group, 0 to G − 1. A lesion has one class; a patient
     may have several.
     """
-    order = np.lexsort((labels, np.bincount(labels)[labels]))
-    first = np.unique(groups[order], return_index=True)[1]
-    return labels[order[first]]
+    order = np.argsort(np.bincount(labels), kind="stable")  # the classes
+    rank = np.argsort(order)
+    least = np.full(groups.max(initial=-1) + 1, len(order))
+    np.minimum.at(least, groups, rank[labels])
+    return order[least]
 
 
 class _Lesions:
-    """The lesions of a set of images: their names, sizes (images) and classes, in the order of their names."""
+    """The lesions of a set of images: their sizes (images) and classes, in the order of their keys.
 
-    def __init__(self, labels: np.ndarray, lesions: Sequence[str]) -> None:
-        self.names, self.of_image, self.sizes = np.unique(
-            np.asarray(lesions, dtype=object).astype(str), return_inverse=True, return_counts=True
-        )
+    A key is XXH3 of the name with seed and use, 64 bits. Two of a million lesions have the same one, and are taken for
+    one lesion, with a probability of 3e-8.
+    """
+
+    def __init__(self, labels: np.ndarray, lesions: Iterable[str], seed: int, use: str) -> None:
+        digests = (xxhash.xxh3_64_intdigest(f"{use}/{seed}/{name}".encode()) for name in lesions)
+        keys = np.fromiter(digests, np.uint64, len(labels))
+        _, self.of_image, self.sizes = np.unique(keys, return_inverse=True, return_counts=True)
         self.labels = group_labels(np.asarray(labels), self.of_image)
 
 
 def split_lesions(
     labels: np.ndarray,
-    lesions: Sequence[str],
+    lesions: Iterable[str],
     ratio: tuple[int, int, int] = (70, 10, 20),
     seed: int = 0,
 ) -> np.ndarray:
@@ -54,25 +55,23 @@ def split_lesions(
     """
     if len(ratio) != 3 or ratio[0] <= 0 or min(ratio) < 0:
         raise UsageError(f"split {'/'.join(map(str, ratio))}: give train/val/test as three numbers, train above 0")
-    groups = _Lesions(labels, lesions)
-    return np.array(SPLITS, dtype=object)[_dealt(groups, np.array(ratio), seed, "split")][groups.of_image]
+    groups = _Lesions(labels, lesions, seed, "split")
+    return np.array(SPLITS, dtype=object)[_dealt(groups, np.array(ratio))][groups.of_image]
 
 
-def fold_of(labels: np.ndarray, lesions: Sequence[str], folds: int, seed: int = 0) -> np.ndarray:
+def fold_of(labels: np.ndarray, lesions: Iterable[str], folds: int, seed: int = 0) -> np.ndarray:
     """(N,) int64, the fold of each image, 0 to folds − 1: dealt as `split_lesions` does, in equal shares."""
-    groups = _Lesions(labels, lesions)
-    return _dealt(groups, np.ones(folds, np.int64), seed, "fold")[groups.of_image]
+    groups = _Lesions(labels, lesions, seed, "fold")
+    return _dealt(groups, np.ones(folds, np.int64))[groups.of_image]
 
 
-def _dealt(groups: _Lesions, ratio: np.ndarray, seed: int, use: str) -> np.ndarray:
+def _dealt(groups: _Lesions, ratio: np.ndarray) -> np.ndarray:
     """The part of each lesion, 0 to len(ratio) − 1; parts with ratio 0 get none."""
-    keys = _keys(groups.names.tolist(), seed, use)
     shares = ratio.astype(np.float64) / ratio.sum()
     wanted = [s for s in range(len(ratio)) if ratio[s] > 0]
-    choice = np.zeros(len(groups.names), np.int64)
+    choice = np.zeros(len(groups.sizes), np.int64)
     for label in np.unique(groups.labels):
         members = np.flatnonzero(groups.labels == label)
-        members = members[np.argsort(keys[members], kind="stable")]
         target = shares * groups.sizes[members].sum()
         given = np.zeros(len(ratio))
         for i, lesion in enumerate(members):
@@ -85,7 +84,7 @@ def _dealt(groups: _Lesions, ratio: np.ndarray, seed: int, use: str) -> np.ndarr
     return choice
 
 
-def nested_subset(labels: np.ndarray, lesions: Sequence[str], fraction: float, seed: int = 0) -> np.ndarray:
+def nested_subset(labels: np.ndarray, lesions: Iterable[str], fraction: float, seed: int = 0) -> np.ndarray:
     """The images of the first `fraction` of an order of the lesions; a larger fraction contains every smaller one.
 
     labels, lesions: (N,) of the training images. Returns sorted positions, int64. The order begins with one lesion of
@@ -95,19 +94,17 @@ def nested_subset(labels: np.ndarray, lesions: Sequence[str], fraction: float, s
     """
     if not 0.0 < fraction <= 1.0:
         raise UsageError(f"fraction {fraction} is outside (0, 1]")
-    groups = _Lesions(labels, lesions)
-    keys = _keys(groups.names.tolist(), seed, "fraction")
-    place = np.zeros(len(groups.names))
+    groups = _Lesions(labels, lesions, seed, "fraction")
+    place = np.zeros(len(groups.sizes))
     for label in np.unique(groups.labels):
         members = np.flatnonzero(groups.labels == label)
-        members = members[np.argsort(keys[members], kind="stable")]
         ends = np.cumsum(groups.sizes[members])
         place[members] = (ends - groups.sizes[members] / 2) / ends[-1]
         place[members[0]] = -1.0
-    order = np.lexsort((keys, place))
+    order = np.argsort(place, kind="stable")
     images = np.cumsum(groups.sizes[order])
     count = int(np.searchsorted(images, fraction * images[-1] - 1e-9)) + 1
     count = max(count, len(np.unique(groups.labels)))
-    taken = np.zeros(len(groups.names), bool)
+    taken = np.zeros(len(groups.sizes), bool)
     taken[order[:count]] = True
     return np.flatnonzero(taken[groups.of_image])

@@ -15,7 +15,7 @@ def test_official_test_set(official_test):
     source = read_test_source(official_test)
     assert not source.rejected and len(source.records) == 21
     assert {r.lesion_id for r in source.records} == {None}
-    assert [r.dx for r in source.records[:7]] == ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]
+    assert [r.dx for r in source.records][:7] == ["mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"]
     assert "resample images" in source.warnings[0]
     assert source.about["known_missing"] == [NOT_IN_ARCHIVE]
 

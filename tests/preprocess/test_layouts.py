@@ -21,7 +21,7 @@ from preprocess import labelled, shard, synthetic
 from preprocess.archives import Archives
 from preprocess.labelled import Columns, Images
 from preprocess.layouts import layouts, read_folder
-from preprocess.records import Record, join_groups
+from preprocess.records import Record, Records, Source, join_groups
 from shards import ShardSet
 from shards.common.errors import DataError, UsageError
 from shards.format import HAM10000
@@ -136,10 +136,11 @@ def test_the_list_of_duplicates_of_isic_2020_joins_patients(made, tmp_path):
 def test_joined_groups_do_not_depend_on_the_order_of_pairs_and_include_images_without_one():
     def joined(pairs):
         groups = dict(a="1", b="1", c="2", d=None, e=None, f="3")
-        records = [Record(name, name, None, "nv", group=group) for name, group in groups.items()]
-        join_groups(records, pairs)
+        records = (Record(name, name, None, "nv", group=group) for name, group in groups.items())
+        source = Source(Path(), "none", "none", Records(records))
+        join_groups(source, pairs)
         parts: dict = {}
-        for record in records:
+        for record in source.records:
             parts.setdefault(record.group or record.image_id, set()).add(record.image_id)
         return sorted(map(sorted, parts.values()))
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from preprocess.ham10000 import read_source
 from preprocess.packing import Settings, pack
+from preprocess.records import Records
 from shards import Loader, ShardSet
 from shards.common.errors import DataError, UsageError
 from shards.common.machine import Load
@@ -81,7 +82,7 @@ def test_original_files_give_the_probabilities_of_the_evaluation(name, runs, raw
 def test_a_shard_set_is_predicted_without_its_labels(runs, raw, tmp_path, capsys, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     unlabelled = replace(read_source(raw), classes=Classes(()))
-    unlabelled.records = [replace(record, dx=None) for record in unlabelled.records]
+    unlabelled.records = Records(replace(record, dx=None) for record in unlabelled.records)
     images = len(unlabelled.records)
     encode = ShardSet(runs["quick"].parent / "shards").manifest.encode
     pack(unlabelled, tmp_path / "set", Settings(encode=encode))

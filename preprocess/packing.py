@@ -62,8 +62,6 @@ from shards.writer import OpenShard, PackedSample, ShardSetWriter, twice
 
 _WINDOW = 16
 """Images in progress per worker: enough to keep every worker busy while a full shard is flushed to the disk."""
-_PLAN_ROWS = 1024
-"""Rows of the plan that lie together in its file."""
 _AT_ONCE = 1 << 14
 """Rows of the plan that are made together."""
 _PLAN = {"source": pa.int8(), "split": pa.int8(), "key": pa.uint64()}
@@ -207,7 +205,6 @@ def pack(
         ExitStack() as stack,
     ):
         plan = _plan(sources, settings, schema, writer.folder)
-        pa.default_memory_pool().release_unused()
         packed = np.zeros(len(plan), bool)
         hashes = np.zeros(len(plan), np.uint64)
         parts = (_jobs(batch, sources) for batch in plan.to_batches())
@@ -232,9 +229,9 @@ def pack(
         resolution = settings.encode.max_resolution
         copies = _copies(plan["key"].to_numpy(), hashes, lambda row: _jobs(plan.slice(row, 1), sources)[0], resolution)
         if copies:
-            rows = [row for copy in copies for row in (copy.first, copy.second)]
-            paired = _jobs(taken(plan, np.array(rows)), sources)
-            names = {row: job.record.image_id for row, job in zip(rows, paired, strict=True)}
+            paired = np.array([row for copy in copies for row in (copy.first, copy.second)])
+            names = taken(plan.select(["image_id"]), paired)["image_id"].to_pylist()
+            names = dict(zip(paired.tolist(), names, strict=True))
             writer.attach(DUPLICATES, copies_csv(copies, names, names))
         mean, std = tally.moments()
         ratio, unit = _ratio(settings, test), settings.unit
@@ -258,7 +255,7 @@ def pack(
         )
     warnings = contradicting + _doubtful_classes(manifest) + ([divided] if divided else [])
     if copies:
-        warnings.append(_said(paired))
+        warnings.append(_said(_jobs(taken(plan, paired), sources)))
     return Packed(manifest, rejected, warnings, time.monotonic() - started)
 
 
@@ -408,7 +405,8 @@ def _plan(sources: list[Source], settings: Settings, schema: pa.Schema, folder: 
     spool = Spool(pa.schema([*_PLAN.items(), *RECORD, ("further", pa.struct(schema))]), folder)
     for start in range(0, len(order), _AT_ONCE):
         rows = order[start : start + _AT_ONCE]
-        spool.write(_part(sources, schema, rows, splits[rows]), _PLAN_ROWS)
+        spool.write(_part(sources, schema, rows, splits[rows]))
+        pa.default_memory_pool().release_unused()
     for source in sources:
         source.records, source.columns = Records(), None
     return spool.table()
@@ -548,7 +546,7 @@ def _join_duplicates(source: Source, settings: Settings, crew: Crew) -> list[str
     def job(record: Record) -> Job:
         return _job([source], 0, record, "", {})
 
-    parts = ([job(record) for record in records_of(batch)] for batch in records.table.to_batches(_PLAN_ROWS))
+    parts = ([job(record) for record in records_of(batch)] for batch in records.table.to_batches())
     hashes = np.zeros(len(records), np.uint64)
     with _encoding("comparing", parts, len(records), settings, crew) as encoded_jobs:
         for number, (_, encoded) in enumerate(encoded_jobs):

@@ -13,17 +13,23 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-_ROWS = 16_384
+from shards.common.files import full_disk_names
+
+_ROWS = 1024
+"""Rows that lie together in a file."""
 
 
 class Spool:
     """Rows on their way into a table in a file without a name, of which the system holds in memory what there is room
-    for. The file is in the folder for temporary files (`TMPDIR`) if none is named."""
+    for. The file is in the folder for temporary files (`TMPDIR`) if none is named. A full disk is an OSError that names
+    the folder."""
 
     def __init__(self, schema: pa.Schema, folder: Path | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self.schema, self._rows = schema, list[Sequence[Any]]()
-        self._writer = pa.ipc.new_file(self._file, schema)
+        self._folder = folder or Path(tempfile.gettempdir())
+        self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        with full_disk_names(self._folder):
+            self._writer = pa.ipc.new_file(self._file, schema)
 
     def add(self, row: Sequence[Any]) -> None:
         """Append a row: a value for each column."""
@@ -32,20 +38,21 @@ class Spool:
             self._flush()
 
     def _flush(self) -> None:
-        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self.schema)
+        columns = zip(zip(*self._rows, strict=True), self.schema.types, strict=True)
+        self.write([pa.array(values, kind) for values, kind in columns])
         self._rows = []
-        self.write([pa.array(values, kind) for values, kind in zip(columns, self.schema.types, strict=True)])
 
-    def write(self, columns: list[pa.Array], rows: int | None = None) -> None:
-        """Append columns of one length, in parts of so many rows; None: together."""
-        table = pa.table(columns, schema=self.schema)
-        self._writer.write_table(table, rows)
+    def write(self, columns: list[pa.Array]) -> None:
+        """Append columns of one length."""
+        with full_disk_names(self._folder):
+            self._writer.write_table(pa.table(columns, schema=self.schema), _ROWS)
 
     def table(self) -> pa.Table:
         """The whole table. Nothing can be added any more."""
-        self._flush()
-        self._writer.close()
-        with self._file:
+        if self._rows:
+            self._flush()
+        with full_disk_names(self._folder), self._file:
+            self._writer.close()
             self._file.flush()
             return pa.ipc.open_file(pa.py_buffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
 

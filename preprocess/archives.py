@@ -2,17 +2,17 @@
 
 import functools
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preprocess.places import TARS, read_file
 from preprocess.tables import PICTURES, SPLIT_NAMES
 from shards.common.errors import DataError, UsageError
+from shards.store import Store, is_address
 
-TARS, HDF5 = (".tar",), (".hdf5", ".h5")
 KEY = "__key__"
 """The column that names the image: webdataset's word."""
 _FIELDS = ("cls", "txt", "json")
@@ -73,7 +73,7 @@ class Archives:
             self.columns += [column for column in self._fields[file] if column not in self.columns]
 
     def _list_hdf5(self, name: str) -> None:
-        for key in _hdf5(self.folder / name):
+        for key in _hdf5(str(self.folder), name):
             self.members[f"{name}/{key}.jpg"] = Member(name)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
@@ -83,7 +83,7 @@ class Archives:
 
     def read(self, file: str) -> bytes:
         """The bytes of an image. Raises OSError."""
-        return read_member(self.folder, file, self.members[file])
+        return read_member(str(self.folder), file, self.members[file])
 
     def _split_of(self, file: str) -> str:
         """The split that the name of an image's tar, or of its folder, says."""
@@ -91,16 +91,11 @@ class Archives:
         return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
 
 
-def read_member(folder: Path, file: str, member: Member) -> bytes:
-    """The bytes of the image `file` in an archive of the folder. Raises OSError."""
-    path = folder / member.archive
+def read_member(folder: str, file: str, member: Member) -> bytes:
+    """The bytes of the image `file` in an archive of a folder or of an address. Raises as `read_file` does."""
     if member.archive.lower().endswith(TARS):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return os.pread(descriptor, member.size, member.offset)
-        finally:
-            os.close(descriptor)
-    return bytes(_hdf5(path)[file.removeprefix(f"{member.archive}/").removesuffix(".jpg")][()])
+        return read_file(folder, member.archive, member.offset, member.size)
+    return bytes(_hdf5(folder, member.archive)[file.removeprefix(f"{member.archive}/").removesuffix(".jpg")][()])
 
 
 def _described(ending: str, content: bytes) -> dict[str, str]:
@@ -121,13 +116,14 @@ def _cell(value: Any) -> str:
 
 
 @functools.lru_cache(maxsize=4)  # opening takes longer than reading an image
-def _hdf5(path: Path) -> Any:
+def _hdf5(folder: str, name: str) -> Any:
     """An HDF5 file, opened."""
+    path = f"{folder}/{name}"
     try:
         import h5py
     except ImportError:
         raise UsageError(f"{path}: reading HDF5 needs h5py; install it with: pip install 'dermscale[hdf5]'") from None
     try:
-        return h5py.File(path)
+        return h5py.File(Store(folder).opened(name) if is_address(folder) else path)
     except OSError as error:
         raise DataError(f"{path}: is no HDF5 file ({error}); get it again") from None

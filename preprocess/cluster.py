@@ -25,6 +25,7 @@ from shards.common.files import sync_folder
 from shards.common.machine import keep_freed_memory, single_threaded_opencv
 from shards.encode import TOGETHER, Encoded
 from shards.format import EncodeSpec, ShardInfo
+from shards.store import is_address
 from shards.tar import BLOCK, Shard, member_bytes
 
 _TOGETHER = 16 * TOGETHER
@@ -163,9 +164,10 @@ def _check_node(versions: dict[str, str], folders: tuple[str, ...]) -> None:
                 "differ; install the same versions"
             )
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not is_address(folder) and not Path(folder).is_dir():
             raise DataError(
-                f"{folder}: is not there on node {host}; with --runner ray, --source is a full path that all nodes see"
+                f"{folder}: is not there on node {host}; with --runner ray, --source is an address or a full path that "
+                "all nodes see"
             )
 
 

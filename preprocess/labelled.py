@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 import xxhash
 
-from preprocess.archives import HDF5, KEY, TARS, Archives
+from preprocess.archives import KEY, Archives
 from preprocess.ham10000 import join_same_lesions
+from preprocess.places import HDF5, TARS
 from preprocess.records import (
     UNKNOWN,
     Record,

@@ -9,9 +9,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from preprocess.archives import HDF5, KEY, TARS
+from preprocess.archives import KEY
 from preprocess.ham10000 import METADATA, SYNTHETIC, read_source
 from preprocess.labelled import NONE, Columns, Folders, Images, Joined, classes_of, read_labelled
+from preprocess.places import HDF5, TARS
 from preprocess.records import Source
 from preprocess.tables import PICTURES, Table
 from shards.common.errors import DataError, UsageError

@@ -23,6 +23,7 @@ from preprocess.tables import PICTURES, SPLIT_NAMES, read_table
 from shards.common.errors import DataError
 from shards.common.files import encoded
 from shards.format import HAM10000, INDEX_TYPES, Classes
+from shards.store import is_address
 from shards.writer import check_image_id
 
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
@@ -178,10 +179,10 @@ class Source:
 
     citation, licence, about (names and hashes; no path of the machine), classes, group (the columns that the groups
     were made from): for the manifest. columns: further columns of the index, with the rows that the records name.
-    members: where each file is, if the images lie in archives.
+    members: where each file is, if the images lie in archives. folder: or an address in a store.
     """
 
-    folder: Path
+    folder: str | Path
     citation: str
     licence: str
     records: Records = field(default_factory=Records)
@@ -197,8 +198,9 @@ class Source:
         """The error that stops packing at an image that cannot be packed."""
         found = len(self.rejected)
         more = f" (the first of {found} problems)" if found > 1 else ""
+        where = f"{self.folder}/{rejected.file}"
         return DataError(
-            f"{os.path.normpath(self.folder / rejected.file)}: {rejected.reason}{more}; fix the source, "
+            f"{where if is_address(where) else os.path.normpath(where)}: {rejected.reason}{more}; fix the source, "
             "or add --on-bad skip to pack the rest and list what was left out in quarantine.csv"
         )
 

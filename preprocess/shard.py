@@ -11,7 +11,7 @@ same set byte for byte, with any number of workers.
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -71,10 +71,11 @@ class Ratio(click.ParamType):
 @click.command(cls=cli.Command, context_settings={"show_default": True})
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=Place(),
     default=Path("data/ham10000"),
     help="Folder of the images: HAM10000, another set whose layout is known, a folder for each class, or any images "
-    "with --table. Or a tar of images and labels, in webdataset's form. It is only read.",
+    "with --table. Or a tar of images and labels, in webdataset's form. Or the address of either, such as "
+    "s3://bucket/images. It is only read.",
 )
 @click.option(
     "--out",
@@ -87,7 +88,7 @@ class Ratio(click.ParamType):
     "--table",
     "tables",
     multiple=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Place(),
     help="Labels of the images: a text file with a row for each image, with any usual separator. Given again, a file "
     "is joined by the first column that it shares.",
 )
@@ -129,7 +130,7 @@ class Ratio(click.ParamType):
 )
 @click.option(
     "--test-source",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="Official ISIC 2018 Task 3 test images and labels, used as the test split. --source then has "
     "train and val alone.",
 )
@@ -211,9 +212,9 @@ class Ratio(click.ParamType):
 @click.option("--overwrite", is_flag=True, help="Replace the set in --out when the new one is complete.")
 @cluster.runner_options
 def main(
-    source: Path,
+    source: str | Path,
     out: str | Path,
-    tables: tuple[Path, ...],
+    tables: tuple[str | Path, ...],
     image: str | None,
     label: str | None,
     group: str | None,
@@ -221,7 +222,7 @@ def main(
     split_column: str | None,
     classes_file: Path | None,
     map_name: str | None,
-    test_source: Path | None,
+    test_source: str | Path | None,
     shard_mb: int,
     workers: int | None,
     split: tuple[int, ...],
@@ -252,6 +253,7 @@ def main(
     from preprocess.layouts import read_folder
     from preprocess.mapping import map_labels
     from preprocess.packing import Settings, pack
+    from preprocess.places import near
     from preprocess.records import read_splits, sha256_of
     from preprocess.rows import Texts
     from shards.labelmap import read_map
@@ -269,12 +271,20 @@ def main(
     columns = Columns(image, _listed("--label", label), _listed("--group", group), split_column, where)
     named_classes = None if classes_file is None else read_classes_file(classes_file)
     labels = None if map_name is None else read_map(map_name)
-    raw, splits, layout = read_folder(source, tables, columns, named_classes if labels is None else None)
+    with ExitStack() as stack:
+        here, *there = (stack.enter_context(near(place)) for place in (source, *tables))
+        own_classes = named_classes if labels is None else None
+        raw, splits, layout = read_folder(here.path, tuple(one.path for one in there), columns, own_classes)
+        raw.folder = here.named(raw.folder)
     if labels is not None:
         map_labels(raw, labels, named_classes)
     if splits is not None and assigned is None and not by_ratio:
         assigned, assigned_from = splits, {"column": raw.about["columns"]["split"]}
-    test = read_test_source(test_source) if test_source else None
+    test = None
+    if test_source:
+        with near(test_source) as here:
+            test = read_test_source(here.path)
+            test.folder = here.named(test.folder)
     if assigned is not None and (labels is not None or where is not None):  # these leave images out: no fault of a list
         sources = [one for one in (raw, test) if one]
         names = chain.from_iterable(one.records.column("image_id") for one in sources)

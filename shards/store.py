@@ -122,23 +122,47 @@ class Store:
 
         def ask(system: Any, path: str) -> Version:
             system.invalidate_cache(path)
-            info = system.info(path)
-            if info.get("size") is None:
-                raise ValueError("the server does not say how large the file is")
-            said = {key.lower(): str(value) for key, value in info.items() if value is not None}
-            keys = ("etag", "generation", "md5hash", "blob_id", "mtime", "last-modified", "lastmodified", "created")
-            mark = next((said[key] for key in keys if key in said), "")
-            token = hashlib.sha256(f"{info['size']}/{mark}".encode()).hexdigest()[:16]
-            return Version(int(info["size"]), token)
+            return _version(system.info(path))
 
         return self._ask(name, ask)
+
+    def files(self) -> dict[str, Version]:
+        """What is at the address and below it, by the paths from there; by "" if the address is that of a file.
+
+        Of a web server, which cannot be listed, it is always a file. Raises DataError if there is nothing.
+        """
+        if self.reads_only:
+            return {"": self.version("")}
+
+        def ask(system: Any, path: str) -> dict[str, Version]:
+            system.invalidate_cache()
+            path = path.rstrip("/")
+            found = {name.rstrip("/"): info for name, info in system.find(path, detail=True).items()}
+            below = {name: info for name, info in found.items() if name == path or name.startswith(f"{path}/")}
+            return {name[len(path) + 1 :]: _version(info) for name, info in sorted(below.items())}
+
+        if not (found := self._ask("", ask)):
+            raise DataError(f"{self.address}: is not there; check the address")
+        return found
 
     def read(self, name: str, most: int) -> bytes:
         """A whole small file. Raises DataError if it is larger than `most` bytes."""
         size = self.version(name).bytes
         if size > most:
             raise DataError(f"{self.address}/{name}: has {size:,} bytes, and at most {most:,} are read")
-        return self._ask(name, lambda system, path: system.cat_file(path))
+        return self.content(name)
+
+    def content(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """The bytes of a file, or `size` of them from `start` on."""
+        end = None if size is None else start + size
+        found = self._ask(name, lambda system, path: system.cat_file(path, start=start or None, end=end))
+        if size is not None and len(found) != size:
+            raise DataError(f"{self.address}/{name}: ends before byte {end:,}; it was replaced, so start again")
+        return found
+
+    def opened(self, name: str) -> IO[bytes]:
+        """A file to read from at any place. Its errors are those of the driver."""
+        return self._ask(name, lambda system, path: system.open(path, "rb"))
 
     def fetch(self, remote: RemoteFile, part: Path, bar: Counter) -> None:
         """Complete `part` with a file's bytes, from where it ends. Raises DataError."""
@@ -208,6 +232,17 @@ class Store:
         """Remove a file."""
         with self._turn:
             self._ask(name, lambda system, path: system.rm_file(path))
+
+
+def _version(info: dict[str, Any]) -> Version:
+    """Of what fsspec says of a file."""
+    if info.get("size") is None:
+        raise ValueError("the server does not say how large the file is")
+    said = {key.lower(): str(value) for key, value in info.items() if value is not None}
+    keys = ("etag", "generation", "md5hash", "blob_id", "mtime", "last-modified", "lastmodified", "created")
+    mark = next((said[key] for key in keys if key in said), "")
+    token = hashlib.sha256(f"{info['size']}/{mark}".encode()).hexdigest()[:16]
+    return Version(int(info["size"]), token)
 
 
 def _problem(error: Exception, where: str) -> DermscaleError | None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.preprocess.test_layouts import members_of, write_tar
 from tests.preprocess.test_shard import digest
 from tests.support.rawdata import write_raw
 from tests.support.ray_nodes import TwoNodes, ended, own_folder, ray_processes, start_python, two_nodes
+from tests.support.stores import S3, s3_server
 
 SLOWED = """
 import sys, time
@@ -36,7 +38,17 @@ cli.run(shard.main)
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[TwoNodes]:
+def s3() -> Iterator[S3 | None]:
+    """A store whose credentials are in the environment of the nodes; None if its packages are missing."""
+    if not (find_spec("s3fs") and find_spec("moto")):
+        yield None
+        return
+    with pytest.MonkeyPatch.context() as monkeypatch, s3_server(monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def nodes(s3: S3 | None) -> Iterator[TwoNodes]:
     with two_nodes() as made:
         yield made
 
@@ -46,7 +58,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_raw(tmp_path_factory.mktemp("source") / "raw", 1200)
 
 
-def start(source: Path, out: Path | str, *more: str) -> subprocess.Popen[str]:
+def start(source: Path | str, out: Path | str, *more: str) -> subprocess.Popen[str]:
     program = ["-c", SLOWED] if isinstance(out, Path) else ["-m", "preprocess.shard"]
     line = [*program, "--out", str(out), "--source", str(source), "--shard-mb", "1"]
     return start_python(*line, "--write-mode", "raw", "--max-resolution", "40", *more)
@@ -108,12 +120,11 @@ def test_a_bad_image_and_ctrl_c_leave_nothing(raw: Path, nodes: TwoNodes, tmp_pa
 
 @pytest.mark.slow
 def test_tars_and_a_store_are_as_on_one_machine(
-    nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: TwoNodes, s3: S3 | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With fields of the tars in the index, copies joined, and a fold for test."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto")
-    from tests.support.stores import s3_server
+    """From a store to a store. With fields of the tars in the index, copies joined, and a fold for test."""
+    if s3 is None:
+        pytest.skip("needs s3fs and moto (extra dev)")
 
     def described(number: int) -> list[tuple[str, bytes]]:
         return [("json", json.dumps({"dx": "abc"[number % 3], "score": number / 7}).encode())]
@@ -125,9 +136,10 @@ def test_tars_and_a_store_are_as_on_one_machine(
     ended(start(tmp_path / "raw", tmp_path / "local", *options))
     local = ShardSet(tmp_path / "local")
     assert local.manifest.source["joined_duplicates"] >= 9 and local.column("score").dtype == float
-    with s3_server(monkeypatch) as s3:
-        there = ("--runner", "ray", "--address", nodes.address)
-        ended(start(tmp_path / "raw", "s3://bucket/set", *options, *there))
-        found = {name: hashlib.sha256(s3.get(f"set/{name}")).hexdigest() for name in s3.names()}
+    there = ("--runner", "ray", "--address", nodes.address)
+    for tar in (tmp_path / "raw").iterdir():
+        s3.put(f"raw/{tar.name}", tar.read_bytes())
+    ended(start("s3://bucket/raw", "s3://bucket/set", *options, *there))
+    found = {name: hashlib.sha256(s3.get(f"set/{name}")).hexdigest() for name in s3.names()}
     assert found == digest(tmp_path / "local") and len(local.manifest.shards) > 3
     assert not list((tmp_path / "home").rglob("*.tar"))

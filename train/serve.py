@@ -73,6 +73,7 @@ def main(
     """Serve a web page on this machine that predicts images. Research software, not a medical device.
 
     The first start computes the features of the training lesions in the background and saves them in the run folder.
+    Browsers that have opened the page come before programs, which wait one at a time; others are told to try again.
     """
     from train.inference.guard import host_name
 
@@ -84,6 +85,7 @@ def main(
         os.environ["OMP_NUM_THREADS"] = str(threads or available_cores())  # for the model process, which imports torch
     with _listening(port) as listener, tempfile.TemporaryDirectory(prefix="dermscale-uploads-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # all of them become a table after each answer
         for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):  # nothing here leaves this machine
             os.environ.pop(name, None)
             os.environ.pop(name.upper(), None)
@@ -137,7 +139,18 @@ def _answering(app: "ASGIApp", listener: socket.socket) -> Iterator[None]:
     """Answer requests in a thread until the block ends."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1))
+    from train.inference.limits import CONNECTIONS, impatient
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=impatient(),
+            log_level="warning",
+            ws="none",
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=1,
+        )
+    )
     thread = threading.Thread(target=server.run, args=([listener],), name="answering", daemon=True)
     thread.start()
     while not server.started:

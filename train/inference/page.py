@@ -3,15 +3,13 @@
 import base64
 import html
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.inference.limits import Limits, forget
 from train.inference.output import NOTICE, PRIORS, About, named, temperatures
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from train.inference.worker import Answer
 
 Ask = Callable[[bytes], "Answer | str"]
@@ -30,7 +28,7 @@ figcaption { font-size: 0.9em; } .refused { font-weight: 600; } .small { font-si
 """The page's CSS."""
 
 
-def application(ask: Ask, abouts: Sequence[About], credit: str, most_bytes: int) -> "FastAPI":
+def application(ask: Ask, abouts: Sequence[About], credit: str, most_bytes: int) -> Limits:
     """The page as an ASGI application. most_bytes: larger uploads are refused. For the others see `build`."""
     import gradio as gr
     from fastapi import FastAPI
@@ -39,7 +37,7 @@ def application(ask: Ask, abouts: Sequence[About], credit: str, most_bytes: int)
     page.queue(max_size=_WAITING)
     page.state_session_capacity = _WAITING  # Gradio keeps 50 kB for each visit, for states that this page does not have
     page.has_launched = True  # otherwise Gradio would take any file of this machine for an upload
-    return gr.mount_gradio_app(
+    app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         page,
         path="/",
@@ -51,6 +49,7 @@ def application(ask: Ask, abouts: Sequence[About], credit: str, most_bytes: int)
         enable_monitoring=False,
         css=STYLE,
     )
+    return Limits(app, page, most_bytes)
 
 
 def build(ask: Ask, abouts: Sequence[About], credit: str) -> Any:
@@ -63,7 +62,7 @@ def build(ask: Ask, abouts: Sequence[About], credit: str) -> Any:
     import gradio as gr
 
     about = abouts[0]  # what all share
-    with gr.Blocks(title="dermscale", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="dermscale", analytics_enabled=False, delete_cache=(60, 600)) as page:
         gr.Markdown(f"# dermscale: {named(abouts)}\n\n**{NOTICE}**")
         with gr.Row():
             with gr.Column():
@@ -85,11 +84,7 @@ def build(ask: Ask, abouts: Sequence[About], credit: str) -> Any:
             except FileNotFoundError:
                 answer = "was deleted with the results for another drop of the same file; drop it again"
             finally:
-                file.unlink(missing_ok=True)
-                with suppress(OSError):  # another upload of this content under another name is in the folder
-                    file.parent.rmdir()
-                for names in page.temp_file_sets:  # Gradio would remember the names of all uploads
-                    names.discard(str(file))
+                forget(page, file)
             if isinstance(answer, str):
                 refused = f'<p class="refused">{html.escape(file.name)} {html.escape(answer)}.</p>'
                 return None, refused, None, "", ""

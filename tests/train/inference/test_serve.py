@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +42,18 @@ class Server:
     port: int
     uploads: Path
     process: subprocess.Popen[str]
+    said: str = ""
+    """After the end: what it printed once it was ready."""
 
 
 @contextmanager
-def serving(run: Path, temporary: Path, *options: object) -> Iterator[Server]:
-    """`python -m train.serve` until the block ends; its temporary files lie in a folder of their own."""
+def serving(run: Path, temporary: Path, *options: object, before: Sequence[object] = ()) -> Iterator[Server]:
+    """`python -m train.serve` until the block ends; its temporary files lie in a folder of their own.
+
+    before: of the command.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "train.serve", "--run", run, "--port", port, "--device", "cpu", *options]
+    command = [*before, sys.executable, "-m", "train.serve", "--run", run, "--port", port, "--device", "cpu", *options]
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
@@ -58,6 +63,7 @@ def serving(run: Path, temporary: Path, *options: object) -> Iterator[Server]:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
     )
+    found = None
     try:
         assert process.stdout is not None
         lines = []
@@ -68,11 +74,14 @@ def serving(run: Path, temporary: Path, *options: object) -> Iterator[Server]:
         else:
             pytest.fail(f"the server ended: {''.join(lines)}")
         (uploads,) = temporary.glob("dermscale-uploads-*")
-        yield Server(f"http://127.0.0.1:{port}", port, uploads, process)
+        found = Server(f"http://127.0.0.1:{port}", port, uploads, process)
+        yield found
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=60)
+        if found is not None:
+            found.said = said
 
 
 @pytest.fixture(scope="module")

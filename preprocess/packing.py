@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, compress
+from operator import ne
 from pathlib import Path
 from typing import Any
 
@@ -228,9 +229,9 @@ def pack(
         resolution = settings.encode.max_resolution
         copies = _copies(plan["key"].to_numpy(), hashes, lambda row: _jobs(plan.slice(row, 1), sources)[0], resolution)
         if copies:
-            paired = np.array([row for copy in copies for row in (copy.first, copy.second)])
-            names = taken(plan.select(["image_id"]), paired)["image_id"].to_pylist()
-            names = dict(zip(paired.tolist(), names, strict=True))
+            rows = [row for copy in copies for row in (copy.first, copy.second)]
+            paired = taken(plan.select(["image_id", "split", "dx"]), np.array(rows))
+            names = dict(zip(rows, paired["image_id"].to_pylist(), strict=True))
             writer.attach(DUPLICATES, copies_csv(copies, names, names))
         mean, std = tally.moments()
         ratio, unit = _ratio(settings, test), settings.unit
@@ -254,7 +255,7 @@ def pack(
         )
     warnings = contradicting + _doubtful_classes(manifest) + ([divided] if divided else [])
     if copies:
-        warnings.append(_said(_jobs(taken(plan, paired), sources)))
+        warnings.append(_said(paired))
     return Packed(manifest, rejected, warnings, time.monotonic() - started)
 
 
@@ -566,15 +567,15 @@ def _join_duplicates(source: Source, settings: Settings, crew: Crew) -> list[str
     return [f"{len(differing):,} {what} (first: {differing[0]})"] if differing else []
 
 
-def _said(jobs: list[Job]) -> str:
-    """What the user should know of copies in different groups; jobs: two for each pair."""
-    pairs = list(zip(jobs[::2], jobs[1::2], strict=True))
-    divided = sum(one.split != other.split for one, other in pairs)
-    labels = sum(one.record.dx != other.record.dx for one, other in pairs)
-    first = " and ".join(job.record.image_id for job in pairs[0])
+def _said(paired: pa.Table) -> str:
+    """What the user should know of copies in different groups; paired: two rows of the plan for each pair."""
+    names, splits, labels = (paired[name].to_pylist() for name in ("image_id", "split", "dx"))
+    pairs = list(zip(names[::2], names[1::2], strict=True))
+    divided, differing = (sum(map(ne, each[::2], each[1::2])) for each in (splits, labels))
+    first = " and ".join(pairs[0])
     return (
         f"{len(pairs):,} pairs of images of different groups are copies (first: {first}), {divided:,} of them in "
-        f"different splits and {labels:,} with different labels; they are listed in {DUPLICATES}, and "
+        f"different splits and {differing:,} with different labels; they are listed in {DUPLICATES}, and "
         "--join-duplicates makes one group of each"
     )
 

@@ -128,7 +128,8 @@ def serve(
                 address = f"http://{HOST}:{listener.getsockname()[1]}"
                 click.echo(f"{address} is ready after {seconds:.1f} s; press Ctrl-C to stop")
                 sys.stdout.flush()
-                threading.Event().wait()
+                while True:  # a signal that reaches another thread does not wake this one
+                    time.sleep(1)
         finally:
             with contextlib.suppress(BrokenExecutor):
                 process.submit(worker.stop)

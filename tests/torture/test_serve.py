@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import psutil
@@ -187,7 +188,7 @@ def beside(
 
     def work(count: int, one: Callable[[int], tuple[int, str]], **others: object) -> Counter[int]:
         person, meter, codes = Client(server.port).visit(), Meter(server), Counter()
-        alone = max(person.timed() for _ in range(times(3, 10)))
+        alone = median(person.timed() for _ in range(times(3, 10)))
         waited = []
         with ThreadPoolExecutor(count) as pool:
             running = [pool.submit(one, number) for number in range(count)]
@@ -214,7 +215,7 @@ def test_two_hundred_programs_at_once(server, beside, times):
 
     def insist(request: Callable[[], tuple[int, str]]) -> tuple[int, str]:
         while (answer := request())[0] == 503 and time.monotonic() < until:
-            time.sleep(0.5)
+            time.sleep(1)
         return answer
 
     def one(_: int) -> tuple[int, str]:
@@ -330,5 +331,5 @@ def test_nothing_outside_the_temporary_folder_is_written(whole: Path, tmp_path: 
     paths = {path for line in wrote for path in re.findall(r'"(/[^"]*)"', line)}
     outside = sorted(path for path in paths if not path.startswith((str(temporary), "/dev/", "/proc/self/")))
     record(calls=len(lines), outside=outside)
-    assert all(path.startswith(str(whole / FILE)) for path in outside), outside
+    assert set(outside) <= {str(whole / FILE), str(whole / f".{FILE}.partial")}
     assert not any("/etc/hostname" in line for line in lines)

@@ -32,8 +32,8 @@ ARRIVES_S = 120.0
 """How long the body of a request may take to arrive."""
 STALLS_S = 30.0
 """How long a client may take to begin a request, or read nothing of an answer."""
-LINGERS_S = 5.0
-"""How long a client that was refused may go on sending."""
+LINGERS_S = 30.0
+"""How long a client that was refused may go on sending: most read the reason only then."""
 
 
 def forget(page: Any, file: Path) -> None:

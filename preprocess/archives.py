@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from preprocess.places import TARS, read_file
 from preprocess.tables import PICTURES, SPLIT_NAMES
-from shards.common.errors import DataError, UsageError
+from shards.common.errors import DataError, UsageError, one_line
 from shards.store import Store, is_address
 
 KEY = "__key__"
@@ -95,7 +95,12 @@ def read_member(folder: str, file: str, member: Member) -> bytes:
     """The bytes of the image `file` in an archive of a folder or of an address. Raises as `read_file` does."""
     if member.archive.lower().endswith(TARS):
         return read_file(folder, member.archive, member.offset, member.size)
-    return bytes(_hdf5(folder, member.archive)[file.removeprefix(f"{member.archive}/").removesuffix(".jpg")][()])
+    try:
+        return bytes(_hdf5(folder, member.archive)[file.removeprefix(f"{member.archive}/").removesuffix(".jpg")][()])
+    except OSError as error:
+        if is_address(folder):  # it may be the store that is busy: no image is left out for that
+            raise DataError(f"{folder}/{file}: cannot be read ({one_line(error, 160)}); try again later") from None
+        raise
 
 
 def _described(ending: str, content: bytes) -> dict[str, str]:
@@ -126,4 +131,6 @@ def _hdf5(folder: str, name: str) -> Any:
     try:
         return h5py.File(Store(folder).opened(name) if is_address(folder) else path)
     except OSError as error:
+        if is_address(folder):
+            raise DataError(f"{path}: cannot be read ({one_line(error, 160)}); try again later") from None
         raise DataError(f"{path}: is no HDF5 file ({error}); get it again") from None

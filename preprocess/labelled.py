@@ -468,7 +468,11 @@ def read_labelled(
             except ValueError as error:
                 yield line, cell, str(error)
 
-    table = os.path.relpath(rows.path, images.folder)
+    if rows.path.is_relative_to(images.folder):
+        table = rows.path.relative_to(images.folder).as_posix()
+    else:  # a set names no path of the machine
+        table = rows.path.name
+        source.tables[table] = rows.path
     source.records = one_row_each(read_all(), table, source.rejected, one_label)
     if not source.records:
         first = f" (first: {source.rejected[0].reason})" if source.rejected else ""

@@ -179,7 +179,8 @@ class Source:
 
     citation, licence, about (names and hashes; no path of the machine), classes, group (the columns that the groups
     were made from): for the manifest. columns: further columns of the index, with the rows that the records name.
-    members: where each file is, if the images lie in archives. folder: or an address in a store.
+    members: where each file is, if the images lie in archives. folder: or an address in a store. tables: where a table
+    is that lies outside of it.
     """
 
     folder: str | Path
@@ -193,12 +194,13 @@ class Source:
     group: tuple[str, ...] = ("lesion_id",)
     columns: pa.Table | None = None
     members: dict[str, Member] | None = None
+    tables: dict[str, str | Path] = field(default_factory=dict)
 
     def error(self, rejected: Rejected) -> DataError:
         """The error that stops packing at an image that cannot be packed."""
         found = len(self.rejected)
         more = f" (the first of {found} problems)" if found > 1 else ""
-        where = f"{self.folder}/{rejected.file}"
+        where = str(self.tables.get(rejected.file, f"{self.folder}/{rejected.file}"))
         return DataError(
             f"{where if is_address(where) else os.path.normpath(where)}: {rejected.reason}{more}; fix the source, "
             "or add --on-bad skip to pack the rest and list what was left out in quarantine.csv"

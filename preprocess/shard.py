@@ -271,20 +271,22 @@ def main(
     columns = Columns(image, _listed("--label", label), _listed("--group", group), split_column, where)
     named_classes = None if classes_file is None else read_classes_file(classes_file)
     labels = None if map_name is None else read_map(map_name)
-    with ExitStack() as stack:
-        here, *there = (stack.enter_context(near(place)) for place in (source, *tables))
+    with _terminable(), ExitStack() as stack:
+        copy, *further = (stack.enter_context(near(place)) for place in (source, *tables))
         own_classes = named_classes if labels is None else None
-        raw, splits, layout = read_folder(here.path, tuple(one.path for one in there), columns, own_classes)
-        raw.folder = here.named(raw.folder)
+        raw, splits, layout = read_folder(copy.path, tuple(one.path for one in further), columns, own_classes)
+        raw.folder = copy.named(raw.folder)
+        for one in further:
+            raw.tables = {name: one.named(path) for name, path in raw.tables.items()}
     if labels is not None:
         map_labels(raw, labels, named_classes)
     if splits is not None and assigned is None and not by_ratio:
         assigned, assigned_from = splits, {"column": raw.about["columns"]["split"]}
     test = None
     if test_source:
-        with near(test_source) as here:
-            test = read_test_source(here.path)
-            test.folder = here.named(test.folder)
+        with _terminable(), near(test_source) as copy:
+            test = read_test_source(copy.path)
+            test.folder = copy.named(test.folder)
     if assigned is not None and (labels is not None or where is not None):  # these leave images out: no fault of a list
         sources = [one for one in (raw, test) if one]
         names = chain.from_iterable(one.records.column("image_id") for one in sources)

@@ -137,8 +137,12 @@ class Store:
         def ask(system: Any, path: str) -> dict[str, Version]:
             system.invalidate_cache()
             path = path.rstrip("/")
-            found = {name.rstrip("/"): info for name, info in system.find(path, detail=True).items()}
-            below = {name: info for name, info in found.items() if name == path or name.startswith(f"{path}/")}
+            found = system.find(path, detail=True)  # S3's console makes an empty object `sub/` for a folder
+            below = {
+                name: info
+                for name, info in found.items()
+                if (name == path or name.startswith(f"{path}/")) and not name.endswith("/")
+            }
             return {name[len(path) + 1 :]: _version(info) for name, info in sorted(below.items())}
 
         if not (found := self._ask("", ask)):

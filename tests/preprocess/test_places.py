@@ -36,6 +36,9 @@ def test_a_source_in_a_store_gives_the_set_of_the_folder_and_leaves_nothing(s3, 
     (raw / ".hidden").mkdir()
     (raw / ".hidden" / "other.jpg").write_bytes(b"no image")
     put(s3, raw)
+    s3.put("lab/raw/HAM10000_images_part_1/", b"")  # as S3's console makes a folder
+    s3.put("lab/raw/IM0001", b"of another kind")
+    s3.put("lab/raw/../../escaped.csv", b"of a folder above")
     s3.put("lab/raw-2/HAM10000_metadata.csv", b"of another folder whose name begins alike")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(places.tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -47,6 +50,7 @@ def test_a_source_in_a_store_gives_the_set_of_the_folder_and_leaves_nothing(s3, 
     assert code == 0, errors
     assert digest(tmp_path / "there") == digest(tmp_path / "local")
     assert not list((tmp_path / "tmp").iterdir())
+    assert not s3.proxy.asked("GET", "IM0001") and not list(tmp_path.rglob("escaped.csv"))
     assert sum(one.path.endswith(".jpg") for one in s3.proxy.seen if one.method == "HEAD") == 0
 
 
@@ -59,7 +63,7 @@ def test_tables_folders_of_classes_and_copies_in_a_store(s3, tmp_path, command):
         for folder in ("a", "b") if number == 3 else ("ab"[number % 2],):
             (photos / folder).mkdir(parents=True, exist_ok=True)
             (photos / folder / image.name).write_bytes(image.read_bytes())
-    rows = "".join(f"{image.name},{'xyz'[number % 3]}\n" for number, image in enumerate(images))
+    rows = "".join(f"{image.name},{'xyz'[number % 3]}\n" for number, image in enumerate(images)) + "missing.jpg,x\n"
     (tmp_path / "labels.dat").write_text("image,label\n" + rows)
     put(s3, photos)
     s3.put("lab/labels.dat", (tmp_path / "labels.dat").read_bytes())
@@ -67,7 +71,10 @@ def test_tables_folders_of_classes_and_copies_in_a_store(s3, tmp_path, command):
         ("local", photos, tmp_path / "labels.dat"),
         ("there", "s3://bucket/lab/photos/", "s3://bucket/lab/labels.dat"),
     ):
-        code, _, errors = command(main, "--source", source, "--table", table, "--out", tmp_path / name)
+        options = ("--source", source, "--table", table, "--out", tmp_path / name)
+        code, _, errors = command(main, *options)
+        assert code == 1 and f"error: {table}: line 26: " in errors
+        code, _, errors = command(main, *options, "--on-bad", "skip")
         assert code == 0, errors
     assert digest(tmp_path / "there") == digest(tmp_path / "local")
     s3.put(f"lab/photos/a/{images[3].name}", images[4].read_bytes())
@@ -133,6 +140,9 @@ def test_what_is_wrong_at_an_address_is_one_line_that_names_it(s3, tmp_path, com
     s3.put(f"lab/raw/{image}", (raw / image).read_bytes())
     s3.proxy.plan(f"GET .*{image}", "status:404:NoSuchKey", times=9)
     assert f"{PLACE}/{image}: is not there" in said(PLACE)
-    s3.put("lab/odd/a.jpg/b.jpg", b"1")
-    s3.put("lab/odd/a.jpg", b"1")
-    assert "rename one" in said("s3://bucket/lab/odd")
+    for file, fault in (("a.jpg", "is a file and a folder at once"), ("/tmp/x.csv", "has a folder without a name")):
+        s3.put("lab/odd/a.jpg/b.jpg", b"1")
+        s3.put(f"lab/odd/{file}", b"1")
+        assert said("s3://bucket/lab/odd") == f"error: s3://bucket/lab/odd/{file}: {fault}; rename it"
+        s3.ask("DELETE", f"bucket/lab/odd/{file}")
+    assert "an address with ? cannot be a source" in said(f"{s3.url}/a.tar?key=1")

@@ -5,13 +5,14 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from preprocess.places import TARS, read_file
 from preprocess.tables import PICTURES, SPLIT_NAMES
-from shards.common.errors import DataError, UsageError, one_line
-from shards.store import Store, is_address
+from shards.common.errors import DataError, UsageError
+from shards.store import is_address
 
 KEY = "__key__"
 """The column that names the image: webdataset's word."""
@@ -20,7 +21,7 @@ _FIELDS = ("cls", "txt", "json")
 
 
 class Member(NamedTuple):
-    """Where an image is: its archive, and in a tar the offset and size of its bytes."""
+    """Where an image is: its archive, and the offset and size of its bytes; without size where only HDF5 finds them."""
 
     archive: str
     offset: int = 0
@@ -73,8 +74,11 @@ class Archives:
             self.columns += [column for column in self._fields[file] if column not in self.columns]
 
     def _list_hdf5(self, name: str) -> None:
-        for key in _hdf5(str(self.folder), name):
-            self.members[f"{name}/{key}.jpg"] = Member(name)
+        for key, images in _hdf5(f"{self.folder}/{name}").items():
+            # bytes in one piece are read as a tar's, from a store too; text and other types have a form of their own
+            plain = images.dtype.kind == "V" and images.shape == () and images.id.get_offset() is not None
+            place = (images.id.get_offset(), images.id.get_storage_size()) if plain else ()
+            self.members[f"{name}/{key}.jpg"] = Member(name, *place)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
         """What the tars say of each image, as the rows of a table: its name as KEY, and its fields."""
@@ -93,14 +97,12 @@ class Archives:
 
 def read_member(folder: str, file: str, member: Member) -> bytes:
     """The bytes of the image `file` in an archive of a folder or of an address. Raises as `read_file` does."""
-    if member.archive.lower().endswith(TARS):
+    if member.size or member.archive.lower().endswith(TARS):
         return read_file(folder, member.archive, member.offset, member.size)
-    try:
-        return bytes(_hdf5(folder, member.archive)[file.removeprefix(f"{member.archive}/").removesuffix(".jpg")][()])
-    except OSError as error:
-        if is_address(folder):  # it may be the store that is busy: no image is left out for that
-            raise DataError(f"{folder}/{file}: cannot be read ({one_line(error, 160)}); try again later") from None
-        raise
+    path = f"{folder}/{member.archive}"
+    if is_address(folder):
+        raise DataError(f"{path}: its images are no plain bytes; copy the file to a folder, and name that instead")
+    return bytes(_hdf5(path)[file.removeprefix(f"{member.archive}/").removesuffix(".jpg")][()])
 
 
 def _described(ending: str, content: bytes) -> dict[str, str]:
@@ -111,7 +113,9 @@ def _described(ending: str, content: bytes) -> dict[str, str]:
     raw = json.loads(text)
     if not isinstance(raw, dict):
         raise ValueError("a .json member is no object")
-    return {name: _cell(value) for name, value in raw.items()}
+    cells = {name: _cell(value) for name, value in raw.items()}
+    "".join(chain(*cells.items())).encode()  # JSON can hold half a character, which is no text
+    return cells
 
 
 def _cell(value: Any) -> str:
@@ -121,16 +125,13 @@ def _cell(value: Any) -> str:
 
 
 @functools.lru_cache(maxsize=4)  # opening takes longer than reading an image
-def _hdf5(folder: str, name: str) -> Any:
+def _hdf5(path: str) -> Any:
     """An HDF5 file, opened."""
-    path = f"{folder}/{name}"
     try:
         import h5py
     except ImportError:
         raise UsageError(f"{path}: reading HDF5 needs h5py; install it with: pip install 'dermscale[hdf5]'") from None
     try:
-        return h5py.File(Store(folder).opened(name) if is_address(folder) else path)
+        return h5py.File(path)
     except OSError as error:
-        if is_address(folder):
-            raise DataError(f"{path}: cannot be read ({one_line(error, 160)}); try again later") from None
         raise DataError(f"{path}: is no HDF5 file ({error}); get it again") from None

@@ -164,10 +164,6 @@ class Store:
             raise DataError(f"{self.address}/{name}: ends before byte {end:,}; it was replaced, so start again")
         return found
 
-    def opened(self, name: str) -> IO[bytes]:
-        """A file to read from at any place. Its errors are those of the driver."""
-        return self._ask(name, lambda system, path: system.open(path, "rb"))
-
     def fetch(self, remote: RemoteFile, part: Path, bar: Counter) -> None:
         """Complete `part` with a file's bytes, from where it ends. Raises DataError."""
         with full_disk_names(part):

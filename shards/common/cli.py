@@ -54,6 +54,8 @@ def system_error(error: OSError) -> str:
         return one_line(f"the disk is full{where}: free some space and start again")
     if error.filename:
         return one_line(f"{_file_of(error)}: {error.strerror}{_HINTS.get(error.errno or 0, '')}")
+    if "temporary directory" in str(error.strerror):  # Python's, which names no file
+        return one_line(f"{error.strerror}; set TMPDIR to a folder that can be written")
     return ""
 
 

@@ -270,6 +270,10 @@ def test_archives_that_cannot_be_read_are_refused_in_one_line(tmp_path):
     (tmp_path / "raw" / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(DataError, match=r"a\.tar: is no tar of images and labels"):
         Images(tmp_path / "raw")
+    half = [("json", b'{"dx": "nv", "note": "\\ud83d"}')]
+    write_tar(tmp_path / "raw" / "a.tar", members_of(range(2), lambda number: half))
+    with pytest.raises(DataError, match=r"a\.tar: is no tar of images and labels \('utf-8' codec can't encode"):
+        Images(tmp_path / "raw")
     (tmp_path / "raw" / "a.tar").rename(tmp_path / "raw" / "a.txt")
     with pytest.raises(DataError, match=r"a\.txt: is a file; name a folder of images"):
         Images(tmp_path / "raw" / "a.txt")

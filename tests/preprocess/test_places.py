@@ -111,10 +111,22 @@ def test_hdf5_in_a_store(s3, tmp_path, command):
             rows.append(f"ISIC_{number:07d},P{number // 2},{number % 2},50")
     (folder / "train-metadata.csv").write_text("\n".join(rows) + "\n")
     put(s3, folder)
+    s3.proxy.plan("GET .*image.hdf5", "status:503:SlowDown", times=2)
     for name, source in (("local", folder), ("there", "s3://bucket/lab/isic")):
         code, _, errors = command(main, "--source", source, "--out", tmp_path / name)
         assert code == 0, errors
     assert digest(tmp_path / "there") == digest(tmp_path / "local")
+    other = tmp_path / "other" / "isic"
+    other.mkdir(parents=True)
+    (other / "train-metadata.csv").write_bytes((folder / "train-metadata.csv").read_bytes())
+    with h5py.File(folder / "train-image.hdf5") as file, h5py.File(other / "train-image.hdf5", "w") as arrays:
+        for name, image in file.items():
+            arrays[name] = np.frombuffer(bytes(image[()]), np.uint8)
+    put(s3, other)
+    assert command(main, "--source", other, "--out", tmp_path / "arrays")[0] == 0
+    assert digest(tmp_path / "arrays") == digest(tmp_path / "local")
+    code, _, errors = command(main, "--source", "s3://bucket/lab/isic", "--out", tmp_path / "no")
+    assert code == 1 and errors.splitlines()[-1].startswith("error: s3://bucket/lab/isic/train-image.hdf5: its images")
 
 
 def test_what_is_wrong_at_an_address_is_one_line_that_names_it(s3, tmp_path, command):

@@ -4,6 +4,7 @@ import ast
 import errno
 import os
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def failing(error: OSError) -> click.Command:
         raise error
 
     return command
+
+
+def test_no_folder_for_temporary_files_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nothing"])
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.gettempdir()
+    with pytest.raises(SystemExit, match="^1$"):
+        cli.run(failing(caught.value))
+    assert capsys.readouterr().err.endswith("; set TMPDIR to a folder that can be written\n")
 
 
 @pytest.mark.parametrize(

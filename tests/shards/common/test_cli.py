@@ -26,14 +26,13 @@ def failing(error: OSError) -> click.Command:
     return command
 
 
-def test_no_folder_for_temporary_files_is_one_line(monkeypatch, capsys):
+def test_no_folder_for_temporary_files_is_one_line(monkeypatch, command):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nothing"])
     with pytest.raises(FileNotFoundError) as caught:
         tempfile.gettempdir()
-    with pytest.raises(SystemExit, match="^1$"):
-        cli.run(failing(caught.value))
-    assert capsys.readouterr().err.endswith("; set TMPDIR to a folder that can be written\n")
+    code, _, errors = command(failing(caught.value))
+    assert code == 1 and errors.count("\n") == 1 and "set TMPDIR to a folder that can be written" in errors
 
 
 @pytest.mark.parametrize(

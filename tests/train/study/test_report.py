@@ -150,17 +150,27 @@ def test_where_the_costlier_model_is_better_follows_from_the_gaps(found):
     behind = {of: cells["balanced_accuracy"]["difference"]["value"] for of, cells in found.gaps["alexnet"].items()}
     assert all(value < 0 for value in behind.values())
     assert said.endswith("resnet18 is better with every number of images.")
-    for since, verdict in ((0.5, "with 2,801 or more images."), (None, "resnet18 is not better with 5,601 images.")):
-        cells = {
-            of: {
-                "balanced_accuracy": {
-                    "difference": {"value": -0.1 if since and of >= since else 0.1, "low": None, "high": None}
-                }
+    for ahead, low, verdict in (
+        ((0.5, 1.0), 0.05, "resnet18 is better with 2,801 or more images."),
+        ((0.5, 1.0), -0.01, "resnet18 is better with 2,801 or more images, but not clearly with 5,601."),
+        ((0.5,), None, "resnet18 is not better with 5,601 images."),
+    ):
+        cells = {}
+        for of in behind:
+            better = (
+                {"value": 0.1, "low": low, "high": 0.15} if of in ahead else {"value": -0.1, "low": -0.2, "high": 0}
+            )
+            turned = {
+                "value": -better["value"],
+                "low": -better["high"],
+                "high": None if low is None else -better["low"],
             }
-            for of in behind
-        }
+            cells[of] = {"balanced_accuracy": {"difference": turned}}
         (said,) = dict(findings(replace(found, gaps={"alexnet": cells})))["From how many images a larger model pays"]
         assert said.endswith(verdict)
+        if low:
+            assert "resnet18 minus alexnet: -10.0 points (-20.0 points to +0.0 points) with" in said
+            assert f"+10.0 points ({100 * low:+.1f} points to +15.0 points) with 5,601" in said
 
 
 def test_pooled_reliability_is_the_mean_over_all_images(found):

@@ -252,17 +252,28 @@ def _larger(found: Analysis) -> Iterator[str]:
         if len(known) < 2:
             continue
         large, small = (model, best) if flops[model] > flops[best] else (best, model)
+        # A gap is the model minus the best.
+        known = [(at, gap if large == model else _reversed(gap)) for at, gap in known]
         (fewest, first), (most, last) = known[0], known[-1]
-        # A gap is the model minus the best: below zero, the best is better.
-        ahead = [(gap["value"] > 0) == (large == model) and gap["value"] != 0 for _, gap in known]
+        ahead = [gap["value"] > 0 for _, gap in known]
         since = next((at for at in range(len(known)) if all(ahead[at:])), None)
-        numbers = "every number of" if since == 0 else f"{known[since or 0][0]:,.0f} or more"
-        verdict = f"not better with {most:,.0f} images" if since is None else f"better with {numbers} images"
+        if since is None:
+            verdict = f"is not better with {most:,.0f} images"
+        else:
+            numbers = "every number of" if since == 0 else f"{known[since][0]:,.0f} or more"
+            clear = last["low"] is not None and last["low"] > 0
+            verdict = f"is better with {numbers} images" + ("" if clear else f", but not clearly with {most:,.0f}")
         yield (
-            f"{large} needs {flops[large] / flops[small]:.1f} times the computation of {small}. {model} minus {best}: "
+            f"{large} needs {flops[large] / flops[small]:.1f} times the computation of {small}. {large} minus {small}: "
             f"{between(metric, first, write=points)} with {fewest:,.0f} images, {between(metric, last, write=points)} "
-            f"with {most:,.0f}. {large} is {verdict}."
+            f"with {most:,.0f}. {large} {verdict}."
         )
+
+
+def _reversed(gap: dict[str, Any]) -> dict[str, Any]:
+    """The difference the other way round."""
+    low, high = (None if gap[end] is None else -gap[end] for end in ("high", "low"))
+    return {**gap, "value": -gap["value"], "low": low, "high": high}
 
 
 SOURCES = {

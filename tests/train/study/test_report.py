@@ -173,6 +173,15 @@ def test_where_the_costlier_model_is_better_follows_from_the_gaps(found):
             assert f"+10.0 points ({100 * low:+.1f} points to +15.0 points) with 5,601" in said
 
 
+def test_without_repeats_the_share_of_the_seed_is_said_to_hold_that_of_the_interaction(found):
+    parts = found.variance["balanced_accuracy"]
+    assert "the seed and different gains" not in " ".join(dict(findings(found))["What matters more, model or data"])
+    nothing = {"value": None, "low": None, "high": None}
+    once = {**parts, "shares": {**parts["shares"], "interaction": nothing}}
+    said = dict(findings(replace(found, variance={"balanced_accuracy": once})))["What matters more, model or data"]
+    assert "the seed and different gains of the models from more data together" in " ".join(said)
+
+
 def test_pooled_reliability_is_the_mean_over_all_images(found):
     runs = found.sizes["alexnet"][-1].runs
     bins = analysis.reliability(runs, scaled=False)

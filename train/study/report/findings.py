@@ -290,11 +290,14 @@ def _shares(found: Analysis) -> Iterator[str]:
         return
     shares = {name: cell for name, cell in parts["shares"].items() if cell["value"] is not None}
     order = sorted(shares, key=lambda name: -shares[name]["value"])
-    words = [f"{SOURCES[name]} {between('share', shares[name])}" for name in order]
+    named = dict(SOURCES)
+    if "interaction" not in shares:  # its share is in that of the seed
+        named["seed"] = f"{SOURCES['seed']} and {SOURCES['interaction']} together"
+    words = [f"{named[name]} {between('share', shares[name])}" for name in order]
     yield f"Shares of the spread of balanced accuracy in this grid: {_listed(words)}."
     first, second = shares[order[0]], shares[order[1]]
     if first["low"] is not None and second["high"] is not None and first["low"] > second["high"]:
-        yield f"Within this grid {SOURCES[order[0]]} matters most; other models or sizes would give other shares."
+        yield f"Within this grid {named[order[0]]} matters most; other models or sizes would give other shares."
     else:
         yield "The intervals overlap, so it is open which of the first two matters more."
 

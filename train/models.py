@@ -272,7 +272,9 @@ def _alexnet(classes: int, pretrained: bool, found: Weights | None) -> "tuple[nn
     if found is None:
         _he_init(body)
         return body, Start()
-    loaded = load_fitting(body, found, _classifier_names(None, body))
+    heads = _classifier_names(None, body)
+    _zero(body, heads, classes)
+    loaded = load_fitting(body, found, heads)
     why = "that of torchvision's weights"
     return body, _from_file(found, loaded, (IMAGENET_NORM, why), ("bilinear", why))
 
@@ -294,12 +296,15 @@ def _from_timm(
 
     with downloading(name) if pretrained else nullcontext():
         body: Any = timm.create_model(timm_model, pretrained=pretrained, num_classes=classes, **given)
+    heads = _classifier_names(timm_model, body) if pretrained or found is not None else ()
     if pretrained:
+        if body.pretrained_cfg["num_classes"] != classes:
+            _zero(body, heads, classes)
         about = f"its classifier is new if it is not for {classes} classes"
         return body, Start(f"timm's {timm_model}", about, *_of_timm(body.pretrained_cfg))
     if found is None:
         return body, Start()
-    heads = _classifier_names(timm_model, body)
+    _zero(body, heads, classes)
     module = import_module(type(body).__module__)
     convert = next((getattr(module, one) for one in _CONVERSIONS if hasattr(module, one)), None)
     takes_body = convert is not None and len(inspect.signature(convert).parameters) > 1
@@ -313,6 +318,18 @@ def _classifier_names(timm_model: str | None, body: nn.Module) -> Collection[str
     if timm_model is None:
         return "classifier.6.weight", "classifier.6.bias"
     return body.state_dict().keys() - _skeleton(timm_model, None, classes=0).state_dict().keys()
+
+
+def _zero(body: nn.Module, heads: Collection[str], classes: int) -> None:
+    """Let a classifier that given features get start at zero (Kolesnikov et al. 2020, arXiv:1912.11370, Big Transfer).
+
+    Random weights would first have to be unlearned: timm's for EfficientNet give logits of ±8 with seven classes.
+    """
+    for name in {head.rpartition(".")[0] for head in heads}:
+        layer = body.get_submodule(name)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.shape[0] == classes:  # not a norm before it
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
 
 def _from_file(found: Weights, loaded: str, norm: tuple[Norm, str], interpolation: tuple[str, str]) -> Start:

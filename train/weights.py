@@ -248,7 +248,7 @@ def load_fitting(
     adapt: "Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None" = None,
     assign: bool = False,
 ) -> str:
-    """Load weights into a network. A layer in `heads` that the file lacks or has in another shape stays random.
+    """Load weights into a network. A layer in `heads` that the file lacks or has in another shape stays as it is.
 
     heads: names of the classifier's tensors; if it is empty, everything must fit. adapt: converts the file's names and
     tensors to the network's. assign: as for `load_state_dict`. Returns what was left out or is new, in words. Raises

@@ -513,7 +513,7 @@ def test_frozen_training_changes_the_classifier_alone(tiny_shards: Path, tmp_pat
     assert len(changed) == 1 and trained[f"{changed.pop()}.weight"].shape[0] == 7
 
 
-def test_a_frozen_network_needs_weights_and_the_whole_learning_rate() -> None:
+def test_a_frozen_network_needs_weights_and_has_a_learning_rate_of_its_own() -> None:
     with pytest.raises(UsageError, match="--freeze needs weights to start from: add --pretrained or --weights FILE"):
         Config("resnet18", freeze=True)
     for idle in ({"drop_path": 0.1}, {"layer_decay": 0.75}, {"sync_batch_norm": True}):
@@ -521,8 +521,28 @@ def test_a_frozen_network_needs_weights_and_the_whole_learning_rate() -> None:
         with pytest.raises(UsageError, match=f"--freeze leaves --{option} nothing to do: leave one of them out"):
             Config("resnet18", pretrained=True, freeze=True, **idle)
     frozen, tuned = (resolved(Config("resnet18", pretrained=True, freeze=freeze), "batchnorm") for freeze in (1, 0))
-    assert frozen.lr == resolved(Config("resnet18"), "batchnorm").lr
-    assert tuned.lr == pytest.approx(RECIPES["batchnorm"].finetune * frozen.lr)
+    whole, recipe = resolved(Config("resnet18"), "batchnorm").lr, RECIPES["batchnorm"]
+    assert frozen.lr == pytest.approx(recipe.probe * whole)
+    assert tuned.lr == pytest.approx(recipe.finetune * whole)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "levit_128s", "alexnet"])
+def test_a_new_classifier_of_given_features_starts_at_zero(tmp_path: Path, name: str) -> None:
+    """Its logits are 0 for every image; those of one that the file has are not. Norms before it stay as they are."""
+    file = tmp_path / "given.safetensors"
+    given = {
+        own: tensor.contiguous() for own, tensor in models.build(name, 224, 5, MEAN, STD).body.state_dict().items()
+    }
+    save_file(given, file)
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    for classes, new in ((7, True), (5, False)):
+        network = models.build(name, 224, classes, MEAN, STD, weights=file).eval()
+        logits = network(images, torch.eye(3, 4).expand(2, 3, 4))
+        assert logits.shape == (2, classes) and (not logits.any()) == new
+        logits.square().add(logits).sum().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+        last = [p.grad for p in network.parameters() if p.ndim == 2 and len(p) == classes]
+        assert last and all(gradient.any() for gradient in last)
 
 
 # ------------------------------------------------------------------ real weights

@@ -49,9 +49,11 @@ def _file_of(error: OSError) -> str:
 
 def system_error(error: OSError) -> str:
     """What the system could not do and what helps, in one line; empty if that is not known: no file is named."""
+    where = f" while writing {_file_of(error)}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {_file_of(error)}" if error.filename else ""
         return one_line(f"the disk is full{where}: free some space and start again")
+    if error.errno == errno.EFBIG:
+        return one_line(f"a file became too large{where}: raise the limit (`ulimit -f`), or choose another disk")
     if error.filename:
         return one_line(f"{_file_of(error)}: {error.strerror}{_HINTS.get(error.errno or 0, '')}")
     if "temporary directory" in str(error.strerror):  # Python's, which names no file

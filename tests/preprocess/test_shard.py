@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -394,6 +395,17 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(raw, tmp_path, monkeypa
     monkeypatch.setattr(Path, "open", full)
     code, out, err = command(shard.main, "--source", raw, "--out", tmp_path / "set")
     assert (code, out) == (1, "") and "the disk is full" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_of_file_sizes_ends_in_one_line_and_leaves_nothing(raw, tmp_path, command):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code, out, err = command(shard.main, "--source", raw, "--out", tmp_path / "set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, out) == (1, "") and "a file became too large" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

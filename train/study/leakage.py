@@ -143,7 +143,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
     ]
     biased = unseen is not None and _side_of_0(unseen) != 0
     if _side_of_0(cell) == 0:
-        lines.append("The interval contains 0, so this experiment cannot show a gain.")
+        lines.append("The interval contains 0, so this experiment cannot show a gain on all test images.")
     elif _side_of_0(cell) < 0:
         lines.append("It scores lower, so this experiment shows no gain.")
     elif not biased:
@@ -162,6 +162,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
         lines.append(
             line + (": part of the difference comes from the networks and not from the leak." if biased else ".")
         )
+        if _side_of_0(cell) == 0 and seen is not None and _side_of_0(seen) > 0 and not biased:
+            lines.append("So the leak raises the score of the images that have views in training.")
     return lines
 
 

@@ -303,6 +303,7 @@ def test_several_folders_are_one_study_and_a_model_has_a_curve_for_each_start(tm
     assert len({study.series(model) for model in study.models}) == 3
     one = analysis.analyse(study, resamples=200)
     assert len(one.differences) == 3 and all(model in told(one) for model in study.models)
+    assert "times the computation" not in told(one)  # of one network
     with pytest.raises(DataError, match="nothing: no such folder"):
         study_data.read(folders[0], tmp_path / "nothing")
     with pytest.raises(DataError, match=r"a and .*a are both resnet18 on fraction 0\.25"):

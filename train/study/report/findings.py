@@ -249,7 +249,7 @@ def _larger(found: Analysis) -> Iterator[str]:
             for of, cells in sorted(found.gaps[model].items())
             if cells[metric]["difference"]["value"] is not None
         ]
-        if len(known) < 2:
+        if len(known) < 2 or flops[model] == flops[best]:  # the same network from another start is no larger one
             continue
         large, small = (model, best) if flops[model] > flops[best] else (best, model)
         # A gap is the model minus the best.

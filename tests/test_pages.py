@@ -1,7 +1,10 @@
 """The pages of the documentation: links lead somewhere, named tests exist, and the README's example runs."""
 
 import ast
+import csv
+import json
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,26 @@ def test_every_file_that_a_page_names_exists(page):
         r"`((?:shards|preprocess|train|benchmarks|examples|tests|docs)/[\w/.-]+\.\w+)", page.read_text(encoding="utf-8")
     ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_table_of_the_study_agrees_with_its_records():
+    """The page's means with results.csv, and that with the results that each run has written."""
+    scores: dict[str, dict[float, list[float]]] = {}
+    with tarfile.open(ROOT / "docs/study/records.tar.xz") as records:
+        for row in csv.DictReader((ROOT / "docs/study/results.csv").open()):
+            file = records.extractfile(f"cells/{row['cell']}/result.json")
+            assert file is not None
+            test = json.load(file)["test"]
+            for metric in ("balanced_accuracy", "macro_auc"):
+                assert float(row[metric]) == pytest.approx(test[metric]["value"])
+            of_model = scores.setdefault(row["model"], {})
+            of_model.setdefault(float(row["fraction"]), []).append(test["balanced_accuracy"]["value"])
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| training images \|(?: \w+ \|){8}\n[|-]+\n(?:\| [\d,]+ \|.*\n)+", page, flags=re.M)
+    assert table is not None
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines())
+    for model, *cells in list(zip(head, *lines, strict=True))[1:]:
+        assert cells == [f"{sum(found) / len(found):.3f}" for _, found in sorted(scores[model].items())]
 
 
 def test_the_readme_is_short():

@@ -296,14 +296,14 @@ def _from_timm(
 
     with downloading(name) if pretrained else nullcontext():
         body: Any = timm.create_model(timm_model, pretrained=pretrained, num_classes=classes, **given)
-    heads = _classifier_names(timm_model, body) if pretrained or found is not None else ()
     if pretrained:
-        if body.pretrained_cfg["num_classes"] != classes:
-            _zero(body, heads, classes)
+        if body.pretrained_cfg.get("num_classes") != classes:
+            _zero(body, _classifier_names(timm_model, body), classes)
         about = f"its classifier is new if it is not for {classes} classes"
         return body, Start(f"timm's {timm_model}", about, *_of_timm(body.pretrained_cfg))
     if found is None:
         return body, Start()
+    heads = _classifier_names(timm_model, body)
     _zero(body, heads, classes)
     module = import_module(type(body).__module__)
     convert = next((getattr(module, one) for one in _CONVERSIONS if hasattr(module, one)), None)

@@ -5,6 +5,7 @@ A command is killed at random moments and, with strace, before single system cal
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def test_packing(tmp_path: Path, times: Times, record: Callable[..., None], befo
     victim = Victim("preprocess.shard", "--source", tmp_path / "raw", "--out", out, "--overwrite", *options)
     victim.learn(tmp_path)
     new, previous = contents(out), {}
-    tries = times(4, 100)
-    for _ in range(tries):
+    kills = times(3, 100)
+    while victim.kinds.total() < kills:
         for name in contents(out):
             (out / name).unlink()
         out.rmdir()
@@ -57,7 +58,7 @@ def test_packing(tmp_path: Path, times: Times, record: Callable[..., None], befo
         victim.whole()
         assert contents(out) == new
         assert [file.name for file in out.parent.iterdir()] == ["set"]
-    record(tries=tries, killed=dict(victim.kinds))
+    record(kills=victim.kinds.total(), kinds=dict(victim.kinds))
 
 
 def test_training(tiny_shards: Path, tmp_path: Path, times: Times, record: Callable[..., None]) -> None:
@@ -65,8 +66,8 @@ def test_training(tiny_shards: Path, tmp_path: Path, times: Times, record: Calla
     options = ("--model", "test_resnet", "--data", tiny_shards, "--epochs", 2, "--checkpoint-s", 0, *TRAINING)
     whole = Victim("train.run", *options, "--out", tmp_path / "whole")
     whole.learn(tmp_path)
-    ended, seed, kills, tries = 0, 0, {}, times(4, 200)
-    while sum(kills.values()) < tries:
+    ended, seed, kinds, kills = 0, 0, Counter[str](), times(4, 200)
+    while kinds.total() < kills:
         out, seed = tmp_path / f"run{seed}", seed + 1
         victim = Victim("train.run", *options, "--out", out, "--resume", seed=seed)
         victim.calls, victim.seconds = whole.calls, whole.seconds
@@ -79,9 +80,8 @@ def test_training(tiny_shards: Path, tmp_path: Path, times: Times, record: Calla
         assert_same_run(tmp_path / "whole", out)
         assert names(out) == names(tmp_path / "whole")
         ended += 1
-        for kind, count in victim.kinds.items():
-            kills[kind] = kills.get(kind, 0) + count
-    record(tries=sum(kills.values()), runs=ended, killed=kills)
+        kinds += victim.kinds
+    record(kills=kinds.total(), runs=ended, kinds=dict(kinds))
 
 
 def names(run: Path) -> set[str]:
@@ -96,8 +96,8 @@ def test_a_grid(tiny_shards: Path, tmp_path: Path, times: Times, record: Callabl
     options += ("--epochs", 2, "--checkpoint-s", 0, "--per-device", 2, "--threads", 1, *TRAINING)
     whole = Victim("train.grid", *options, "--out", tmp_path / "whole")
     whole.learn(tmp_path)
-    expected, ended, seed, kills, tries = table(tmp_path / "whole"), 0, 0, {}, times(3, 200)
-    while sum(kills.values()) < tries:
+    expected, ended, seed, kinds, kills = table(tmp_path / "whole"), 0, 0, Counter[str](), times(3, 200)
+    while kinds.total() < kills:
         out, seed = tmp_path / f"study{seed}", seed + 1
         victim = Victim("train.grid", *options, "--out", out, seed=seed)
         victim.calls, victim.seconds = whole.calls, whole.seconds
@@ -113,6 +113,5 @@ def test_a_grid(tiny_shards: Path, tmp_path: Path, times: Times, record: Callabl
         for cell in expected:
             assert_same_run(tmp_path / "whole" / "cells" / cell, out / "cells" / cell)
         ended += 1
-        for kind, count in victim.kinds.items():
-            kills[kind] = kills.get(kind, 0) + count
-    record(tries=sum(kills.values()), studies=ended, killed=kills)
+        kinds += victim.kinds
+    record(kills=kinds.total(), studies=ended, kinds=dict(kinds))

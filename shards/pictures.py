@@ -102,7 +102,7 @@ def _to_rgb(image: "Image") -> np.ndarray:
             raise BadImageError("has transparent parts; save it without transparency")
         image = image.convert("RGB")
     if image.mode in ("RGB", "L", "1", "YCbCr"):
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert() always copies
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

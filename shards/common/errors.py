@@ -2,11 +2,18 @@
 
 import re
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Among them the escape character, with which a text could change a terminal."""
+
 
 class DermscaleError(Exception):
     """Base of every error that the user can fix. Its text says what, where, the limit and what to do."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """One line, even where it quotes a file, an option or another program."""
+        return _CONTROL.sub(" ", super().__str__())
 
 
 class DataError(DermscaleError):
@@ -17,10 +24,6 @@ class UsageError(DermscaleError):
     """A wrong value of an option or argument: exit code 2."""
 
     exit_code = 2
-
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-"""Among them the escape character, with which a text could change a terminal."""
 
 
 def one_line(error: BaseException | str, most: int | None = None) -> str:

@@ -1,13 +1,22 @@
 """Damaged input never ends a reader in a traceback, a hang or a flood of memory. `make fuzz` does so for the C code."""
 
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
+from shards import ShardSet
+from shards.common.errors import DataError
+from shards.format import INDEX
+from shards.labelmap import read_map
+from tests.conftest import write_set
+from tests.support.parity import change_manifest
 from tests.support.train_runs import child_environment
 from tests.torture.fuzz import TARGETS
 
@@ -35,3 +44,18 @@ def test_damaged_input_is_read_or_refused(name: str, tmp_path: Path, times: Call
         left, seed = left - count, seed + 1
     assert counts["refused"]
     record(target=name, **counts, longest_s=longest, peak_bytes=peak)
+
+
+def test_a_message_stays_on_one_line_whatever_it_quotes(tmp_path: Path) -> None:
+    """Found by fuzzing: names of columns and splits with line breaks."""
+    table, folder = tmp_path / "table.csv", write_set(tmp_path / "set", images=20)
+    table.write_bytes(b'image,"at\r\n\x1b[2Jment"\nA.jpg,4\n')
+    with pytest.raises(DataError, match=r"^[^\x00-\x1f]*at  +\[2Jment[^\x00-\x1f]*$"):
+        read_map(str(table))
+    rows = parquet.read_table(folder / INDEX)
+    splits = pa.array(["tra\nn", *rows["split"].to_pylist()[1:]])
+    parquet.write_table(rows.set_column(rows.schema.get_field_index("split"), "split", splits), folder / INDEX)
+    digest = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+    change_manifest(folder, lambda content: content.update(index_sha256=digest))
+    with pytest.raises(DataError, match=r"^[^\x00-\x1f]*'tra n'[^\x00-\x1f]*$"):
+        ShardSet(folder)

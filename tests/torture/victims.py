@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import psutil
 
@@ -36,9 +38,11 @@ class Victim:
         self.command = [sys.executable, "-m", *map(str, command)]
         self.draw = random.Random(seed)
         self.kinds: Counter[str] = Counter()
-        """How often it was killed: by `time`, or the name of the system call."""
+        """How often it or one of its processes was killed: by `time`, or the name of the system call."""
         self.calls: list[tuple[str, int]] = []
         self.seconds = 0.0
+        self.killed = 0
+        """How many processes `_run` has killed."""
 
     def whole(self) -> None:
         """Let it end, and check that it ends well."""
@@ -60,17 +64,22 @@ class Victim:
         log.unlink(missing_ok=True)
 
     def kill(self) -> bool:
-        """Start it and kill it, or one of its processes. False if it ended well before that moment."""
+        """Start it and kill it, or one of its processes. False if it ended well: before that, or in spite of it."""
         # with --seccomp-bpf, strace 6.1 counts calls wrongly
         if self.calls and self.draw.random() < 0.5:
-            call, number = self.draw.choice(self.calls)
-            inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"]
-            code = self._run(["strace", "-f", "-qq", "-o", os.devnull, *inject])
-            kind = call
+            kind = self.draw.choice(sorted({call for call, _ in self.calls}))  # there are far more writes than others
+            number = self.draw.choice([number for call, number in self.calls if call == kind])
+            inject = ["-e", f"trace={kind}", "-e", f"inject={kind}:signal=SIGKILL:when={number}"]
+            with NamedTemporaryFile("r", errors="replace") as log:
+                code = self._run(["strace", "-f", "-q", "-o", log.name, *inject])
+                killed = "+++ killed by SIGKILL +++" in log.read()
         else:
-            code, kind = self._run([], self.draw.uniform(0.1, 1.0) * self.seconds), "time"
+            kind, before = "time", self.killed
+            code = self._run([], self.draw.uniform(0.1, 1.0) * self.seconds)
+            killed = self.killed > before
         assert code in (0, 1, -signal.SIGKILL), f"{self.command} ended with {code}"
-        self.kinds[kind] += code != 0
+        assert killed or not code, f"{self.command} was not killed, and ended with {code}"
+        self.kinds[kind] += killed
         return code != 0
 
     def _run(self, before: list[str], kill_after: float | None = None) -> int:
@@ -88,7 +97,9 @@ class Victim:
                 try:
                     process.wait(kill_after)
                 except subprocess.TimeoutExpired:
-                    self.draw.choice([psutil.Process(process.pid), *children(process.pid)]).kill()
+                    with suppress(psutil.NoSuchProcess):  # it has just ended
+                        self.draw.choice([psutil.Process(process.pid), *children(process.pid)]).kill()
+                        self.killed += 1
             _, errors = process.communicate(timeout=300)
             assert "Traceback" not in _ORPHAN.sub("", errors), errors
         deadline = time.monotonic() + _ENDS_S

@@ -4,11 +4,19 @@
  * workers.c. All follow from SEED, but for which thread loads what. Memory that is given to a kernel ends where it may
  * not be read or written any more. Each result is compared: among all levels of the processor, with the right pixels,
  * or with a plain computation of it. The process ends with a message where one is wrong, or at the first fault
- * (-fsanitize=address,undefined). */
+ * (-fsanitize=address,undefined), and where one takes too long or the memory is too large. */
 #include "inputs.h"
 
 #include <math.h>
 #include <sanitizer/asan_interface.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/time.h>
+#include <unistd.h>
+
+/* Most for one input, or for the samples of one batch: seconds of the processor, also where the sanitizers slow it
+ * down; seconds in which threads that wait for each other end; and kB of the whole process. */
+enum { MOST_SECONDS = 1, HANGS_AFTER = 90, MOST_KB = 1 << 20 };
 
 const char *__asan_default_options(void)
 {
@@ -19,6 +27,20 @@ const char *__asan_default_options(void)
 
 int64_t input, decoded;
 struct corpus corpus;
+
+static void too_long(int number)
+{
+    WRONG("%s", number == SIGALRM ? "does not end" : "takes more than a second of the processor");
+}
+
+/* seconds: of the processor, none for 0 */
+static void limit_time(int32_t seconds)
+{
+    const struct itimerval most = {.it_value = {.tv_sec = seconds}};
+    if (setitimer(ITIMER_PROF, &most, NULL))
+        FAIL("no timer");
+    alarm(HANGS_AFTER);
+}
 
 /* The other entry points that Python declares. */
 int64_t dermscale_run_lengths(const uint8_t *scan, int64_t length, uint16_t *lengths, int64_t most);
@@ -162,7 +184,9 @@ static void try_resample(void)
     for (int32_t level = 1; level <= best; level++) {
         uint8_t *const out = exactly(NULL, (int64_t)side * side * 3);
         uint8_t *const scratch = exactly(NULL, dermscale_scratch_bytes(width, side));
+        limit_time(MOST_SECONDS);
         dermscale_resample(source, stride, height, width, channels, side, cubic, symmetry, out, scratch, level);
+        limit_time(0); /* the plain computation of 4,096 × 4,096 px may take longer */
         if (!is_resized(source, stride, height, width, channels, side, cubic, symmetry, out))
             WRONG("(%d, %d) px, %d channels, resized to %d px, cubic %d, symmetry %d, at level %d", height, width,
                   channels, side, cubic, symmetry, level);
@@ -285,10 +309,20 @@ static void try_plan(void)
     free(seen);
 }
 
+static void check_memory(void)
+{
+    struct rusage used;
+    getrusage(RUSAGE_SELF, &used);
+    if (used.ru_maxrss > MOST_KB)
+        WRONG("%ld kB of memory", used.ru_maxrss);
+}
+
 int main(int argc, char **argv)
 {
     if (argc != 4)
         return 2;
+    signal(SIGPROF, too_long);
+    signal(SIGALRM, too_long);
     seed(strtoull(argv[1], NULL, 10));
     read_corpus(&corpus, argv[3]);
     scratches = calloc((size_t)corpus.count, sizeof *scratches);
@@ -301,6 +335,7 @@ int main(int argc, char **argv)
     const int64_t inputs = strtoll(argv[2], NULL, 10);
     while (input < inputs) {
         const int64_t what = draw(27);
+        limit_time(MOST_SECONDS);
         if (what < 2) {
             input += try_batch();
             continue;
@@ -323,6 +358,7 @@ int main(int argc, char **argv)
             try_plan();
         input++;
     }
+    check_memory();
     printf("%lld inputs, %lld of them decoded, up to level %d\n", (long long)input, (long long)decoded, best);
     close_benches();
     for (int32_t i = 0; i < corpus.count; i++)

@@ -73,7 +73,23 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     return bytes(found)
 
 
-_VALUES = (None, True, 0, -1, 1.5, 1e308, 2**63, 2**64, "", "\n", "../x", "x" * 1000, [], {}, [[]], {"a": 1})
+_VALUES = (
+    "null",
+    "true",
+    "0",
+    "-1",
+    "1.5",
+    "1e308",
+    str(2**64),
+    '""',
+    '"\\n"',
+    '"../x"',
+    "[]",
+    "{}",
+    "[[]]",
+    '{"a": 1}',
+)
+"""As JSON: each time a list or dictionary of its own."""
 
 
 def values_changed(content: bytes, draw: random.Random) -> bytes:
@@ -93,9 +109,9 @@ def values_changed(content: bytes, draw: random.Random) -> bytes:
             case 2 if isinstance(value, str):
                 inside[key] = mutated(value.encode(), draw).decode("utf-8", "replace")
             case 2 if isinstance(value, (int, float)):
-                inside[key] = value * draw.choice((-1, 2, 0.5, 1000)) + draw.choice((0, 1, -1))
+                inside[key] = max(-1e300, min(value * draw.choice((-1, 2, 0.5, 1000)) + draw.choice((0, 1, -1)), 1e300))
             case _:
-                inside[key] = draw.choice(_VALUES)
+                inside[key] = json.loads(draw.choice(_VALUES))
     return json.dumps(found | {"manifest_sha256": content_sha256(found)}).encode()
 
 

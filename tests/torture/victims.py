@@ -49,19 +49,23 @@ class Victim:
         code = self._run([])
         assert code == 0, f"{self.command} ended with {code}"
 
-    def learn(self, folder: Path) -> None:
-        """Let it end, and note how long it takes and, with strace, its calls, numbered in each thread."""
-        log, started = folder / "strace", time.monotonic()
-        watch = ["strace", "-f", "-qq", "-e", f"trace={CALLS}", "-o", str(log)]
-        code = self._run(watch if has_strace() else [])
+    def learn(self, out: Path) -> None:
+        """Let it write the folder `out` twice: note how long it takes and, with strace, its calls in each thread."""
+        started = time.monotonic()
+        self.whole()
         self.seconds = time.monotonic() - started
+        if not has_strace():
+            return
+        shutil.rmtree(out)
+        log = out.with_name("strace")
+        code = self._run(["strace", "-f", "-qq", "-e", f"trace={CALLS}", "-o", str(log)])
         assert code == 0, f"{self.command} ended with {code}"
         seen: Counter[tuple[str, str]] = Counter()
-        for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        for line in log.read_text(errors="replace").splitlines():
             if match := _LINE.match(line):
                 seen[match[1], match[2]] += 1
                 self.calls.append((match[2], seen[match[1], match[2]]))
-        log.unlink(missing_ok=True)
+        log.unlink()
 
     def kill(self) -> bool:
         """Start it and kill it, or one of its processes. False if it ended well: before that, or in spite of it."""
@@ -75,7 +79,7 @@ class Victim:
                 killed = "+++ killed by SIGKILL +++" in log.read()
         else:
             kind, before = "time", self.killed
-            code = self._run([], self.draw.uniform(0.1, 1.0) * self.seconds)
+            code = self._run([], self.draw.uniform(0.3, 1.0) * self.seconds)  # before, it imports
             killed = self.killed > before
         assert code in (0, 1, -signal.SIGKILL), f"{self.command} ended with {code}"
         assert killed or not code, f"{self.command} was not killed, and ended with {code}"

@@ -565,7 +565,7 @@ def read_classes_file(path: Path) -> Classes:
     """
     table = Table(path, "a table with the columns name, long_name and sets")
     table.require(["name"])
-    rows = [(label_text(row["name"]), row.get("long_name", ""), row.get("sets", "")) for _, row in table]
+    rows = [(label_text(row.get("name", "")), row.get("long_name", ""), row.get("sets", "")) for _, row in table]
     try:
         return classes_of(rows)
     except ValueError as error:

@@ -11,7 +11,7 @@ with the reduction. The encoder takes 0.3 ms. See `area_shrink` for the rest.
 import ctypes
 import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -35,6 +35,8 @@ TOGETHER = 4
 """Files that the compiled library decodes at the same time."""
 _ROW_SLACK = 192
 """Bytes that it may write behind an image."""
+_AT_ONCE = 1 << 20
+"""Pixels that Pillow converts together."""
 _FEW_PHASES = 8
 _INTEGERS = {3: "H", 4: "L", 8: "h", 9: "l"}
 """TIFF's integer types, as `struct` names them. An orientation should have the first; Pillow accepts all."""
@@ -122,7 +124,21 @@ def decode_strictly(data: bytes) -> np.ndarray:
 
     with Pillow.open(io.BytesIO(data), formats=["JPEG"]) as image:
         profile = image.info.get("icc_profile")
-    return cmyk_to_rgb(Pillow.fromarray(255 - ink, "CMYK"), profile)  # JPEG files hold 255 for no ink, as Adobe's do
+
+    def rgb(top: int, bottom: int) -> np.ndarray:
+        return cmyk_to_rgb(Pillow.fromarray(255 - ink[top:bottom], "CMYK"), profile)  # 255 is no ink, as in Adobe's
+
+    return by_rows(height, width, rgb)
+
+
+def by_rows(height: int, width: int, rgb: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """(H, W, 3) uint8 of what `rgb` gives for the rows from `top` to `bottom`: few at a time, as Pillow needs 4 bytes a
+    pixel and each of its conversions is a copy."""
+    pixels, rows = np.empty((height, width, 3), np.uint8), max(1, _AT_ONCE // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = rgb(top, bottom)
+    return pixels
 
 
 def cmyk_to_rgb(image: "Image", profile: bytes | None) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shards.common.errors import one_line
-from shards.encode import JPEG, MOST_PIXELS, BadImageError, cmyk_to_rgb, decode_upright, turn_upright
+from shards.encode import JPEG, MOST_PIXELS, BadImageError, by_rows, cmyk_to_rgb, decode_upright, turn_upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,6 +92,11 @@ def _why_unknown(data: bytes) -> str:
 
 def _to_rgb(image: "Image") -> np.ndarray:
     """(H, W, 3) uint8 of a loaded image. Raises BadImageError for pixels without a defined RGB colour."""
+    width, height = image.size
+    return by_rows(height, width, lambda top, bottom: _rgb_of(image.crop((0, top, width, bottom))))
+
+
+def _rgb_of(image: "Image") -> np.ndarray:
     mode = image.mode
     if mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
@@ -102,7 +107,7 @@ def _to_rgb(image: "Image") -> np.ndarray:
             raise BadImageError("has transparent parts; save it without transparency")
         image = image.convert("RGB")
     if image.mode in ("RGB", "L", "1", "YCbCr"):
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert() always copies
+        return np.asarray(image.convert("RGB"))
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

@@ -27,8 +27,10 @@ class UsageError(DermscaleError):
 
 
 def one_line(error: BaseException | str, most: int | None = None) -> str:
-    """The text of an error on one line, at most `most` characters; its type if it has no text."""
-    text = " ".join(_CONTROL.sub(" ", str(error)).split()) or type(error).__name__
+    """The text of an error on one line, at most `most` characters; the type of an exception that has no text."""
+    text = " ".join(_CONTROL.sub(" ", str(error)).split())
+    if not text and isinstance(error, BaseException):
+        text = type(error).__name__
     return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 

@@ -254,6 +254,9 @@ def test_classes_come_from_a_file(photos, tmp_path, command):
     file.write_text("name\nmole\nmole\n")
     with pytest.raises(DataError, match=r"classes\.csv: class 'mole' is listed twice"):
         read_classes_file(file)
+    file.write_text("long_name,name\nnevus,mole\nshort\n")  # found by fuzzing: a row without the column `name`
+    with pytest.raises(DataError, match=r"classes\.csv: class '' is not printable text"):
+        read_classes_file(file)
 
 
 def test_only_rows_that_meet_a_condition_are_packed(photos, tmp_path, command):

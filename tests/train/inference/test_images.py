@@ -44,6 +44,14 @@ def test_lossless_files_give_their_pixels(kind, options):
     assert np.array_equal(open_image(saved(Image.fromarray(RGB), kind, **options)).pixels, RGB)
 
 
+@pytest.mark.parametrize(("mode", "kind"), [*((mode, "PNG") for mode in ("RGB", "RGBA", "P", "L")), ("CMYK", "JPEG")])
+def test_rows_are_converted_some_at_a_time_and_give_the_same_pixels(mode, kind, monkeypatch):
+    monkeypatch.setattr("shards.encode._AT_ONCE", 7 * 60)
+    data = saved(Image.fromarray(RGB).convert(mode), kind)
+    with Image.open(io.BytesIO(data)) as image:
+        assert np.array_equal(open_image(data).pixels, np.asarray(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])
 def test_images_of_one_pixel_or_row_are_read(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

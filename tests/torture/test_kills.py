@@ -110,8 +110,8 @@ def test_a_grid(tiny_shards: Path, tmp_path: Path, times: Times, record: Callabl
         victim.calls, victim.seconds = whole.calls, whole.seconds
         while victim.kill():
             states += any([readable(cell) for cell in out.glob("cells/*")])
-            if (out / "results.csv").exists():
-                assert table(out).items() <= expected.items()
+            for cell, row in table(out).items() if (out / "results.csv").exists() else ():
+                assert row == expected[cell] or row["status"] != "finished"
             if victim.kinds.total() >= 8:
                 victim.whole()
                 break

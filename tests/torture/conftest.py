@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
     def note(**counts: object) -> None:
         if file := os.environ.get(FULL):
             with Path(file).open("a") as lines:
-                lines.write(json.dumps({"test": request.node.name, **counts}) + "\n")
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                lines.write(json.dumps({"test": request.node.name, "time": now, **counts}) + "\n")
 
     return note

@@ -209,11 +209,11 @@ def beside(
             codes[code] += 1
             assert code == 200 or said.strip().count("\n") == 0, said
         most = meter.close()
-        counted = {"count": count, "codes": dict(codes), "asked": len(waited)}
-        record(**counted, alone_s=alone, waited_s=max(waited), bytes=most, **others)
         assert max(waited) <= alone + delay_s, (alone, waited)
         assert most <= bound
         assert len(left(server)) <= KEPT
+        counted = {"count": count, "codes": dict(codes), "asked": len(waited)}
+        record(**counted, alone_s=alone, waited_s=max(waited), bytes=most, **others)
         return codes
 
     return work
@@ -253,7 +253,7 @@ def test_uploads_of_a_gigabyte(server, beside, times, how):
 
     def one(_: int) -> tuple[int, str]:
         headers = IN_PARTS if how == "chunked" else {**IN_PARTS, "Content-Length": str(len(HEAD) + size)}
-        return Client(server.port).request("POST", path, body(), **headers)
+        return Client(server.port).visit().request("POST", path, body(), **headers)
 
     codes = beside(times(2, 8), one, megabytes=size // MB)
     assert set(codes) <= {413, 503, 0}
@@ -345,7 +345,7 @@ def test_path_tricks(server, beside, tmp_path):
         assert "nobody may read this" not in said
         return code, said
 
-    assert 200 not in beside(len(TRICKS) + len(paths), one)
+    assert set(beside(len(TRICKS) + len(paths), one)) <= {400, 403, 404}
 
 
 @pytest.mark.skipif(FULL not in os.environ or not has_strace(), reason="`make torture` runs it, with strace")
@@ -365,6 +365,6 @@ def test_nothing_outside_the_temporary_folder_is_written(whole: Path, tmp_path: 
     wrote = [line for line in lines if not re.search(r"open(at)?\(", line) or re.search("O_(WRONLY|RDWR|CREAT)", line)]
     paths = {path for line in wrote for path in re.findall(r'"(/[^"]*)"', line)}
     outside = sorted(path for path in paths if not path.startswith((str(temporary), "/dev/", "/proc/self/")))
-    record(calls=len(lines), outside=outside)
     assert set(outside) <= {str(whole / FILE), str(whole / f".{FILE}.partial")}
     assert not any("/etc/hostname" in line for line in lines)
+    record(calls=len(lines), outside=outside)

@@ -70,9 +70,9 @@ def test_many_epochs(engine, tiny_shards, times, record):
         record(engine=engine, **steady(times(40, 1000), epoch))
 
 
-def test_eight_loaders(tiny_shards, times, record):
+def test_eight_loaders(engine, tiny_shards, times, record):
     with ShardSet(tiny_shards) as data:
-        eight = [loader(data, "native", seed) for seed in range(8)]
+        eight = [loader(data, engine, seed) for seed in range(8)]
 
         def epoch(number: int) -> None:
             for one in eight:
@@ -80,9 +80,10 @@ def test_eight_loaders(tiny_shards, times, record):
             for batches in zip(*eight, strict=True):  # all are under way at the same time
                 assert len(batches) == 8
 
-        record(**steady(times(30, 300), epoch))
+        grown = steady(times(30, 1000), epoch)
         for one in eight:
             one.close()
+        record(engine=engine, **grown)
 
 
 @pytest.mark.parametrize("left", ["closed", "dropped"])

@@ -324,7 +324,7 @@ def main(name: str, seed: int, count: int, folder: Path) -> dict[str, object]:
         started, most = time.process_time(), LONGEST_S
         try:
             found = case.read(data)
-            if isinstance(found, np.ndarray):
+            if isinstance(found, np.ndarray) and found.ndim == 3:
                 most += MEGAPIXEL_S * found.shape[0] * found.shape[1] / 1e6
             ended[number]["read"] += 1
         except (DermscaleError, BadImageError) as error:
